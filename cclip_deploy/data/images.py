@@ -1,0 +1,208 @@
+"""Pictures from files: PNG, JPEG, TIFF, BMP and DICOM as float arrays; content decides, not the suffix."""
+
+from __future__ import annotations
+
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cclip_deploy.errors import CclipError, ImageError, UsageError
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
+MAX_PIXELS = 2**26
+
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+_KINDS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "TIFF": "tiff", "BMP": "bmp"}
+_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
+_DECODING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One decoded picture.
+
+    `pixels` is (H, W) or (H, W, 3) float32 in [0, 1], 0 is black, right side up. `bits` is the depth that `pixels`
+    carries for each channel.
+    """
+
+    path: Path
+    pixels: NDArray[np.float32]
+    kind: str
+    bits: int
+
+
+def read_picture(path: Path) -> Picture:
+    """Read a PNG, JPEG, TIFF, BMP or single-frame DICOM file.
+
+    Grey keeps its depth: 1, 8, 12 and 16 bits are divided by their largest value (whole-number TIFFs of 32 bits are
+    read as 16-bit values, float TIFFs must be in [0, 1] already). Pillow reduces colour and grey-with-alpha of 16 bits
+    to 8. Transparent pixels are laid on black, the colour of air on a film. EXIF orientation is applied.
+
+    Raises:
+        ImageError: not a file, empty, truncated, of another type, with several pages, or above MAX_PIXELS.
+        EnvironmentProblem: DICOM without pydicom, or compressed with a method that has no decoder here.
+    """
+    _check_regular_file(path)
+    if has_dicom_mark(path):
+        from cclip_deploy.data.dicom import read_dicom
+
+        return read_dicom(path)
+    with decoding(path):
+        return _decode(path)
+
+
+def find_pictures(paths: Sequence[Path]) -> list[Path]:
+    """List the pictures that files and folders name, in the order given, each once.
+
+    A file is taken whatever its suffix. A folder is searched to the bottom, in sorted order, for picture suffixes and
+    for DICOM files of any name (not DICOMDIR); hidden files and folders are passed over.
+
+    Raises:
+        UsageError: no path was given.
+        ImageError: a file does not exist, or a folder has no picture.
+    """
+    if not paths:
+        raise UsageError("No picture was given. Name at least one file or folder.")
+    found: dict[Path, Path] = {}
+    for path in paths:
+        for picture in _pictures_in(path) if path.is_dir() else [path]:
+            _check_regular_file(picture)
+            found.setdefault(picture.resolve(), picture)
+    return list(found.values())
+
+
+def has_dicom_mark(path: Path) -> bool:
+    """Whether the file has `DICM` after a preamble of 128 bytes (DICOM PS3.10, 7.1)."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+
+
+def check_pixel_count(path: Path, width: int, height: int) -> None:
+    """Raise ImageError where a picture has no pixels, or so many that decoding it could fill the memory."""
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ImageError(
+            f"{path} says that it is {width}x{height} pixels; between 1 and {MAX_PIXELS:,} are read. "
+            "Reduce or crop the picture first."
+        )
+
+
+@contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Keep decoders' warnings inside, and make an ImageError of whatever they raise on damaged bytes.
+
+    One decoder runs at a time, because the filters of `warnings` belong to the process, not to a thread.
+    """
+    try:
+        with _DECODING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CclipError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ImageError(
+            f"{path} cannot be decoded: {reason}. It may be truncated or damaged; copy or export it again."
+        ) from error
+
+
+def _check_regular_file(path: Path) -> None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist. Check the path.") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{path} is a folder, where a picture was expected. Name a file in it.")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{path} is a pipe, socket or device, not a regular file. Save the picture to a file first.")
+    if status.st_size == 0:
+        raise ImageError(f"{path} is empty (0 bytes). Copy or export it again.")
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    pictures = [path for path in sorted(folder.rglob("*")) if _is_picture_name(path, folder)]
+    if not pictures:
+        suffixes = " ".join(sorted(PICTURE_SUFFIXES))
+        raise ImageError(f"Folder {folder} has no picture ({suffixes}, or DICOM of any name). Name another folder.")
+    return pictures
+
+
+def _is_picture_name(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    if hidden or path.name == "DICOMDIR" or not path.is_file():
+        return False
+    return path.suffix.lower() in PICTURE_SUFFIXES or has_dicom_mark(path)
+
+
+def _decode(path: Path) -> Picture:
+    with _open(path) as image:
+        check_pixel_count(path, *image.size)
+        kind = _KINDS[str(image.format)]
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1 and image.format != "MPO":
+            raise ImageError(f"{path} has {pages} pages or frames. Save the one you want to a file of its own.")
+        image.load()
+        pixels, bits = _deep_grey(path, image) if image.mode.startswith(("I", "F")) else _shallow(image)
+    return Picture(path=path, pixels=np.ascontiguousarray(pixels, dtype=np.float32), kind=kind, bits=bits)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        count = re.search(r"\d+", str(error))
+        raise ImageError(
+            f"{path} says that it has {count.group() if count else 'too many'} pixels; at most {MAX_PIXELS:,} are "
+            "read. Reduce or crop the picture first."
+        ) from error
+    except UnidentifiedImageError as error:
+        with path.open("rb") as file:
+            start = file.read(8).hex(" ")
+        raise ImageError(
+            f"{path} is not a complete PNG, JPEG, TIFF, BMP or DICOM file (it starts with bytes {start}). "
+            "Export the picture to one of these; DICOM needs its 128-byte preamble."
+        ) from error
+
+
+def _deep_grey(path: Path, image: Image.Image) -> tuple[NDArray[Any], int]:
+    """Grey of more than 8 bits, (H, W) in [0, 1]; Pillow leaves depth and polarity of such TIFFs to the caller."""
+    tags = getattr(image, "tag_v2", {})
+    is_float = image.mode == "F"
+    bits = 32 if is_float else tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0] if image.mode != "I" else 16
+    inverted = tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO
+    values = np.asarray(ImageOps.exif_transpose(image), dtype=np.float64)
+    values = values if is_float else values / (2**bits - 1)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):
+        scale = 1 if is_float else 2**bits - 1
+        raise ImageError(
+            f"{path} has values from {low * scale:g} to {high * scale:g}, where 0 to {scale} is expected. "
+            "Scale them and save a 16-bit grey PNG or TIFF."
+        )
+    return (1 - values if inverted else values), bits
+
+
+def _shallow(image: Image.Image) -> tuple[NDArray[Any], int]:
+    """Grey (H, W) or colour (H, W, 3) in [0, 1] from 8 bits or fewer a channel."""
+    bits = 1 if image.mode == "1" else 8
+    colour, grey = ("RGBA", "LA") if image.has_transparency_data else ("RGB", "L")
+    image = ImageOps.exif_transpose(image)
+    image = image.convert(grey if image.mode in {"1", "L", "LA", "La"} else colour)
+    values = np.asarray(image, dtype=np.float32) / 255
+    if image.mode in {"LA", "RGBA"}:
+        values = values[..., :-1] * values[..., -1:]
+    return (values[..., 0] if image.mode == "LA" else values), bits

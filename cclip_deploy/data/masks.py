@@ -1,0 +1,260 @@
+"""What a segmentation leaves on disk: a mask, a probability map and an overlay to look at."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import unicodedata
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from cclip_deploy.data.images import PICTURE_SUFFIXES, Picture
+from cclip_deploy.data.preprocess import check_unit_range
+from cclip_deploy.errors import EnvironmentProblem, UsageError
+
+OVERLAY_LONGEST_PX = 1024
+
+_ENLARGE_BELOW_PX, _CAPTION_LEAST_PX, _CAPTION_LINES = 512, 320, 6
+_PREDICTED, _REFERENCE = (56, 199, 214), (255, 179, 71)
+_STRIP, _TEXT = (18, 22, 27), (232, 236, 239)
+_TINT, _HALO, _LINE_PX = 0.28, 0.4, 2
+_PICTURE_SLUG, _PROMPT_SLUG, _HASH = 60, 40, 8
+
+
+@dataclass(frozen=True)
+class WrittenMask:
+    """The three PNG files of one picture and prompt."""
+
+    mask: Path
+    probability: Path
+    overlay: Path
+
+
+def write_segmentation(
+    picture: Picture, prompt: str, probability: NDArray[Any], folder: Path, stem: str, threshold: float = 0.5
+) -> WrittenMask:
+    """Write `<stem>-mask.png`, `<stem>-probability.png` and `<stem>-overlay.png`; existing ones are replaced.
+
+    `probability` is (H, W) in [0, 1], of the picture's size. The mask is 8-bit, 255 where probability >= threshold
+    and 0 elsewhere. The probability is 16-bit grey, 65535 = 1. All are complete under hidden names before the first
+    takes its own.
+
+    Raises:
+        UsageError: a wrong shape, value, threshold or stem.
+        EnvironmentProblem: the disk is full or the folder cannot be written.
+    """
+    height, width = picture.pixels.shape[:2]
+    if probability.shape != (height, width):
+        raise UsageError(f"The probability is {probability.shape}, the picture {(height, width)}. Use to_source first.")
+    check_unit_range("The probability", probability)
+    if not 0 < threshold <= 1:
+        raise UsageError(f"Threshold {threshold} is not in (0, 1]. Use 0.5, for example.")
+    if not stem or Path(stem).name != stem:
+        raise UsageError(f"{stem!r} cannot begin a file name. Make one with file_stem.")
+    mask = probability >= threshold
+    written = WrittenMask(*(folder / f"{stem}-{what}.png" for what in ("mask", "probability", "overlay")))
+    deep = np.rint(probability.astype(np.float64) * 65535).astype(np.uint16)
+    _save_together(
+        {
+            written.mask: Image.fromarray(mask.astype(np.uint8) * 255),
+            written.probability: Image.fromarray(deep),
+            written.overlay: draw_overlay(picture.pixels, mask, prompt),
+        }
+    )
+    return written
+
+
+def file_stem(picture_path: Path, prompt: str, used: set[str]) -> str:
+    """A short file-name stem, safe on every system, of letters, digits, '.', '_' and '-'.
+
+    A hash of path and prompt is added where either was shortened or left no letter, or where the stem is in `used`.
+    `used` keeps the stems given out, case-folded; the new one is added. Equal calls in equal order give equal stems.
+    """
+    name = picture_path.stem if picture_path.suffix.lower() in PICTURE_SUFFIXES else picture_path.name
+    picture, prompt_slug = _slug(name, r"[^\w.]+"), _slug(prompt.lower(), r"\W+")
+    cut = len(picture) > _PICTURE_SLUG or len(prompt_slug) > _PROMPT_SLUG or not (picture and prompt_slug)
+    parts = [picture[:_PICTURE_SLUG].rstrip("-."), prompt_slug[:_PROMPT_SLUG].rstrip("-")]
+    plain = "-".join(part for part in parts if part)
+    digest = hashlib.sha256(f"{picture_path.as_posix()}\0{prompt}".encode(errors="surrogatepass")).hexdigest()[:_HASH]
+    hashed = f"{plain}-{digest}" if plain else digest
+    stem, count = hashed if cut else plain, 1
+    while stem.casefold() in used:
+        stem = hashed if count == 1 else f"{hashed}-{count}"
+        count += 1
+    used.add(stem.casefold())
+    return stem
+
+
+def draw_overlay(
+    pixels: NDArray[Any], mask: NDArray[Any], prompt: str, truth: NDArray[Any] | None = None
+) -> Image.Image:
+    """Draw the mask on the picture, tinted and outlined, above a strip with the prompt; RGB.
+
+    `pixels` are (H, W) or (H, W, 3) in [0, 1], `mask` and `truth` (H, W), true or not 0 inside. `truth` is outlined in
+    another colour, and the strip then says which is which. The longest side of the picture becomes at most 1024 pixels;
+    one under 512 is enlarged by a whole number. Prompts of more than six lines are cut; letters are Latin.
+    """
+    for what, region in (("mask", mask), ("truth", truth)):
+        if region is not None and region.shape != pixels.shape[:2]:
+            raise UsageError(
+                f"The {what} has shape {region.shape}, the picture {pixels.shape[:2]}; they must be equal."
+            )
+    size = _overlay_size(*pixels.shape[:2])
+    canvas = _reduced_picture(pixels, size)  # (h, w, 3) in 0 .. 255
+    fine = _fine_region(mask, size)
+    canvas = _blend(canvas, _PREDICTED, _TINT * _coverage(fine))
+    if truth is not None:
+        canvas = _draw_outline(canvas, _fine_region(truth, size), _REFERENCE)
+    canvas = _draw_outline(canvas, fine, _PREDICTED)
+    image = Image.fromarray(np.rint(canvas).astype(np.uint8))
+    return _add_caption(image, prompt, with_reference=truth is not None)
+
+
+def _slug(text: str, separators: str) -> str:
+    latin = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(separators, "-", latin).strip("-.")
+
+
+def _save_together(images: dict[Path, Image.Image]) -> None:
+    """Save all as PNG, or none: each under a hidden name first, then all renamed."""
+    parts = {target: target.with_name(f".{uuid.uuid4().hex}.part") for target in images}
+    try:
+        for target, part in parts.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            images[target].save(part, "PNG", compress_level=4)
+        for target, part in parts.items():
+            os.replace(part, target)
+    except OSError as error:
+        raise _writing_problem(next(iter(images)).parent, error) from error
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _writing_problem(folder: Path, error: OSError) -> EnvironmentProblem:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return EnvironmentProblem(
+            f"No room for masks in {folder} ({error.strerror}). Free space or use another folder."
+        )
+    return EnvironmentProblem(f"Masks cannot be written to {folder}: {error}. Check its permissions or use another.")
+
+
+def _overlay_size(height: int, width: int) -> tuple[int, int]:
+    """(width, height) of the picture inside the overlay."""
+    longest = max(height, width)
+    if longest < _ENLARGE_BELOW_PX:
+        scale = float(-(-_ENLARGE_BELOW_PX // longest))
+    else:
+        scale = min(1.0, OVERLAY_LONGEST_PX / longest)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _reduced_picture(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]:
+    values = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    image = Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
+def _fine_region(region: NDArray[Any], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The region on a grid twice as fine as the overlay, so that edges drawn there come out smooth."""
+    image = Image.fromarray((region != 0).astype(np.uint8) * 255)
+    return np.asarray(image.resize((2 * size[0], 2 * size[1]), Image.Resampling.BILINEAR)) >= 128
+
+
+def _draw_outline(
+    canvas: NDArray[np.float32], fine: NDArray[np.bool_], colour: tuple[int, int, int]
+) -> NDArray[np.float32]:
+    """A line of `_LINE_PX` overlay pixels along the edge, half inside and half outside, on a faint dark halo."""
+    inside, outside = fine, ~fine
+    for _ in range(_LINE_PX):
+        inside, outside = _grow(inside), _grow(outside)
+    line = inside & outside
+    halo = _grow(_grow(inside)) & _grow(_grow(outside))
+    return _blend(_blend(canvas, _STRIP, _HALO * _coverage(halo)), colour, _coverage(line))
+
+
+def _grow(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    grown = region.copy()
+    grown[1:] |= region[:-1]
+    grown[:-1] |= region[1:]
+    grown[:, 1:] |= region[:, :-1]
+    grown[:, :-1] |= region[:, 1:]
+    return grown
+
+
+def _coverage(fine: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Which share of each overlay pixel the fine region covers, (h, w) in [0, 1]."""
+    return np.asarray(Image.fromarray(fine.astype(np.uint8) * 255).reduce(2), dtype=np.float32) / 255
+
+
+def _blend(
+    canvas: NDArray[np.float32], colour: tuple[int, int, int], share: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    blended: NDArray[np.float32] = canvas + share[..., None] * (np.array(colour, dtype=np.float32) - canvas)
+    return blended
+
+
+def _add_caption(image: Image.Image, prompt: str, with_reference: bool) -> Image.Image:
+    width = max(image.width, _CAPTION_LEAST_PX)
+    text_px = min(max(width // 44, 14), 22)
+    font, margin, line_px = ImageFont.load_default(text_px), text_px, round(1.4 * text_px)
+    indent = margin + text_px + text_px // 2
+    lines = _wrap(prompt, font, width - indent - margin)
+    rows = len(lines) + (1 if with_reference else 0)
+    sheet = Image.new("RGB", (width, image.height + 2 * (margin * 3 // 4) + rows * line_px), _STRIP)
+    sheet.paste(image, ((width - image.width) // 2, 0))
+    draw = ImageDraw.Draw(sheet)
+    top = image.height + margin * 3 // 4 + line_px // 2
+    _draw_swatch(draw, margin, top, text_px, _PREDICTED)
+    for number, line in enumerate(lines):
+        draw.text((indent, top + number * line_px), line, fill=_TEXT, font=font, anchor="lm")
+    if with_reference:
+        middle = top + len(lines) * line_px
+        _draw_swatch(draw, margin, middle, text_px, _REFERENCE)
+        draw.text((indent, middle), "reference", fill=_REFERENCE, font=font, anchor="lm")
+    return sheet
+
+
+def _draw_swatch(draw: ImageDraw.ImageDraw, left: int, middle: int, side: int, colour: tuple[int, int, int]) -> None:
+    half = side * 3 // 8
+    draw.rounded_rectangle((left, middle - half, left + 2 * half, middle + half), radius=side // 5, fill=colour)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
+    """Break text into at most `_CAPTION_LINES` lines that fit; words too long for a line are split."""
+    # The longest text that can be shown is far shorter, and measuring a hostile prompt letter by letter takes long.
+    text = "".join(letter if letter.isprintable() else " " for letter in text[:4000])
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width_px:
+            lines[-1] = joined
+            continue
+        *full, rest = _split_word(word, font, width_px)
+        lines.extend([*full, rest])
+        if len(lines) > _CAPTION_LINES + 1:
+            break
+    lines = [line for line in lines if line] or ["(no prompt)"]
+    if len(lines) > _CAPTION_LINES:
+        lines = lines[:_CAPTION_LINES]
+        while font.getlength(lines[-1] + " …") > width_px:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += " …"
+    return lines
+
+
+def _split_word(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
+    pieces = [""]
+    for letter in word:
+        if pieces[-1] and font.getlength(pieces[-1] + letter) > width_px:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces

@@ -1,0 +1,72 @@
+"""From a picture to the network's input, and from the network's probability back to the picture's size."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from cclip_deploy.errors import UsageError
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Preprocessing(BaseModel):
+    """How a picture becomes an input; kept in the bundle, because a model is only right with its own.
+
+    Mean and deviation are those of CLIP, of RGB in [0, 1]. The picture is stretched to the input's size. Pillow widens
+    its filters when it shrinks, hence `antialias` cannot be false.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: tuple[_Finite, _Finite, _Finite] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[_Positive, _Positive, _Positive] = (0.26862954, 0.26130258, 0.27577711)
+    resize_filter: Literal["bilinear", "bicubic"] = "bicubic"
+    antialias: Literal[True] = True
+    fit: Literal["stretch"] = "stretch"
+
+
+def to_input(pixels: NDArray[Any], image_hw: tuple[int, int], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Resize and normalise (H, W) or (H, W, 3) pixels in [0, 1] to (1, 3, *image_hw) float32.
+
+    The resize is in float, so 16-bit depth survives; where the size is right already, it changes nothing. What a
+    bicubic filter overshoots is cut to [0, 1] before the normalisation.
+    """
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
+        raise UsageError(f"Pixels have shape {pixels.shape}; (H, W) or (H, W, 3) is expected.")
+    check_unit_range("Pixels", pixels)
+    channels = [pixels] if pixels.ndim == 2 else [pixels[..., index] for index in range(3)]
+    resample = _FILTERS[preprocessing.resize_filter]
+    resized = np.stack([_resize(channel, image_hw, resample) for channel in channels])  # (1 or 3, h, w)
+    mean = np.array(preprocessing.mean, dtype=np.float32)[:, None, None]
+    std = np.array(preprocessing.std, dtype=np.float32)[:, None, None]
+    normalised: NDArray[np.float32] = ((resized - mean) / std)[None]  # (1, 3, h, w)
+    return normalised
+
+
+def to_source(probability: NDArray[Any], source_hw: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize a probability map (h, w) in [0, 1] to (*source_hw) float32 in [0, 1], bilinear."""
+    if probability.ndim != 2:
+        raise UsageError(f"The probability has shape {probability.shape}; (h, w) is expected.")
+    check_unit_range("The probability", probability)
+    return _resize(probability, source_hw, Image.Resampling.BILINEAR)
+
+
+def check_unit_range(what: str, values: NDArray[Any]) -> None:
+    """Raise UsageError unless there are values and all are in [0, 1]; NaN is not."""
+    low, high = (float(values.min()), float(values.max())) if values.size else (np.nan, np.nan)
+    if not (low >= 0 and high <= 1):
+        raise UsageError(f"{what}: values from {low:g} to {high:g}, where [0, 1] is expected. Scale or check them.")
+
+
+def _resize(values: NDArray[Any], hw: tuple[int, int], resample: Image.Resampling) -> NDArray[np.float32]:
+    if min(hw) < 1:
+        raise UsageError(f"Cannot resize to {hw[0]}x{hw[1]} pixels; both sides must be at least 1.")
+    image = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
+    return np.clip(np.asarray(image.resize((hw[1], hw[0]), resample)), 0, 1)

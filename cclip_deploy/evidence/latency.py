@@ -1,0 +1,349 @@
+"""Latency of several candidates in one run: interleaved rounds, percentiles, paired ratios, throughput."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cclip_deploy.errors import UsageError
+from cclip_deploy.evidence.fingerprint import fingerprint
+
+MINIMUM_ROUNDS = 3
+QUIET_PROBE_SECONDS = 0.002
+QUIET_CORES = 0.2
+QUIET_PATIENCE_SECONDS = 1.0
+NANOSECONDS_PER_MS = 1e6
+CONFIDENCE = 0.95
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute one stage.
+
+    `run` takes nothing and must not return before the result is ready: a CUDA candidate synchronises inside.
+    `stage` says what the time covers ("image", "prompt", "fused", "end to end", …); ratios are taken within a stage.
+    `extra` holds facts for the report, for example threads or provider.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    stage: str
+    run: Callable[[], object]
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured of one candidate, in milliseconds: element r of `samples_ms` is round r.
+
+    `disturbed_n` counts the rounds in which other threads of this process never came to rest before its run.
+    """
+
+    samples_ms: NDArray[np.float64]
+    warmup_ms: NDArray[np.float64]
+    disturbed_n: int = 0
+
+
+@dataclass(frozen=True)
+class LatencySummary:
+    """Percentiles of one candidate's rounds; warm-up runs are in none of them.
+
+    `first_ms` is the very first call (compilation, allocation, page faults), None when nothing was warmed up.
+    """
+
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    min_ms: float
+    max_ms: float
+    mean_ms: float
+    n: int
+    first_ms: float | None
+    warmup_n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PairedRatio:
+    """How many times faster `candidate` is than `baseline`: median over rounds, with a bootstrap interval."""
+
+    baseline: str
+    candidate: str
+    ratio: float
+    low: float
+    high: float
+    confidence: float
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Items finished per second with `concurrency` calls in flight."""
+
+    items_per_second: float
+    concurrency: int
+    items: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return asdict(self)
+
+
+def measure_interleaved(
+    candidates: Sequence[Candidate],
+    rounds: int,
+    warmup_rounds: int,
+    seed: int,
+    on_round: Callable[[int, int], None] | None = None,
+    budget_seconds: float | None = None,
+    settle: Callable[[], bool] | None = None,
+    clock_ns: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, Timing]:
+    """Time every candidate once a round, in a fresh random order each round, so that drift of the machine hits all alike.
+
+    Before each run the process comes to rest: the thread pools of ONNX Runtime and of OpenMP spin for a while after a
+    run, and on few cores they would slow down whoever comes next.
+
+    Args:
+        rounds: measured rounds, at least 3; each gives one sample for each candidate.
+        warmup_rounds: rounds before them, timed apart.
+        seed: fixes the orders.
+        on_round: called with (measured rounds so far, `rounds`) after each one.
+        budget_seconds: no round is added once warm-up and rounds together took this long, but 3 are always measured.
+        settle: called before each run, says whether the process is at rest; `wait_until_quiet` unless given.
+        clock_ns: a monotonic clock.
+
+    Raises:
+        UsageError: no candidate, two of one name, fewer than 3 rounds.
+    """
+    _check_plan(candidates, rounds, warmup_rounds)
+    time_round = _RoundTimer(candidates, np.random.default_rng(seed), settle or wait_until_quiet, clock_ns)
+    started_ns = clock_ns()
+    warmup = [time_round() for _ in range(warmup_rounds)]
+    measured: list[_Round] = []
+    while len(measured) < rounds:
+        spent_seconds = (clock_ns() - started_ns) / 1e9
+        if budget_seconds is not None and spent_seconds >= budget_seconds and len(measured) >= MINIMUM_ROUNDS:
+            break
+        measured.append(time_round())
+        if on_round is not None:
+            on_round(len(measured), rounds)
+    return {
+        candidate.name: Timing(
+            samples_ms=np.array([spent_ms[index] for spent_ms, _ in measured]),
+            warmup_ms=np.array([spent_ms[index] for spent_ms, _ in warmup]),
+            disturbed_n=sum(index in disturbed for _, disturbed in measured),
+        )
+        for index, candidate in enumerate(candidates)
+    }
+
+
+def wait_until_quiet() -> bool:
+    """Sleep until this process uses next to no processor time, for a second at most; False if it still does then."""
+    deadline = time.perf_counter() + QUIET_PATIENCE_SECONDS
+    while time.perf_counter() < deadline:
+        used_before = time.process_time()
+        time.sleep(QUIET_PROBE_SECONDS)
+        if time.process_time() - used_before < QUIET_CORES * QUIET_PROBE_SECONDS:
+            return True
+    return False
+
+
+def summarise(samples_ms: ArrayLike, warmup_ms: ArrayLike = ()) -> LatencySummary:
+    """Percentiles of the samples.
+
+    p50 is the median. p90, p95 and p99 are nearest-rank: the smallest sample that at least that share of all samples
+    does not exceed, so each is a run that happened. Hence p99 is the maximum while n < 100, and p90 while n < 10; `n`
+    stands beside them for that reason.
+    """
+    samples, warmup = np.sort(_as_samples(samples_ms)), np.asarray(warmup_ms, dtype=np.float64)
+    return LatencySummary(
+        p50_ms=float(np.median(samples)),
+        p90_ms=_nearest_rank(samples, 90),
+        p95_ms=_nearest_rank(samples, 95),
+        p99_ms=_nearest_rank(samples, 99),
+        min_ms=float(samples[0]),
+        max_ms=float(samples[-1]),
+        mean_ms=float(samples.mean()),
+        n=samples.size,
+        first_ms=float(warmup[0]) if warmup.size else None,
+        warmup_n=warmup.size,
+    )
+
+
+def paired_ratio(
+    baseline_ms: ArrayLike, candidate_ms: ArrayLike, seed: int, baseline: str = "baseline", candidate: str = "candidate"
+) -> PairedRatio:
+    """Median over rounds of baseline time / candidate time: above 1 where the candidate is faster.
+
+    The interval is the percentile bootstrap over rounds. It knows nothing of what the rounds did not show, and with
+    fewer than about ten of them it covers less than it claims.
+
+    Args:
+        baseline_ms: (n,) samples, positive; round by round those of `candidate_ms`.
+        candidate_ms: (n,) samples, positive.
+        seed: fixes the bootstrap.
+    """
+    above, below = _as_samples(baseline_ms), _as_samples(candidate_ms)
+    if above.size != below.size or above.size < MINIMUM_ROUNDS:
+        raise UsageError(
+            f"A paired ratio needs the same {MINIMUM_ROUNDS} or more rounds of both; "
+            f"{baseline!r} has {above.size}, {candidate!r} has {below.size}. Measure them in one interleaved run."
+        )
+    ratios = above / below
+    picks = np.random.default_rng(seed).integers(0, ratios.size, (RESAMPLES, ratios.size))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.median(ratios[picks], axis=1), [tail, 1 - tail])
+    return PairedRatio(
+        baseline, candidate, float(np.median(ratios)), float(low), float(high), CONFIDENCE, n=ratios.size
+    )
+
+
+def paired_ratios(
+    candidates: Sequence[Candidate], timings: Mapping[str, Timing], baseline: str, seed: int
+) -> list[PairedRatio]:
+    """Every other candidate of the baseline's stage against the baseline."""
+    stages = {candidate.name: candidate.stage for candidate in candidates}
+    if baseline not in stages:
+        raise UsageError(f"No candidate is named {baseline!r}. Use one of: {', '.join(stages)}.")
+    rivals = [name for name, stage in stages.items() if stage == stages[baseline] and name != baseline]
+    return [
+        paired_ratio(timings[baseline].samples_ms, timings[name].samples_ms, seed, baseline, name) for name in rivals
+    ]
+
+
+def measure_throughput(
+    run: Callable[[], object], concurrency: int, seconds: float, items_per_run: int = 1
+) -> Throughput:
+    """Call `run` from `concurrency` threads for about `seconds`, and count the items of all calls that finished.
+
+    Every started call is waited for, and the time divided by runs until the last one ends. Warm `run` up before; it is
+    called in other threads than the caller's, so a mode that belongs to a thread (torch.inference_mode) is set inside.
+    """
+    if concurrency < 1 or seconds <= 0:
+        raise UsageError(f"Throughput needs concurrency >= 1 and seconds > 0, not {concurrency} and {seconds}.")
+    started = time.perf_counter()
+
+    def run_until_deadline() -> int:
+        calls = 0
+        while calls == 0 or time.perf_counter() - started < seconds:
+            run()
+            calls += 1
+        return calls
+
+    with ThreadPoolExecutor(concurrency) as threads:
+        futures = [threads.submit(run_until_deadline) for _ in range(concurrency)]
+        items = items_per_run * sum(future.result() for future in futures)
+    spent_seconds = time.perf_counter() - started
+    return Throughput(items / spent_seconds, concurrency, items, spent_seconds)
+
+
+def report(
+    candidates: Sequence[Candidate], timings: Mapping[str, Timing], baselines: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """What `bench --json` prints: the machine's fingerprint, a row a candidate, ratios to each named baseline."""
+    return {
+        "fingerprint": fingerprint(),
+        "results": [result_row(candidate, timings[candidate.name]) for candidate in candidates],
+        "ratios": [
+            ratio.to_dict() for baseline in baselines for ratio in paired_ratios(candidates, timings, baseline, seed)
+        ],
+    }
+
+
+def result_row(candidate: Candidate, timing: Timing) -> dict[str, Any]:
+    """One row of `results`: who, on what, how long."""
+    return {
+        "name": candidate.name,
+        "backend": candidate.backend,
+        "precision": candidate.precision,
+        "stage": candidate.stage,
+        **summarise(timing.samples_ms, timing.warmup_ms).to_dict(),
+        "disturbed_n": timing.disturbed_n,
+        **candidate.extra,
+    }
+
+
+def _check_plan(candidates: Sequence[Candidate], rounds: int, warmup_rounds: int) -> None:
+    names = [candidate.name for candidate in candidates]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if not names or doubled:
+        raise UsageError(f"Give each candidate a name of its own; doubled: {doubled}." if names else "No candidate.")
+    if rounds < MINIMUM_ROUNDS or warmup_rounds < 0:
+        raise UsageError(
+            f"Measure at least {MINIMUM_ROUNDS} rounds after 0 or more for warm-up, not {rounds} after {warmup_rounds}."
+        )
+
+
+_Round = tuple[NDArray[np.float64], set[int]]  # milliseconds of each candidate; indices of the disturbed ones
+
+
+@dataclass(frozen=True)
+class _RoundTimer:
+    candidates: Sequence[Candidate]
+    order: np.random.Generator
+    settle: Callable[[], bool]
+    clock_ns: Callable[[], int]
+
+    def __call__(self) -> _Round:
+        spent_ms, disturbed = np.empty(len(self.candidates)), set[int]()
+        with _collector_paused():
+            for index in self.order.permutation(len(self.candidates)).tolist():
+                if not self.settle():
+                    disturbed.add(index)
+                spent_ms[index] = self._time_one(self.candidates[index].run)
+        return spent_ms, disturbed
+
+    def _time_one(self, run: Callable[[], object]) -> float:
+        start_ns = self.clock_ns()
+        result = run()
+        stop_ns = self.clock_ns()
+        del result  # only now: freeing a large output is not part of the run
+        return (stop_ns - start_ns) / NANOSECONDS_PER_MS
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep one candidate's garbage from being collected on another's clock."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+            gc.collect(1)
+
+
+def _as_samples(samples_ms: ArrayLike) -> NDArray[np.float64]:
+    samples = np.asarray(samples_ms, dtype=np.float64)
+    if samples.ndim != 1 or samples.size == 0 or not np.all(np.isfinite(samples) & (samples > 0)):
+        raise UsageError(
+            f"Latency samples must be a list of positive milliseconds, not an array of shape {samples.shape}"
+            f"{f' from {np.min(samples)} to {np.max(samples)}' if samples.size else ''}."
+        )
+    return samples
+
+
+def _nearest_rank(ordered: NDArray[np.float64], percent: int) -> float:
+    rank = -(-percent * ordered.size // 100)
+    return float(ordered[rank - 1])

@@ -1,0 +1,183 @@
+"""The deploy form: the network's inference path by exact rewrites, cut where picture and prompt meet."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cclip_deploy.errors import UsageError
+from cclip_deploy.graph.rewrites.attention_pool import FixAttentionPool
+from cclip_deploy.graph.rewrites.batch_norm import FoldBatchNorm, folded_convolution
+from cclip_deploy.graph.rewrites.carafe import CarafeAsProduct
+from cclip_deploy.graph.rewrites.coordinates import FixCoordinates
+from cclip_deploy.graph.rewrites.interpolation import MixBeforeInterpolation
+from cclip_deploy.graph.rewrites.prompt_kernel import FoldedKernel, FoldLastConvolution
+from cclip_deploy.graph.rewrites.text_tower import FixPromptLength
+from cclip_deploy.model.config import CONTEXT_LENGTH, check_image_hw
+from cclip_deploy.model.head import TAPS
+from cclip_deploy.model.neck import Masker
+from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.model.towers import ImagePyramid
+
+
+class PromptEncoder(nn.Module):
+    """Tokens (P, L) -> kernel (P, 9, 256), tap_bias (P, 9), bias (P,)."""
+
+    def __init__(self, tower: nn.Module, kernel: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.kernel = tower, kernel
+
+    def forward(self, tokens: Tensor) -> FoldedKernel:
+        folded: FoldedKernel = self.kernel(self.tower(tokens))
+        return folded
+
+
+class ImageEncoder(nn.Module):
+    """Image (B, 3, H, W) -> features (B, 256, H, W), and on request the causal masks and the confounding features."""
+
+    def __init__(self, tower: nn.Module, neck: nn.Module, rise: nn.Module, masks: bool, confounding: bool) -> None:
+        super().__init__()
+        self.tower, self.neck, self.rise = tower, neck, rise
+        self.with_masks, self.with_confounding = masks, confounding
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        x = self.tower.layer1(self.tower.stem(image))
+        v3 = self.tower.layer2(x)
+        v4 = self.tower.layer3(v3)
+        v5 = self.tower.attnpool(self.tower.layer4(v4))
+        levels = self.neck.levels(ImagePyramid(v3, v4, v5))
+        masks = self.neck.masks(levels)
+        causal = [q * m for q, m in zip(levels, masks, strict=True)]
+        features = self.rise(self.neck.aggregate(torch.cat(causal, dim=1)))
+        outputs = (features, *(masks if self.with_masks else ()))
+        if self.with_confounding:
+            rest = [q - c for q, c in zip(levels, causal, strict=True)]
+            outputs = (*outputs, self.neck.aggregate(torch.cat(rest, dim=1)))
+        return outputs
+
+
+class MaskDecoder(nn.Module):
+    """Features (B, 256, H, W) x kernels of P prompts -> logits (B, P, H, W): one product and nine shifted sums."""
+
+    def forward(self, features: Tensor, kernel: Tensor, tap_bias: Tensor, bias: Tensor) -> Tensor:
+        _, width, height, breadth = features.shape
+        taps = kernel.reshape(-1, width) @ features.reshape(-1, width, height * breadth)  # (B, 9 P, H W)
+        taps = taps + tap_bias.reshape(-1, 1)
+        taps = taps.reshape(-1, TAPS, height, breadth)  # (B P, 9, H, W)
+        logits = sum_shifted(taps).reshape(features.shape[0], -1, height, breadth)
+        return logits + bias.reshape(1, -1, 1, 1)
+
+
+class Fused(nn.Module):
+    """Image (B, 3, H, W) and tokens (B, L), row by row -> logits (B, 1, H, W)."""
+
+    def __init__(self, image_encoder: ImageEncoder, prompt_encoder: PromptEncoder) -> None:
+        super().__init__()
+        self.image_encoder, self.prompt_encoder = image_encoder, prompt_encoder
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        features = self.image_encoder(image)[0]
+        kernel, tap_bias, bias = self.prompt_encoder(tokens)
+        _, width, height, breadth = features.shape
+        taps = kernel @ features.reshape(-1, width, height * breadth) + tap_bias.unsqueeze(2)  # (B, 9, H W)
+        logits = sum_shifted(taps.reshape(-1, TAPS, height, breadth))
+        return logits.unsqueeze(1) + bias.reshape(-1, 1, 1, 1)
+
+
+class DeployForm(nn.Module):
+    """The parts of a network for one image size and one prompt length, ready to trace."""
+
+    def __init__(self, image_encoder: ImageEncoder, prompt_encoder: PromptEncoder) -> None:
+        super().__init__()
+        self.image_encoder, self.prompt_encoder, self.mask_decoder = image_encoder, prompt_encoder, MaskDecoder()
+
+    @property
+    def fused(self) -> Fused:
+        """Both encoders and the decoder in one, for one prompt a picture."""
+        return Fused(self.image_encoder, self.prompt_encoder)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        """Image (B, 3, H, W) and tokens (P, L): every prompt on every picture -> logits (B, P, H, W)."""
+        logits: Tensor = self.mask_decoder(self.image_encoder(image)[0], *self.prompt_encoder(tokens))
+        return logits
+
+
+def sum_shifted(taps: Tensor) -> Tensor:
+    """(N, 9, H, W) -> (N, H, W): tap (k_y, k_x) counts at the pixel k_y - 1, k_x - 1 before it, zero outside."""
+    _, _, height, breadth = taps.shape
+    padded = functional.pad(taps, (1, 1, 1, 1))
+    total = padded[:, 0, :height, :breadth]
+    for tap in range(1, TAPS):
+        y, x = divmod(tap, 3)
+        total = total + padded[:, tap, y : y + height, x : x + breadth]
+    return total
+
+
+def to_deploy_form(
+    model: CausalCLIPSeg,
+    image_hw: tuple[int, int],
+    prompt_length: int = 32,
+    with_masks: bool = False,
+    with_confounding: bool = False,
+) -> DeployForm:
+    """Rewrite the causal inference path exactly; the given model is left as it is.
+
+    Raises:
+        UsageError: an image size that is no multiple of 32, or a prompt length that does not fit.
+        RewriteRefused: the model is in training mode, or not built as the rewrites expect.
+    """
+    check_image_hw(image_hw)
+    if not 3 <= prompt_length <= CONTEXT_LENGTH:
+        raise UsageError(f"A prompt length of {prompt_length} is out of range. Use 3 to {CONTEXT_LENGTH}; 32 is usual.")
+    height, width = image_hw
+    kernel = FoldLastConvolution()(model.head)
+    prompt_encoder = PromptEncoder(FixPromptLength(prompt_length)(model.text_tower), kernel)
+    rise = nn.Sequential(
+        MixBeforeInterpolation((height // 16, width // 16))(model.head.block1),
+        MixBeforeInterpolation((height // 4, width // 4))(model.head.block2),
+    )
+    tower, neck = copy_for_rewriting(model.image_tower), copy_for_rewriting(model.neck)
+    _rewrite_tower(tower, (height // 32, width // 32))
+    _rewrite_neck(neck, (height // 16, width // 16))
+    return DeployForm(ImageEncoder(tower, neck, rise, with_masks, with_confounding), prompt_encoder).eval()
+
+
+def copy_for_rewriting(module: nn.Module) -> nn.Module:
+    """A copy whose modules can be replaced while it shares the original's tensors."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo=shared)
+
+
+def _rewrite_tower(tower: nn.Module, map_hw: tuple[int, int]) -> None:
+    tower.attnpool = FixAttentionPool(map_hw)(tower.attnpool)  # type: ignore[arg-type]
+    for module in tower.modules():
+        for number in (1, 2, 3):
+            convolution, norm = getattr(module, f"conv{number}", None), getattr(module, f"bn{number}", None)
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                folded = FoldBatchNorm()(nn.Sequential(convolution, norm).train(norm.training))
+                setattr(module, f"conv{number}", folded[0])  # type: ignore[index]
+                setattr(module, f"bn{number}", nn.Identity())
+        downsample = getattr(module, "downsample", None)
+        if isinstance(downsample, nn.Sequential):
+            convolution, norm = downsample[1], downsample[2]
+            downsample[1] = FoldBatchNorm()(nn.Sequential(convolution, norm).train(norm.training))[0]  # type: ignore[index]
+            downsample[2] = nn.Identity()
+
+
+def _rewrite_neck(neck: nn.Module, map_hw: tuple[int, int]) -> None:
+    neck.carafe = CarafeAsProduct()(neck.carafe)  # type: ignore[arg-type]
+    for name in ("project4", "refine4", "aggregate"):
+        setattr(neck, name, FoldBatchNorm()(getattr(neck, name)))
+    for masker in (neck.masker3, neck.masker4, neck.masker5):
+        _rewrite_masker(masker, map_hw)  # type: ignore[arg-type]
+
+
+def _rewrite_masker(masker: Masker, map_hw: tuple[int, int]) -> None:
+    masker.locate = FixCoordinates(map_hw)(masker.locate)  # type: ignore[assignment]
+    masker.relocate = FixCoordinates(map_hw)(masker.relocate)  # type: ignore[assignment]
+    masker.mix = FoldBatchNorm()(masker.mix)  # type: ignore[assignment]
+    masker.score = folded_convolution(masker.score, masker.norm)
+    masker.norm = nn.Identity()  # type: ignore[assignment]

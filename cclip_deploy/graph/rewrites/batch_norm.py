@@ -1,0 +1,66 @@
+"""Fold a batch norm into the convolution before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cclip_deploy.graph.rewrites.rewrite import Rewrite
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A fixed batch norm as x * scale + shift, per channel, worked out in float64."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a batch norm without running statistics is not an affine map")
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float64, of the one convolution that equals convolution then norm."""
+    scale, shift = scale_and_shift(norm)
+    bias = 0 if convolution.bias is None else convolution.bias.double() * scale
+    return convolution.weight.double() * scale[:, None, None, None], shift + bias
+
+
+def norm_refusal(norm: nn.BatchNorm2d) -> str | None:
+    """Why a norm is no fixed affine map, if it is none."""
+    if norm.training:
+        return "the batch norm is in training mode, so its statistics depend on the batch; call eval() first"
+    if norm.running_mean is None or norm.running_var is None:
+        return "the batch norm keeps no running statistics"
+    return None
+
+
+class FoldBatchNorm(Rewrite[nn.Sequential]):
+    """Sequential(convolution, batch norm, ...) -> Sequential(convolution with bias, ...)."""
+
+    def refusal(self, module: nn.Sequential) -> str | None:
+        if len(module) < 2 or not isinstance(module[0], nn.Conv2d) or not isinstance(module[1], nn.BatchNorm2d):
+            return "it does not begin with a convolution and a batch norm"
+        if module[0].padding_mode != "zeros":
+            return f"its convolution pads with {module[0].padding_mode}"
+        return norm_refusal(module[1])
+
+    def replacement(self, module: nn.Sequential) -> nn.Module:
+        convolution, norm, *rest = module
+        return nn.Sequential(folded_convolution(convolution, norm), *rest)  # type: ignore[arg-type]
+
+
+def folded_convolution(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """The one convolution with bias that equals convolution then norm."""
+    weight, bias = fold(convolution, norm)
+    folded = nn.Conv2d(
+        convolution.in_channels,
+        convolution.out_channels,
+        convolution.kernel_size,  # type: ignore[arg-type]
+        stride=convolution.stride,  # type: ignore[arg-type]
+        padding=convolution.padding,  # type: ignore[arg-type]
+        dilation=convolution.dilation,  # type: ignore[arg-type]
+        groups=convolution.groups,
+        device="meta",
+    )
+    dtype = convolution.weight.dtype
+    folded.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    folded.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return folded

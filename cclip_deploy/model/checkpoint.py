@@ -1,0 +1,179 @@
+"""Reading and writing checkpoints: ours (safetensors with the config inside) and the published layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
+from cclip_deploy.model.config import RN101, ModelConfig
+from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.model.published import from_published, is_published_layout, to_published
+
+FORMAT = "cclip-deploy checkpoint 1"
+NAMES_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A network in evaluation mode, and where it came from."""
+
+    model: CausalCLIPSeg
+    layout: Literal["ours", "published"]
+    path: Path
+    sha256: str
+    dropped: tuple[str, ...]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+def save_checkpoint(model: CausalCLIPSeg, path: Path) -> None:
+    """Write weights and config to one safetensors file; an existing file is replaced whole or not at all."""
+    metadata = {"format": FORMAT, "config": json.dumps(model.config.to_dict())}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        save_file(tensors, unfinished, metadata)
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise EnvironmentProblem(f"Could not write {path}: {error}. Free some space or choose another folder.") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> LoadedCheckpoint:
+    """Load either layout, strictly: every live tensor must be there, once, in its shape.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, of another network, or lacks tensors; the message names them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint at {path}. Give the path of a .safetensors or .pth file.")
+    config, tensors, layout, dropped = _read(path)
+    model = _build(config, tensors, path, layout)
+    return LoadedCheckpoint(model, layout, path, sha256_of(path), dropped)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors or a torch file, unwrapped, and the safetensors metadata (else empty)."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if len(head) == 16 and head[8:9] == b"{":
+        return _read_safetensors(path)
+    return _unwrap(_read_torch(path), path), {}
+
+
+def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Literal["ours", "published"], tuple[str, ...]]:
+    tensors, metadata = read_tensors(path)
+    if "config" in metadata:
+        try:
+            return ModelConfig.from_dict(json.loads(metadata["config"])), tensors, "ours", ()
+        except (UsageError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} names a config that this version cannot read: {error}") from error
+    if is_published_layout(tensors):
+        renamed, dropped = from_published(tensors, str(path))
+        return RN101, renamed, "published", dropped
+    raise CheckpointError(_describe_stranger(path, tensors))
+
+
+def _describe_stranger(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    if any(name.startswith("visual.") for name in tensors):
+        return (
+            f"{path} holds a CLIP network alone, without CausalCLIPSeg's neck and heads. "
+            "It can start a training (clip weights), but it cannot be exported."
+        )
+    shown = ", ".join(list(tensors)[:NAMES_SHOWN]) or "no tensors"
+    return f"{path} is no CausalCLIPSeg checkpoint: it holds {shown}. Give one in our layout or the published one."
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is a damaged or truncated safetensors file ({error}). Copy it again.") from error
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path} holds more than tensors, so loading it could run code: refused. "
+                "Save the state dict alone: torch.save(model.state_dict(), FILE)."
+            ) from error
+        raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({error}). Give a .safetensors or .pth file.") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint, or a damaged or truncated one ({str(error).splitlines()[0][:120]}). Copy it again."
+        ) from error
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
+    """Take a training script's wrapping off: {"state_dict": …} around, "module." before every name."""
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict().")
+    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    if len(tensors) != len(loaded):
+        others = [str(name) for name in loaded if str(name) not in tensors]
+        raise CheckpointError(f"{path}: {', '.join(others[:NAMES_SHOWN])} are no tensors. Save model.state_dict() alone.")
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _build(config: ModelConfig, tensors: dict[str, Tensor], path: Path, layout: str) -> CausalCLIPSeg:
+    with torch.device("meta"):
+        model = CausalCLIPSeg(config)
+    wanted = model.state_dict()
+    name_of = to_published if layout == "published" else str
+    _refuse(path, "lacks {n} tensors", [name_of(name) for name in wanted if name not in tensors])
+    _refuse(path, "holds {n} tensors too many", [name_of(name) for name in tensors if name not in wanted])
+    misshaped = [
+        f"{name_of(name)} {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted
+        if tensors[name].shape != wanted[name].shape
+    ]
+    _refuse(path, "has {n} tensors of another shape", misshaped)
+    cast = {name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()}
+    _refuse(path, "has {n} tensors with values that are not finite", [
+        name_of(name) for name, tensor in cast.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ])  # fmt: skip
+    model.load_state_dict(cast, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _refuse(path: Path, what: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:NAMES_SHOWN]) + (" …" if len(names) > NAMES_SHOWN else "")
+        raise CheckpointError(f"{path} {what.format(n=len(names))}: {shown}. Is it whole, and of this network?")

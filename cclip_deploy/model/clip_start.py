@@ -1,0 +1,67 @@
+"""CLIP's own weights as a starting point for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+from torch import Tensor
+
+from cclip_deploy.errors import CheckpointError, EnvironmentProblem
+from cclip_deploy.model.checkpoint import read_tensors
+from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.model.published import image_tower_name
+
+ARCHITECTURE = "RN101-quickgelu"
+
+
+@dataclass(frozen=True)
+class ClipStart:
+    """Our tensors that CLIP gave, and our towers' tensors that it has none for."""
+
+    found: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def load_clip_weights(model: CausalCLIPSeg, source: str) -> ClipStart:
+    """Fill both towers from open_clip's `pretrained` name (fetched by open_clip) or a local file, in place.
+
+    Raises:
+        CheckpointError: the file is not CLIP, or of another size than the model's towers.
+        EnvironmentProblem: open_clip could not fetch the weights.
+    """
+    tensors = _read_clip(source)
+    renamed = {
+        ("image_tower." + name.removeprefix("visual.") if name.startswith("visual.") else "text_tower." + name): tensor
+        for name, tensor in tensors.items()
+        if name != "logit_scale"
+    }
+    towers = {name: t for name, t in model.state_dict().items() if name.startswith(("image_tower.", "text_tower."))}
+    strangers = [name for name in renamed if name not in towers or towers[name].shape != renamed[name].shape]
+    if strangers:
+        raise CheckpointError(
+            f"{source} is CLIP {image_tower_name(tensors)}, whose tensors do not fit config {model.config.name!r} "
+            f"({', '.join(strangers[:4])} …). Give weights of {ARCHITECTURE}."
+        )
+    model.load_state_dict({name: t.to(towers[name].dtype) for name, t in renamed.items()}, strict=False)
+    return ClipStart(tuple(renamed), tuple(name for name in towers if name not in renamed))
+
+
+def _read_clip(source: str) -> Mapping[str, Tensor]:
+    names = open_clip.list_pretrained_tags_by_model(ARCHITECTURE)
+    if source in names:
+        try:
+            return open_clip.create_model(ARCHITECTURE, pretrained=source).state_dict()  # type: ignore[no-any-return]
+        except (OSError, RuntimeError) as error:
+            raise EnvironmentProblem(
+                f"open_clip could not fetch {ARCHITECTURE} {source!r}: {error}. Download it elsewhere and give the file."
+            ) from error
+    path = Path(source)
+    if not path.is_file():
+        raise CheckpointError(f"{source!r} is neither a file nor one of open_clip's weights for {ARCHITECTURE}: {names}.")
+    tensors, _ = read_tensors(path)
+    if not any(name.startswith("visual.") for name in tensors):
+        raise CheckpointError(f"{source} holds no CLIP network (no tensor is named visual.…).")
+    return tensors

@@ -1,0 +1,106 @@
+"""The sizes of the network: `rn101` as published, `tiny` for tests and the demo."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cclip_deploy.errors import UsageError
+
+STRIDE = 32
+CONTEXT_LENGTH = 77
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that fixes the shapes of a CausalCLIPSeg network (spec: Chen et al., MICCAI 2024)."""
+
+    name: str
+    vision_layers: tuple[int, int, int, int]
+    vision_width: int
+    vision_heads: int
+    embed_dim: int
+    grid: int
+    text_width: int
+    text_heads: int
+    text_layers: int
+    carafe_width: int
+    feature_width: int
+    vocabulary_size: int = 49408
+    context_length: int = CONTEXT_LENGTH
+
+    def __post_init__(self) -> None:
+        if self.embed_dim != self.neck_width:
+            raise UsageError(
+                f"Config {self.name!r} has embed_dim {self.embed_dim} and vision_width {self.vision_width}; "
+                f"the neck adds maps of both, so embed_dim must be 8 x vision_width = {self.neck_width}."
+            )
+
+    @property
+    def neck_width(self) -> int:
+        """Channels of stage 2, of v5 and of every map in the neck."""
+        return 8 * self.vision_width
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form; `from_dict` reads it back."""
+        return {**asdict(self), "vision_layers": list(self.vision_layers)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ModelConfig:
+        """The config that `to_dict` wrote; an unknown or a missing key is a UsageError."""
+        try:
+            return ModelConfig(**{**values, "vision_layers": tuple(values["vision_layers"])})
+        except (TypeError, KeyError) as error:
+            raise UsageError(f"Not a model config: {error}. Expected the keys of ModelConfig.") from error
+
+
+RN101 = ModelConfig(
+    name="rn101",
+    vision_layers=(3, 4, 23, 3),
+    vision_width=64,
+    vision_heads=32,
+    embed_dim=512,
+    grid=7,
+    text_width=512,
+    text_heads=8,
+    text_layers=12,
+    carafe_width=128,
+    feature_width=256,
+)
+
+TINY = ModelConfig(
+    name="tiny",
+    vision_layers=(1, 1, 2, 1),
+    vision_width=8,
+    vision_heads=4,
+    embed_dim=64,
+    grid=7,
+    text_width=64,
+    text_heads=4,
+    text_layers=2,
+    carafe_width=16,
+    feature_width=32,
+)
+
+CONFIGS = {config.name: config for config in (RN101, TINY)}
+
+
+def image_hw(text: str | int) -> tuple[int, int]:
+    """Parse `--image-size`: N or HxW, both multiples of 32."""
+    parts = str(text).lower().split("x")
+    try:
+        height, width = (int(parts[0]), int(parts[-1])) if len(parts) <= 2 else (0, 0)
+    except ValueError:
+        raise UsageError(f"Image size {text!r} is not N or HxW, for example 224 or 256x320.") from None
+    check_image_hw((height, width))
+    return height, width
+
+
+def check_image_hw(hw: tuple[int, int]) -> None:
+    """Raise UsageError unless both sides are positive multiples of 32."""
+    for side in hw:
+        if side < STRIDE or side % STRIDE:
+            near = max(STRIDE, round(side / STRIDE) * STRIDE)
+            raise UsageError(
+                f"Image size {hw[0]}x{hw[1]}: {side} is not a positive multiple of {STRIDE}. Use {near}, for example."
+            )
