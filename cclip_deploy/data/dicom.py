@@ -146,9 +146,10 @@ def _apply_modality(path: Path, stored: NDArray[Any], header: Dataset) -> NDArra
     if header.get("ModalityLUTSequence"):
         table = header.ModalityLUTSequence[0]
         looked_up, bits = _look_up(path, stored, table.LUTDescriptor, table.LUTData, header)
-        return looked_up * (2**bits - 1)
+        return looked_up * float(2**bits - 1)
     slope, intercept = _first_number(path, header, "RescaleSlope"), _first_number(path, header, "RescaleIntercept")
-    return stored.astype(np.float64) * (1 if slope is None else slope) + (intercept or 0)
+    rescaled: NDArray[np.float64] = stored.astype(np.float64) * (1 if slope is None else slope) + (intercept or 0)
+    return rescaled
 
 
 def _apply_voi(
@@ -164,7 +165,8 @@ def _apply_voi(
     seen = values[~padding]
     if not seen.size or seen.min() == seen.max():
         return np.zeros(values.shape)
-    return np.clip((values - seen.min()) / (seen.max() - seen.min()), 0, 1)
+    stretched: NDArray[np.float64] = np.clip((values - seen.min()) / (seen.max() - seen.min()), 0, 1)
+    return stretched
 
 
 def _window(path: Path, values: NDArray[np.float64], centre: float, width: float, function: str) -> NDArray[np.float64]:
@@ -175,13 +177,14 @@ def _window(path: Path, values: NDArray[np.float64], centre: float, width: float
             f"{path} has a window of function {function} and width {width:g}, which DICOM does not allow. "
             "Correct or remove WindowCenter and WindowWidth."
         )
-    if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
     if function == "LINEAR":
         centre, width = centre - 0.5, width - 1
     if width == 0:
         return (values > centre).astype(np.float64)
-    return np.clip((values - centre) / width + 0.5, 0, 1)
+    distance: NDArray[np.float64] = (values - centre) / width
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * distance, -700, 700)))
+    return np.clip(distance + 0.5, 0, 1)
 
 
 def _look_up(
@@ -192,12 +195,15 @@ def _look_up(
     pydicom's own look-ups index with the type of the entries, so tables of over 256 entries of 8 bits wrap there.
     """
     entries, first, bits = (int(number) for number in descriptor)
-    entries = entries or 2**16
+    entries = entries % 2**16 or 2**16
+    if first >= 2**15 and values.min() < 0:
+        first -= 2**16  # a rescale made the input signed, which pydicom cannot know when it reads the descriptor
+    numbers: Any = data
     if isinstance(data, bytes):
         order = "<" if header.file_meta.TransferSyntaxUID.is_little_endian else ">"
         packed = len(data) < 2 * entries
-        data, bits = np.frombuffer(data, np.uint8 if packed else f"{order}u2"), 8 if packed else bits
-    table = np.atleast_1d(np.asarray(data, dtype=np.float64))[:entries]
+        numbers, bits = np.frombuffer(data, np.uint8 if packed else f"{order}u2"), 8 if packed else bits
+    table = np.atleast_1d(np.asarray(numbers, dtype=np.float64))[:entries]
     if len(table) < entries or not 8 <= bits <= 16 or table.max() > 2**bits - 1:
         raise ImageError(
             f"{path} has a lookup table of {len(table)} entries up to {table.max(initial=0):g}, where its descriptor "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import stat
 import threading
 import warnings
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +74,9 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
         raise UsageError("No picture was given. Name at least one file or folder.")
     found: dict[Path, Path] = {}
     for path in paths:
+        if not path.is_dir():
+            _check_regular_file(path)
         for picture in _pictures_in(path) if path.is_dir() else [path]:
-            _check_regular_file(picture)
             found.setdefault(picture.resolve(), picture)
     return list(found.values())
 
@@ -149,7 +149,8 @@ def _is_picture_name(path: Path, folder: Path) -> bool:
 
 
 def _decode(path: Path) -> Picture:
-    with _open(path) as image:
+    # Opened here, because Pillow maps a named file into memory and then misreads TIFFs of orientation 5 to 8.
+    with path.open("rb") as file, _open(path, file) as image:
         check_pixel_count(path, *image.size)
         kind = _KINDS[str(image.format)]
         pages = getattr(image, "n_frames", 1)
@@ -160,40 +161,36 @@ def _decode(path: Path) -> Picture:
     return Picture(path=path, pixels=np.ascontiguousarray(pixels, dtype=np.float32), kind=kind, bits=bits)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, file: BinaryIO) -> Image.Image:
     try:
-        return Image.open(path, formats=_FORMATS)
+        return Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
-        count = re.search(r"\d+", str(error))
         raise ImageError(
-            f"{path} says that it has {count.group() if count else 'too many'} pixels; at most {MAX_PIXELS:,} are "
-            "read. Reduce or crop the picture first."
+            f"{path} says that it is far larger than the {MAX_PIXELS:,} pixels that are read: {error} "
+            "Reduce or crop the picture first."
         ) from error
     except UnidentifiedImageError as error:
-        with path.open("rb") as file:
-            start = file.read(8).hex(" ")
+        file.seek(0)
         raise ImageError(
-            f"{path} is not a complete PNG, JPEG, TIFF, BMP or DICOM file (it starts with bytes {start}). "
-            "Export the picture to one of these; DICOM needs its 128-byte preamble."
+            f"{path} is not a complete PNG, JPEG, TIFF, BMP or DICOM file (it starts with bytes "
+            f"{file.read(8).hex(' ')}). Export the picture to one of these; DICOM needs its 128-byte preamble."
         ) from error
 
 
 def _deep_grey(path: Path, image: Image.Image) -> tuple[NDArray[Any], int]:
     """Grey of more than 8 bits, (H, W) in [0, 1]; Pillow leaves depth and polarity of such TIFFs to the caller."""
     tags = getattr(image, "tag_v2", {})
-    is_float = image.mode == "F"
-    bits = 32 if is_float else tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0] if image.mode != "I" else 16
-    inverted = tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO
+    bits = {"I": 16, "F": 32}.get(image.mode) or int(tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0])
+    white = 1 if image.mode == "F" else 2**bits - 1
     values = np.asarray(ImageOps.exif_transpose(image), dtype=np.float64)
-    values = values if is_float else values / (2**bits - 1)
     low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 1):
-        scale = 1 if is_float else 2**bits - 1
+    if not (low >= 0 and high <= white):
         raise ImageError(
-            f"{path} has values from {low * scale:g} to {high * scale:g}, where 0 to {scale} is expected. "
+            f"{path} has values from {low:g} to {high:g}, where 0 to {white} is expected. "
             "Scale them and save a 16-bit grey PNG or TIFF."
         )
-    return (1 - values if inverted else values), bits
+    inverted = tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO
+    return (1 - values / white if inverted else values / white), bits
 
 
 def _shallow(image: Image.Image) -> tuple[NDArray[Any], int]:

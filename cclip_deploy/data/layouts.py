@@ -50,7 +50,9 @@ def read_flat(folder: Path) -> list[Referral]:
         referral = _read_referral(folder, row, where)
         first = seen.setdefault((referral.image, referral.text), number)
         if first != number:
-            raise DataError(f"{where}: {referral.image.name} has the text {referral.text!r} in row {first} too. Keep one.")
+            raise DataError(
+                f"{where}: {referral.image.name} has the text {referral.text!r} in row {first} too. Keep one."
+            )
         referrals.append(referral)
     return referrals
 
@@ -91,7 +93,9 @@ def _find_table(folder: Path) -> Path:
     tables = sorted(folder.glob("*.csv"))
     if len(tables) != 1:
         found = ", ".join(table.name for table in tables) or "none"
-        raise DataError(f"{folder} must hold one .csv table; found: {found}. The flat layout has {', '.join(FLAT_COLUMNS)}.")
+        raise DataError(
+            f"{folder} must hold one .csv table; found: {found}. The flat layout has {', '.join(FLAT_COLUMNS)}."
+        )
     return tables[0]
 
 
@@ -101,7 +105,9 @@ def _read_rows(table: Path) -> list[dict[str, str]]:
         with table.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} cannot be read as a CSV table in UTF-8: {error}. Save it again as CSV, UTF-8.") from error
+        raise DataError(
+            f"{table} cannot be read as a CSV table in UTF-8: {error}. Save it again as CSV, UTF-8."
+        ) from error
     while lines and not any(lines[-1]):
         lines.pop()
     if len(lines) < 2:

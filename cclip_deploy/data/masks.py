@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import unicodedata
@@ -129,14 +131,17 @@ def _save_together(images: dict[Path, Image.Image]) -> None:
     try:
         for target, part in parts.items():
             target.parent.mkdir(parents=True, exist_ok=True)
-            images[target].save(part, "PNG", compress_level=4)
+            buffer = io.BytesIO()
+            images[target].save(buffer, "PNG", compress_level=4)
+            part.write_bytes(buffer.getvalue())
         for target, part in parts.items():
             os.replace(part, target)
     except OSError as error:
         raise _writing_problem(next(iter(images)).parent, error) from error
     finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def _writing_problem(folder: Path, error: OSError) -> EnvironmentProblem:
@@ -192,7 +197,8 @@ def _grow(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _coverage(fine: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Which share of each overlay pixel the fine region covers, (h, w) in [0, 1]."""
-    return np.asarray(Image.fromarray(fine.astype(np.uint8) * 255).reduce(2), dtype=np.float32) / 255
+    covered = Image.fromarray(fine.astype(np.uint8) * 255).reduce(2)
+    return np.asarray(covered).astype(np.float32) / np.float32(255)
 
 
 def _blend(

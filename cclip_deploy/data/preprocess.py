@@ -69,4 +69,5 @@ def _resize(values: NDArray[Any], hw: tuple[int, int], resample: Image.Resamplin
     if min(hw) < 1:
         raise UsageError(f"Cannot resize to {hw[0]}x{hw[1]} pixels; both sides must be at least 1.")
     image = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
-    return np.clip(np.asarray(image.resize((hw[1], hw[0]), resample)), 0, 1)
+    resized: NDArray[np.float32] = np.clip(np.asarray(image.resize((hw[1], hw[0]), resample)), 0, 1)
+    return resized

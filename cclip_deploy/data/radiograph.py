@@ -157,7 +157,8 @@ def _draw_heart(frame: Frame, rng: np.random.Generator) -> Plane:
     mediastinum = step(0.052 - np.abs(frame.x + 0.006), 0.01) * step(0.7 - frame.y, 0.04)
     shadow = 1 - (1 - ventricle) * (1 - atrium) * (1 - 0.8 * trunk) * (1 - 0.7 * aorta) * (1 - 0.6 * mediastinum)
     hila = sum(
-        np.exp(-np.square((frame.x - x) / 0.032) - np.square((frame.y - y) / 0.06)) for x, y in ((-0.095, 0.45), (0.1, 0.42))
+        np.exp(-np.square((frame.x - x) / 0.032) - np.square((frame.y - y) / 0.06))
+        for x, y in ((-0.095, 0.45), (0.1, 0.42))
     )
     heart: Plane = np.minimum(shadow + 0.30 * hila, 1)
     return heart
@@ -203,7 +204,11 @@ def _draw_shoulders(frame: Frame, rng: np.random.Generator) -> Plane:
     height = rng.uniform(0.135, 0.165)
     middle = height - 0.13 * outward + 0.012 * np.sin(14 * outward)
     clavicle = step(0.013 - np.abs(frame.y - middle), 0.004) * step(outward - 0.035, 0.01) * step(0.38 - outward, 0.01)
-    blade = step(outward - 0.355 - 0.12 * np.abs(frame.y - 0.3), 0.006) * step(frame.y - 0.14, 0.03) * step(0.47 - frame.y, 0.05)
+    blade = (
+        step(outward - 0.355 - 0.12 * np.abs(frame.y - 0.3), 0.006)
+        * step(frame.y - 0.14, 0.03)
+        * step(0.47 - frame.y, 0.05)
+    )
     arm = step(0.05 - np.hypot(outward - 0.45, frame.y - 0.16), 0.01)
     return 0.15 * clavicle + 0.09 * blade + 0.14 * arm
 
@@ -221,7 +226,12 @@ def _draw_vessels(frame: Frame, rng: np.random.Generator) -> Plane:
 
 
 def _draw_vessel(
-    rng: np.random.Generator, pen: ImageDraw.ImageDraw, at: tuple[float, float], angle: float, outward: float, width: float
+    rng: np.random.Generator,
+    pen: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    angle: float,
+    outward: float,
+    width: float,
 ) -> None:
     """One vessel of short straight pieces; it forks where it has become thin."""
     while width > 0.003:

@@ -50,7 +50,9 @@ class Film:
     lesions: Mapping[Site, Mask]
 
 
-def make_film(rng: np.random.Generator, image_hw: tuple[int, int], *, marker_rho: float | None = None) -> SyntheticSample:
+def make_film(
+    rng: np.random.Generator, image_hw: tuple[int, int], *, marker_rho: float | None = None
+) -> SyntheticSample:
     """A film with 2 to 4 lesions and a prompt that names some but not all of them.
 
     Args:
@@ -67,7 +69,9 @@ def make_samples(
 ) -> list[SyntheticSample]:
     """One film asked up to `prompts` different questions (two lesions allow only two); a marker follows the first."""
     if min(image_hw) < MIN_SIDE_PX:
-        raise UsageError(f"A synthetic film of {image_hw[0]}x{image_hw[1]} is too small. Use {MIN_SIDE_PX} or more a side.")
+        raise UsageError(
+            f"A synthetic film of {image_hw[0]}x{image_hw[1]} is too small. Use {MIN_SIDE_PX} or more a side."
+        )
     if marker_rho is not None and not 0 <= marker_rho <= 1:
         raise UsageError(f"marker_rho is {marker_rho}. It is a probability: use a value from 0 to 1, or None.")
     present = [SITES[i] for i in sorted(rng.permutation(len(SITES))[: rng.integers(2, 5)])]
@@ -97,7 +101,7 @@ def _draw_lesion(rng: np.random.Generator, chest: Chest, site: Site) -> tuple[Pl
     """Attenuation (H, W) of a patchy opacity inside one lung, and the mask (H, W) of its inner half of the edge."""
     side, zone = site
     frame = chest.frame
-    radius_y, radius_x = rng.uniform(0.055, 0.085), rng.uniform(0.055, 0.09)
+    radius_y, radius_x = rng.uniform(0.06, 0.095), rng.uniform(0.065, 0.105)
     y = rng.uniform(*ZONE_CENTRES[zone])
     medial, lateral = lung_span(side, y)
     margin = min(0.6 * radius_x, 0.45 * (lateral - medial))
@@ -194,6 +198,8 @@ def _publishing(folder: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.rename(folder)
     except OSError as error:
-        raise EnvironmentProblem(f"Could not write {folder}: {error}. Free some space or choose another folder.") from error
+        raise EnvironmentProblem(
+            f"Could not write {folder}: {error}. Free some space or choose another folder."
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -82,7 +82,9 @@ def parse(text: str) -> Zones:
     for phrase in sentence["areas"].split(" and "):
         area = AREA.fullmatch(phrase.strip())
         if area is None:
-            raise PromptError(f"{phrase.strip()!r} in prompt {text!r} is not '<zones> left lung' or '<zones> right lung'.")
+            raise PromptError(
+                f"{phrase.strip()!r} in prompt {text!r} is not '<zones> left lung' or '<zones> right lung'."
+            )
         if area["side"] in named:
             raise PromptError(f"Prompt {text!r} names the {area['side']} lung twice. Name each lung once.")
         named[area["side"]] = _read_zones(area["zones"], text)

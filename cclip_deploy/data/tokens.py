@@ -36,7 +36,9 @@ class PromptTokenizer:
         try:
             return PromptTokenizer(Tokenizer.from_file(str(path)))
         except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(f"{path} is no tokenizer.json of `tokenizers`: {error}. Export the bundle again.") from error
+            raise DataError(
+                f"{path} is no tokenizer.json of `tokenizers`: {error}. Export the bundle again."
+            ) from error
 
     @staticmethod
     def from_open_clip() -> PromptTokenizer:

@@ -25,10 +25,7 @@ ENGINE_PACKAGES = (
 )
 OTHER_PACKAGES = ("onnx", "onnxscript", "open-clip-torch", "pycuda", "cuda-bindings", "cclip-deploy")
 
-CPU_FLAGS = frozenset(
-    "avx2 fma avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 avx_vnni amx_tile amx_int8 amx_bf16 "
-    "asimd asimddp asimdhp i8mm bf16 sve sve2".split()
-)
+CPU_FLAG_PREFIXES = ("avx", "amx", "fma", "asimd", "sve", "i8mm", "bf16")
 ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
@@ -61,6 +58,7 @@ PASSING_GPU_FIELDS = {
 TEXT_GPU_FIELDS = ("name", "driver", "throttle_reasons")
 THROTTLE_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 NVIDIA_SMI_SECONDS = 20
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def fingerprint() -> dict[str, Any]:
@@ -88,8 +86,8 @@ def fingerprint_id(facts: Mapping[str, Any]) -> str:
     """Sixteen hexadecimal digits, equal for two fingerprints whose timings may be compared.
 
     In it: the processor, its cores and quota, the GPUs, their driver and clock and power limits, the engine libraries,
-    Python's minor version, and the environment's thread settings. Not in it: load, time, present clocks, memory, kernel, and the version of
-    cclip-deploy itself, because a latency gate compares versions of it.
+    Python's minor version, and the environment's thread settings. Not in it: load, time, present clocks, memory,
+    kernel, and the version of cclip-deploy itself, because a latency gate compares versions of it.
     """
     text = json.dumps(dict(_comparable(facts)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -113,9 +111,9 @@ def read_cpu() -> dict[str, Any]:
         "model": lines.get("model name") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "usable_cores": usable_cores(),
-        "quota_cores": read_cpu_quota(Path("/sys/fs/cgroup")),
+        "quota_cores": read_cpu_quota(CGROUP),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "flags": sorted(flags & CPU_FLAGS),
+        "flags": sorted(flag for flag in flags if flag.startswith(CPU_FLAG_PREFIXES)),
     }
 
 
@@ -126,16 +124,18 @@ def usable_cores() -> int:
 
 def read_cpu_quota(cgroup: Path) -> float | None:
     """Cores' worth of time that a container may use (cgroup v2, then v1); None where it is not limited."""
-    quota_us, period_us = ((_read(cgroup / "cpu.max") or "max").split() + [""])[:2]
+    quota_us, period_us = [*(_read(cgroup / "cpu.max") or "max").split(), ""][:2]
     if quota_us == "max":
         quota_us = _read(cgroup / "cpu" / "cpu.cfs_quota_us") or "-1"
         period_us = _read(cgroup / "cpu" / "cpu.cfs_period_us") or "100000"
     return int(quota_us) / int(period_us) if int(quota_us) > 0 else None
 
 
-def total_memory_bytes() -> int:
-    """Physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def total_memory_bytes(cgroup: Path = CGROUP) -> int:
+    """Memory that this process may use: the machine's, or a container's limit (cgroup v2) where that is lower."""
+    limit = _read(cgroup / "memory.max") or "max"
+    physical_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return physical_bytes if limit == "max" else min(physical_bytes, int(limit))
 
 
 def installed_version(distribution: str) -> str | None:

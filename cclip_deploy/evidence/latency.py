@@ -1,4 +1,4 @@
-"""Latency of several candidates in one run: interleaved rounds, percentiles, paired ratios, throughput."""
+"""Latency of several candidates in one run: interleaved rounds, a report of them, throughput."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cclip_deploy.errors import UsageError
 from cclip_deploy.evidence.fingerprint import fingerprint
+from cclip_deploy.evidence.latency_statistics import MINIMUM_ROUNDS, PairedRatio, paired_ratio, summarise
 
-MINIMUM_ROUNDS = 3
-QUIET_PROBE_SECONDS = 0.002
+QUIET_PROBE_SECONDS = 0.02  # several scheduler ticks: the kernel books a running thread's time only at ticks
 QUIET_CORES = 0.2
 QUIET_PATIENCE_SECONDS = 1.0
 NANOSECONDS_PER_MS = 1e6
-CONFIDENCE = 0.95
-RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
@@ -55,46 +53,6 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class LatencySummary:
-    """Percentiles of one candidate's rounds; warm-up runs are in none of them.
-
-    `first_ms` is the very first call (compilation, allocation, page faults), None when nothing was warmed up.
-    """
-
-    p50_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    min_ms: float
-    max_ms: float
-    mean_ms: float
-    n: int
-    first_ms: float | None
-    warmup_n: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PairedRatio:
-    """How many times faster `candidate` is than `baseline`: median over rounds, with a bootstrap interval."""
-
-    baseline: str
-    candidate: str
-    ratio: float
-    low: float
-    high: float
-    confidence: float
-    n: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Throughput:
     """Items finished per second with `concurrency` calls in flight."""
 
@@ -118,7 +76,7 @@ def measure_interleaved(
     settle: Callable[[], bool] | None = None,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:
-    """Time every candidate once a round, in a fresh random order each round, so that drift of the machine hits all alike.
+    """Time every candidate once a round, in a fresh random order each round, so that drift hits all alike.
 
     Before each run the process comes to rest: the thread pools of ONNX Runtime and of OpenMP spin for a while after a
     run, and on few cores they would slow down whoever comes next.
@@ -166,56 +124,6 @@ def wait_until_quiet() -> bool:
         if time.process_time() - used_before < QUIET_CORES * QUIET_PROBE_SECONDS:
             return True
     return False
-
-
-def summarise(samples_ms: ArrayLike, warmup_ms: ArrayLike = ()) -> LatencySummary:
-    """Percentiles of the samples.
-
-    p50 is the median. p90, p95 and p99 are nearest-rank: the smallest sample that at least that share of all samples
-    does not exceed, so each is a run that happened. Hence p99 is the maximum while n < 100, and p90 while n < 10; `n`
-    stands beside them for that reason.
-    """
-    samples, warmup = np.sort(_as_samples(samples_ms)), np.asarray(warmup_ms, dtype=np.float64)
-    return LatencySummary(
-        p50_ms=float(np.median(samples)),
-        p90_ms=_nearest_rank(samples, 90),
-        p95_ms=_nearest_rank(samples, 95),
-        p99_ms=_nearest_rank(samples, 99),
-        min_ms=float(samples[0]),
-        max_ms=float(samples[-1]),
-        mean_ms=float(samples.mean()),
-        n=samples.size,
-        first_ms=float(warmup[0]) if warmup.size else None,
-        warmup_n=warmup.size,
-    )
-
-
-def paired_ratio(
-    baseline_ms: ArrayLike, candidate_ms: ArrayLike, seed: int, baseline: str = "baseline", candidate: str = "candidate"
-) -> PairedRatio:
-    """Median over rounds of baseline time / candidate time: above 1 where the candidate is faster.
-
-    The interval is the percentile bootstrap over rounds. It knows nothing of what the rounds did not show, and with
-    fewer than about ten of them it covers less than it claims.
-
-    Args:
-        baseline_ms: (n,) samples, positive; round by round those of `candidate_ms`.
-        candidate_ms: (n,) samples, positive.
-        seed: fixes the bootstrap.
-    """
-    above, below = _as_samples(baseline_ms), _as_samples(candidate_ms)
-    if above.size != below.size or above.size < MINIMUM_ROUNDS:
-        raise UsageError(
-            f"A paired ratio needs the same {MINIMUM_ROUNDS} or more rounds of both; "
-            f"{baseline!r} has {above.size}, {candidate!r} has {below.size}. Measure them in one interleaved run."
-        )
-    ratios = above / below
-    picks = np.random.default_rng(seed).integers(0, ratios.size, (RESAMPLES, ratios.size))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.median(ratios[picks], axis=1), [tail, 1 - tail])
-    return PairedRatio(
-        baseline, candidate, float(np.median(ratios)), float(low), float(high), CONFIDENCE, n=ratios.size
-    )
 
 
 def paired_ratios(
@@ -332,18 +240,3 @@ def _collector_paused() -> Iterator[None]:
         if was_enabled:
             gc.enable()
             gc.collect(1)
-
-
-def _as_samples(samples_ms: ArrayLike) -> NDArray[np.float64]:
-    samples = np.asarray(samples_ms, dtype=np.float64)
-    if samples.ndim != 1 or samples.size == 0 or not np.all(np.isfinite(samples) & (samples > 0)):
-        raise UsageError(
-            f"Latency samples must be a list of positive milliseconds, not an array of shape {samples.shape}"
-            f"{f' from {np.min(samples)} to {np.max(samples)}' if samples.size else ''}."
-        )
-    return samples
-
-
-def _nearest_rank(ordered: NDArray[np.float64], percent: int) -> float:
-    rank = -(-percent * ordered.size // 100)
-    return float(ordered[rank - 1])

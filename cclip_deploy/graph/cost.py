@@ -151,7 +151,9 @@ def _cost_of(node: _Node) -> NodeCost | None:
     proto = node.proto
     hidden = sorted(set(_operators_inside(proto)) & (RULES.keys() | WITHOUT_RULE))
     if proto.op_type in WITHOUT_RULE or proto.domain not in STANDARD_DOMAINS or hidden:
-        what = f"it has {', '.join(hidden)} in a subgraph" if hidden else f"no rule for {proto.domain or 'its'} operator"
+        what = (
+            f"it has {', '.join(hidden)} in a subgraph" if hidden else f"no rule for {proto.domain or 'its'} operator"
+        )
         raise DataError(f"Cannot count {node}: {what}. Export the graph without it, or add a rule to graph/cost.py.")
     if proto.op_type not in RULES:
         return None
@@ -171,7 +173,9 @@ def _without_weights(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.M
     graph = onnx.GraphProto(name=model.graph.name)
     stored = {tensor.name for tensor in model.graph.initializer}
     graph.input.extend(_bind(value, sizes) for value in model.graph.input if value.name not in stored)
-    graph.output.extend(onnx.ValueInfoProto(name=value.name, type=_without_shape(value.type)) for value in model.graph.output)
+    graph.output.extend(
+        onnx.ValueInfoProto(name=value.name, type=_without_shape(value.type)) for value in model.graph.output
+    )
     for tensor in model.graph.initializer:
         _add_constant(graph, tensor.name, tensor)
     for node in model.graph.node:
@@ -206,7 +210,9 @@ def _bind(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> onnx.ValueInf
             continue
         symbol = dim.dim_param
         if not symbol:
-            raise DataError(f"Input {value.name!r} has no size and no name for axis {axis}. Export it with a named one.")
+            raise DataError(
+                f"Input {value.name!r} has no size and no name for axis {axis}. Export it with a named one."
+            )
         if sizes.get(symbol, 0) < 1:
             raise UsageError(
                 f"Input {value.name!r} has the symbolic size {symbol!r} on axis {axis}, and the sizes given are "

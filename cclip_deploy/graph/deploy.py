@@ -71,16 +71,10 @@ class MaskDecoder(nn.Module):
         return logits + bias.reshape(1, -1, 1, 1)
 
 
-class Fused(nn.Module):
-    """Image (B, 3, H, W) and tokens (B, L), row by row -> logits (B, 1, H, W)."""
+class RowDecoder(nn.Module):
+    """The mask decoder for one prompt a picture: features (B, 256, H, W), kernels of B prompts -> logits (B, 1, H, W)."""
 
-    def __init__(self, image_encoder: ImageEncoder, prompt_encoder: PromptEncoder) -> None:
-        super().__init__()
-        self.image_encoder, self.prompt_encoder = image_encoder, prompt_encoder
-
-    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
-        features = self.image_encoder(image)[0]
-        kernel, tap_bias, bias = self.prompt_encoder(tokens)
+    def forward(self, features: Tensor, kernel: Tensor, tap_bias: Tensor, bias: Tensor) -> Tensor:
         _, width, height, breadth = features.shape
         taps = kernel @ features.reshape(-1, width, height * breadth) + tap_bias.unsqueeze(2)  # (B, 9, H W)
         logits = sum_shifted(taps.reshape(-1, TAPS, height, breadth))
@@ -92,12 +86,13 @@ class DeployForm(nn.Module):
 
     def __init__(self, image_encoder: ImageEncoder, prompt_encoder: PromptEncoder) -> None:
         super().__init__()
-        self.image_encoder, self.prompt_encoder, self.mask_decoder = image_encoder, prompt_encoder, MaskDecoder()
+        self.image_encoder, self.prompt_encoder = image_encoder, prompt_encoder
+        self.mask_decoder, self.row_decoder = MaskDecoder(), RowDecoder()
 
-    @property
-    def fused(self) -> Fused:
-        """Both encoders and the decoder in one, for one prompt a picture."""
-        return Fused(self.image_encoder, self.prompt_encoder)
+    def fused(self, image: Tensor, tokens: Tensor) -> Tensor:
+        """Image (B, 3, H, W) and tokens (B, L), row by row -> logits (B, 1, H, W)."""
+        logits: Tensor = self.row_decoder(self.image_encoder(image)[0], *self.prompt_encoder(tokens))
+        return logits
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
         """Image (B, 3, H, W) and tokens (P, L): every prompt on every picture -> logits (B, P, H, W)."""

@@ -1,22 +1,24 @@
-"""An FP32 graph as an FP16 graph: precision is written into the ONNX file, and engines are built strongly typed from it.
+"""An FP32 graph as an FP16 graph: precision is written into the ONNX file, and engines are built strongly typed.
 
 Every node runs in one type. A node's float inputs are cast where they are held in the other type, and each cast is made
-once and shared; weights are converted, not cast, and a weight that both types read is stored in both. Which inputs may be
-half at all is read from the operators' ONNX schemas, so a resize keeps its FP32 scales. Inputs and outputs stay FP32.
+once and shared; weights are converted, not cast, and a weight that both types read is stored in both. Which inputs may
+be half at all is read from the operators' ONNX schemas, so a resize keeps its FP32 scales.
 
 onnxruntime's and onnxconverter_common's converters were tried first: they round a resize's scales (600 rows became 799
-instead of 800), leave `value_float` constants FP32 in a half sum, and append casts out of order, which onnx.checker refuses.
+instead of 800), leave `value_float` constants FP32 in a half sum, and append casts out of order, which onnx.checker
+refuses.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterator
 
     import numpy as np
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -38,23 +40,29 @@ FP32_ISLANDS = frozenset(
 LARGEST_HALF = 65504.0
 SMALLEST_HALF = 2.0**-24
 MASKED = -30000.0
-"""Stands for minus infinity in an additive mask: exp() of it is 0 beside any unmasked score, and two of them still add up."""
+"""Stands for minus infinity in an additive mask: exp() of it is 0 beside any unmasked score; two stay finite."""
 
 _FLOAT, _HALF = 1, 10  # TensorProto.FLOAT, TensorProto.FLOAT16
 _TYPED_BY_ATTRIBUTE = frozenset(
-    {"Bernoulli", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+    {
+        "Bernoulli",
+        "ConstantOfShape",
+        "EyeLike",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
 )
 _SHORT_NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 
 
-def to_fp16(
-    model: ModelProto, islands: Collection[str] = FP32_ISLANDS, fp32_nodes: Collection[str] = ()
-) -> ModelProto:
+def to_fp16(model: ModelProto, islands: Collection[str] = FP32_ISLANDS, fp32_nodes: Collection[str] = ()) -> ModelProto:
     """A new graph that computes in float16; `model` is not changed.
 
     Graph inputs and outputs keep name and type (images and logits float32, tokens int64). Float weights become float16,
-    nonzero ones at least 2**-24. A mask constant (only zeros and values at or below -65504, minus infinity included, read
-    by Add or Where alone) has those values set to -30000.
+    nonzero ones at least 2**-24. A mask constant (only zeros and values at or below -65504, minus infinity included,
+    read by Add or Where alone) has those values set to -30000.
 
     Args:
         model: FP32 graph without subgraphs, weights loaded.
@@ -87,7 +95,7 @@ def precision_share(model: ModelProto) -> dict[str, int]:
     share: dict[str, int] = defaultdict(int)
     for tensor in model.graph.initializer:
         name = TensorProto.DataType.Name(tensor.data_type)
-        share[_SHORT_NAMES.get(name, name.lower())] += _elements(tensor)
+        share[_SHORT_NAMES.get(name, name.lower())] += math.prod(tensor.dims)
     return dict(share)
 
 
@@ -100,12 +108,14 @@ class _Conversion:
         self.nodes = [node for node in model.graph.node if not _is_lifted(node, self.constants)]
         self.types = _tensor_types(model, self.constants)
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
+        weights = {tensor.name for tensor in model.graph.initializer}
+        self.inputs = [value for value in model.graph.input if value.name not in weights]
+        self.held = {value.name: _FLOAT for value in self.inputs if self._is_float(value.name)}
+        self.names: dict[tuple[str, int], str] = {(name, _FLOAT): name for name in self.held}
         self.runs_in = [self._run_type(node, islands, fp32_nodes) for node in self.nodes]
         self.readers = self._constant_readers()
         self.outputs = {value.name for value in model.graph.output}
         self.taken = set(self.types)
-        self.held = {value.name: _FLOAT for value in model.graph.input if self._is_float(value.name)}
-        self.names: dict[tuple[str, int], str] = {(name, _FLOAT): name for name in self.held}
 
     def convert(self) -> ModelProto:
         import onnx
@@ -116,16 +126,22 @@ class _Conversion:
         half.opset_import.extend(self.model.opset_import)
         half.metadata_props.extend(self.model.metadata_props)
         half.graph.name = self.model.graph.name
-        half.graph.input.extend(self.model.graph.input)
+        half.graph.input.extend(self.inputs)
         half.graph.output.extend(self.model.graph.output)
         half.graph.initializer.extend(self._constants_in_their_types())
         for index, (node, run) in enumerate(zip(self.nodes, self.runs_in, strict=True)):
             self._add_node(half.graph, node, run, index)
-        for value in self.model.graph.value_info:
-            if value.name not in self.constants and self.names.get((value.name, self.held.get(value.name, 0))):
-                half.graph.value_info.add().CopyFrom(value)
-                half.graph.value_info[-1].type.tensor_type.elem_type = self.held[value.name]
+        self._add_value_info(half.graph)
         return half
+
+    def _add_value_info(self, graph: GraphProto) -> None:
+        """The shapes that the FP32 graph knew, with the types that the tensors have now."""
+        for value in self.model.graph.value_info:
+            if value.name in self.constants or value.name in self.outputs:
+                continue
+            graph.value_info.add().CopyFrom(value)
+            if self._is_float(value.name):
+                graph.value_info[-1].type.tensor_type.elem_type = self.held[value.name]
 
     def _is_float(self, name: str) -> bool:
         return self.types.get(name) == _FLOAT
@@ -155,21 +171,15 @@ class _Conversion:
             return None
 
     def _input_types(self, node: NodeProto, run: int) -> list[int]:
-        """The type each input is read in: a cast reads what is there, and a formal `tensor(float)` stays float."""
+        """The type each input is read in; a cast reads what is there."""
         if node.op_type == "Cast":
             return [self.held.get(node.input[0], _FLOAT)]
         schema = self._schema(node)
-        if schema is None:
-            return [_FLOAT] * len(node.input)
-        fixed = [_formal(schema.inputs, index).type_str == "tensor(float)" for index in range(len(node.input))]
-        return [_FLOAT if is_fixed else run for is_fixed in fixed]
+        return _types_by_schema(schema.inputs if schema else None, len(node.input), run)
 
     def _output_types(self, node: NodeProto, run: int) -> list[int]:
         schema = self._schema(node)
-        if schema is None:
-            return [_FLOAT] * len(node.output)
-        fixed = [_formal(schema.outputs, index).type_str == "tensor(float)" for index in range(len(node.output))]
-        return [_FLOAT if is_fixed else run for is_fixed in fixed]
+        return _types_by_schema(schema.outputs if schema else None, len(node.output), run)
 
     def _constant_readers(self) -> dict[str, list[tuple[NodeProto, int]]]:
         """For each float constant the nodes that read it, with the type they read."""
@@ -193,7 +203,8 @@ class _Conversion:
                 self.names[name, _FLOAT] = tensor.name
                 yield tensor
             if _HALF in kinds:
-                halved = _halve(name, numpy_helper.to_array(tensor), [n for n, kind in self.readers[name] if kind == _HALF])
+                readers = [node for node, kind in self.readers[name] if kind == _HALF]
+                halved = _halve(name, numpy_helper.to_array(tensor), readers)
                 self.names[name, _HALF] = self._fresh(f"{name}/fp16") if _FLOAT in kinds else name
                 yield numpy_helper.from_array(halved, self.names[name, _HALF])
 
@@ -253,8 +264,8 @@ def _halve(name: str, values: np.ndarray[Any, Any], readers: list[NodeProto]) ->
     if outside.any():
         worst = values[outside][0]
         raise ParityError(
-            f"Weight {name!r} holds {int(outside.sum())} of {values.size} values that float16 cannot (the first is {worst:g}, "
-            f"the limit 65504), read by node {readers[0].name!r} ({readers[0].op_type}). "
+            f"Weight {name!r} has {int(outside.sum())} of {values.size} values that float16 cannot hold (the first is "
+            f"{worst:g}, the limit 65504), read by node {readers[0].name!r} ({readers[0].op_type}). "
             f"Keep that node in FP32 (fp32_nodes=[{readers[0].name!r}]) or scale the weight."
         )
     halved = values.astype(np.float16)
@@ -279,9 +290,9 @@ def _float_constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
         if attribute.name == "value" and attribute.t.data_type == _FLOAT:
             yield node.output[0], numpy_helper.from_array(numpy_helper.to_array(attribute.t), node.output[0])
         elif attribute.name == "value_float":
-            yield node.output[0], numpy_helper.from_array(np.float32(attribute.f).reshape(()), node.output[0])
+            yield node.output[0], numpy_helper.from_array(np.array(attribute.f, np.float32), node.output[0])
         elif attribute.name == "value_floats":
-            yield node.output[0], numpy_helper.from_array(np.float32(attribute.floats), node.output[0])
+            yield node.output[0], numpy_helper.from_array(np.array(attribute.floats, np.float32), node.output[0])
 
 
 def _is_lifted(node: NodeProto, constants: dict[str, TensorProto]) -> bool:
@@ -326,16 +337,14 @@ def _refuse_what_has_no_flat_form(model: ModelProto) -> None:
             raise ParityError(f"Weight {tensor.name!r} lies in another file. Load the graph with its external data.")
 
 
+def _types_by_schema(formals: Any, count: int, run: int) -> list[int]:
+    """`run` for each of `count` float tensors, but float32 where the schema fixes that, or where there is none."""
+    if formals is None:
+        return [_FLOAT] * count
+    fixed = [_formal(formals, index).type_str == "tensor(float)" for index in range(count)]
+    return [_FLOAT if is_fixed else run for is_fixed in fixed]
+
+
 def _formal(formals: Any, index: int) -> Any:
     """The formal parameter of an input or output; the last one of a variadic operator serves all that follow."""
     return formals[min(index, len(formals) - 1)]
-
-
-def _elements(tensor: TensorProto) -> int:
-    import math
-
-    return math.prod(_positive(tensor.dims))
-
-
-def _positive(dims: Iterable[int]) -> list[int]:
-    return [int(size) for size in dims]

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,16 +52,15 @@ class _CausalPath(nn.Module):
 def plan_deploy_graphs(
     form: DeployForm, config: ModelConfig, image_hw: tuple[int, int], prompt_length: int
 ) -> list[GraphPlan]:
-    """The four graphs of a deploy form, in the order prompt_encoder, image_encoder, mask_decoder, fused."""
-    image, tokens = _examples(image_hw, prompt_length, TRACED_BATCH)
+    """What is traced of a deploy form: both encoders, the mask decoder, and the row decoder that `fuse` needs."""
+    image = _examples(image_hw, prompt_length, TRACED_BATCH)[0]
     prompts = _examples(image_hw, prompt_length, TRACED_PROMPTS)[1]
     width = config.feature_width
-    decoder_inputs = {
-        "features": torch.rand(TRACED_BATCH, width, *image_hw),
-        "kernel": torch.rand(TRACED_PROMPTS, TAPS, width),
-        "tap_bias": torch.rand(TRACED_PROMPTS, TAPS),
-        "bias": torch.rand(TRACED_PROMPTS),
-    }
+    features = {"features": torch.rand(TRACED_BATCH, width, *image_hw)}
+    kernels, row_kernels = (
+        {"kernel": torch.rand(rows, TAPS, width), "tap_bias": torch.rand(rows, TAPS), "bias": torch.rand(rows)}
+        for rows in (TRACED_PROMPTS, TRACED_BATCH)
+    )
     encoder = form.image_encoder
     image_outputs = (
         "features",
@@ -80,13 +78,12 @@ def plan_deploy_graphs(
             image_outputs, dict.fromkeys(image_outputs, batch),
         ),
         GraphPlan(
-            "mask_decoder", form.mask_decoder, decoder_inputs,
-            {"features": batch, "kernel": per_prompt, "tap_bias": per_prompt, "bias": per_prompt},
-            ("logits",), {"logits": {0: "batch", 1: "prompts"}},
+            "mask_decoder", form.mask_decoder, {**features, **kernels},
+            {"features": batch, **dict.fromkeys(kernels, per_prompt)}, ("logits",), {"logits": {0: "batch", 1: "prompts"}},
         ),
         GraphPlan(
-            "fused", form.fused, {"image": image, "tokens": tokens}, {"image": batch, "tokens": batch},
-            ("logits",), {"logits": batch},
+            "row_decoder", form.row_decoder, {**features, **row_kernels},
+            {"features": batch, **dict.fromkeys(row_kernels, batch)}, ("logits",), {"logits": batch},
         ),
     ]  # fmt: skip
 
@@ -99,7 +96,6 @@ def plan_plain_graph(model: CausalCLIPSeg, image_hw: tuple[int, int], prompt_len
 
 def trace(plan: GraphPlan) -> onnx.ModelProto:
     """Export one graph with PyTorch's dynamo exporter, name its dimensions, and run onnx's checker on it."""
-    import onnx
 
     dims = {name: torch.export.Dim(name, min=1, max=65536) for name in _symbols(plan)}
     shapes = {name: {axis: dims[s] for axis, s in plan.dynamic.get(name, {}).items()} for name in plan.inputs}
@@ -126,14 +122,6 @@ def trace(plan: GraphPlan) -> onnx.ModelProto:
     model.graph.name = plan.name
     model.producer_name = "cclip-deploy"
     return model
-
-
-def write_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Save a graph as one file and check it with onnx's checker, shapes included."""
-    import onnx
-
-    onnx.save(model, path)
-    onnx.checker.check_model(str(path), full_check=True)
 
 
 def _examples(image_hw: tuple[int, int], prompt_length: int, rows: int) -> tuple[Tensor, Tensor]:

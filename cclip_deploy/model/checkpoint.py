@@ -50,7 +50,9 @@ def save_checkpoint(model: CausalCLIPSeg, path: Path) -> None:
         save_file(tensors, unfinished, metadata)
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
-        raise EnvironmentProblem(f"Could not write {path}: {error}. Free some space or choose another folder.") from error
+        raise EnvironmentProblem(
+            f"Could not write {path}: {error}. Free some space or choose another folder."
+        ) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -124,7 +126,9 @@ def _read_torch(path: Path) -> object:
                 f"{path} holds more than tensors, so loading it could run code: refused. "
                 "Save the state dict alone: torch.save(model.state_dict(), FILE)."
             ) from error
-        raise CheckpointError(f"{path} is no checkpoint, or a damaged one ({error}). Give a .safetensors or .pth file.") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint, or a damaged one ({error}). Give a .safetensors or .pth file."
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is no checkpoint, or a damaged or truncated one ({str(error).splitlines()[0][:120]}). Copy it again."
@@ -146,7 +150,9 @@ def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
     if len(tensors) != len(loaded):
         others = [str(name) for name in loaded if str(name) not in tensors]
-        raise CheckpointError(f"{path}: {', '.join(others[:NAMES_SHOWN])} are no tensors. Save model.state_dict() alone.")
+        raise CheckpointError(
+            f"{path}: {', '.join(others[:NAMES_SHOWN])} are no tensors. Save model.state_dict() alone."
+        )
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors

@@ -60,7 +60,9 @@ def _read_clip(source: str) -> Mapping[str, Tensor]:
             ) from error
     path = Path(source)
     if not path.is_file():
-        raise CheckpointError(f"{source!r} is neither a file nor one of open_clip's weights for {ARCHITECTURE}: {names}.")
+        raise CheckpointError(
+            f"{source!r} is neither a file nor one of open_clip's weights for {ARCHITECTURE}: {names}."
+        )
     tensors, _ = read_tensors(path)
     if not any(name.startswith("visual.") for name in tensors):
         raise CheckpointError(f"{source} holds no CLIP network (no tensor is named visual.…).")

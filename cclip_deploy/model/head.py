@@ -46,7 +46,11 @@ class MaskHead(nn.Module):
 
     def forward(self, features: Tensor, state: Tensor) -> Tensor:
         """(B, 512, H/16, W/16), (B, 512) -> logits (B, 1, H, W)."""
-        x = self.mix(self.rise(features))  # (B, 256, H, W)
+        return self.answer(self.rise(features), state)
+
+    def answer(self, risen: Tensor, state: Tensor) -> Tensor:
+        """Risen features (B, 256, H, W) and states (B, 512), row by row -> logits (B, 1, H, W)."""
+        x = self.mix(risen)
         batch, width, height, breadth = x.shape
         kernel = self.kernel(state)
         logits = functional.conv2d(

@@ -71,9 +71,7 @@ class ImageTower(ModifiedResNet):  # type: ignore[misc]  # open_clip is untyped
             image_size=config.grid * STRIDE,
             width=config.vision_width,
         )
-        self.attnpool = DenseAttentionPool(
-            config.grid, 32 * config.vision_width, config.vision_heads, config.embed_dim
-        )
+        self.attnpool = DenseAttentionPool(config.grid, 32 * config.vision_width, config.vision_heads, config.embed_dim)
         self.init_parameters()
 
     def forward(self, image: Tensor) -> ImagePyramid:

@@ -1,0 +1,42 @@
+# All set-up happens here: a fresh machine needs Python 3.11 or later, and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUNTIME := .venv-runtime
+BIN := $(VENV)/bin
+
+.PHONY: demo test check lint format pytest clean
+
+demo: $(VENV)/installed
+	$(BIN)/cclip-deploy demo
+
+test: check
+
+check: lint pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+pytest: $(VENV)/installed $(RUNTIME)/installed
+	$(BIN)/python -m pytest
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Development environment: every extra that can be installed from PyPI alone.
+$(VENV)/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# What a server gets: no torch, no onnx. The tests run a bundle in it.
+$(RUNTIME)/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(RUNTIME)
+	$(RUNTIME)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,medical]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(RUNTIME) runs .cache .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,335 @@
+"""The bundle: a folder that is exported, verified, moved and served as one, every byte of it under a checksum."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from cclip_deploy.data.preprocess import Preprocessing
+from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+
+SCHEMA_VERSION = 1
+MANIFEST, SUMS, TOKENIZER = "manifest.json", "SHA256SUMS", "tokenizer.json"
+VERSIONED = ("cclip-deploy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
+        raise ValueError(f"{path!r} leaves the bundle")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Entry):
+    """An input or output; a string in `shape` is a dynamic dimension's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class GraphEntry(_Entry):
+    """One ONNX graph, and the hash of what it was made from: the checkpoint, or the FP32 graph."""
+
+    file: RelativePath
+    sha256: str
+    made_from_sha256: str
+    precision: Literal["fp32", "fp16"]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    multiply_adds: int
+
+    def dynamic(self) -> bool:
+        """Whether any input has a dynamic dimension."""
+        return any(isinstance(side, str) for tensor in self.inputs for side in tensor.shape)
+
+
+class EngineEntry(_Entry):
+    """One built engine, the graph it was built from, and where its layer table lies."""
+
+    graph: str
+    backend: str
+    backend_version: str
+    precision: Literal["fp32", "fp16"]
+    file: RelativePath
+    sha256: str
+    graph_sha256: str
+    layers: RelativePath
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    target: str
+    build_seconds: float
+
+
+class CheckpointOrigin(_Entry):
+    """The checkpoint that a bundle was exported from."""
+
+    name: str
+    sha256: str
+    layout: Literal["ours", "published"]
+    tensors_dropped: int
+
+
+class Manifest(_Entry):
+    """All that a bundle says of itself."""
+
+    schema_version: int = SCHEMA_VERSION
+    created: str
+    command: str
+    versions: dict[str, str]
+    model: dict[str, Any]
+    form: Literal["deploy", "plain"]
+    image_hw: tuple[int, int]
+    prompt_length: int
+    threshold: float = 0.5
+    preprocessing: Preprocessing
+    checkpoint: CheckpointOrigin
+    graphs: dict[str, GraphEntry]
+    engines: tuple[EngineEntry, ...] = ()
+    references: tuple[RelativePath, ...] = ()
+
+
+class Bundle:
+    """A bundle opened for reading: its manifest is checked at once, every other file when it is first asked for."""
+
+    def __init__(self, path: Path, manifest: Manifest, sums: Mapping[str, str]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.sums = sums
+        self._checked: set[str] = {MANIFEST}
+
+    @staticmethod
+    def open(path: Path) -> Bundle:
+        """Read and check SHA256SUMS and the manifest; BundleError says what is wrong and what to do."""
+        path = Path(path)
+        if not path.is_dir():
+            raise BundleError(f"There is no bundle at {path}. Make one: cclip-deploy export CHECKPOINT -o {path}")
+        if not (path / SUMS).is_file() or not (path / MANIFEST).is_file():
+            raise BundleError(f"{path} is no bundle: it lacks {MANIFEST} or {SUMS}. Give the folder that export wrote.")
+        sums = _read_sums(path / SUMS)
+        _check_sum(path, MANIFEST, sums)
+        return Bundle(path, _read_manifest(path / MANIFEST), sums)
+
+    @staticmethod
+    def unsealed(folder: Path, manifest: Manifest) -> Bundle:
+        """A bundle that is being made, its files taken as they lie there; never for one that was found on a disk."""
+        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        bundle = Bundle(folder, manifest, {})
+        bundle._checked.update(files)
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """The path of a file of this bundle, its checksum verified."""
+        if name not in self._checked:
+            _check_sum(self.path, name, self.sums)
+            self._checked.add(name)
+        return self.path / name
+
+    def check_all(self) -> tuple[str, ...]:
+        """Verify every checksum; returns the names of files that lie in the folder without one."""
+        for name in self.sums:
+            self.file(name)
+        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
+        return tuple(sorted(present - set(self.sums) - {SUMS}))
+
+    def graph(self, name: str) -> GraphEntry:
+        """The entry of a graph; UsageError lists what there is."""
+        try:
+            return self.manifest.graphs[name]
+        except KeyError:
+            have = ", ".join(self.manifest.graphs)
+            raise UsageError(f"{self.path} has no graph {name!r}; it has {have}. Build or export it first.") from None
+
+    def tokenizer(self) -> PromptTokenizer:
+        """The tokenizer that the prompts of this bundle go through."""
+        return PromptTokenizer.load(self.file(TOKENIZER))
+
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that every graph of this bundle exists in."""
+        return tuple(dict.fromkeys(entry.precision for entry in self.manifest.graphs.values()))
+
+
+def graph_key(graph: str, precision: str) -> str:
+    """The manifest's name of a graph in a precision: `fused`, `fused.fp16`."""
+    return graph if precision == "fp32" else f"{graph}.{precision}"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that shape a bundle, of those installed."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def utc_now() -> str:
+    """The time, to the second, as ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill; it takes its name only when the block ends well, else nothing is left of it.
+
+    Raises:
+        UsageError: something is at `path` already and `replace` is false, or it is no bundle.
+        EnvironmentProblem: the disk is full or not writable.
+    """
+    path = Path(path)
+    check_output(path, replace)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    with _disk_errors(path), _removed_on_failure(unfinished):
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        _seal(unfinished)
+        _put_in_place(unfinished, path)
+
+
+@contextmanager
+def edited_bundle(bundle: Bundle) -> Iterator[Path]:
+    """A copy of a bundle (hard links, no bytes copied) to add files to; it replaces the old one when the block ends well.
+
+    Never write into an existing file of the copy: it is the old bundle's too. Write a new one, or unlink first.
+    """
+    unfinished = bundle.path.with_name(f".{bundle.path.name}.{os.getpid()}.unfinished")
+    with _disk_errors(bundle.path), _removed_on_failure(unfinished):
+        shutil.copytree(bundle.path, unfinished, copy_function=_link_or_copy)
+        yield unfinished
+        _seal(unfinished)
+        _put_in_place(unfinished, bundle.path)
+
+
+def check_output(path: Path, replace: bool) -> None:
+    """UsageError where a new bundle cannot go; asked before any work is done."""
+    path = Path(path)
+    if not path.exists():
+        return
+    if not replace:
+        raise UsageError(f"{path} exists already. Choose another output, or give --force to replace it.")
+    if not (path / MANIFEST).is_file():
+        raise UsageError(f"{path} is no bundle, so --force will not replace it. Choose another output.")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder that `new_bundle` or `edited_bundle` gave."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _seal(folder: Path) -> None:
+    (folder / SUMS).unlink(missing_ok=True)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    lines = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _put_in_place(unfinished: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentProblem(
+                f"The disk is full; {path} was left as it was. Free some space and run it again."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise EnvironmentProblem(f"{path} cannot be written ({error.strerror}). Choose another output.") from error
+        raise
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    sums: dict[str, str] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            digest, name = line.split("  ", 1)
+            sums[_inside(name)] = digest
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is damaged: {error}. Export or copy the bundle again.") from error
+    return sums
+
+
+def _check_sum(folder: Path, name: str, sums: Mapping[str, str]) -> None:
+    path = folder / name
+    if name not in sums:
+        raise BundleError(
+            f"{name} has no checksum in {folder / SUMS}, so it will not be loaded. Export the bundle again."
+        )
+    if not path.is_file():
+        raise BundleError(f"{path} is missing from the bundle. Copy or export the bundle again.")
+    found = sha256_file(path)
+    if found != sums[name]:
+        raise BundleError(
+            f"{path} was altered: its SHA-256 begins {found[:12]}, {SUMS} says {sums[name][:12]}. "
+            "Copy or export the bundle again; nothing of it was loaded."
+        )
+
+
+def _read_manifest(path: Path) -> Manifest:
+    text = path.read_text(encoding="utf-8")
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BundleError(
+            f"{path} is not a manifest of schema {SCHEMA_VERSION}: {place}: {first['msg']}. Export the bundle again."
+        ) from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema {manifest.schema_version}, this version reads {SCHEMA_VERSION}. Export the bundle again."
+        )
+    return manifest

@@ -1,0 +1,44 @@
+"""The command line: one module a command, none of them imported before it is needed for its help or its work."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cclip_deploy import __version__
+from cclip_deploy.cli import bench, build_engine, demo, doctor, export, inspect, predict, verify
+
+app = typer.Typer(
+    name="cclip-deploy",
+    help="From a CausalCLIPSeg checkpoint to ONNX Runtime and TensorRT engines that are proved equal to it.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    add_completion=False,
+)
+
+
+@app.callback()
+def cclip_deploy(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
+) -> None:
+    """From a CausalCLIPSeg checkpoint to ONNX Runtime and TensorRT engines that are proved equal to it."""
+    if version:
+        typer.echo(f"cclip-deploy {__version__}")
+        raise typer.Exit()
+
+
+app.command("demo")(demo.demo)
+app.command("export")(export.export)
+app.command("build-engine")(build_engine.build_engine)
+app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
+app.command("predict")(predict.predict)
+app.command("inspect")(inspect.inspect)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

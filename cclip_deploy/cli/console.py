@@ -1,0 +1,75 @@
+"""What the commands share: errors to exit codes, progress to standard error, tables and JSON to standard output."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cclip_deploy.errors import CclipError
+
+INTERRUPTED = 130
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def reports_errors(command: Command) -> Command:
+    """Turn an error on purpose into one message and its exit code; Ctrl-C into 130. Bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except CclipError as error:
+            stderr.print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            stderr.print("Interrupted; nothing was left half-written.")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return guarded  # type: ignore[return-value]
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A function that shows what is being done: a spinner on a terminal, lines elsewhere, nothing where quiet."""
+    if quiet:
+        yield lambda message: None
+    elif stderr.is_terminal:
+        with stderr.status("Starting") as status:
+            yield lambda message: status.update(_escaped(message))
+    else:
+        yield lambda message: stderr.print(_escaped(message), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output, and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table; columns whose name ends in a space are right-aligned."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        made.add_column(column.strip(), justify="right" if column.endswith(" ") else "left", overflow="fold")
+    return made
+
+
+def command_line() -> str:
+    """The command as it was typed, for manifests and reports."""
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

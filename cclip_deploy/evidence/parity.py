@@ -1,0 +1,192 @@
+"""Parity: how far a backend's answers are from the reference's, on tensors and on the masks that users see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.errors import ParityError
+from cclip_deploy.evidence.reference import Reference, expand, thin
+from cclip_deploy.runtime.backend import Backend
+
+Floats = NDArray[np.float32]
+
+# A pixel whose reference logit is this share of the largest one away from zero has no sign that float32 could keep.
+FLOAT32_NOISE = 1e-5
+
+ENCODERS = {"image_encoder": "image", "prompt_encoder": "tokens"}
+CHAIN = ("image_encoder", "prompt_encoder", "mask_decoder")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a precision is held to. Relative error is ‖a−b‖/‖b‖; max error is max|a−b| / max|b|."""
+
+    relative_error: float
+    max_error: float
+    mask_dice: float
+    flipped_share: float
+
+    def allow(self, metric: str, value: float) -> bool:
+        """Whether a value is within the limit; NaN never is."""
+        limit = float(getattr(self, metric))
+        return value >= limit if metric == "mask_dice" else value <= limit
+
+
+LIMITS = {
+    "fp32": Limits(relative_error=1e-5, max_error=1e-4, mask_dice=0.999, flipped_share=1e-4),
+    "fp16": Limits(relative_error=2e-2, max_error=1e-1, mask_dice=0.99, flipped_share=5e-3),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number held against its limit."""
+
+    name: str
+    graph: str
+    backend: str
+    precision: str
+    metric: str
+    value: float
+    limit: float
+    passed: bool
+
+    def to_dict(self) -> dict[str, object]:
+        """The form of `verify --json`."""
+        return asdict(self)
+
+
+def relative_error(value: Floats, truth: Floats) -> float:
+    """‖a−b‖/‖b‖ in float64; infinite where the truth is all zero and the value is not."""
+    distance = float(np.linalg.norm(value.astype(np.float64) - truth))
+    size = float(np.linalg.norm(truth.astype(np.float64)))
+    if size == 0:
+        return 0.0 if distance == 0 else float("inf")
+    return distance / size
+
+
+def max_error(value: Floats, truth: Floats) -> float:
+    """max|a−b| / max|b|, in float64."""
+    distance = float(np.abs(value.astype(np.float64) - truth).max())
+    size = float(np.abs(truth).max())
+    if size == 0:
+        return 0.0 if distance == 0 else float("inf")
+    return distance / size
+
+
+def masks_of(logits: Floats, truth: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Both masks (logit >= 0); where the reference is within float32's own noise of zero, the value decides both."""
+    ours, theirs = logits >= 0, truth >= 0
+    undecided = np.abs(truth) <= FLOAT32_NOISE * np.abs(truth).max()
+    return ours, np.where(undecided & (np.abs(logits) <= 2 * FLOAT32_NOISE * np.abs(truth).max()), ours, theirs)
+
+
+def worst_mask_dice(logits: Floats, truth: Floats) -> float:
+    """The lowest Dice of a mask to the reference's over all pictures and prompts; two empty ones agree."""
+    ours, theirs = masks_of(logits, truth)
+    shared = (ours & theirs).sum(axis=(2, 3))
+    sizes = ours.sum(axis=(2, 3)) + theirs.sum(axis=(2, 3))
+    return float(np.where(sizes == 0, 1.0, 2 * shared / np.maximum(sizes, 1)).min())
+
+
+def flipped_share(logits: Floats, truth: Floats) -> float:
+    """The share of pixels that are in one mask and not in the other."""
+    ours, theirs = masks_of(logits, truth)
+    return float((ours != theirs).mean())
+
+
+def check_graphs(backend: Backend, graphs: Iterable[str], references: Sequence[Reference]) -> Iterator[Check]:
+    """Compare each graph with every reference, as each is computed; `chain` is the three graphs one after another."""
+    names = list(graphs)
+    for reference in references:
+        for graph in names:
+            yield from _check_graph(backend, graph, reference)
+        if all(graph in names for graph in CHAIN):
+            logits = _run_chain(backend, reference)
+            yield from _judge_logits("chain", backend, reference, logits, reference.logits)
+
+
+def refuse_failures(checks: Sequence[Check]) -> None:
+    """ParityError that names the first of the failed checks, if any failed."""
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        first = failed[0]
+        raise ParityError(
+            f"{len(failed)} of {len(checks)} parity checks failed; first: {first.name} ({first.precision}) {first.metric} "
+            f"is {first.value:.6g}, the limit is {first.limit:.6g}. Nothing was published."
+        )
+
+
+def degenerate_masks(references: Sequence[Reference]) -> list[str]:
+    """References whose every mask is all or nothing, on which mask agreement proves little; to be told, not hidden."""
+    names = []
+    for reference in references:
+        shares = (reference.logits >= 0).mean(axis=(2, 3))
+        if bool(((shares == 0) | (shares == 1)).all()):
+            names.append(reference.name)
+    return names
+
+
+def _check_graph(backend: Backend, graph: str, reference: Reference) -> Iterator[Check]:
+    if graph in ("fused", "plain"):
+        rows, tokens = reference.pairs()
+        if graph == "plain":
+            logits = _run_rows(backend, graph, rows, tokens)
+        else:
+            logits = backend.run(graph, {"image": rows, "tokens": tokens})["logits"]
+        yield from _judge_logits(graph, backend, reference, logits.reshape(reference.logits.shape), reference.logits)
+        return
+    if graph == "mask_decoder":
+        logits = backend.run(graph, expand(reference.decoder_inputs))["logits"]
+        yield from _judge_logits(graph, backend, reference, logits, reference.outputs[graph]["logits"])
+        return
+    source = ENCODERS[graph]
+    outputs = backend.run(graph, {source: getattr(reference, source)})
+    for name, value in outputs.items():
+        yield from _judge(graph, backend, reference, name, thin(name, value), reference.outputs[graph][name])
+
+
+def _run_rows(backend: Backend, graph: str, rows: Floats, tokens: NDArray[np.int64]) -> Floats:
+    """One row at a time: the plain graph's batch is static."""
+    parts = [backend.run(graph, {"image": rows[i : i + 1], "tokens": tokens[i : i + 1]}) for i in range(len(rows))]
+    return np.concatenate([part["logits"] for part in parts])
+
+
+def _run_chain(backend: Backend, reference: Reference) -> Floats:
+    kernels = backend.run("prompt_encoder", {"tokens": reference.tokens})
+    features = backend.run("image_encoder", {"image": reference.image})["features"]
+    return backend.run("mask_decoder", {"features": features, **kernels})["logits"]
+
+
+def _judge(
+    graph: str, backend: Backend, reference: Reference, output: str, value: Floats, truth: Floats
+) -> Iterator[Check]:
+    measured = {"relative_error": relative_error(value, truth), "max_error": max_error(value, truth)}
+    yield from _checks(graph, backend, reference, output, measured)
+
+
+def _judge_logits(graph: str, backend: Backend, reference: Reference, value: Floats, truth: Floats) -> Iterator[Check]:
+    yield from _judge(graph, backend, reference, "logits", value, truth)
+    masks = {"mask_dice": worst_mask_dice(value, truth), "flipped_share": flipped_share(value, truth)}
+    yield from _checks(graph, backend, reference, "logits", masks)
+
+
+def _checks(
+    graph: str, backend: Backend, reference: Reference, output: str, measured: Mapping[str, float]
+) -> Iterator[Check]:
+    limits = LIMITS[backend.precision]
+    for metric, value in measured.items():
+        yield Check(
+            name=f"{graph}/{reference.name}/{output}",
+            graph=graph,
+            backend=backend.name,
+            precision=backend.precision,
+            metric=metric,
+            value=value,
+            limit=float(getattr(limits, metric)),
+            passed=limits.allow(metric, value),
+        )

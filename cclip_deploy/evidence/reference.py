@@ -1,0 +1,153 @@
+"""Reference answers: inputs, and what the plain PyTorch network computed for them, small enough to travel in a bundle."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.bundle import Bundle, Manifest
+from cclip_deploy.data.images import read_picture
+from cclip_deploy.data.preprocess import to_input
+from cclip_deploy.data.synthetic import make_film
+from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.errors import BundleError
+
+if TYPE_CHECKING:
+    from cclip_deploy.runtime.pytorch import PyTorchBackend
+
+Array = NDArray[np.generic]
+Floats = NDArray[np.float32]
+
+SEED = 20240
+START_ID, END_ID, FIRST_WORD, LAST_WORD = 49406, 49407, 320, 49000
+PICTURE_PROMPTS = (
+    "Bilateral pulmonary infection, two infected areas, lower left lung and upper right lung.",
+    "Unilateral pulmonary infection, one infected area, middle left lung.",
+)
+SHORTEST_PROMPT = "lung"
+# Features are large: every 16th channel and every 4th pixel of them is kept, and every 8th channel of the neck's maps.
+_EIGHTH = (slice(None), slice(None, None, 8))
+THIN = {
+    "features": (slice(None), slice(None, None, 16), slice(None, None, 4), slice(None, None, 4)),
+    **dict.fromkeys(("mask3", "mask4", "mask5", "confounding_features"), _EIGHTH),
+}
+TILE = 16
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs and answers. Logits are of every prompt on every picture: (B, P, H, W)."""
+
+    name: str
+    image: Floats  # (B, 3, H, W)
+    tokens: NDArray[np.int64]  # (P, L)
+    logits: Floats  # (B, P, H, W)
+    outputs: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict)
+    decoder_inputs: Mapping[str, Floats] = field(default_factory=dict)
+
+    def pairs(self) -> tuple[Floats, NDArray[np.int64]]:
+        """Every picture with every prompt, row by row: (B P, 3, H, W) and (B P, L)."""
+        return np.repeat(self.image, len(self.tokens), axis=0), np.tile(self.tokens, (len(self.image), 1))
+
+
+def seeded_inputs(image_hw: tuple[int, int], prompt_length: int) -> tuple[Floats, NDArray[np.int64]]:
+    """Two pictures of coloured blocks and noise, two prompts of random words; the same on every machine."""
+    rng = np.random.default_rng(SEED)
+    height, width = image_hw
+    blocks = rng.normal(0, 1, (2, 3, height // TILE, width // TILE))
+    image = np.kron(blocks, np.ones((1, 1, TILE, TILE))) + rng.normal(0, 0.3, (2, 3, height, width))
+    tokens = np.zeros((2, prompt_length), np.int64)
+    for row, words in zip(tokens, (prompt_length - 2, max(1, prompt_length // 3)), strict=True):
+        row[0], row[words + 1] = START_ID, END_ID
+        row[1 : words + 1] = rng.integers(FIRST_WORD, LAST_WORD, words)
+    return image.astype(np.float32), tokens
+
+
+def picture_inputs(
+    pictures: Sequence[Path], prompts: Sequence[str], tokenizer: PromptTokenizer, manifest: Manifest
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Pictures and prompts as the bundle's inputs; without pictures, two drawn chest films."""
+    pixels = [read_picture(path).pixels for path in pictures] or drawn_films(manifest.image_hw)
+    image = np.concatenate([to_input(p, manifest.image_hw, manifest.preprocessing) for p in pixels])
+    fitting = [prompt for prompt in prompts if len(tokenizer.ids(prompt)) <= manifest.prompt_length]
+    tokens = np.stack([tokenizer.encode(prompt, manifest.prompt_length) for prompt in fitting or [SHORTEST_PROMPT]])
+    return image, tokens
+
+
+def drawn_films(image_hw: tuple[int, int]) -> list[Floats]:
+    """Two chest films of the synthetic generator, in the bundle's size."""
+    return [make_film(np.random.default_rng(SEED + n), image_hw).image for n in range(2)]
+
+
+def record(
+    name: str, reference: PyTorchBackend, image: Floats, tokens: NDArray[np.int64], graphs: Sequence[str]
+) -> Reference:
+    """Ask plain PyTorch for everything that the given graphs of a bundle will be compared with."""
+    logits = reference.all_pairs(image, tokens)
+    outputs: dict[str, dict[str, Floats]] = {}
+    decoder_inputs: dict[str, Floats] = {}
+    if "image_encoder" in graphs:
+        outputs["image_encoder"] = _thin(reference.run("image_encoder", {"image": image}))
+    if "prompt_encoder" in graphs:
+        outputs["prompt_encoder"] = reference.run("prompt_encoder", {"tokens": tokens})
+    if "mask_decoder" in graphs:
+        decoder_inputs = _decoder_inputs(outputs["prompt_encoder"]["kernel"].shape[2], image.shape[2:])
+        outputs["mask_decoder"] = reference.run("mask_decoder", expand(decoder_inputs))
+    return Reference(name, image, tokens, logits, outputs, decoder_inputs)
+
+
+def expand(decoder_inputs: Mapping[str, Floats]) -> dict[str, Floats]:
+    """The mask decoder's inputs with the features' tiles blown up to pixels: (1, 256, H, W)."""
+    tile = decoder_inputs["features"]
+    return {**decoder_inputs, "features": tile.repeat(TILE, axis=2).repeat(TILE, axis=3)}
+
+
+def thin(name: str, value: Floats) -> Floats:
+    """The part of an output that references keep; all of it where it is small."""
+    return value[THIN[name]] if name in THIN else value
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """Write a reference as one compressed npz file."""
+    arrays: dict[str, Array] = {"image": reference.image, "tokens": reference.tokens, "logits": reference.logits}
+    arrays |= {f"in/{key}": value for key, value in reference.decoder_inputs.items()}
+    for graph, outputs in reference.outputs.items():
+        arrays |= {f"out/{graph}/{key}": value for key, value in outputs.items()}
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+
+def load_references(bundle: Bundle) -> list[Reference]:
+    """The references that a bundle carries, their checksums verified."""
+    return [_load(bundle.file(name)) for name in bundle.manifest.references]
+
+
+def _load(path: Path) -> Reference:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        outputs: dict[str, dict[str, Floats]] = {}
+        for key in arrays:
+            if key.startswith("out/"):
+                _, graph, name = key.split("/")
+                outputs.setdefault(graph, {})[name] = arrays[key]
+        inputs = {key.removeprefix("in/"): value for key, value in arrays.items() if key.startswith("in/")}
+        return Reference(path.stem, arrays["image"], arrays["tokens"], arrays["logits"], outputs, inputs)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path} holds no reference answers: {error}. Export the bundle again.") from error
+
+
+def _thin(outputs: Mapping[str, Floats]) -> dict[str, Floats]:
+    return {name: np.ascontiguousarray(thin(name, value)) for name, value in outputs.items()}
+
+
+def _decoder_inputs(width: int, image_hw: tuple[int, ...]) -> dict[str, Floats]:
+    rng = np.random.default_rng(SEED + 1)
+    tiles = (image_hw[0] // TILE, image_hw[1] // TILE)
+    shapes = {"features": (1, width, *tiles), "kernel": (3, 9, width), "tap_bias": (3, 9), "bias": (3,)}
+    return {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}

@@ -1,0 +1,207 @@
+"""Export: a checkpoint becomes a bundle whose every graph was compared with PyTorch before anybody sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cclip_deploy.bundle import (
+    TOKENIZER,
+    Bundle,
+    CheckpointOrigin,
+    GraphEntry,
+    Manifest,
+    check_output,
+    installed_versions,
+    new_bundle,
+    utc_now,
+    write_manifest,
+)
+from cclip_deploy.data.preprocess import Preprocessing
+from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.errors import EnvironmentProblem, UsageError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from cclip_deploy.evidence.parity import Check
+    from cclip_deploy.model.checkpoint import LoadedCheckpoint
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export. `batch` is the plain graph's static batch; the deploy graphs take any."""
+
+    image_hw: tuple[int, int] = (224, 224)
+    prompt_length: int = 32
+    plain: bool = False
+    batch: int = 1
+    with_masks: bool = False
+    with_confounding: bool = False
+    threads: int | None = None
+    replace: bool = False
+    reference_pictures: tuple[Path, ...] = ()
+    reference_prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A published bundle, and the numbers that let it be published."""
+
+    bundle: Bundle
+    checks: tuple[Check, ...]
+    tensors_dropped: int
+
+
+def export_bundle(
+    checkpoint: Path, output: Path, options: ExportOptions, command: str, on_progress: Progress = lambda _: None
+) -> Exported:
+    """Load, rewrite, trace, compare, publish; on any failure nothing is left at `output`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        UsageError: `output` exists, or an option cannot be.
+        ParityError: a graph differs from PyTorch by more than the limits.
+        EnvironmentProblem: a package is missing or the disk is full.
+    """
+    check_output(output, options.replace)
+    _check_options(options)
+    require_export_packages()
+    from cclip_deploy.model.checkpoint import load_checkpoint
+
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    on_progress(f"Reading {checkpoint}")
+    loaded = load_checkpoint(checkpoint)
+    with new_bundle(output, options.replace) as folder:
+        manifest = _write_graphs(loaded, options, command, folder, on_progress)
+        manifest = _write_references(loaded, options, manifest, folder, on_progress)
+        checks = _compare(folder, manifest, options.threads, on_progress)
+    return Exported(Bundle.open(output), checks, len(loaded.dropped))
+
+
+def require_export_packages() -> None:
+    """EnvironmentProblem that names the extra, where torch, open_clip or onnx is missing."""
+    import importlib.util
+
+    missing = [name for name in ("torch", "open_clip", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EnvironmentProblem(
+            f"This needs {', '.join(missing)}. Install: pip install 'cclip-deploy[export]'. "
+            "A bundle that is exported already runs without them."
+        )
+
+
+def _check_options(options: ExportOptions) -> None:
+    from cclip_deploy.model.config import CONTEXT_LENGTH, check_image_hw
+
+    check_image_hw(options.image_hw)
+    if not 3 <= options.prompt_length <= CONTEXT_LENGTH:
+        raise UsageError(
+            f"A prompt length of {options.prompt_length} is out of range. Use 3 to {CONTEXT_LENGTH}; 32 is usual."
+        )
+    if options.batch < 1:
+        raise UsageError(f"A batch of {options.batch} makes no sense. Use 1 or more.")
+    if options.batch != 1 and not options.plain:
+        raise UsageError("The deploy graphs take any batch; a static one (--batch) belongs to --plain.")
+    if options.plain and (options.with_masks or options.with_confounding):
+        raise UsageError("The plain graph has no further outputs; --with-masks belongs to the deploy form.")
+
+
+def _trace_graphs(
+    loaded: LoadedCheckpoint, options: ExportOptions, on_progress: Progress
+) -> dict[str, onnx.ModelProto]:
+    from cclip_deploy.graph.deploy import to_deploy_form
+    from cclip_deploy.graph.fuse import fuse
+    from cclip_deploy.graph.trace import plan_deploy_graphs, plan_plain_graph, trace
+
+    if options.plain:
+        on_progress("Tracing plain")
+        plan = plan_plain_graph(loaded.model, options.image_hw, options.prompt_length, options.batch)
+        return {plan.name: trace(plan)}
+    form = to_deploy_form(
+        loaded.model, options.image_hw, options.prompt_length, options.with_masks, options.with_confounding
+    )
+    traced: dict[str, onnx.ModelProto] = {}
+    for plan in plan_deploy_graphs(form, loaded.config, options.image_hw, options.prompt_length):
+        on_progress(f"Tracing {plan.name}")
+        traced[plan.name] = trace(plan)
+    on_progress("Joining fused")
+    row_decoder = traced.pop("row_decoder")
+    return {**traced, "fused": fuse(traced["image_encoder"], traced["prompt_encoder"], row_decoder)}
+
+
+def _write_graphs(
+    loaded: LoadedCheckpoint, options: ExportOptions, command: str, folder: Path, on_progress: Progress
+) -> Manifest:
+    from cclip_deploy.graph.describe import describe_graph, save_graph
+
+    (folder / "graphs").mkdir()
+    entries: dict[str, GraphEntry] = {}
+    graphs = _trace_graphs(loaded, options, on_progress)
+    on_progress("Checking and writing graphs")
+    for name in list(graphs):
+        graph, file = graphs.pop(name), f"graphs/{name}.onnx"
+        save_graph(graph, folder / file)
+        entries[name] = describe_graph(graph, file, folder, loaded.sha256, "fp32")
+    (folder / TOKENIZER).write_text(PromptTokenizer.from_open_clip().to_json(), encoding="utf-8")
+    return Manifest(
+        created=utc_now(),
+        command=command,
+        versions=installed_versions(),
+        model=loaded.config.to_dict(),
+        form="plain" if options.plain else "deploy",
+        image_hw=options.image_hw,
+        prompt_length=options.prompt_length,
+        preprocessing=Preprocessing(),
+        checkpoint=CheckpointOrigin(
+            name=loaded.path.name,
+            sha256=loaded.sha256,
+            layout=loaded.layout,
+            tensors_dropped=len(loaded.dropped),
+        ),
+        graphs=entries,
+    )
+
+
+def _write_references(
+    loaded: LoadedCheckpoint, options: ExportOptions, manifest: Manifest, folder: Path, on_progress: Progress
+) -> Manifest:
+    from cclip_deploy.evidence.reference import PICTURE_PROMPTS, picture_inputs, record, save_reference, seeded_inputs
+    from cclip_deploy.runtime.pytorch import PyTorchBackend
+
+    reference = PyTorchBackend(loaded.model)
+    tokenizer = PromptTokenizer.load(folder / TOKENIZER)
+    prompts = options.reference_prompts or PICTURE_PROMPTS
+    inputs = {
+        "seeded": seeded_inputs(options.image_hw, options.prompt_length),
+        "pictures": picture_inputs(options.reference_pictures, prompts, tokenizer, manifest),
+    }
+    (folder / "reference").mkdir()
+    files = []
+    for name, (image, tokens) in inputs.items():
+        on_progress(f"Asking PyTorch for reference answers ({name})")
+        files.append(f"reference/{name}.npz")
+        save_reference(record(name, reference, image, tokens, tuple(manifest.graphs)), folder / files[-1])
+    return manifest.model_copy(update={"references": tuple(files)})
+
+
+def _compare(folder: Path, manifest: Manifest, threads: int | None, on_progress: Progress) -> tuple[Check, ...]:
+    """Run every graph before it is published; the folder has no checksums yet, so they are taken as they are."""
+    from cclip_deploy.evidence.parity import check_graphs, refuse_failures
+    from cclip_deploy.evidence.reference import load_references
+    from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+
+    write_manifest(folder, manifest)
+    unsealed = Bundle.unsealed(folder, manifest)
+    on_progress("Comparing every graph with PyTorch")
+    backend = OnnxRuntimeBackend(unsealed, "fp32", "cpu", threads)
+    checks = tuple(check_graphs(backend, manifest.graphs, load_references(unsealed)))
+    refuse_failures(checks)
+    return checks

@@ -1,0 +1,162 @@
+"""Verify: a bundle's graphs against PyTorch's answers, recorded at export or computed afresh."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cclip_deploy.bundle import Bundle, graph_key
+from cclip_deploy.data.images import find_pictures
+from cclip_deploy.errors import BundleError, ParityError, UsageError
+from cclip_deploy.evidence.parity import Check, check_graphs, degenerate_masks
+from cclip_deploy.evidence.reference import (
+    PICTURE_PROMPTS,
+    Reference,
+    load_references,
+    picture_inputs,
+    record,
+    seeded_inputs,
+)
+from cclip_deploy.runtime.layer_table import LayerTable, Precision, prove_precision
+from cclip_deploy.runtime.onnx_runtime import Device, OnnxRuntimeBackend
+
+if TYPE_CHECKING:
+    from cclip_deploy.model.checkpoint import LoadedCheckpoint
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks, and what a reader must know beside them."""
+
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of `verify --json`."""
+        return {
+            "passed": self.passed,
+            "checks": [check.to_dict() for check in self.checks],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """`checkpoint` computes the reference afresh; pictures and prompts of one's own need it."""
+
+    checkpoint: Path | None = None
+    pictures: tuple[Path, ...] = ()
+    prompts: tuple[str, ...] = ()
+    device: Device = "cpu"
+    threads: int | None = None
+
+
+def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress = lambda _: None) -> Verification:
+    """Check every checksum, every graph in every precision, and every engine's proof of precision.
+
+    Raises:
+        BundleError: a file was altered.
+        UsageError: pictures were given without a checkpoint to ask.
+    """
+    on_progress("Checking checksums")
+    strays = bundle.check_all()
+    references, notes = _references(bundle, options, on_progress)
+    checks: list[Check] = []
+    for precision in bundle.precisions():
+        graphs = [name for name in _base_names(bundle) if graph_key(name, precision) in bundle.manifest.graphs]
+        on_progress(f"Comparing {precision} graphs: {', '.join(graphs)}")
+        backend = OnnxRuntimeBackend(bundle, precision, options.device, options.threads)
+        checks += check_graphs(backend, graphs, references)
+    checks += _engine_checks(bundle)
+    if strays:
+        notes.append(f"No checksum covers {', '.join(strays)}; nothing of it is loaded.")
+    for name in degenerate_masks(references):
+        notes.append(f"Every {name} reference mask is full or empty: there, only the tensor errors prove anything.")
+    for engine in bundle.manifest.engines:
+        notes.append(f"{engine.file} was built and its precision proved from the build log; not run: that needs a GPU.")
+    return Verification(tuple(checks), tuple(notes))
+
+
+def _base_names(bundle: Bundle) -> list[str]:
+    return list(dict.fromkeys(name.split(".")[0] for name in bundle.manifest.graphs))
+
+
+def _references(bundle: Bundle, options: VerifyOptions, on_progress: Progress) -> tuple[list[Reference], list[str]]:
+    if options.checkpoint is None:
+        if options.pictures or options.prompts:
+            raise UsageError(
+                "Pictures and prompts of your own need the network to answer for them: give --checkpoint FILE too."
+            )
+        return load_references(bundle), []
+    from cclip_deploy.model.checkpoint import load_checkpoint
+    from cclip_deploy.pipeline.export import require_export_packages
+
+    require_export_packages()
+    on_progress(f"Computing reference answers from {options.checkpoint}")
+    loaded = load_checkpoint(options.checkpoint)
+    notes = []
+    if loaded.sha256 != bundle.manifest.checkpoint.sha256:
+        notes.append(
+            f"{options.checkpoint} is not the file that this bundle was exported from "
+            f"({bundle.manifest.checkpoint.name}, SHA-256 {bundle.manifest.checkpoint.sha256[:12]}…)."
+        )
+    return _record_afresh(bundle, loaded, options), notes
+
+
+def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOptions) -> list[Reference]:
+    from cclip_deploy.runtime.pytorch import PyTorchBackend
+
+    if loaded.config.to_dict() != bundle.manifest.model:
+        raise UsageError(
+            f"{options.checkpoint} is a {loaded.config.name!r} network, the bundle holds {bundle.manifest.model['name']!r}. "
+            "Give the checkpoint that it was exported from."
+        )
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    manifest, graphs = bundle.manifest, tuple(bundle.manifest.graphs)
+    pictures = find_pictures(options.pictures) if options.pictures else []
+    inputs = {
+        "seeded": seeded_inputs(manifest.image_hw, manifest.prompt_length),
+        "pictures": picture_inputs(pictures, options.prompts or PICTURE_PROMPTS, bundle.tokenizer(), manifest),
+    }
+    reference = PyTorchBackend(loaded.model)
+    return [record(name, reference, image, tokens, graphs) for name, (image, tokens) in inputs.items()]
+
+
+def _engine_checks(bundle: Bundle) -> list[Check]:
+    """An engine that cannot run here is still held to its layer table, and to the graph that it was built from."""
+    checks = []
+    for engine in bundle.manifest.engines:
+        bundle.file(engine.file)
+        graph = bundle.graph(graph_key(engine.graph, engine.precision))
+        measured = {
+            "precision_honoured": float(_honours(bundle.file(engine.layers), engine.precision)),
+            "graph_unchanged": float(graph.sha256 == engine.graph_sha256),
+        }
+        for metric, value in measured.items():
+            name = f"{engine.graph}/engine/{metric}"
+            checks.append(Check(name, engine.graph, engine.backend, engine.precision, metric, value, 1.0, value == 1.0))
+    return checks
+
+
+def _honours(path: Path, asked: Precision) -> bool:
+    """Whether the layer table stored beside an engine proves its precision, judged anew."""
+    try:
+        proof = json.loads(path.read_text(encoding="utf-8"))
+        prove_precision(LayerTable.from_dict(proof), asked, proof["products"])
+    except (ValueError, KeyError) as error:
+        raise BundleError(f"{path} is no layer table: {error!r}. Build the engine again.") from error
+    except ParityError:
+        return False
+    return True

@@ -1,0 +1,26 @@
+"""The protocol that everything which computes a bundle's graphs follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+class Backend(Protocol):
+    """Runs graphs by name, on arrays by name; inputs and outputs are those of the bundle's manifest."""
+
+    name: str
+    precision: str
+
+    def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        """Compute one graph; loads it at the first call."""
+        ...
+
+    def load(self, graph: str) -> None:
+        """Load a graph now, so that the first run pays nothing for it."""
+        ...

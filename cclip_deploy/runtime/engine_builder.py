@@ -1,0 +1,259 @@
+"""An ONNX graph becomes a TensorRT or TensorRT-RTX engine, strongly typed, and the engine proves its precision.
+
+The types are the graph's own: no builder flag names a precision, on any version. So one code serves TensorRT 10 and 11
+and TensorRT-RTX, and an engine whose layers do not run in what was asked for is never returned.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from cclip_deploy.runtime.layer_table import LayerTable, Precision, check_precision, prove_precision, read_layer_table
+from cclip_deploy.runtime.tensorrt_binding import binding_label, listening_logger, listening_monitor, network_flags
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from types import ModuleType
+
+Dims = tuple[int, ...]
+
+_PRODUCT_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "EINSUM", "MATRIX_MULTIPLY")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is built.
+
+    Attributes:
+        shapes: for each input with dynamic sizes the smallest, the usual and the largest shape.
+        workspace_bytes: upper limit of scratch memory; None leaves it to the binding.
+        precision: what the graph is in, and what the engine must prove to run in.
+        fp32_nodes: names of products that the FP16 graph keeps in FP32 on purpose.
+    """
+
+    shapes: Mapping[str, tuple[Dims, Dims, Dims]] = field(default_factory=dict)
+    workspace_bytes: int | None = None
+    precision: Precision = "fp32"
+    fp32_nodes: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        if self.workspace_bytes is not None and self.workspace_bytes <= 0:
+            raise UsageError(f"workspace_bytes is {self.workspace_bytes}; give a positive number of bytes, or None.")
+        for name, (least, usual, most) in self.shapes.items():
+            if not len(least) == len(usual) == len(most):
+                raise UsageError(f"Shapes of input {name!r} differ in length: {least}, {usual}, {most}.")
+            if not all(0 < a <= b <= c for a, b, c in zip(least, usual, most, strict=True)):
+                raise UsageError(
+                    f"Shapes of input {name!r} must be positive and ordered smallest, usual, largest: "
+                    f"{least}, {usual}, {most}."
+                )
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A serialised engine whose precision was proved, with what its build said."""
+
+    engine: bytes = field(repr=False)
+    layers: LayerTable = field(repr=False)
+    build_seconds: float
+    binding: str
+    binding_version: str
+    log: tuple[str, ...] = field(repr=False)
+
+
+def build_engine(
+    graph: Path | bytes,
+    options: EngineOptions,
+    binding: ModuleType,
+    on_progress: Callable[[str], None] | None = None,
+) -> BuiltEngine:
+    """Build an engine and prove that it runs in `options.precision`.
+
+    Args:
+        graph: ONNX file, read by the parser itself, or its bytes.
+        options: shapes, workspace and precision.
+        binding: what `load_binding` returned.
+        on_progress: called with a phase and the seconds so far. What it raises, and Ctrl-C, cancels the build.
+
+    Raises:
+        DataError: the graph is missing or the parser does not take it; every complaint with its node is in the message.
+        UsageError: shapes that do not fit the graph's inputs.
+        EnvironmentProblem: the build itself failed.
+        ParityError: the engine does not run in the precision asked for, or does not show it.
+    """
+    started = time.perf_counter()
+    watch = _Watch(on_progress, started)
+    with _ctrl_c_cancels(watch):
+        logger = listening_logger(binding, watch.note)
+        builder = _start_builder(binding, logger)
+        network = builder.create_network(network_flags(binding))
+        watch.report("Parsing the graph")
+        parser = _parse(graph, network, binding, logger)  # owns the weights, so it has to outlive the build
+        watch.raise_if_cancelled()
+        products = _product_names(network, binding)
+        config = _configure(builder, network, options, binding)
+        config.progress_monitor = listening_monitor(binding, watch.phase_starts, watch.may_go_on)
+        memory = builder.build_serialized_network(network, config)
+        watch.raise_if_cancelled()
+    if memory is None:
+        raise EnvironmentProblem(f"{' '.join(binding_label(binding))} built no engine. It says: {watch.complaints()}")
+    del network, config, builder, parser
+    layers = read_layer_table(watch.messages)
+    prove_precision(layers, options.precision, products, options.fp32_nodes)
+    name, version = binding_label(binding)
+    return BuiltEngine(
+        engine=bytes(memory),
+        layers=layers,
+        build_seconds=time.perf_counter() - started,
+        binding=name,
+        binding_version=version,
+        log=tuple(watch.lines()),
+    )
+
+
+class _Watch:
+    """Hears what the binding says, reports progress, and remembers why the build has to stop.
+
+    The bindings swallow what is raised inside a callback, so it is kept here and raised when the build has returned.
+    """
+
+    def __init__(self, on_progress: Callable[[str], None] | None, started: float) -> None:
+        self.severities: list[str] = []
+        self.messages: list[str] = []
+        self.cause: BaseException | None = None
+        self._on_progress = on_progress
+        self._started = started
+
+    def note(self, severity: str, message: str) -> None:
+        self.severities.append(severity)
+        self.messages.append(message)
+
+    def phase_starts(self, phase: str, parent: str | None, steps: int) -> None:
+        if parent is None or parent == "Building engine":
+            self.report(phase)
+
+    def report(self, phase: str) -> None:
+        if self._on_progress is None or self.cause is not None:
+            return
+        try:
+            self._on_progress(f"{phase} ({time.perf_counter() - self._started:.1f} s)")
+        except BaseException as error:
+            self.cause = error
+
+    def cancel(self) -> None:
+        self.cause = self.cause or KeyboardInterrupt()
+
+    def may_go_on(self) -> bool:
+        return self.cause is None
+
+    def raise_if_cancelled(self) -> None:
+        if self.cause is not None:
+            raise self.cause
+
+    def lines(self) -> Iterator[str]:
+        return (f"[{severity}] {text}" for severity, text in zip(self.severities, self.messages, strict=True))
+
+    def complaints(self) -> str:
+        said = [m for s, m in zip(self.severities, self.messages, strict=True) if s in ("ERROR", "INTERNAL_ERROR")]
+        return " | ".join(said[-5:]) or "nothing"
+
+
+@contextmanager
+def _ctrl_c_cancels(watch: _Watch) -> Iterator[None]:
+    """Turn Ctrl-C into a cancelled build: raised inside a callback, KeyboardInterrupt would be lost in the binding."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: watch.cancel())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _start_builder(binding: ModuleType, logger: Any) -> Any:
+    try:
+        return binding.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # how pybind11 says that the library gave no builder
+        raise EnvironmentProblem(
+            f"{' '.join(binding_label(binding))} does not start: {error}. It may need a GPU and its driver on this "
+            "machine; TensorRT-RTX builds without."
+        ) from error
+
+
+def _parse(graph: Path | bytes, network: Any, binding: ModuleType, logger: Any) -> Any:
+    parser = binding.OnnxParser(network, logger)
+    if isinstance(graph, Path):
+        if not graph.is_file():
+            raise DataError(f"There is no ONNX file {graph}.")
+        parsed = parser.parse_from_file(str(graph))
+    else:
+        parsed = parser.parse(graph)
+    if parsed and network.num_outputs:
+        return parser
+    complaints = [_complaint(parser.get_error(index)) for index in range(parser.num_errors)]
+    source = str(graph) if isinstance(graph, Path) else f"The ONNX graph ({len(graph)} bytes)"
+    reasons = "; ".join(complaints) or "it has no output"
+    raise DataError(f"{source} cannot be parsed by {' '.join(binding_label(binding))}: {reasons}.")
+
+
+def _complaint(error: Any) -> str:
+    where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
+    return f"{where}{error.desc().strip()}"
+
+
+def _configure(builder: Any, network: Any, options: EngineOptions, binding: ModuleType) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = binding.ProfilingVerbosity.DETAILED
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(binding.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
+    _check_shapes(inputs, options.shapes)
+    if options.shapes:
+        profile = builder.create_optimization_profile()
+        for name, shapes in options.shapes.items():
+            profile.set_shape(name, *shapes)
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _check_shapes(inputs: Mapping[str, Dims], shapes: Mapping[str, tuple[Dims, Dims, Dims]]) -> None:
+    unknown = sorted(shapes.keys() - inputs.keys())
+    if unknown:
+        raise UsageError(f"Shapes were given for {', '.join(unknown)}, but the inputs are {', '.join(inputs)}.")
+    for name, dims in inputs.items():
+        if name not in shapes:
+            if -1 in dims:
+                raise UsageError(f"Input {name!r} has shape {dims} with dynamic sizes (-1). Give shapes for it.")
+            continue
+        for shape in shapes[name]:
+            if len(shape) != len(dims) or any(d not in (-1, s) for s, d in zip(shape, dims, strict=True)):
+                raise UsageError(f"Shape {shape} does not fit input {name!r}, which has shape {dims} (-1 is dynamic).")
+
+
+def _product_names(network: Any, binding: ModuleType) -> frozenset[str]:
+    """ONNX names of the convolutions and matrix products that depend on an input, from the parsed network.
+
+    The same set as `product_nodes` reads from the graph, without a second copy of the weights or the onnx package.
+    """
+    kinds = {getattr(binding.LayerType, kind) for kind in _PRODUCT_LAYERS}
+    varying = {network.get_input(index).name for index in range(network.num_inputs)}
+    products = set()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        sources = (layer.get_input(i) for i in range(layer.num_inputs))
+        if varying.isdisjoint(tensor.name for tensor in sources if tensor is not None):
+            continue
+        varying.update(layer.get_output(i).name for i in range(layer.num_outputs))
+        if layer.type in kinds:
+            products.add(layer.metadata.removeprefix("[ONNX Layer: ").removesuffix("]"))
+    return frozenset(products)

@@ -1,0 +1,302 @@
+"""What an engine's layers run in, read from the build log, and the proof that it is what was asked.
+
+TensorRT and TensorRT-RTX write the same table into the verbose build log when the profiling verbosity is detailed: a
+line a layer, with its kind, its tensors and their types, and the ONNX nodes it came from. The build log needs no GPU;
+the engine inspector does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from cclip_deploy.errors import DataError, ParityError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from onnx import ModelProto
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+AVAILABLE_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+
+PRODUCT_OPERATORS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
+"""ONNX operators that are convolutions or matrix products: what a precision is asked for."""
+
+_TABLE_HEAD = "Layers:\n"
+_AFTER_TABLE = ("Bindings:", "I/O Tensors:", "Engine Metadata:")
+_ROW = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>(?: \{.*?\})?)\]"
+    r"(?:, Constants: \[(?P<constants>(?: \{.*?\})?)\])?, Outputs: \[(?P<outputs>(?: \{.*?\})?)\](?P<rest>(?:,.*)?)"
+)
+_TENSOR = re.compile(
+    r"\{ Name: (?P<name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<dims>[-\d,]*)\], (?:[^{}]*?, )?"
+    r"(?:Format/)?Datatype: (?P<type>[^,}]*?)(?:, Format: [^}]*)?(?: ?\})"
+)
+_WEIGHTS = re.compile(r'\bWeights: \{"Type": "(?P<type>\w+)", "Count": (?P<count>\d+)\}')
+_ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?:__\w+)?(?=\[ONNX Layer: |[\x1e\x1f]|$)")
+_PRODUCT_KIND = re.compile(r"correlation|conv|gemm|matrix|fusion|mha|attention", re.IGNORECASE)
+_TYPES = (
+    (re.compile(r"bfloat16|bf16", re.IGNORECASE), "bf16"),
+    (re.compile(r"half|fp16|float16", re.IGNORECASE), "fp16"),
+    (re.compile(r"fp8|float8|e8m0", re.IGNORECASE), "fp8"),
+    (re.compile(r"fp4", re.IGNORECASE), "fp4"),
+    (re.compile(r"float|fp32", re.IGNORECASE), "fp32"),
+    (re.compile(r"uint8", re.IGNORECASE), "uint8"),
+    (re.compile(r"int8", re.IGNORECASE), "int8"),
+    (re.compile(r"int4", re.IGNORECASE), "int4"),
+    (re.compile(r"int32", re.IGNORECASE), "int32"),
+    (re.compile(r"int64", re.IGNORECASE), "int64"),
+    (re.compile(r"bool", re.IGNORECASE), "bool"),
+)
+_COMPUTE_TYPES = frozenset({"fp32", "fp16", "bf16", "fp8", "fp4", "int8", "uint8", "int4"})
+
+
+def check_precision(precision: str) -> None:
+    """Raise UsageError unless engines can be built, and proved, in this precision."""
+    if precision in AVAILABLE_PRECISIONS:
+        return
+    usable = " or ".join(AVAILABLE_PRECISIONS)
+    if precision in get_args(Precision):
+        raise UsageError(f"Precision {precision!r} is not available yet. Use {usable}.")
+    raise UsageError(f"There is no precision {precision!r}. Use {usable}.")
+
+
+@dataclass(frozen=True)
+class LayerTensor:
+    """A tensor that a layer reads or writes; -1 stands for a dynamic size."""
+
+    name: str
+    dims: tuple[int, ...]
+    type: str
+
+    @property
+    def elements(self) -> int:
+        """Number of elements with every dynamic size taken as 2: only what is surely one element counts as one."""
+        return math.prod(2 if size < 0 else size for size in self.dims)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of an engine: a kernel, with the names of the ONNX nodes that it computes a part of."""
+
+    name: str
+    kind: str
+    inputs: tuple[LayerTensor, ...]
+    constants: tuple[LayerTensor, ...]
+    outputs: tuple[LayerTensor, ...]
+    origins: tuple[str, ...]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether this is a convolution or matrix product; a generated kernel (`kgen`) is one if its name starts so."""
+        is_generated_product = self.kind == "kgen" and self.name.startswith("_gemm")
+        return is_generated_product or bool(_PRODUCT_KIND.search(self.kind))
+
+    @property
+    def types(self) -> frozenset[str]:
+        """Compute types of all tensors; single elements (a product's alpha and beta are FP32 always) do not count."""
+        tensors = (*self.inputs, *self.constants, *self.outputs)
+        return frozenset(t.type for t in tensors if t.elements > 1 and t.type in _COMPUTE_TYPES)
+
+    @property
+    def precision(self) -> str:
+        """The one type of the layer, `mixed` where a cast or an island is fused in, `none` for index and shape work.
+
+        A product's is that of its operands: its largest weights and, if they agree, its activations; a residual
+        or a bias in another type does not count, nor does the output.
+        """
+        if not self.is_product:
+            return _one_of(self.types)
+        weights = sorted(_computing(self.constants), key=lambda tensor: tensor.elements)
+        activations = [tensor.type for tensor in _computing(self.inputs)]
+        if not weights:
+            return _one_of(activations)
+        return weights[-1].type if weights[-1].type in activations else _one_of([weights[-1].type, *activations])
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """All layers of an engine, as its build logged them."""
+
+    rows: tuple[LayerRow, ...]
+
+    def summary(self) -> dict[str, int]:
+        """Layers per precision, for example {"fp16": 210, "mixed": 6, "none": 1}."""
+        return dict(Counter(row.precision for row in self.rows).most_common())
+
+    def product_summary(self) -> dict[str, int]:
+        """As `summary`, for the layers that are convolutions and matrix products."""
+        return dict(Counter(row.precision for row in self.rows if row.is_product).most_common())
+
+    def share(self, precision: str) -> float:
+        """The part of the convolution and matrix product layers that run in `precision`, 0 to 1."""
+        products = self.product_summary()
+        return products.get(precision, 0) / max(1, sum(products.values()))
+
+    def rows_of(self, node: str) -> tuple[LayerRow, ...]:
+        """The layers that compute an ONNX product node: those of a product's kind, or else all that name it."""
+        naming = tuple(row for row in self.rows if node in row.origins)
+        return tuple(row for row in naming if row.is_product) or naming
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form, to be stored beside the engine; `from_dict` reads it back."""
+        return {"layers": [asdict(row) for row in self.rows]}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> LayerTable:
+        """The table that `to_dict` wrote; anything else is a DataError."""
+        try:
+            return LayerTable(tuple(_row_from_dict(row) for row in values["layers"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"Not a layer table: {error!r}. Build the engine again.") from error
+
+
+def read_layer_table(log: Iterable[str]) -> LayerTable:
+    """The last layer table among the messages of a verbose build log.
+
+    Raises:
+        ParityError: no table, or a line of it that cannot be read; then nothing is known of the engine.
+    """
+    tables = [message[len(_TABLE_HEAD) :] for message in log if message.startswith(_TABLE_HEAD)]
+    if not tables:
+        raise ParityError(
+            "The build log holds no layer table, so nothing shows which precision the engine runs in. "
+            "Build it with detailed profiling verbosity and a verbose logger."
+        )
+    lines = takewhile(lambda line: not line.startswith(_AFTER_TABLE), tables[-1].split("\n"))
+    rows = tuple(_read_row(line) for line in lines if line)
+    if not rows:
+        raise ParityError("The build log's layer table is empty, so nothing shows which precision the engine runs in.")
+    return LayerTable(rows)
+
+
+def product_nodes(graph: ModelProto) -> frozenset[str]:
+    """Names of the nodes that are convolutions or matrix products and depend on an input.
+
+    A node without a name is called what the ONNX parser calls it, `node_of_` and its first output.
+    """
+    varying = {value.name for value in graph.graph.input} - {tensor.name for tensor in graph.graph.initializer}
+    products = set()
+    for node in graph.graph.node:
+        if varying.isdisjoint(node.input):
+            continue
+        varying.update(node.output)
+        if node.op_type in PRODUCT_OPERATORS:
+            products.add(node.name or f"node_of_{node.output[0]}")
+    return frozenset(products)
+
+
+def prove_precision(
+    table: LayerTable, asked: Precision, products: Collection[str], fp32_nodes: Collection[str] = ()
+) -> None:
+    """Raise ParityError unless every convolution and matrix product of the graph runs in the precision asked for.
+
+    Each product has to be found in the table. For FP32 no layer may hold a narrower type at all (TF32 inside an FP32
+    kernel does not show in the table).
+
+    Args:
+        table: the engine's layers.
+        asked: fp32 or fp16.
+        products: node names, from `product_nodes`.
+        fp32_nodes: the products that were kept in FP32 on purpose.
+    """
+    check_precision(asked)
+    if not products:
+        raise ParityError("The graph has no convolution or matrix product, so no precision can be proved.")
+    expected = sorted(set(products) - set(fp32_nodes))
+    faults = [fault for node in expected if (fault := _fault_of(node, table.rows_of(node), asked))]
+    strays = [
+        f"{row.name} ({row.kind}, {'+'.join(sorted(row.types))})"
+        for row in table.rows
+        if _is_stray(row, asked, products)
+    ]
+    if faults or strays:
+        raise ParityError(
+            f"{asked.upper()} was asked for, but the engine does not run in it: {len(faults)} of {len(expected)} "
+            f"convolutions and matrix products{_first_few(faults)} and {len(strays)} other layers{_first_few(strays)}. "
+            f"Give the builder a graph that is {asked.upper()} itself; no flag makes it so."
+        )
+
+
+def _fault_of(node: str, rows: tuple[LayerRow, ...], asked: Precision) -> str | None:
+    if not rows:
+        return f"{node} (in no layer)"
+    for row in rows:
+        fused_in = not row.is_product and asked in row.types
+        if row.precision != asked and not fused_in:
+            return f"{node} ({row.kind}, {row.precision})"
+    return None
+
+
+def _is_stray(row: LayerRow, asked: Precision, products: Collection[str]) -> bool:
+    """Whether a layer that computes none of the named products speaks against the precision asked for."""
+    if not set(products).isdisjoint(row.origins):
+        return False
+    if asked == "fp32":
+        return bool(row.types - {"fp32"})
+    return row.is_product and row.precision not in (asked, "none")
+
+
+def _first_few(faults: list[str]) -> str:
+    few = "; ".join(faults[:5]) + ("; ..." if len(faults) > 5 else "")
+    return f" [{few}]" if few else ""
+
+
+def _one_of(types: Iterable[str]) -> str:
+    """The type that all share, `mixed`, or `none`."""
+    distinct = set(types)
+    return "none" if not distinct else distinct.pop() if len(distinct) == 1 else "mixed"
+
+
+def _computing(tensors: Iterable[LayerTensor]) -> list[LayerTensor]:
+    return [tensor for tensor in tensors if tensor.elements > 1 and tensor.type in _COMPUTE_TYPES]
+
+
+def _read_row(line: str) -> LayerRow:
+    found = _ROW.fullmatch(line)
+    if found is None:
+        raise ParityError(f"A line of the build log's layer table cannot be read: {line[:200]!r}. Please report it.")
+    rest = found["rest"]
+    weights = tuple(LayerTensor("weights", (int(w["count"]),), _type_of(w["type"])) for w in _WEIGHTS.finditer(rest))
+    return LayerRow(
+        name=found["name"],
+        kind=found["kind"],
+        inputs=_read_tensors(found["inputs"]),
+        constants=_read_tensors(found["constants"] or "") + weights,
+        outputs=_read_tensors(found["outputs"]),
+        origins=tuple(_ORIGIN.findall(rest.partition("Metadata: ")[2])),
+    )
+
+
+def _read_tensors(text: str) -> tuple[LayerTensor, ...]:
+    tensors = tuple(
+        LayerTensor(
+            found["name"], tuple(int(size) for size in found["dims"].split(",") if size), _type_of(found["type"])
+        )
+        for found in _TENSOR.finditer(text)
+    )
+    if len(tensors) != text.count("{ Name: "):
+        raise ParityError(f"Tensors of the build log's layer table cannot be read: {text[:200]!r}. Please report it.")
+    return tensors
+
+
+def _type_of(text: str) -> str:
+    for pattern, name in _TYPES:
+        if pattern.search(text):
+            return name
+    raise ParityError(
+        f"The build log's layer table has a tensor type that is not known here: {text!r}. Please report it."
+    )
+
+
+def _row_from_dict(values: dict[str, Any]) -> LayerRow:
+    tensors = {
+        field: tuple(LayerTensor(t["name"], tuple(int(n) for n in t["dims"]), str(t["type"])) for t in values[field])
+        for field in ("inputs", "constants", "outputs")
+    }
+    return LayerRow(name=values["name"], kind=values["kind"], origins=tuple(values["origins"]), **tensors)

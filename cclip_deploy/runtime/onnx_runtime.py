@@ -1,0 +1,87 @@
+"""ONNX Runtime on a CPU, or on an NVIDIA GPU through its CUDA provider, never quietly on the other."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.bundle import Bundle, graph_key
+from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.runtime.backend import Arrays
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+INSTALL = {"cpu": "pip install 'cclip-deploy[cpu]'", "cuda": "pip install 'cclip-deploy[gpu]'"}
+Device = Literal["cpu", "cuda"]
+
+
+class OnnxRuntimeBackend:
+    """A bundle's graphs of one precision in ONNX Runtime; sessions are made when a graph is first asked for."""
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, bundle: Bundle, precision: str = "fp32", device: Device = "cpu", threads: int | None = None
+    ) -> None:
+        self.bundle = bundle
+        self.precision = precision
+        self.device = device
+        self.threads = threads
+        self._runtime = load_onnxruntime(device)
+        self._sessions: dict[str, Any] = {}
+
+    def load(self, graph: str) -> None:
+        self._session(graph)
+
+    def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        session = self._session(graph)
+        names = [output.name for output in session.get_outputs()]
+        values = session.run(names, {name: np.ascontiguousarray(value) for name, value in inputs.items()})
+        return dict(zip(names, values, strict=True))
+
+    def _session(self, graph: str) -> Any:
+        if graph not in self._sessions:
+            entry = self.bundle.graph(graph_key(graph, self.precision))
+            path = self.bundle.file(entry.file)
+            self._sessions[graph] = make_session(self._runtime, str(path), self.device, self.threads)
+        return self._sessions[graph]
+
+
+def load_onnxruntime(device: Device) -> Any:
+    """The onnxruntime module; EnvironmentProblem where it is missing or lacks the device's provider."""
+    if device not in PROVIDERS:
+        raise UsageError(f"Device {device!r} is none of {', '.join(PROVIDERS)}.")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentProblem(f"onnxruntime cannot be imported ({error}). Install it: {INSTALL[device]}") from error
+    have = onnxruntime.get_available_providers()
+    if PROVIDERS[device] not in have:
+        raise EnvironmentProblem(
+            f"This onnxruntime has no {PROVIDERS[device]} (it has {', '.join(have)}). "
+            f"Replace it: pip uninstall onnxruntime; {INSTALL[device]}"
+        )
+    return onnxruntime
+
+
+def make_session(runtime: Any, model: str | bytes, device: Device = "cpu", threads: int | None = None) -> Any:
+    """A session of a graph that really runs on `device`; threads are pinned to a count and never spin when it is given."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"{threads} threads make no sense. Give 1 or more.")
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    try:
+        session = runtime.InferenceSession(model, options, providers=[PROVIDERS[device]])
+    except Exception as error:  # onnxruntime's exceptions have no common public base
+        what = model if isinstance(model, str) else "a graph"
+        raise BundleError(f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0][:200]}") from error
+    if PROVIDERS[device] not in session.get_providers():
+        raise EnvironmentProblem(
+            f"ONNX Runtime was asked for {device} and fell back to {session.get_providers()}: no usable GPU, driver or "
+            "CUDA library. Run cclip-deploy doctor, or ask for --device cpu."
+        )
+    return session

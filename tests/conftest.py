@@ -1,0 +1,96 @@
+"""Networks, checkpoints and bundles that many tests look at, each made once a session."""
+
+from __future__ import annotations
+
+import os
+
+# Before numpy and torch load: spinning threads of a busy machine make tests slow and times meaningless.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.model.checkpoint import save_checkpoint
+from cclip_deploy.model.config import TINY, ModelConfig
+from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.pipeline.export import ExportOptions, export_bundle
+from tests.published.checkpoint import state_dict
+
+TINY_HW = (64, 96)
+THREADS = 2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(THREADS)
+
+
+def random_network(config: ModelConfig = TINY, seed: int = 0) -> CausalCLIPSeg:
+    """An untrained network none of whose parts is silent: fresh ones have zero-scaled residuals and neutral norms."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = CausalCLIPSeg(config).eval().requires_grad_(False)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith("running_mean"):
+            tensor.normal_(0, 0.2, generator=generator)
+        elif name.endswith("bn3.weight"):
+            tensor.uniform_(0.2, 0.6, generator=generator)
+        elif name.endswith("bias"):
+            tensor.normal_(0, 0.1, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_network() -> CausalCLIPSeg:
+    """A tiny network in float32; do not change it."""
+    return random_network()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_network: CausalCLIPSeg, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny network in our layout."""
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors"
+    save_checkpoint(tiny_network, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deploy bundle of the tiny network at 64x96, with the causal masks as outputs; copy it before changing it."""
+    path = tmp_path_factory.mktemp("bundles") / "tiny.cclip"
+    export_bundle(tiny_checkpoint, path, ExportOptions(TINY_HW, 24, with_masks=True, threads=THREADS), "test")
+    return path
+
+
+@pytest.fixture
+def tiny_bundle(tiny_bundle_path: Path) -> Bundle:
+    """The tiny bundle, freshly opened."""
+    return Bundle.open(tiny_bundle_path)
+
+
+@pytest.fixture(scope="session")
+def published_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Gives the path of a published-layout rn101 checkpoint (0.7 GB) of a seed; each is written once."""
+    folder = tmp_path_factory.mktemp("published")
+
+    def write(seed: int) -> Path:
+        path = folder / f"seed{seed}.pth"
+        if not path.exists():
+            torch.save({key: torch.from_numpy(value) for key, value in state_dict(seed).items()}, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Everything that torch makes in this test is float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

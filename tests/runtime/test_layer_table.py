@@ -1,0 +1,239 @@
+"""The layer table of a build log, read from lines of both bindings' forms, and what it proves."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cclip_deploy.errors import DataError, ParityError, UsageError
+from cclip_deploy.runtime.layer_table import (
+    LayerTable,
+    check_precision,
+    product_nodes,
+    prove_precision,
+    read_layer_table,
+)
+
+
+def rtx_tensor(name: str, dims: str, kind: str) -> str:
+    layout = "Format: (NHWC) Channel major format"
+    return f" {{ Name: {name}, Dimensions: [{dims}], Strides: [8,1], StrideOrder: [1,0], Datatype: {kind}, {layout} }}"
+
+
+def rtx_row(name: str, kind: str, inputs: str, constants: str, outputs: str, origins: str = "") -> str:
+    return (
+        f"Name: {name}, LayerType: {kind}, Inputs: [{inputs}], Constants: [{constants}], Outputs: [{outputs}], "
+        f"TacticName: tactic, StreamId: 0, Metadata: {origins}"
+    )
+
+
+def product_row(kind: str, data: str, weights: str, node: str = "conv", name: str = "conv_myl0_2") -> str:
+    constants = f"{rtx_tensor('w', '8,3,3,3', weights)},{rtx_tensor('alpha', '1', 'Float')}"
+    inputs, outputs = rtx_tensor("x", "-1,3,8,8", data), rtx_tensor("y", "-1,8,8,8", data)
+    return rtx_row(
+        name, kind, inputs, constants, outputs, f"[ONNX Layer: {node}]\x1f[ONNX Layer: relu]" if node else ""
+    )
+
+
+def table(*rows: str) -> LayerTable:
+    text = "Layers:\n" + "\n".join(rows) + "\n\nI/O Tensors:\n Name: image, IOMode: Input, DataType: Float"
+    return read_layer_table(["Original: 3 layers", text, "Adding 1 engine(s) to plan file."])
+
+
+def test_a_row_is_read_with_its_tensors_and_origins() -> None:
+    (row,) = table(product_row("correlation", "Half", "Half")).rows
+    assert (row.name, row.kind, row.origins) == ("conv_myl0_2", "correlation", ("conv", "relu"))
+    assert [(t.name, t.dims, t.type) for t in row.inputs] == [("x", (-1, 3, 8, 8), "fp16")]
+    assert [(t.name, t.dims, t.type) for t in row.constants] == [("w", (8, 3, 3, 3), "fp16"), ("alpha", (1,), "fp32")]
+    assert row.precision == "fp16"
+
+
+def test_a_row_of_plain_tensorrt_is_read() -> None:
+    line = (
+        "Name: /c/Conv + /r/Relu, LayerType: CaskConvolution, Inputs: [ { Name: in, Location: Device, "
+        "Dimensions: [1,3,4,4], Format/Datatype: Channel major FP16 format where channel % 8 == 0 }], "
+        "Outputs: [ { Name: out, Location: Device, Dimensions: [1,8,2,2], Format/Datatype: Half }], "
+        "ParameterType: Convolution, Kernel: [3,3], Weights: "
+        '{"Type": "Half", "Count": 216}, Bias: {"Type": "Float", "Count": 8}, HasBias: 1, TacticName: sm80_xmma, '
+        "TacticValue: 0x1, StreamId: 0, Metadata: [ONNX Layer: /c/Conv]\x1e[ONNX Layer: /r/Relu]"
+    )
+    (row,) = table(line).rows
+    assert row.origins == ("/c/Conv", "/r/Relu")
+    assert row.constants[0].dims == (216,)
+    assert row.is_product
+    assert row.precision == "fp16"
+
+
+def test_layers_without_tensors_or_origins_are_read() -> None:
+    (row,) = table(rtx_row("shapes", "shape_call", "", "", "")).rows
+    assert (row.inputs, row.constants, row.outputs, row.origins) == ((), (), (), ())
+    assert row.precision == "none"
+
+
+def test_a_convolution_made_a_product_keeps_its_origin() -> None:
+    (row,) = table(rtx_row("g", "gemm", "", "", "", "[ONNX Layer: blocks[0].conv]__gemm_from_conv1x1")).rows
+    assert row.origins == ("blocks[0].conv",)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("Float", "fp32"),
+        ("Row major linear FP32 format", "fp32"),
+        ("Half", "fp16"),
+        ("BFloat16", "bf16"),
+        ("FP8", "fp8"),
+        ("Thirty-two wide channel vectorized row major Int8 format", "int8"),
+        ("UInt8", "uint8"),
+        ("Int64", "int64"),
+        ("Bool", "bool"),
+    ],
+)
+def test_type_names_of_all_versions_are_known(text: str, kind: str) -> None:
+    (row,) = table(rtx_row("x", "kgen", rtx_tensor("a", "4", text), "", "")).rows
+    assert row.inputs[0].type == kind
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "conv1",
+        rtx_row("x", "kgen", " { Name: a, Dimensions: four }", "", ""),
+        rtx_row("x", "kgen", rtx_tensor("a", "4", "Posit16"), "", ""),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_no_proof(line: str) -> None:
+    with pytest.raises(ParityError, match="layer table"):
+        table(line)
+
+
+@pytest.mark.parametrize("log", [[], ["Engine generation completed"], ["Layers:\n\nI/O Tensors:\n"]])
+def test_a_log_without_a_table_is_no_proof(log: list[str]) -> None:
+    with pytest.raises(ParityError, match="nothing shows which precision"):
+        read_layer_table(log)
+
+
+def test_the_table_survives_json() -> None:
+    before = table(product_row("correlation", "Half", "Half"), rtx_row("s", "shape_call", "", "", ""))
+    assert LayerTable.from_dict(json.loads(json.dumps(before.to_dict()))) == before
+
+
+@pytest.mark.parametrize("values", [{}, {"layers": [{"name": "x"}]}, {"layers": None}])
+def test_what_is_no_table_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(DataError, match="Not a layer table"):
+        LayerTable.from_dict(values)
+
+
+def test_layers_are_counted_by_type() -> None:
+    cast = rtx_row("c", "kgen", rtx_tensor("a", "8", "Float"), "", rtx_tensor("b", "8", "Half"))
+    mixed = table(
+        product_row("correlation", "Half", "Half"),
+        product_row("gemm", "Half", "Half"),
+        product_row("gemm", "Float", "Float"),
+        cast,
+        rtx_row("s", "shape_call", "", "", ""),
+    )
+    assert mixed.summary() == {"fp16": 2, "fp32": 1, "mixed": 1, "none": 1}
+    assert mixed.product_summary() == {"fp16": 2, "fp32": 1}
+    assert mixed.share("fp16") == pytest.approx(2 / 3)
+    assert mixed.share("int8") == 0
+
+
+@pytest.mark.parametrize(("data", "asked"), [("Float", "fp32"), ("Half", "fp16")])
+def test_an_honoured_request_is_proved(data: str, asked: str) -> None:
+    prove_precision(table(product_row("correlation", data, data)), asked, {"conv"})  # type: ignore[arg-type]
+
+
+def test_fp16_that_runs_in_fp32_is_refused_with_the_layers() -> None:
+    rows = [product_row("correlation", "Float", "Float", f"conv{i}") for i in range(8)]
+    products = {f"conv{i}" for i in range(8)}
+    with pytest.raises(ParityError, match=r"FP16 was asked for.* 8 of 8 .*conv0 \(correlation, fp32\).*conv4.*\.\.\."):
+        prove_precision(table(*rows), "fp16", products)
+
+
+def test_one_product_in_fp32_is_enough_to_refuse_fp16() -> None:
+    both = table(product_row("correlation", "Half", "Half"), product_row("gemm", "Float", "Float", "head"))
+    with pytest.raises(ParityError, match=r"1 of 2 .*head \(gemm, fp32\)"):
+        prove_precision(both, "fp16", {"conv", "head"})
+    prove_precision(both, "fp16", {"conv", "head"}, fp32_nodes={"head"})
+
+
+def test_fp32_weights_behind_a_half_input_are_not_fp16() -> None:
+    with pytest.raises(ParityError, match=r"conv \(runtime_fusion, mixed\)"):
+        prove_precision(table(product_row("runtime_fusion", "Half", "Float")), "fp16", {"conv"})
+
+
+def test_fp32_with_a_half_layer_is_refused() -> None:
+    both = table(
+        product_row("correlation", "Float", "Float"), rtx_row("p", "kgen", rtx_tensor("a", "8", "Half"), "", "")
+    )
+    with pytest.raises(ParityError, match=r"0 of 1 .*1 other layers \[p \(kgen, fp16\)\]"):
+        prove_precision(both, "fp32", {"conv"})
+
+
+def test_a_product_without_an_origin_counts_too() -> None:
+    both = table(product_row("correlation", "Half", "Half"), product_row("gemm", "Float", "Float", "", "stray"))
+    with pytest.raises(ParityError, match=r"1 other layers \[stray"):
+        prove_precision(both, "fp16", {"conv"})
+
+
+def test_a_product_in_no_layer_is_refused() -> None:
+    with pytest.raises(ParityError, match=r"head \(in no layer\)"):
+        prove_precision(table(product_row("correlation", "Half", "Half")), "fp16", {"conv", "head"})
+
+
+def test_the_cast_before_a_convolution_does_not_speak_for_it() -> None:
+    cast = rtx_row("c", "kgen", rtx_tensor("x", "8", "Float"), "", rtx_tensor("h", "8", "Half"), "[ONNX Layer: conv]")
+    prove_precision(table(cast, product_row("correlation", "Half", "Half")), "fp16", {"conv"})
+    with pytest.raises(ParityError):
+        prove_precision(table(cast, product_row("correlation", "Float", "Float")), "fp16", {"conv"})
+
+
+def test_a_product_inside_a_generated_kernel_needs_half_tensors() -> None:
+    def kernel(kind: str) -> str:
+        inputs = f"{rtx_tensor('a', '8,8', kind)},{rtx_tensor('b', '8,8', 'Float')}"
+        return rtx_row("k", "kgen", inputs, "", rtx_tensor("c", "8,8", "Float"), "[ONNX Layer: mm]")
+
+    prove_precision(table(kernel("Half")), "fp16", {"mm"})
+    with pytest.raises(ParityError, match=r"mm \(kgen, fp32\)"):
+        prove_precision(table(kernel("Float")), "fp16", {"mm"})
+
+
+def test_a_generated_attention_kernel_is_a_product() -> None:
+    def attention(kind: str) -> str:
+        inputs = ",".join(rtx_tensor(name, "-1,32,16", kind) for name in "qkv")
+        return rtx_row("_gemm_mha_v2_myl0_7", "kgen", inputs, "", rtx_tensor("o", "8", "Half"), "[ONNX Layer: mm]")
+
+    assert table(attention("Half")).product_summary() == {"fp16": 1}
+    with pytest.raises(ParityError, match=r"mm \(kgen, fp32\)"):
+        prove_precision(table(attention("Float")), "fp16", {"mm"})
+
+
+def test_a_graph_without_products_proves_nothing() -> None:
+    with pytest.raises(ParityError, match="no convolution or matrix product"):
+        prove_precision(table(rtx_row("s", "shape_call", "", "", "")), "fp32", set())
+
+
+def test_precisions_to_come_and_unknown_ones_are_told_apart() -> None:
+    check_precision("fp32")
+    check_precision("fp16")
+    with pytest.raises(UsageError, match="'int8' is not available yet"):
+        check_precision("int8")
+    with pytest.raises(UsageError, match="no precision 'half'"):
+        check_precision("half")
+
+
+def test_products_are_named_and_those_of_constants_left_out() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["w", "w"], ["ww"], name="constant"),
+        helper.make_node("MatMul", ["x", "ww"], ["a"], name="first"),
+        helper.make_node("Relu", ["a"], ["b"], name="relu"),
+        helper.make_node("Gemm", ["b", "w"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (2, 2)) for name in ("x", "y")]
+    weights = [numpy_helper.from_array(np.eye(2, dtype=np.float32), "w")]
+    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], weights))
+    assert product_nodes(model) == {"first", "node_of_y"}
