@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from cclip_deploy.data.preprocess import Preprocessing
 from cclip_deploy.data.tokens import PromptTokenizer
-from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, UsageError
+from cclip_deploy.files import link_or_copy, whole_folder
 
 SCHEMA_VERSION = 1
 MANIFEST, SUMS, TOKENIZER = "manifest.json", "SHA256SUMS", "tokenizer.json"
@@ -125,7 +123,9 @@ class Bundle:
             raise BundleError(f"{path} is no bundle: it lacks {MANIFEST} or {SUMS}. Give the folder that export wrote.")
         sums = _read_sums(path / SUMS)
         _check_sum(path, MANIFEST, sums)
-        return Bundle(path, _read_manifest(path / MANIFEST), sums)
+        manifest = _read_manifest(path / MANIFEST)
+        _check_chain(path / MANIFEST, manifest, sums)
+        return Bundle(path, manifest, sums)
 
     @staticmethod
     def unsealed(folder: Path, manifest: Manifest) -> Bundle:
@@ -203,26 +203,32 @@ def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     check_output(path, replace)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    with _disk_errors(path), _removed_on_failure(unfinished):
-        unfinished.mkdir(parents=True)
+    with whole_folder(path) as unfinished:
+        unfinished.mkdir()
         yield unfinished
         _seal(unfinished)
-        _put_in_place(unfinished, path)
+        check_output(path, replace)
 
 
 @contextmanager
 def edited_bundle(bundle: Bundle) -> Iterator[Path]:
-    """A copy of a bundle (hard links, no bytes copied) to add files to; it replaces the old one when the block ends well.
+    """A copy of a bundle by hard links, to add files to; it replaces the old one when the block ends well.
 
     Never write into an existing file of the copy: it is the old bundle's too. Write a new one, or unlink first.
+
+    Raises:
+        BundleError: a file was altered, or has no checksum: it must not get a new one that calls it right.
     """
-    unfinished = bundle.path.with_name(f".{bundle.path.name}.{os.getpid()}.unfinished")
-    with _disk_errors(bundle.path), _removed_on_failure(unfinished):
-        shutil.copytree(bundle.path, unfinished, copy_function=_link_or_copy)
+    if strays := bundle.check_all():
+        raise BundleError(
+            f"{bundle.path} holds {', '.join(strays)}, which no checksum covers. Move that elsewhere and run it again."
+        )
+    with whole_folder(bundle.path) as unfinished:
+        for name in bundle.sums:
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(bundle.path / name, unfinished / name)
         yield unfinished
         _seal(unfinished)
-        _put_in_place(unfinished, bundle.path)
 
 
 def check_output(path: Path, replace: bool) -> None:
@@ -232,7 +238,7 @@ def check_output(path: Path, replace: bool) -> None:
         return
     if not replace:
         raise UsageError(f"{path} exists already. Choose another output, or give --force to replace it.")
-    if not (path / MANIFEST).is_file():
+    if not (path / MANIFEST).is_file() or not (path / SUMS).is_file():
         raise UsageError(f"{path} is no bundle, so --force will not replace it. Choose another output.")
 
 
@@ -247,48 +253,6 @@ def _seal(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     lines = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def _put_in_place(unfinished: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    if path.exists():
-        path.rename(old)
-    try:
-        unfinished.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-@contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentProblem(
-                f"The disk is full; {path} was left as it was. Free some space and run it again."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise EnvironmentProblem(f"{path} cannot be written ({error.strerror}). Choose another output.") from error
-        raise
 
 
 def _read_sums(path: Path) -> dict[str, str]:
@@ -308,9 +272,12 @@ def _check_sum(folder: Path, name: str, sums: Mapping[str, str]) -> None:
         raise BundleError(
             f"{name} has no checksum in {folder / SUMS}, so it will not be loaded. Export the bundle again."
         )
-    if not path.is_file():
-        raise BundleError(f"{path} is missing from the bundle. Copy or export the bundle again.")
-    found = sha256_file(path)
+    try:
+        if not path.is_file():
+            raise BundleError(f"{path} is missing from the bundle. Copy or export the bundle again.")
+        found = sha256_file(path)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}). Check its permissions and the disk.") from error
     if found != sums[name]:
         raise BundleError(
             f"{path} was altered: its SHA-256 begins {found[:12]}, {SUMS} says {sums[name][:12]}. "
@@ -319,9 +286,8 @@ def _check_sum(folder: Path, name: str, sums: Mapping[str, str]) -> None:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    text = path.read_text(encoding="utf-8")
     try:
-        manifest = Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -330,6 +296,28 @@ def _read_manifest(path: Path) -> Manifest:
         ) from error
     if manifest.schema_version != SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema {manifest.schema_version}, this version reads {SCHEMA_VERSION}. Export the bundle again."
+            f"{path} has schema {manifest.schema_version}, this version reads {SCHEMA_VERSION}. Export it again."
         )
     return manifest
+
+
+def _check_chain(path: Path, manifest: Manifest, sums: Mapping[str, str]) -> None:
+    """Raise BundleError where the manifest speaks of other files, origins or sizes than the bundle has."""
+    told = [(graph.file, graph.sha256) for graph in manifest.graphs.values()]
+    told += [(engine.file, engine.sha256) for engine in manifest.engines]
+    for file, sha256 in told:
+        if sums.get(file) != sha256:
+            raise BundleError(
+                f"{path} speaks of a {file} with SHA-256 {sha256[:12]}, {SUMS} of another. "
+                "Copy or export the bundle again."
+            )
+    for name, graph in manifest.graphs.items():
+        source = manifest.graphs.get(name.removesuffix(f".{graph.precision}"))
+        origin = manifest.checkpoint.sha256 if graph.precision == "fp32" else source and source.sha256
+        if graph.made_from_sha256 != origin:
+            raise BundleError(f"{path}: graph {name} was not made from what lies in this bundle. Build it again.")
+        for tensor in graph.inputs:
+            sides = {"image": manifest.image_hw, "features": manifest.image_hw, "tokens": (manifest.prompt_length,)}
+            expected = sides.get(tensor.name, ())
+            if expected and tensor.shape[-len(expected) :] != expected:
+                raise BundleError(f"{path}: input {tensor.name} of {name} is {tensor.shape}, not of size {expected}.")

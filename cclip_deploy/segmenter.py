@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.preprocess import to_input, to_source
-from cclip_deploy.errors import UsageError
+from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.runtime.backend import Backend
 
 PROMPTS_AT_ONCE = 16
@@ -99,12 +99,18 @@ class Segmenter:
 
     def _decode_part(self, features: Floats, part: PromptKernels) -> Floats:
         inputs = {"features": features, "kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
-        return self.backend.run("mask_decoder", inputs)["logits"]
+        logits = self.backend.run("mask_decoder", inputs)["logits"]
+        if not np.isfinite(logits).all():
+            raise ParityError(
+                f"{self.bundle.path} gave logits that are not finite, so no mask. Check it: cclip-deploy verify BUNDLE."
+            )
+        return logits
 
 
 def sigmoid(logits: Floats) -> Floats:
     """Probabilities of logits, without overflow for large ones."""
-    return (0.5 * (1.0 + np.tanh(0.5 * logits))).astype(np.float32)
+    probabilities: Floats = (0.5 * (1.0 + np.tanh(0.5 * logits))).astype(np.float32)
+    return probabilities
 
 
 def _chunks(prompts: list[str]) -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table
 
 
 @reports_errors
@@ -38,9 +38,9 @@ def build_engine(
     if json:
         print_json({"bundle": str(bundle), "engines": [entry.model_dump() for entry in entries]})
         return
-    shown = table("Engines, precision proved from the build log", "engine", "precision", "size ", "build ", "target")
+    shown = table("Engines, precision proved from the build log", "engine of", "precision", "size ", "build ", "target")
     for entry in entries:
         size = (bundle / entry.file).stat().st_size
-        shown.add_row(entry.file, entry.precision, f"{size / 1e6:.1f} MB", f"{entry.build_seconds:.1f} s", entry.target)
+        shown.add_row(entry.graph, entry.precision, si(size, "B"), f"{entry.build_seconds:.1f} s", entry.target)
     stdout.print(shown)
     stdout.print("Not run: an engine runs on a GPU only. Its graph was compared with PyTorch on this CPU.")

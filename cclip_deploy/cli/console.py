@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cclip_deploy.errors import CclipError
@@ -20,8 +21,10 @@ from cclip_deploy.errors import CclipError
 INTERRUPTED = 130
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+PIPE_WIDTH = 120
+
+stdout = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+stderr = Console(stderr=True, highlight=False, emoji=False)
 
 
 def reports_errors(command: Command) -> Command:
@@ -32,7 +35,7 @@ def reports_errors(command: Command) -> Command:
         try:
             return command(*args, **kwargs)
         except CclipError as error:
-            stderr.print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
+            stderr.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
             stderr.print("Interrupted; nothing was left half-written.")
@@ -48,9 +51,9 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda message: None
     elif stderr.is_terminal:
         with stderr.status("Starting") as status:
-            yield lambda message: status.update(_escaped(message))
+            yield lambda message: status.update(escape(message))
     else:
-        yield lambda message: stderr.print(_escaped(message), soft_wrap=True)
+        yield lambda message: stderr.print(escape(message), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -60,16 +63,20 @@ def print_json(value: Any) -> None:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table; columns whose name ends in a space are right-aligned."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(title=escape(title), title_justify="left", header_style="bold")
     for column in columns:
         made.add_column(column.strip(), justify="right" if column.endswith(" ") else "left", overflow="fold")
     return made
 
 
+def si(count: float, unit: str = "") -> str:
+    """A number with three digits and a prefix: 21.4 G, 85.3 M."""
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{count / factor:.3g} {prefix}{unit}"
+    return f"{count:.3g} {unit}".strip()
+
+
 def command_line() -> str:
     """The command as it was typed, for manifests and reports."""
     return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table
+from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, si, stdout, table
 
 
 @reports_errors
@@ -54,7 +54,7 @@ def export(
     shown = table(f"{output}, equal to PyTorch", "graph", "multiply-adds ", "size ", "relative error ")
     for name, entry in graphs.items():
         size = (output / entry.file).stat().st_size
-        shown.add_row(name, f"{entry.multiply_adds / 1e9:.2f} G", f"{size / 1e6:.1f} MB", f"{worst[name]:.1e}")
+        shown.add_row(name, si(entry.multiply_adds), si(size, "B"), f"{worst[name]:.1e}")
     stdout.print(shown)
     if made.tensors_dropped:
         stdout.print(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table
 
 
 @reports_errors
@@ -17,16 +19,20 @@ def inspect(bundle: options.Bundle, json: options.Json = False) -> None:
     if json:
         print_json(facts)
         return
-    shown = table(f"{bundle}: {facts['summary']}", "graph", "inputs", "outputs", "multiply-adds ", "SHA-256")
+    shown = table(f"{bundle}: {facts['summary']}", "graph", "inputs", "outputs", "multiply-adds ", "size ", "SHA-256")
     for name, graph in facts["graphs"].items():
-        sides = ("\n".join(f"{t['name']} {t['shape']}" for t in graph[key]) for key in ("inputs", "outputs"))
-        shown.add_row(name, *sides, f"{graph['multiply_adds'] / 1e9:.2f} G", graph["sha256"][:12])
-    engines = table("Engines", "engine", "precision", "layers", "built with", "size ", "SHA-256")
+        sides = ("\n".join(_tensor(t) for t in graph[key]) for key in ("inputs", "outputs"))
+        shown.add_row(name, *sides, si(graph["multiply_adds"]), si(graph["bytes"], "B"), graph["sha256"][:12])
+    engines = table("Engines", "engine of", "precision", "product layers", "built with", "size ", "SHA-256")
     for e in facts["engines"]:
         layers = ", ".join(f"{count} {kind}" for kind, count in e["product_layers"].items())
         built = f"{e['backend']} {e['backend_version']}"
-        engines.add_row(e["file"], e["precision"], layers, built, f"{e['bytes'] / 1e6:.1f} MB", e["sha256"][:12])
+        engines.add_row(e["graph"], e["precision"], layers, built, si(e["bytes"], "B"), e["sha256"][:12])
     stdout.print(shown)
     if facts["engines"]:
         stdout.print(engines)
     stdout.print(f"All {facts['files_checked']} checksums hold. Made by: {facts['command']}", markup=False)
+
+
+def _tensor(tensor: dict[str, Any]) -> str:
+    return f"{tensor['name']} ({', '.join(str(side) for side in tensor['shape'])})"

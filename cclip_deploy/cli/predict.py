@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
@@ -42,6 +43,6 @@ def predict(
         shown = table("Predictions", "picture", "prompt", "area ", "mean probability ", "mask")
         for row in found.done:
             numbers = (f"{row.area_share:.2%}", f"{row.mean_probability:.3f}")
-            shown.add_row(row.image.name, row.prompt, *numbers, str(row.written.mask))
+            shown.add_row(escape(row.image.name), escape(row.prompt), *numbers, escape(str(row.written.mask)))
         stdout.print(shown)
     refuse_failures(found)

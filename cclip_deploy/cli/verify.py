@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
 from cclip_deploy.errors import ParityError
+
+if TYPE_CHECKING:
+    from cclip_deploy.evidence.parity import Check
+
+METRICS = ("relative_error", "max_error", "mask_dice", "flipped_share")
 
 
 @reports_errors
@@ -34,11 +40,7 @@ def verify(
     if json:
         print_json(result.to_dict())
     else:
-        shown = table(f"{bundle} against PyTorch", "check", "precision", "backend", "metric", "value ", "limit ", "")
-        for c in result.checks:
-            verdict = "[green]ok[/]" if c.passed else "[bold red]FAILED[/]"
-            shown.add_row(c.name, c.precision, c.backend, c.metric, f"{c.value:.3g}", f"{c.limit:.3g}", verdict)
-        stdout.print(shown)
+        _show(str(bundle), result.checks)
         for note in result.notes:
             stdout.print(f"Note: {note}", markup=False)
     if not result.passed:
@@ -46,3 +48,31 @@ def verify(
         raise ParityError(
             f"{failed} of {len(result.checks)} checks broke their limit. Do not use this bundle; export it again."
         )
+
+
+def _show(name: str, checks: Sequence[Check]) -> None:
+    """The worst of each metric, a row a graph; every broken limit in full."""
+    shown = table(f"{name} against PyTorch, worst values", "graph", "precision", *(f"{m} " for m in METRICS), "")
+    for graph, precision in dict.fromkeys((c.graph, c.precision) for c in checks if c.metric in METRICS):
+        rows = [c for c in checks if (c.graph, c.precision) == (graph, precision) and c.metric in METRICS]
+        cells = (_worst([c for c in rows if c.metric == metric]) for metric in METRICS)
+        shown.add_row(graph, precision, *cells, _verdict(rows))
+    stdout.print(shown)
+    engines = [c for c in checks if c.metric not in METRICS]
+    for graph, precision, backend in dict.fromkeys((c.graph, c.precision, c.backend) for c in engines):
+        rows = [c for c in engines if (c.graph, c.precision, c.backend) == (graph, precision, backend)]
+        stdout.print(f"{backend} engine of {graph}: {precision} in every product, and of this graph: {_verdict(rows)}")
+    for c in checks:
+        if not c.passed:
+            stdout.print(f"[bold red]{c.name} ({c.precision}): {c.metric} {c.value:.6g}, limit {c.limit:.6g}[/]")
+
+
+def _worst(checks: Sequence[Check]) -> str:
+    if not checks:
+        return ""
+    pick = min if checks[0].metric == "mask_dice" else max
+    return f"{pick(c.value for c in checks):.4g}"
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    return "[green]ok[/]" if all(c.passed for c in checks) else "[bold red]FAILED[/]"

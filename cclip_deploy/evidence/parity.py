@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cclip_deploy.bundle import Manifest
 from cclip_deploy.errors import ParityError
 from cclip_deploy.evidence.reference import Reference, expand, thin
 from cclip_deploy.runtime.backend import Backend
@@ -56,8 +58,8 @@ class Check:
     passed: bool
 
     def to_dict(self) -> dict[str, object]:
-        """The form of `verify --json`."""
-        return asdict(self)
+        """The form of `verify --json`; a value that is not finite, which JSON does not know, is null."""
+        return {**asdict(self), "value": self.value if math.isfinite(self.value) else None}
 
 
 def relative_error(value: Floats, truth: Floats) -> float:
@@ -99,15 +101,29 @@ def flipped_share(logits: Floats, truth: Floats) -> float:
     return float((ours != theirs).mean())
 
 
-def check_graphs(backend: Backend, graphs: Iterable[str], references: Sequence[Reference]) -> Iterator[Check]:
-    """Compare each graph with every reference, as each is computed; `chain` is the three graphs one after another."""
+def check_graphs(
+    backend: Backend, graphs: Iterable[str], references: Sequence[Reference], plain_batch: int = 1
+) -> Iterator[Check]:
+    """Compare each graph with every reference, as each is computed; `chain` is the three graphs one after another.
+
+    `plain_batch` is the static batch of a plain graph, if there is one.
+
+    Raises:
+        ParityError: an output has another shape than the reference's.
+    """
     names = list(graphs)
     for reference in references:
         for graph in names:
-            yield from _check_graph(backend, graph, reference)
+            yield from _check_graph(backend, graph, reference, plain_batch)
         if all(graph in names for graph in CHAIN):
             logits = _run_chain(backend, reference)
             yield from _judge_logits("chain", backend, reference, logits, reference.logits)
+
+
+def plain_batch(manifest: Manifest) -> int:
+    """The static batch of a bundle's plain graph; 1 where there is none."""
+    plain = manifest.graphs.get("plain")
+    return int(plain.inputs[0].shape[0]) if plain else 1
 
 
 def refuse_failures(checks: Sequence[Check]) -> None:
@@ -116,8 +132,8 @@ def refuse_failures(checks: Sequence[Check]) -> None:
     if failed:
         first = failed[0]
         raise ParityError(
-            f"{len(failed)} of {len(checks)} parity checks failed; first: {first.name} ({first.precision}) {first.metric} "
-            f"is {first.value:.6g}, the limit is {first.limit:.6g}. Nothing was published."
+            f"{len(failed)} of {len(checks)} parity checks failed; first: {first.name} ({first.precision}), "
+            f"{first.metric} is {first.value:.6g}, the limit is {first.limit:.6g}. Nothing was published."
         )
 
 
@@ -131,14 +147,16 @@ def degenerate_masks(references: Sequence[Reference]) -> list[str]:
     return names
 
 
-def _check_graph(backend: Backend, graph: str, reference: Reference) -> Iterator[Check]:
+def _check_graph(backend: Backend, graph: str, reference: Reference, plain_batch: int) -> Iterator[Check]:
     if graph in ("fused", "plain"):
         rows, tokens = reference.pairs()
         if graph == "plain":
-            logits = _run_rows(backend, graph, rows, tokens)
+            logits = _run_batches(backend, graph, rows, tokens, plain_batch)
         else:
             logits = backend.run(graph, {"image": rows, "tokens": tokens})["logits"]
-        yield from _judge_logits(graph, backend, reference, logits.reshape(reference.logits.shape), reference.logits)
+        batch, prompts, height, width = reference.logits.shape
+        truth = reference.logits.reshape(batch * prompts, 1, height, width)
+        yield from _judge_logits(graph, backend, reference, logits, truth)
         return
     if graph == "mask_decoder":
         logits = backend.run(graph, expand(reference.decoder_inputs))["logits"]
@@ -150,10 +168,11 @@ def _check_graph(backend: Backend, graph: str, reference: Reference) -> Iterator
         yield from _judge(graph, backend, reference, name, thin(name, value), reference.outputs[graph][name])
 
 
-def _run_rows(backend: Backend, graph: str, rows: Floats, tokens: NDArray[np.int64]) -> Floats:
-    """One row at a time: the plain graph's batch is static."""
-    parts = [backend.run(graph, {"image": rows[i : i + 1], "tokens": tokens[i : i + 1]}) for i in range(len(rows))]
-    return np.concatenate([part["logits"] for part in parts])
+def _run_batches(backend: Backend, graph: str, rows: Floats, tokens: NDArray[np.int64], batch: int) -> Floats:
+    """Full batches, because a plain graph's is static; the last one is filled up with the first rows again."""
+    places = np.arange(-(-len(rows) // batch) * batch).reshape(-1, batch) % len(rows)
+    parts = [backend.run(graph, {"image": rows[some], "tokens": tokens[some]})["logits"] for some in places]
+    return np.concatenate(parts)[: len(rows)]
 
 
 def _run_chain(backend: Backend, reference: Reference) -> Floats:
@@ -165,6 +184,8 @@ def _run_chain(backend: Backend, reference: Reference) -> Floats:
 def _judge(
     graph: str, backend: Backend, reference: Reference, output: str, value: Floats, truth: Floats
 ) -> Iterator[Check]:
+    if value.shape != truth.shape:
+        raise ParityError(f"{graph} gives {output} of shape {value.shape}, the reference's is {truth.shape}.")
     measured = {"relative_error": relative_error(value, truth), "max_error": max_error(value, truth)}
     yield from _checks(graph, backend, reference, output, measured)
 

@@ -1,8 +1,9 @@
-"""Reference answers: inputs, and what the plain PyTorch network computed for them, small enough to travel in a bundle."""
+"""Reference answers: inputs and what the plain PyTorch network computed for them, small enough for a bundle."""
 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,17 @@ THIN = {
     **dict.fromkeys(("mask3", "mask4", "mask5", "confounding_features"), _EIGHTH),
 }
 TILE = 16
+_NO_NPZ = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -72,12 +84,17 @@ def seeded_inputs(image_hw: tuple[int, int], prompt_length: int) -> tuple[Floats
 def picture_inputs(
     pictures: Sequence[Path], prompts: Sequence[str], tokenizer: PromptTokenizer, manifest: Manifest
 ) -> tuple[Floats, NDArray[np.int64]]:
-    """Pictures and prompts as the bundle's inputs; without pictures, two drawn chest films."""
+    """Pictures and prompts as the bundle's inputs; two drawn chest films and PICTURE_PROMPTS where none are given.
+
+    Raises:
+        ImageError: a picture cannot be read.
+        PromptError: a prompt is empty or too long.
+    """
     pixels = [read_picture(path).pixels for path in pictures] or drawn_films(manifest.image_hw)
     image = np.concatenate([to_input(p, manifest.image_hw, manifest.preprocessing) for p in pixels])
-    fitting = [prompt for prompt in prompts if len(tokenizer.ids(prompt)) <= manifest.prompt_length]
-    tokens = np.stack([tokenizer.encode(prompt, manifest.prompt_length) for prompt in fitting or [SHORTEST_PROMPT]])
-    return image, tokens
+    length = manifest.prompt_length
+    fitting = [prompt for prompt in PICTURE_PROMPTS if len(tokenizer.ids(prompt)) <= length]
+    return image, np.stack([tokenizer.encode(prompt, length) for prompt in prompts or fitting or [SHORTEST_PROMPT]])
 
 
 def drawn_films(image_hw: tuple[int, int]) -> list[Floats]:
@@ -123,8 +140,44 @@ def save_reference(reference: Reference, path: Path) -> None:
 
 
 def load_references(bundle: Bundle) -> list[Reference]:
-    """The references that a bundle carries, their checksums verified."""
-    return [_load(bundle.file(name)) for name in bundle.manifest.references]
+    """The references that a bundle carries, their checksums verified.
+
+    Raises:
+        BundleError: there are none, or they do not answer for every graph of the bundle.
+    """
+    references = [_load(bundle.file(name)) for name in bundle.manifest.references]
+    if not references:
+        raise BundleError(f"{bundle.path} carries no reference answers. Export it again.")
+    for reference in references:
+        _check_answers(reference, bundle)
+    return references
+
+
+def _check_answers(reference: Reference, bundle: Bundle) -> None:
+    """Raise BundleError unless inputs and logits belong together and every FP32 graph's outputs have an answer."""
+    manifest = bundle.manifest
+    faults = []
+    if reference.image.ndim != 4 or reference.image.shape[1:] != (3, *manifest.image_hw) or not reference.image.size:
+        faults.append(f"image {reference.image.shape}")
+    if (
+        reference.tokens.ndim != 2
+        or reference.tokens.shape[1:] != (manifest.prompt_length,)
+        or not reference.tokens.size
+    ):
+        faults.append(f"tokens {reference.tokens.shape}")
+    if reference.logits.shape != (len(reference.image), len(reference.tokens), *manifest.image_hw):
+        faults.append(f"logits {reference.logits.shape}")
+    for name, graph in manifest.graphs.items():
+        if graph.precision != "fp32" or name in ("fused", "plain"):
+            continue
+        missing = {output.name for output in graph.outputs} - reference.outputs.get(name, {}).keys()
+        faults += [f"no {name}/{output}" for output in sorted(missing)]
+        if name == "mask_decoder":
+            faults += [f"no {tensor.name}" for tensor in graph.inputs if tensor.name not in reference.decoder_inputs]
+    if faults:
+        raise BundleError(
+            f"Reference {reference.name} of {bundle.path} does not fit its graphs ({', '.join(faults)}). Export it again."
+        )
 
 
 def _load(path: Path) -> Reference:
@@ -138,7 +191,7 @@ def _load(path: Path) -> Reference:
                 outputs.setdefault(graph, {})[name] = arrays[key]
         inputs = {key.removeprefix("in/"): value for key, value in arrays.items() if key.startswith("in/")}
         return Reference(path.stem, arrays["image"], arrays["tokens"], arrays["logits"], outputs, inputs)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except _NO_NPZ as error:
         raise BundleError(f"{path} holds no reference answers: {error}. Export the bundle again.") from error
 
 

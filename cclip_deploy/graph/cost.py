@@ -56,7 +56,7 @@ def count_multiply_adds(model: onnx.ModelProto, sizes: Mapping[str, int]) -> Cos
 
     Raises:
         UsageError: a symbolic dimension has no value, or one below 1.
-        DataError: shapes contradict each other, a counted node's shape cannot be inferred, or the graph does arithmetic
+        DataError: shapes or types contradict each other, a counted node's shape cannot be inferred, or the graph does arithmetic
             that has no rule here. Each names the node.
     """
     skeleton = _inline_functions(_without_weights(model, sizes))
@@ -177,27 +177,14 @@ def _without_weights(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.M
         onnx.ValueInfoProto(name=value.name, type=_without_shape(value.type)) for value in model.graph.output
     )
     for tensor in model.graph.initializer:
-        _add_constant(graph, tensor.name, tensor)
-    for node in model.graph.node:
-        constant = node.attribute[0].t if node.op_type == "Constant" and node.attribute[0].HasField("t") else None
-        if constant is not None:
-            _add_constant(graph, node.output[0], constant)
+        if prod(tensor.dims) <= SHAPE_CONSTANT_ELEMENTS:
+            graph.initializer.append(tensor)
         else:
-            graph.node.append(node)
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    graph.node.extend(model.graph.node)
     return onnx.ModelProto(
         ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions, graph=graph
     )
-
-
-def _add_constant(graph: onnx.GraphProto, name: str, tensor: onnx.TensorProto) -> None:
-    import onnx
-
-    is_stored_here = tensor.data_location != onnx.TensorProto.EXTERNAL
-    if is_stored_here and prod(tensor.dims) <= SHAPE_CONSTANT_ELEMENTS:
-        graph.initializer.add().CopyFrom(tensor)
-        graph.initializer[-1].name = name
-    else:
-        graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
 
 
 def _bind(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> onnx.ValueInfoProto:
@@ -240,7 +227,7 @@ def _infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     try:
         graph = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     except shape_inference.InferenceError as error:
-        raise DataError(f"The graph's shapes contradict each other at these sizes: {error}") from error
+        raise DataError(f"Shape inference refuses the graph at these sizes: {error}") from error
     known = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):
         kind = value.type.tensor_type

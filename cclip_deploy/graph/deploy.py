@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from cclip_deploy.errors import UsageError
 from cclip_deploy.graph.rewrites.attention_pool import FixAttentionPool
-from cclip_deploy.graph.rewrites.batch_norm import FoldBatchNorm, folded_convolution
+from cclip_deploy.graph.rewrites.batch_norm import FoldBatchNorm
 from cclip_deploy.graph.rewrites.carafe import CarafeAsProduct
 from cclip_deploy.graph.rewrites.coordinates import FixCoordinates
 from cclip_deploy.graph.rewrites.interpolation import MixBeforeInterpolation
@@ -18,9 +19,11 @@ from cclip_deploy.graph.rewrites.prompt_kernel import FoldedKernel, FoldLastConv
 from cclip_deploy.graph.rewrites.text_tower import FixPromptLength
 from cclip_deploy.model.config import CONTEXT_LENGTH, check_image_hw
 from cclip_deploy.model.head import TAPS
-from cclip_deploy.model.neck import Masker
+from cclip_deploy.model.neck import CausalNeck, Masker
 from cclip_deploy.model.network import CausalCLIPSeg
-from cclip_deploy.model.towers import ImagePyramid
+from cclip_deploy.model.towers import ImagePyramid, ImageTower
+
+Rewritten = TypeVar("Rewritten", bound=nn.Module)
 
 
 class PromptEncoder(nn.Module):
@@ -38,7 +41,7 @@ class PromptEncoder(nn.Module):
 class ImageEncoder(nn.Module):
     """Image (B, 3, H, W) -> features (B, 256, H, W), and on request the causal masks and the confounding features."""
 
-    def __init__(self, tower: nn.Module, neck: nn.Module, rise: nn.Module, masks: bool, confounding: bool) -> None:
+    def __init__(self, tower: ImageTower, neck: CausalNeck, rise: nn.Module, masks: bool, confounding: bool) -> None:
         super().__init__()
         self.tower, self.neck, self.rise = tower, neck, rise
         self.with_masks, self.with_confounding = masks, confounding
@@ -72,7 +75,7 @@ class MaskDecoder(nn.Module):
 
 
 class RowDecoder(nn.Module):
-    """The mask decoder for one prompt a picture: features (B, 256, H, W), kernels of B prompts -> logits (B, 1, H, W)."""
+    """The mask decoder for one prompt a picture: features (B, 256, H, W), B kernels -> logits (B, 1, H, W)."""
 
     def forward(self, features: Tensor, kernel: Tensor, tap_bias: Tensor, bias: Tensor) -> Tensor:
         _, width, height, breadth = features.shape
@@ -140,39 +143,42 @@ def to_deploy_form(
     return DeployForm(ImageEncoder(tower, neck, rise, with_masks, with_confounding), prompt_encoder).eval()
 
 
-def copy_for_rewriting(module: nn.Module) -> nn.Module:
+def copy_for_rewriting(module: Rewritten) -> Rewritten:
     """A copy whose modules can be replaced while it shares the original's tensors."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo=shared)
 
 
-def _rewrite_tower(tower: nn.Module, map_hw: tuple[int, int]) -> None:
-    tower.attnpool = FixAttentionPool(map_hw)(tower.attnpool)  # type: ignore[arg-type]
+def _rewrite_tower(tower: ImageTower, map_hw: tuple[int, int]) -> None:
+    tower.attnpool = FixAttentionPool(map_hw)(tower.attnpool)  # type: ignore[assignment]
     for module in tower.modules():
         for number in (1, 2, 3):
             convolution, norm = getattr(module, f"conv{number}", None), getattr(module, f"bn{number}", None)
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                folded = FoldBatchNorm()(nn.Sequential(convolution, norm).train(norm.training))
-                setattr(module, f"conv{number}", folded[0])  # type: ignore[index]
+                setattr(module, f"conv{number}", _fold(convolution, norm))
                 setattr(module, f"bn{number}", nn.Identity())
         downsample = getattr(module, "downsample", None)
         if isinstance(downsample, nn.Sequential):
-            convolution, norm = downsample[1], downsample[2]
-            downsample[1] = FoldBatchNorm()(nn.Sequential(convolution, norm).train(norm.training))[0]  # type: ignore[index]
-            downsample[2] = nn.Identity()
+            _, convolution, norm = downsample
+            downsample[1], downsample[2] = _fold(convolution, norm), nn.Identity()
 
 
-def _rewrite_neck(neck: nn.Module, map_hw: tuple[int, int]) -> None:
-    neck.carafe = CarafeAsProduct()(neck.carafe)  # type: ignore[arg-type]
+def _rewrite_neck(neck: CausalNeck, map_hw: tuple[int, int]) -> None:
+    neck.carafe = CarafeAsProduct()(neck.carafe)  # type: ignore[assignment]
     for name in ("project4", "refine4", "aggregate"):
         setattr(neck, name, FoldBatchNorm()(getattr(neck, name)))
     for masker in (neck.masker3, neck.masker4, neck.masker5):
-        _rewrite_masker(masker, map_hw)  # type: ignore[arg-type]
+        _rewrite_masker(masker, map_hw)
 
 
 def _rewrite_masker(masker: Masker, map_hw: tuple[int, int]) -> None:
     masker.locate = FixCoordinates(map_hw)(masker.locate)  # type: ignore[assignment]
     masker.relocate = FixCoordinates(map_hw)(masker.relocate)  # type: ignore[assignment]
     masker.mix = FoldBatchNorm()(masker.mix)  # type: ignore[assignment]
-    masker.score = folded_convolution(masker.score, masker.norm)
+    masker.score = _fold(masker.score, masker.norm)  # type: ignore[assignment]
     masker.norm = nn.Identity()  # type: ignore[assignment]
+
+
+def _fold(convolution: nn.Module, norm: nn.Module) -> nn.Module:
+    folded: nn.Module = FoldBatchNorm()(nn.Sequential(convolution, norm))[0]  # type: ignore[index]
+    return folded

@@ -79,7 +79,8 @@ def plan_deploy_graphs(
         ),
         GraphPlan(
             "mask_decoder", form.mask_decoder, {**features, **kernels},
-            {"features": batch, **dict.fromkeys(kernels, per_prompt)}, ("logits",), {"logits": {0: "batch", 1: "prompts"}},
+            {"features": batch, **dict.fromkeys(kernels, per_prompt)},
+            ("logits",), {"logits": {0: "batch", 1: "prompts"}},
         ),
         GraphPlan(
             "row_decoder", form.row_decoder, {**features, **row_kernels},
@@ -89,7 +90,7 @@ def plan_deploy_graphs(
 
 
 def plan_plain_graph(model: CausalCLIPSeg, image_hw: tuple[int, int], prompt_length: int, batch: int) -> GraphPlan:
-    """The published order of operations as one graph with a static batch (its last convolution's weights are run-time)."""
+    """The published order of operations, one graph; its batch is static, as its last convolution has run-time weights."""
     image, tokens = _examples(image_hw, prompt_length, batch)
     return GraphPlan("plain", _CausalPath(model).eval(), {"image": image, "tokens": tokens}, {}, ("logits",))
 

@@ -131,7 +131,7 @@ def _read_torch(path: Path) -> object:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is no checkpoint, or a damaged or truncated one ({str(error).splitlines()[0][:120]}). Copy it again."
+            f"{path} is no checkpoint, or a damaged or truncated one ({str(error).splitlines()[0][:90]}). Copy it again."
         ) from error
 
 

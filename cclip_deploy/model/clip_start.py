@@ -56,7 +56,7 @@ def _read_clip(source: str) -> Mapping[str, Tensor]:
             return open_clip.create_model(ARCHITECTURE, pretrained=source).state_dict()  # type: ignore[no-any-return]
         except (OSError, RuntimeError) as error:
             raise EnvironmentProblem(
-                f"open_clip could not fetch {ARCHITECTURE} {source!r}: {error}. Download it elsewhere and give the file."
+                f"open_clip could not fetch {ARCHITECTURE} {source!r}: {error}. Download it yourself and give the file."
             ) from error
     path = Path(source)
     if not path.is_file():

@@ -118,7 +118,7 @@ class TextTower(nn.Module):
         length = tokens.shape[1]
         if length > self.positional_embedding.shape[0]:
             raise PromptError(
-                f"A prompt of {length} tokens does not fit the text tower's {self.positional_embedding.shape[0]}. Cut it."
+                f"{length} tokens do not fit the text tower's {self.positional_embedding.shape[0]}. Cut the prompt."
             )
         x = self.token_embedding(tokens) + self.positional_embedding[:length]  # (B, L, 512)
         mask = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu(1)

@@ -139,7 +139,13 @@ def _pytorch(
     if options.checkpoint is None:
         raise UsageError("PyTorch needs the weights: give --checkpoint FILE.")
     torch.set_num_threads(options.threads)
-    model = load_checkpoint(options.checkpoint).model
+    loaded = load_checkpoint(options.checkpoint)
+    if loaded.sha256 != bundle.manifest.checkpoint.sha256:
+        raise UsageError(
+            f"{options.checkpoint} is not the file that {bundle.path} was exported from "
+            f"({bundle.manifest.checkpoint.name}), so they cannot be compared. Give that one."
+        )
+    model = loaded.model
     arrays = seeded_inputs(bundle.manifest.image_hw, bundle.manifest.prompt_length)
     image, tokens = (torch.from_numpy(np.ascontiguousarray(array[:1])) for array in arrays)
 
@@ -200,7 +206,7 @@ def _plain(bundle: Bundle, options: BenchOptions, scratch: Path, on_progress: Pr
         raise UsageError(
             f"{path} has a batch of {batch}; the benchmark compares single pictures. Export it with --batch 1."
         )
-    inputs = {"image": image[:1], "tokens": tokens[:1]}
+    inputs: Arrays = {"image": image[:1], "tokens": tokens[:1]}
     backend.load("plain")
     return Candidate("plain export", backend.name, "fp32", WHOLE, lambda: backend.run("plain", inputs), _extra(options))
 

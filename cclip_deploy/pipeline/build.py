@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from cclip_deploy.bundle import (
     Bundle,
@@ -61,14 +61,16 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
             source = manifest.graphs[graph_key(graph, options.precision)]
             on_progress(f"Building {graph} {options.precision} for {options.backend}")
             chosen = EngineOptions(_shapes(source.inputs, options), options.workspace_bytes, options.precision)
-            built = build_engine(
-                folder / source.file, chosen, binding, lambda phase, graph=graph: on_progress(f"{graph}: {phase}")
-            )
+            built = build_engine(folder / source.file, chosen, binding, partial(_tell, on_progress, graph))
             entries.append(_write_engine(folder, graph, source, built, chosen))
         names = {(entry.graph, entry.precision, entry.backend) for entry in entries}
         kept = [e for e in manifest.engines if (e.graph, e.precision, e.backend) not in names]
         write_manifest(folder, manifest.model_copy(update={"engines": (*kept, *entries)}))
     return entries
+
+
+def _tell(on_progress: Progress, graph: str, phase: str) -> None:
+    on_progress(f"{graph}: {phase}")
 
 
 def _check_plan(bundle: Bundle, options: BuildOptions) -> None:
@@ -95,7 +97,7 @@ def _add_precision_graphs(bundle: Bundle, options: BuildOptions, folder: Path, o
     return manifest
 
 
-def _derive(bundle: Bundle, name: str, folder: Path, precision: Literal["fp16"], on_progress: Progress) -> GraphEntry:
+def _derive(bundle: Bundle, name: str, folder: Path, precision: str, on_progress: Progress) -> GraphEntry:
     try:
         import onnx
     except ImportError as error:

@@ -173,15 +173,14 @@ def _write_graphs(
 def _write_references(
     loaded: LoadedCheckpoint, options: ExportOptions, manifest: Manifest, folder: Path, on_progress: Progress
 ) -> Manifest:
-    from cclip_deploy.evidence.reference import PICTURE_PROMPTS, picture_inputs, record, save_reference, seeded_inputs
+    from cclip_deploy.evidence.reference import picture_inputs, record, save_reference, seeded_inputs
     from cclip_deploy.runtime.pytorch import PyTorchBackend
 
     reference = PyTorchBackend(loaded.model)
     tokenizer = PromptTokenizer.load(folder / TOKENIZER)
-    prompts = options.reference_prompts or PICTURE_PROMPTS
     inputs = {
         "seeded": seeded_inputs(options.image_hw, options.prompt_length),
-        "pictures": picture_inputs(options.reference_pictures, prompts, tokenizer, manifest),
+        "pictures": picture_inputs(options.reference_pictures, options.reference_prompts, tokenizer, manifest),
     }
     (folder / "reference").mkdir()
     files = []
@@ -194,7 +193,7 @@ def _write_references(
 
 def _compare(folder: Path, manifest: Manifest, threads: int | None, on_progress: Progress) -> tuple[Check, ...]:
     """Run every graph before it is published; the folder has no checksums yet, so they are taken as they are."""
-    from cclip_deploy.evidence.parity import check_graphs, refuse_failures
+    from cclip_deploy.evidence.parity import check_graphs, plain_batch, refuse_failures
     from cclip_deploy.evidence.reference import load_references
     from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 
@@ -202,6 +201,6 @@ def _compare(folder: Path, manifest: Manifest, threads: int | None, on_progress:
     unsealed = Bundle.unsealed(folder, manifest)
     on_progress("Comparing every graph with PyTorch")
     backend = OnnxRuntimeBackend(unsealed, "fp32", "cpu", threads)
-    checks = tuple(check_graphs(backend, manifest.graphs, load_references(unsealed)))
+    checks = tuple(check_graphs(backend, manifest.graphs, load_references(unsealed), plain_batch(manifest)))
     refuse_failures(checks)
     return checks

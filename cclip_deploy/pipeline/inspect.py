@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cclip_deploy.bundle import Bundle, EngineEntry, TensorSpec
+from cclip_deploy.errors import BundleError
 from cclip_deploy.runtime.layer_table import LayerTable
 
 
@@ -27,7 +28,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
                 "precision": entry.precision,
                 "made_from_sha256": entry.made_from_sha256,
                 "file": entry.file,
-                "bytes": (path / entry.file).stat().st_size,
+                "bytes": bundle.file(entry.file).stat().st_size,
             }
             for name, entry in manifest.graphs.items()
         },
@@ -47,10 +48,14 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _engine(bundle: Bundle, engine: EngineEntry) -> dict[str, Any]:
-    table = LayerTable.from_dict(json.loads(bundle.file(engine.layers).read_text(encoding="utf-8")))
+    layers = bundle.file(engine.layers)
+    try:
+        table = LayerTable.from_dict(json.loads(layers.read_bytes()))
+    except ValueError as error:
+        raise BundleError(f"{layers} is no layer table: {error}. Build the engine again.") from error
     return {
         **engine.model_dump(mode="json"),
-        "bytes": (bundle.path / engine.file).stat().st_size,
+        "bytes": bundle.file(engine.file).stat().st_size,
         "all_layers": table.summary(),
         "product_layers": table.product_summary(),
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from cclip_deploy.data.images import find_pictures, read_picture
 from cclip_deploy.data.masks import WrittenMask, file_stem, write_segmentation
 from cclip_deploy.errors import ImageError, UsageError
+from cclip_deploy.files import disk_problem
 from cclip_deploy.segmenter import Segmenter
 
 
@@ -58,7 +59,8 @@ def predict(
     """Segment every prompt on every picture; a picture that cannot be read is reported and the rest go on.
 
     Raises:
-        UsageError: no prompt, or a picture that does not exist.
+        UsageError: no prompt, or an output that is a file.
+        ImageError: a picture does not exist, or a folder holds none.
         PromptError: a prompt is empty or too long, before anything is written.
         EnvironmentProblem: the output cannot be written.
     """
@@ -66,7 +68,7 @@ def predict(
         raise UsageError(f"A threshold of {threshold} is not between 0 and 1. Leave it out for the bundle's own.")
     segmenter.encode_prompts(prompts)
     paths = find_pictures(images)
-    output.mkdir(parents=True, exist_ok=True)
+    _make_folder(output)
     done: list[Prediction] = []
     failed: list[tuple[Path, str]] = []
     used_stems: set[str] = set()
@@ -90,6 +92,15 @@ def refuse_failures(predictions: Predictions) -> None:
         f"{count} of {count + len({p.image for p in predictions.done})} pictures could not be used "
         f"(the others are done); first: {path}: {reason}"
     )
+
+
+def _make_folder(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file, where a folder for the masks is expected. Choose another output.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_problem(output, error) from error
 
 
 def _predict_one(

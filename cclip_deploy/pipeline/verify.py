@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cclip_deploy.bundle import Bundle, graph_key
 from cclip_deploy.data.images import find_pictures
 from cclip_deploy.errors import BundleError, ParityError, UsageError
-from cclip_deploy.evidence.parity import Check, check_graphs, degenerate_masks
+from cclip_deploy.evidence.parity import Check, check_graphs, degenerate_masks, plain_batch
 from cclip_deploy.evidence.reference import (
-    PICTURE_PROMPTS,
     Reference,
     load_references,
     picture_inputs,
@@ -75,7 +74,7 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
         graphs = [name for name in _base_names(bundle) if graph_key(name, precision) in bundle.manifest.graphs]
         on_progress(f"Comparing {precision} graphs: {', '.join(graphs)}")
         backend = OnnxRuntimeBackend(bundle, precision, options.device, options.threads)
-        checks += check_graphs(backend, graphs, references)
+        checks += check_graphs(backend, graphs, references, plain_batch(bundle.manifest))
     checks += _engine_checks(bundle)
     if strays:
         notes.append(f"No checksum covers {', '.join(strays)}; nothing of it is loaded.")
@@ -117,8 +116,8 @@ def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOpti
 
     if loaded.config.to_dict() != bundle.manifest.model:
         raise UsageError(
-            f"{options.checkpoint} is a {loaded.config.name!r} network, the bundle holds {bundle.manifest.model['name']!r}. "
-            "Give the checkpoint that it was exported from."
+            f"{options.checkpoint} is a {loaded.config.name!r} network, the bundle holds "
+            f"{bundle.manifest.model['name']!r}. Give the checkpoint that it was exported from."
         )
     if options.threads is not None:
         import torch
@@ -128,7 +127,7 @@ def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOpti
     pictures = find_pictures(options.pictures) if options.pictures else []
     inputs = {
         "seeded": seeded_inputs(manifest.image_hw, manifest.prompt_length),
-        "pictures": picture_inputs(pictures, options.prompts or PICTURE_PROMPTS, bundle.tokenizer(), manifest),
+        "pictures": picture_inputs(pictures, options.prompts, bundle.tokenizer(), manifest),
     }
     reference = PyTorchBackend(loaded.model)
     return [record(name, reference, image, tokens, graphs) for name, (image, tokens) in inputs.items()]
@@ -153,9 +152,9 @@ def _engine_checks(bundle: Bundle) -> list[Check]:
 def _honours(path: Path, asked: Precision) -> bool:
     """Whether the layer table stored beside an engine proves its precision, judged anew."""
     try:
-        proof = json.loads(path.read_text(encoding="utf-8"))
+        proof = json.loads(path.read_bytes())
         prove_precision(LayerTable.from_dict(proof), asked, proof["products"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is no layer table: {error!r}. Build the engine again.") from error
     except ParityError:
         return False

@@ -59,10 +59,11 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """A serialised engine whose precision was proved, with what its build said."""
+    """A serialised engine whose precision was proved on its products, with what its build said."""
 
     engine: bytes = field(repr=False)
     layers: LayerTable = field(repr=False)
+    products: frozenset[str] = field(repr=False)
     build_seconds: float
     binding: str
     binding_version: str
@@ -112,6 +113,7 @@ def build_engine(
     return BuiltEngine(
         engine=bytes(memory),
         layers=layers,
+        products=products - options.fp32_nodes,
         build_seconds=time.perf_counter() - started,
         binding=name,
         binding_version=version,

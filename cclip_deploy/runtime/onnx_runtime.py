@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, graph_key
+from cclip_deploy.bundle import Bundle, GraphEntry, graph_key
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
 from cclip_deploy.runtime.backend import Arrays
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 INSTALL = {"cpu": "pip install 'cclip-deploy[cpu]'", "cuda": "pip install 'cclip-deploy[gpu]'"}
 Device = Literal["cpu", "cuda"]
+_TYPES = {"float32": "float", "float16": "float16"}
 
 
 class OnnxRuntimeBackend:
@@ -44,8 +46,25 @@ class OnnxRuntimeBackend:
         if graph not in self._sessions:
             entry = self.bundle.graph(graph_key(graph, self.precision))
             path = self.bundle.file(entry.file)
-            self._sessions[graph] = make_session(self._runtime, str(path), self.device, self.threads)
+            session = make_session(self._runtime, str(path), self.device, self.threads)
+            _check_tensors(session, entry, path)
+            self._sessions[graph] = session
         return self._sessions[graph]
+
+
+def _check_tensors(session: Any, entry: GraphEntry, path: Path) -> None:
+    """Raise BundleError unless a graph takes and gives what the manifest says; dynamic sides may bear any name."""
+    for what, have, told in (
+        ("inputs", session.get_inputs(), entry.inputs),
+        ("outputs", session.get_outputs(), entry.outputs),
+    ):
+        real = {t.name: (t.type, [side if isinstance(side, int) else "?" for side in t.shape]) for t in have}
+        expected = {
+            t.name: (f"tensor({_TYPES.get(t.dtype, t.dtype)})", [s if isinstance(s, int) else "?" for s in t.shape])
+            for t in told
+        }
+        if real != expected:
+            raise BundleError(f"{path} has {what} {real}, the manifest says {expected}. Export the bundle again.")
 
 
 def load_onnxruntime(device: Device) -> Any:
@@ -66,7 +85,7 @@ def load_onnxruntime(device: Device) -> Any:
 
 
 def make_session(runtime: Any, model: str | bytes, device: Device = "cpu", threads: int | None = None) -> Any:
-    """A session of a graph that really runs on `device`; threads are pinned to a count and never spin when it is given."""
+    """A session of a graph that really runs on `device`, with as many threads as given."""
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,7 +28,7 @@ class PyTorchBackend:
         """Nothing to do: the weights are in memory."""
 
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        compute = {
+        compute: dict[str, Callable[..., dict[str, Tensor]]] = {
             "prompt_encoder": self._prompt_encoder,
             "image_encoder": self._image_encoder,
             "mask_decoder": self._mask_decoder,

@@ -20,6 +20,7 @@ from cclip_deploy.data.preprocess import Preprocessing, to_input
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.model.config import CONFIGS, CONTEXT_LENGTH, image_hw
+from cclip_deploy.train.grouped import grouped_logits
 from cclip_deploy.train.losses import dice_bce
 from cclip_deploy.train.scores import Predict
 
@@ -185,23 +186,6 @@ def load_training_set(referrals: Sequence[Referral], tokenizer: PromptTokenizer,
         rows_of_image=tuple(np.array(rows, np.int64) for rows in rows_of_path.values()),
         cut_prompts=sum(len(tokenizer.ids(referral.text)) > config.prompt_length for referral in referrals),
     )
-
-
-def grouped_logits(model: CausalCLIPSeg, images: Tensor, tokens: Tensor) -> Tensor:
-    """Causal logits of P prompts for each image, from one pass over the image.
-
-    images (B, 3, H, W), tokens (B, P, L) -> (B, P, H, W); row by row what `model.causal_logits` gives, except that
-    in training a batch norm counts every image once, not once for each prompt.
-    """
-    from torch.nn import functional
-
-    batch, prompts, length = tokens.shape
-    risen = model.head.mix(model.head.rise(model.neck.causal_features(model.image_tower(images))))  # (B, 256, H, W)
-    kernel = model.head.kernel(model.text_tower(tokens.reshape(-1, length)))  # (B * P, 256, 3, 3), (B * P,)
-    taps = kernel.weight.flip(2, 3).flatten(2).transpose(1, 2).reshape(batch, prompts * 9, -1)  # (B, P * 9, 256)
-    terms = taps @ risen.flatten(2)  # (B, P * 9, H * W)
-    logits = functional.fold(terms, risen.shape[-2:], kernel_size=3, padding=1)  # nine shifted adds: (B, P, H, W)
-    return logits + kernel.bias.reshape(batch, prompts, 1, 1)
 
 
 def torch_predictor(model: CausalCLIPSeg, tokenizer: PromptTokenizer, config: TrainConfig) -> Predict:

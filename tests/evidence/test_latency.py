@@ -187,7 +187,9 @@ def test_upper_percentiles_are_the_smallest_sample_with_that_share_at_or_below(n
     assert (summary.p99_ms == summary.max_ms) == (n < 100)
 
 
-@pytest.mark.parametrize("samples", [[], [1.0, 0.0], [1.0, -2.0], [1.0, float("nan")], [[1.0, 2.0]]])
+@pytest.mark.parametrize(
+    "samples", [[], [1.0, 0.0], [1.0, -2.0], [1.0, float("nan")], [1.0, float("inf")], [[1.0, 2.0]]]
+)
 def test_samples_that_are_no_latencies_are_refused(samples: list[float]) -> None:
     with pytest.raises(UsageError, match="positive milliseconds"):
         summarise(samples)

@@ -132,7 +132,7 @@ def test_a_machine_without_driver_says_how_to_get_one() -> None:
     assert "--gpus all" in str(check.remedy)
 
 
-@pytest.mark.parametrize(("code", "gpus", "status"), [(0, 2, "ok"), (0, 0, "broken"), (999, 0, "broken")])
+@pytest.mark.parametrize(("code", "gpus", "status"), [(0, 2, "ok"), (0, 0, "broken"), (999, 2, "broken")])
 def test_a_driver_counts_its_gpus(code: int, gpus: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeCuda(code, gpus))
     monkeypatch.setattr(machine, "read_gpus", lambda: (None, "nvidia-smi ended with 18: mismatch"))

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cclip_deploy.errors import DataError, EnvironmentProblem, ParityError, UsageError
 from cclip_deploy.graph.precision import to_fp16
+from cclip_deploy.runtime import engine_builder
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
 from cclip_deploy.runtime.layer_table import LayerTable, product_nodes, prove_precision
 from cclip_deploy.runtime.tensorrt_binding import binding_label, load_binding, network_flags
@@ -128,17 +129,36 @@ def test_every_product_of_the_graph_is_found_in_the_engine(
         assert fp32_engine.layers.rows_of(node), node
 
 
-def test_products_are_judged_by_the_network_as_by_the_graph(
-    fp32_graph: bytes, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
+    """The products that each build asks a proof for."""
+    asked: list[frozenset[str]] = []
+
+    def note(table: LayerTable, precision: str, products: frozenset[str], fp32_nodes: frozenset[str]) -> None:
+        asked.append(products)
+
+    monkeypatch.setattr(engine_builder, "prove_precision", note)
+    return asked
+
+
+def test_products_of_the_network_are_those_of_the_graph(
+    fp32_graph: bytes, rtx: ModuleType, judged: list[frozenset[str]]
 ) -> None:
-    judged: list[frozenset[str]] = []
-
-    def note(table: LayerTable, asked: str, products: frozenset[str], fp32_nodes: frozenset[str]) -> None:
-        judged.append(products)
-
-    monkeypatch.setattr("cclip_deploy.runtime.engine_builder.prove_precision", note)
     build_engine(fp32_graph, EngineOptions(SHAPES), rtx)
     assert judged == [PRODUCTS]
+
+
+def test_products_of_constants_are_not_judged(rtx: ModuleType, judged: list[frozenset[str]]) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["w", "w"], ["ww"], name="constant"),
+        helper.make_node("MatMul", ["image", "ww"], ["y"], name="only"),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (4, 16)) for name in ("image", "y")]
+    weights = [numpy_helper.from_array(np.eye(16, dtype=np.float32), "w")]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    build_engine(model.SerializeToString(), EngineOptions(), rtx)
+    assert judged == [product_nodes(model)] == [{"only"}]
 
 
 def test_build_refuses_an_engine_that_is_not_fp16(fp32_graph: bytes, rtx: ModuleType) -> None:
@@ -239,30 +259,47 @@ def test_progress_tells_phases_with_seconds(fp32_graph: bytes, rtx: ModuleType) 
     assert all(line.endswith(" s)") for line in said)
 
 
-@pytest.mark.parametrize("phase", ["Parsing", "Building engine", "Building engine from subgraph"])
-def test_what_progress_raises_cancels_the_build(phase: str, fp32_graph: bytes, rtx: ModuleType) -> None:
-    said: list[str] = []
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every message of the bindings, as it comes."""
+    messages: list[str] = []
+    note = engine_builder._Watch.note
 
+    def overhear(watch: engine_builder._Watch, severity: str, message: str) -> None:
+        messages.append(message)
+        note(watch, severity, message)
+
+    monkeypatch.setattr(engine_builder._Watch, "note", overhear)
+    return messages
+
+
+@pytest.mark.parametrize("phase", ["Parsing the graph", "Building engine", "Cloning network graph"])
+def test_what_progress_raises_stops_the_build(phase: str, fp32_graph: bytes, rtx: ModuleType, heard: list[str]) -> None:
     def stop(line: str) -> None:
-        said.append(line)
-        if line.startswith(f"{phase} "):
+        if line.startswith(f"{phase} ("):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build_engine(fp32_graph, EngineOptions(SHAPES), rtx, stop)
-    assert said[-1].startswith(phase)
+    assert not any(message.startswith("Layers:") for message in heard)
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
-@pytest.mark.parametrize("phase", ["Parsing", "Cloning network graph"])
-def test_ctrl_c_cancels_the_build(phase: str, fp32_graph: bytes, rtx: ModuleType) -> None:
-    def press(line: str) -> None:
-        if line.startswith(phase):
+@pytest.mark.parametrize("moment", ["Parsing node: stem", "Original: ", "Layers:"])
+def test_ctrl_c_inside_the_binding_is_not_lost(
+    moment: str, fp32_graph: bytes, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = engine_builder._Watch.note
+
+    def press(watch: engine_builder._Watch, severity: str, message: str) -> None:
+        note(watch, severity, message)
+        if message.startswith(moment):
             os.kill(os.getpid(), signal.SIGINT)
 
+    monkeypatch.setattr(engine_builder._Watch, "note", press)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        build_engine(fp32_graph, EngineOptions(SHAPES), rtx, press)
+        build_engine(fp32_graph, EngineOptions(SHAPES), rtx)
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -192,6 +192,20 @@ def test_the_cast_before_a_convolution_does_not_speak_for_it() -> None:
         prove_precision(table(cast, product_row("correlation", "Float", "Float")), "fp16", {"conv"})
 
 
+def test_the_padding_before_a_convolution_does_not_speak_for_it() -> None:
+    pad = rtx_row("p", "kgen", rtx_tensor("x", "8", "Float"), "", rtx_tensor("q", "9", "Float"), "[ONNX Layer: conv]")
+    both = table(pad, product_row("correlation", "Half", "Half"))
+    assert [row.kind for row in both.rows_of("conv")] == ["correlation"]
+    prove_precision(both, "fp16", {"conv"})
+
+
+def test_single_elements_do_not_make_a_layer_mixed() -> None:
+    row = rtx_row(
+        "k", "kgen", rtx_tensor("a", "8", "Half"), rtx_tensor("s", "1", "Float"), rtx_tensor("b", "8", "Half")
+    )
+    assert table(row).summary() == {"fp16": 1}
+
+
 def test_a_product_inside_a_generated_kernel_needs_half_tensors() -> None:
     def kernel(kind: str) -> str:
         inputs = f"{rtx_tensor('a', '8,8', kind)},{rtx_tensor('b', '8,8', 'Float')}"

@@ -18,7 +18,8 @@ from cclip_deploy.model.checkpoint import load_checkpoint
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train import loop
-from cclip_deploy.train.loop import TrainConfig, TrainProgress, grouped_logits, learning_rate_share, train
+from cclip_deploy.train.grouped import grouped_logits
+from cclip_deploy.train.loop import TrainConfig, TrainProgress, learning_rate_share, train
 from cclip_deploy.train.scores import evaluate_dice
 
 RECIPES = Path(__file__).parents[2] / "training" / "configs"

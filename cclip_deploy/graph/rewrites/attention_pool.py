@@ -28,7 +28,7 @@ class FixedAttentionPool(nn.Module):
         positions = height * breadth
         rows = x.reshape(-1, width, positions).transpose(1, 2)  # (B, hw, 2048)
         product = rows @ self.weight + self.place
-        query, key, value, residual = product.split([width, width, width, self.out.out_features], dim=2)
+        query, key, value, residual = torch.split(product, [width, width, width, self.out.out_features], dim=2)
         per_head = (-1, positions, self.heads, width // self.heads)
         query, value = query.reshape(per_head).transpose(1, 2), value.reshape(per_head).transpose(1, 2)
         weights = (query @ key.reshape(per_head).permute(0, 2, 3, 1)).softmax(dim=-1)  # (B, heads, hw, hw)

@@ -39,4 +39,4 @@ class FixCoordinates(Rewrite[CoordinateBlock]):
         weight, bias = fold(convolution, norm)  # type: ignore[arg-type]
         place = coordinate_channels(self.map_hw, weight)  # (1, 2, h, w): x, then y, after the input's channels
         place_map = functional.conv2d(place, weight[:, -2:], bias, padding=1)
-        return PlacedConvolution(weight[:, :-2].to(dtype).contiguous(), place_map.to(dtype))
+        return PlacedConvolution(weight[:, :-2].to(dtype).contiguous(), place_map.to(dtype))  # type: ignore[arg-type]

@@ -83,6 +83,7 @@ class MixBeforeInterpolation(Rewrite[nn.Sequential]):
         return norm_refusal(module[1])  # type: ignore[arg-type]
 
     def replacement(self, module: nn.Sequential) -> nn.Module:
-        dtype = module[0].weight.dtype
-        weight, bias = fold(module[0], module[1])  # type: ignore[arg-type]
-        return MixThenRise(weight.to(dtype), bias.to(dtype), self.map_hw, self.scale)
+        convolution, norm = module[0], module[1]
+        dtype = convolution.weight.dtype
+        weight, bias = fold(convolution, norm)  # type: ignore[arg-type]
+        return MixThenRise(weight.to(dtype), bias.to(dtype), self.map_hw, self.scale)  # type: ignore[arg-type]

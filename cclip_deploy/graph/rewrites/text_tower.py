@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +61,8 @@ class PlainTextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:  # (P, L) -> (P, 512)
         x = self.embed(tokens) + self.position
-        for block, attention in zip(self.blocks, self.attentions, strict=True):
+        blocks: list[Any] = list(self.blocks)  # open_clip's are untyped
+        for block, attention in zip(blocks, self.attentions, strict=True):
             x = x + attention(block.ln_1(x))
             x = x + block.mlp(block.ln_2(x))
         end = tokens.to(torch.int32).argmax(dim=1)

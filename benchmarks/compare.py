@@ -1,0 +1,36 @@
+"""Time a bundle against PyTorch and the plain export, and keep the result with this machine's fingerprint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.pipeline.bench import BenchOptions, bench_bundle
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--checkpoint", type=Path, help="adds PyTorch and the plain export")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/bench.json"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    arguments = parser.parse_args()
+
+    options = BenchOptions(
+        arguments.checkpoint, compile=not arguments.no_compile, threads=arguments.threads, rounds=arguments.rounds
+    )
+    result = bench_bundle(Bundle.open(arguments.bundle), options, print)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for ratio in result["ratios"]:
+        interval = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        print(f"{ratio['candidate']} is {ratio['ratio']:.2f} × as fast as {ratio['baseline']} {interval}")
+    print(f"kept in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""`cclip-deploy demo`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cclip_deploy.cli import options
+from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table
+
+
+@reports_errors
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for bundle, data and report.")] = Path(
+        "runs/demo"
+    ),
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
+    json: options.Json = False,
+) -> None:
+    """Run [bold]the whole chain[/] on a tiny network, from training to masks and a report; minutes on a CPU."""
+    from cclip_deploy.pipeline.demo import BUNDLE, REPORT, DemoOptions, run_demo
+
+    with progress(quiet=json) as tell:
+        facts = run_demo(output, DemoOptions(threads=threads), command_line(), tell)
+    if json:
+        print_json(facts.to_dict())
+        return
+    shown = table(f"cclip-deploy demo, {facts.total_seconds:.0f} s", "stage", "what", "value", "goal", "met")
+    for row in facts.rows():
+        met = {True: "[green]yes[/]", False: "[bold red]no[/]", None: ""}[row.met]
+        shown.add_row(row.stage, row.what, row.value, row.goal, met)
+    stdout.print(shown)
+    stdout.print(f"Report with pictures: {output / REPORT}\nBundle: {output / BUNDLE}", markup=False)

@@ -1,0 +1,89 @@
+"""A report as one HTML page: sections of text, tables and pictures; the pictures lie beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+STYLE = """
+:root { color-scheme: light; --ink: #16202a; --soft: #5b6875; --line: #dfe5ea; --good: #11734a; --bad: #b3261e; }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #f6f8f9; margin: 0; }
+main { max-width: 72rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0; max-width: 52rem; } .soft { color: var(--soft); }
+table { border-collapse: collapse; background: #fff; border: 1px solid var(--line); width: 100%; }
+th, td { padding: .45rem .8rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; color: var(--soft); background: #fbfcfd; border-top: 0; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.1rem; }
+figure { margin: 0; background: #fff; border: 1px solid var(--line); } figure img { width: 100%; display: block; }
+figcaption { padding: .55rem .8rem; font-size: .9rem; } code { background: #eceff2; padding: .1rem .3rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; a cell is text, a number in text (right-aligned), or a verdict (True, False)."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str | bool, ...], ...]
+    numbers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture by its path relative to the page, and what it shows."""
+
+    source: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it, in this order."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    table: Table | None = None
+    figures: tuple[Figure, ...] = ()
+
+
+def write_page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """The whole page; every text is escaped."""
+    body = "\n".join(_section(section) for section in sections)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f'<body><main><h1>{escape(title)}</h1><p class="soft">{escape(lead)}</p>\n{body}\n</main></body></html>\n'
+    )
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{escape(section.title)}</h2>", *(f"<p>{escape(text)}</p>" for text in section.text)]
+    if section.table is not None:
+        parts.append(_table(section.table))
+    if section.figures:
+        figures = "\n".join(
+            f'<figure><img src="{escape(figure.source)}" alt="{escape(figure.caption)}">'
+            f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+            for figure in section.figures
+        )
+        parts.append(f'<div class="pictures">{figures}</div>')
+    return "\n".join(parts)
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
+    rows = "\n".join(
+        "<tr>" + "".join(_cell(cell, index in table.numbers) for index, cell in enumerate(row)) + "</tr>"
+        for row in table.rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
+
+
+def _cell(cell: str | bool, number: bool) -> str:
+    if isinstance(cell, bool):
+        return '<td class="good">yes</td>' if cell else '<td class="bad">no</td>'
+    return f'<td class="number">{escape(cell)}</td>' if number else f"<td>{escape(cell)}</td>"

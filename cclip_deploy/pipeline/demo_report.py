@@ -1,0 +1,154 @@
+"""What the demo found, as rows of one table, as JSON, and as a page with pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cclip_deploy.evidence.page import Figure, Section, Table, write_page
+from cclip_deploy.pipeline.predict import Prediction
+from cclip_deploy.pipeline.verify import Verification
+from cclip_deploy.train.loop import TrainReport
+from cclip_deploy.train.scores import DiceScores, Score
+
+DICE_GOAL = 0.75
+TRAINING_GOAL_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the demo's table; `met` is None where there is no goal to meet."""
+
+    stage: str
+    what: str
+    value: str
+    goal: str
+    met: bool | None
+
+
+@dataclass(frozen=True)
+class DemoFacts:
+    """The results of every stage of one demo."""
+
+    trained: TrainReport
+    scores: DiceScores
+    verified: Verification
+    engines: list[dict[str, Any]]
+    no_engine_reason: str | None
+    benched: dict[str, Any]
+    predictions: list[Prediction]
+    real_film: bool
+    folder: Path
+    total_seconds: float = 0.0
+
+    def finished(self, total_seconds: float) -> DemoFacts:
+        """The same with the time that all took."""
+        return replace(self, total_seconds=total_seconds)
+
+    def rows(self) -> list[Row]:
+        """The table that the demo ends with."""
+        return [*self._training_rows(), *self._parity_rows(), *self._engine_rows(), *self._latency_rows()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form, paths relative to the demo's folder."""
+        return {
+            "rows": [row.__dict__ for row in self.rows()],
+            "total_seconds": self.total_seconds,
+            "verify": self.verified.to_dict(),
+            "bench": {**self.benched, "bundle": str(Path(self.benched["bundle"]).name)},
+            "engines": self.engines,
+            "engines_not_built": self.no_engine_reason,
+            "predictions": [self._prediction(p) for p in self.predictions],
+        }
+
+    def _prediction(self, prediction: Prediction) -> dict[str, Any]:
+        shown = prediction.to_dict()
+        files = {"mask": prediction.written.mask, "overlay": prediction.written.overlay}
+        shown["image"] = prediction.image.name
+        shown["files"] = {key: path.relative_to(self.folder).as_posix() for key, path in files.items()}
+        return shown
+
+    def _training_rows(self) -> Iterator[Row]:
+        seconds, scores = self.trained.training_s, self.scores
+        yield Row(
+            "train", f"{self.trained.steps} steps on {self.trained.images} films", f"{seconds:.0f} s",
+            f"≤ {TRAINING_GOAL_SECONDS:.0f} s", seconds <= TRAINING_GOAL_SECONDS,
+        )  # fmt: skip
+        yield Row(
+            "evaluate", "Dice, true prompts", _interval(scores.true), f"≥ {DICE_GOAL}", scores.true.mean >= DICE_GOAL
+        )
+        yield Row(
+            "evaluate", "Dice, shuffled prompts", _interval(scores.shuffled), "clearly less", scores.drop.low > 0.1
+        )
+
+    def _parity_rows(self) -> Iterator[Row]:
+        for precision in dict.fromkeys(check.precision for check in self.verified.checks):
+            for metric, name in (("relative_error", "largest relative error"), ("mask_dice", "worst mask Dice")):
+                checks = [c for c in self.verified.checks if (c.precision, c.metric) == (precision, metric)]
+                pick = min if metric == "mask_dice" else max
+                worst = pick(check.value for check in checks)
+                sign = "≥" if metric == "mask_dice" else "≤"
+                passed = all(check.passed for check in checks)
+                yield Row("verify", f"{precision}: {name}", f"{worst:.3g}", f"{sign} {checks[0].limit:g}", passed)
+
+    def _engine_rows(self) -> Iterator[Row]:
+        if self.no_engine_reason is not None:
+            yield Row("build-engine", "TensorRT-RTX FP16", f"not built: {self.no_engine_reason}", "", None)
+        for engine in self.engines:
+            value = f"{engine['bytes'] / 1e6:.1f} MB, built in {engine['build_seconds']:.1f} s"
+            yield Row("build-engine", f"{engine['graph']} {engine['precision']}, precision proved", value, "", None)
+
+    def _latency_rows(self) -> Iterator[Row]:
+        for result in self.benched["results"]:
+            value = f"{result['p50_ms']:.1f} ms (p90 {result['p90_ms']:.1f})"
+            yield Row("bench", f"{result['name']} ({result['stage']})", value, "", None)
+        for ratio in self.benched["ratios"]:
+            if ratio["candidate"] == "cached prompt fp32" and ratio["baseline"] in ("pytorch eager", "plain export"):
+                value = f"{ratio['ratio']:.2f} × [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+                yield Row("bench", f"cached prompt fp32 against {ratio['baseline']}", value, "", None)
+
+
+def save_report(folder: Path, facts: DemoFacts, json_name: str, page_name: str) -> None:
+    """Write the numbers and the page."""
+    (folder / json_name).write_text(json.dumps(facts.to_dict(), indent=1) + "\n", encoding="utf-8")
+    (folder / page_name).write_text(_page(facts), encoding="utf-8")
+
+
+def _page(facts: DemoFacts) -> str:
+    rows = tuple((r.stage, r.what, r.value, r.goal, "" if r.met is None else r.met) for r in facts.rows())
+    figures = [
+        Figure(
+            p.written.overlay.relative_to(facts.folder).as_posix(), f"{p.image.name}: {p.area_share:.1%} of the picture"
+        )
+        for p in facts.predictions
+    ]
+    real = [figure for figure in figures if figure.caption.startswith("RG1")]
+    drawn = [figure for figure in figures if figure not in real]
+    cpu = facts.benched["fingerprint"].get("cpu", {})
+    sections = [
+        Section("What came out", table=Table(("stage", "what", "value", "goal", "met"), rows)),
+        Section(
+            "Held-out synthetic films",
+            ("Each film holds two to four lesions; the prompt names some of them, and only those may be marked.",),
+            figures=tuple(drawn),
+        ),
+    ]
+    if real:
+        note = (
+            "A chest radiograph of the package pydicom-data, read from DICOM. The network was trained on drawn films "
+            "for minutes: this shows that the path from DICOM to mask works, not that the mask means anything."
+        )
+        sections.append(Section("A real film", (note,), figures=tuple(real)))
+    sections.append(Section("Notes", facts.verified.notes))
+    lead = (
+        f"A tiny CausalCLIPSeg, trained, exported, built, verified, timed and run in {facts.total_seconds:.0f} s "
+        f"on {cpu.get('model', 'this machine')}. No GPU was used; GPU latency is not measured."
+    )
+    return write_page("cclip-deploy demo", lead, sections)
+
+
+def _interval(score: Score) -> str:
+    return f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]"

@@ -1,0 +1,33 @@
+"""Build a bundle's engines in every precision that is offered, and print what their layers run in."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
+from cclip_deploy.pipeline.inspect import describe_bundle
+from cclip_deploy.runtime.layer_table import AVAILABLE_PRECISIONS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx")
+    parser.add_argument("--graph", action="append", help="may be repeated; the three that serve unless given")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+
+    for precision in AVAILABLE_PRECISIONS:
+        options = BuildOptions(
+            precision, arguments.backend, tuple(arguments.graph or SERVED), threads=arguments.threads
+        )
+        build_engines(Bundle.open(arguments.bundle), options, print)
+    for engine in describe_bundle(arguments.bundle)["engines"]:
+        layers = ", ".join(f"{count} {precision}" for precision, count in engine["product_layers"].items())
+        print(f"{engine['file']}: {engine['bytes'] / 1e6:.1f} MB, products: {layers}, {engine['build_seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

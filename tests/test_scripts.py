@@ -1,0 +1,62 @@
+"""Every script of the stage folders runs as a user would run it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_script(name: str, *arguments: object) -> str:
+    """Standard output of a script that ends well."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / name), *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "2"}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_trace_graphs_writes_every_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    said = run_script("export/trace_graphs.py", tiny_checkpoint, "-o", tmp_path, "--image-size", "32")
+    names = {"prompt_encoder", "image_encoder", "mask_decoder", "row_decoder"}
+    assert {path.stem for path in tmp_path.glob("*.onnx")} == names
+    assert all(f"{name}: " in said for name in names)
+
+
+@pytest.mark.slow
+def test_build_all_builds_both_precisions(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "copy.cclip"
+    shutil.copytree(tiny_bundle_path, bundle)
+    said = run_script("engines/build_all.py", bundle, "--graph", "mask_decoder")
+    assert "mask_decoder.fp32.tensorrt-rtx.engine" in said
+    assert "products: 1 fp16" in said
+
+
+@pytest.mark.slow
+def test_compare_keeps_its_result(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    said = run_script("benchmarks/compare.py", tiny_bundle_path, "-o", tmp_path / "bench.json", "--rounds", "3")
+    assert (tmp_path / "bench.json").is_file()
+    assert "kept in" in said
+
+
+@pytest.mark.slow
+def test_train_synthetic_trains_and_scores(tmp_path: Path) -> None:
+    said = run_script("training/train_synthetic.py", "-o", tmp_path, "--films", "8", "--epochs", "1")
+    assert (tmp_path / "tiny.safetensors").is_file()
+    assert "shuffled prompts" in said
+
+
+@pytest.mark.parametrize("script", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("*/*.py") if p.parent.name in {"export", "engines", "benchmarks", "training"}))  # fmt: skip
+def test_script_is_short_and_tested(script: str) -> None:
+    text = (ROOT / script).read_text()
+    assert len(text.splitlines()) <= 60
+    assert "def main() -> None:" in text
+    assert script in Path(__file__).read_text()
