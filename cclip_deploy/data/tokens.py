@@ -13,7 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from cclip_deploy.errors import DataError, PromptError
 
 START, END = "<start_of_text>", "<end_of_text>"
-WORDS = r"""<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+# open_clip matches without regard to case: the long s (U+017F) passes for an s, and the iota below (U+0345) for a letter
+# that is none, so it is dropped.
+WORDS = "<[s\u017f]tart_of_text>|<end_of_text>|'[s\u017f]|'t|'re|'ve|'m|'ll|'d|\\p{L}+|\\p{N}|[^\\s\\p{L}\\p{N}\u0345]+"
 
 
 def clean_prompt(text: str) -> str:
@@ -73,9 +75,9 @@ class PromptTokenizer:
         Raises:
             PromptError: the prompt is empty, or takes more than `length` ids; nothing is ever cut silently.
         """
-        if not clean_prompt(prompt):
-            raise PromptError("The prompt is empty. Say what to segment, for example: lower left lung.")
         ids = self.ids(prompt)
+        if len(ids) == 2:
+            raise PromptError("The prompt is empty. Say what to segment, for example: lower left lung.")
         if len(ids) > length:
             raise PromptError(
                 f"The prompt takes {len(ids)} tokens and the graph has room for {length}: {prompt!r}. "

@@ -77,12 +77,10 @@ PYTHON_PACKAGES = (
     Package("open_clip", "open-clip-torch", "export", (EXPORT,)),
     Package("onnx", "onnx", "export", (EXPORT,)),
     Package("onnxscript", "onnxscript", "export", (EXPORT,)),
+    Package("safetensors", "safetensors", "export", (EXPORT,)),
     Package("pydicom", "pydicom", "medical", (READ_DICOM,)),
 )
-DEVICE_BUFFER_PACKAGES = (
-    Package("cuda.bindings", "cuda-bindings", "rtx", ()),
-    Package("pycuda", "pycuda", "tensorrt", ()),
-)
+DEVICE_BUFFER_MODULES = {"cuda.bindings": "cuda-bindings", "pycuda": "pycuda"}  # module: distribution
 
 
 def diagnose(deep: bool = False) -> list[Check]:
@@ -159,11 +157,11 @@ def check_binding(package: Package, has_gpu: bool) -> Check:
 def check_device_buffers() -> Check:
     """cuda-python or pycuda: one of them allocates the memory that an engine reads and writes."""
     found = [
-        f"{package.distribution} {installed_version(package.distribution)}"
-        for package in DEVICE_BUFFER_PACKAGES
-        if _is_found(package.module)
+        f"{distribution} {installed_version(distribution)}"
+        for module, distribution in DEVICE_BUFFER_MODULES.items()
+        if _is_found(module)
     ]
-    remedy = None if found else "pip install 'cclip-deploy[rtx]' (cuda-python) or 'cclip-deploy[tensorrt]' (pycuda)"
+    remedy = None if found else "pip install cuda-python (or pip install 'cclip-deploy[tensorrt]' for pycuda)"
     detail = ", ".join(found) or "neither cuda-python nor pycuda is installed"
     return Check("device buffers", "ok" if found else "missing", detail, remedy, (RUN_ENGINES,))
 

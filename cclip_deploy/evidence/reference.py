@@ -182,7 +182,8 @@ def _check_answers(reference: Reference, bundle: Bundle) -> None:
 
 def _load(path: Path) -> Reference:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because np.load leaves a damaged file open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         outputs: dict[str, dict[str, Floats]] = {}
         for key in arrays:

@@ -56,8 +56,8 @@ def count_multiply_adds(model: onnx.ModelProto, sizes: Mapping[str, int]) -> Cos
 
     Raises:
         UsageError: a symbolic dimension has no value, or one below 1.
-        DataError: shapes or types contradict each other, a counted node's shape cannot be inferred, or the graph does arithmetic
-            that has no rule here. Each names the node.
+        DataError: shapes or types contradict each other, a counted node's shape cannot be inferred, or the graph does
+            arithmetic that has no rule here. Each names the node.
     """
     skeleton = _inline_functions(_without_weights(model, sizes))
     shapes = _infer_shapes(skeleton)

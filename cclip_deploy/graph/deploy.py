@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cclip_deploy.errors import UsageError
+from cclip_deploy.errors import RewriteRefused, UsageError
 from cclip_deploy.graph.rewrites.attention_pool import FixAttentionPool
 from cclip_deploy.graph.rewrites.batch_norm import FoldBatchNorm
 from cclip_deploy.graph.rewrites.carafe import CarafeAsProduct
@@ -130,6 +130,8 @@ def to_deploy_form(
     check_image_hw(image_hw)
     if not 3 <= prompt_length <= CONTEXT_LENGTH:
         raise UsageError(f"A prompt length of {prompt_length} is out of range. Use 3 to {CONTEXT_LENGTH}; 32 is usual.")
+    if any(module.training for module in model.modules()):
+        raise RewriteRefused("The model is in training mode, so its batch norms depend on the batch. Call eval() first.")
     height, width = image_hw
     kernel = FoldLastConvolution()(model.head)
     prompt_encoder = PromptEncoder(FixPromptLength(prompt_length)(model.text_tower), kernel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,9 @@ from cclip_deploy.model.published import from_published, is_published_layout, to
 
 FORMAT = "cclip-deploy checkpoint 1"
 NAMES_SHOWN = 6
+REASON_SHOWN = 90
+# How torch's unpickler words its refusals of whatever is neither a tensor nor a container.
+CODE_REFUSALS = ("GLOBAL", "Can only build", "Can only create", "Trying to call reduce")
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Literal["ours", "published"], tuple[str, ...]]:
     tensors, metadata = read_tensors(path)
     if "config" in metadata:
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is in the format {metadata.get('format')!r}, and this version reads {FORMAT!r}. "
+                "Install the cclip-deploy that wrote it, or save it again."
+            )
         try:
-            return ModelConfig.from_dict(json.loads(metadata["config"])), tensors, "ours", ()
-        except (UsageError, json.JSONDecodeError) as error:
+            config = ModelConfig.from_dict(json.loads(metadata["config"]))
+        except (UsageError, ValueError) as error:
             raise CheckpointError(f"{path} names a config that this version cannot read: {error}") from error
+        blocks = sum(config.vision_layers) + config.text_layers
+        if blocks > len(tensors):
+            raise CheckpointError(f"{path} names a config of {blocks} blocks and holds {len(tensors)} tensors. Is it whole?")
+        return config, tensors, "ours", ()
     if is_published_layout(tensors):
         renamed, dropped = from_published(tensors, str(path))
         return RN101, renamed, "published", dropped
@@ -119,20 +131,28 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_torch(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{path} holds more than tensors, so loading it could run code: refused. "
-                "Save the state dict alone: torch.save(model.state_dict(), FILE)."
-            ) from error
-        raise CheckpointError(
-            f"{path} is no checkpoint, or a damaged one ({error}). Give a .safetensors or .pth file."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is no checkpoint, or a damaged or truncated one ({str(error).splitlines()[0][:90]}). Copy it again."
-        ) from error
+        with warnings.catch_warnings():
+            # Of old pickle protocols and TorchScript archives: what is wrong with them comes as an error.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # damaged bytes make torch stumble over anything
+        raise CheckpointError(f"{path} {_torch_refusal(str(error))}") from error
+
+
+def _torch_refusal(message: str) -> str:
+    """What torch's many lines about a file that it did not load come to."""
+    if "TorchScript" in message:
+        return "is a TorchScript archive, a program: refused. Save its weights alone, with torch.save(state_dict, FILE)."
+    if any(words in message for words in CODE_REFUSALS):
+        return (
+            "holds more than tensors, so loading it could run code: refused. "
+            "Save the state dict alone: torch.save(model.state_dict(), FILE)."
+        )
+    reason = (message.rpartition("WeightsUnpickler error:")[2].strip() or "it ends early").splitlines()[0]
+    return (
+        f"is no checkpoint, or a damaged or truncated one ({reason[:REASON_SHOWN]}). "
+        "Copy it again, or give a .safetensors or .pth file."
+    )
 
 
 def _is_zip(path: Path) -> bool:
@@ -173,10 +193,15 @@ def _build(config: ModelConfig, tensors: dict[str, Tensor], path: Path, layout: 
     _refuse(path, "has {n} tensors of another shape", misshaped)
     cast = {name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()}
     _refuse(path, "has {n} tensors with values that are not finite", [
-        name_of(name) for name, tensor in cast.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+        name_of(name) for name, tensor in cast.items() if tensor.is_floating_point() and not _is_finite(tensor)
     ])  # fmt: skip
     model.load_state_dict(cast, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Extremes carry NaN and infinity along, in one pass without a mask as large as the tensor.
+    return all(value.isfinite() for value in tensor.aminmax())
 
 
 def _refuse(path: Path, what: str, names: list[str]) -> None:

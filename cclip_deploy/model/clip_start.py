@@ -15,6 +15,8 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import image_tower_name
 
 ARCHITECTURE = "RN101-quickgelu"
+# The contrastive temperature, and the sizes that OpenAI's own files carry as tensors.
+NOT_TOWERS = ("logit_scale", "input_resolution", "context_length", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def load_clip_weights(model: CausalCLIPSeg, source: str) -> ClipStart:
     renamed = {
         ("image_tower." + name.removeprefix("visual.") if name.startswith("visual.") else "text_tower." + name): tensor
         for name, tensor in tensors.items()
-        if name != "logit_scale"
+        if name not in NOT_TOWERS
     }
     towers = {name: t for name, t in model.state_dict().items() if name.startswith(("image_tower.", "text_tower."))}
     strangers = [name for name in renamed if name not in towers or towers[name].shape != renamed[name].shape]

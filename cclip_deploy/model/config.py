@@ -9,6 +9,7 @@ from cclip_deploy.errors import UsageError
 
 STRIDE = 32
 CONTEXT_LENGTH = 77
+LARGEST = 65536
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class ModelConfig:
     context_length: int = CONTEXT_LENGTH
 
     def __post_init__(self) -> None:
+        sizes = (*self.vision_layers, *(value for value in asdict(self).values() if not isinstance(value, str | tuple)))
+        if len(self.vision_layers) != 4 or any(type(size) is not int or not 0 < size <= LARGEST for size in sizes):
+            raise UsageError(f"Config {self.name!r} has sizes that are no whole numbers from 1 to {LARGEST}: {asdict(self)}.")
+        if (32 * self.vision_width) % self.vision_heads or self.text_width % self.text_heads:
+            raise UsageError(
+                f"Config {self.name!r} splits {32 * self.vision_width} channels on {self.vision_heads} heads and "
+                f"{self.text_width} on {self.text_heads}; heads must divide channels."
+            )
         if self.embed_dim != self.neck_width:
             raise UsageError(
                 f"Config {self.name!r} has embed_dim {self.embed_dim} and vision_width {self.vision_width}; "
@@ -89,7 +98,7 @@ def image_hw(text: str | int) -> tuple[int, int]:
     """Parse `--image-size`: N or HxW, both multiples of 32."""
     parts = str(text).lower().split("x")
     try:
-        height, width = (int(parts[0]), int(parts[-1])) if len(parts) <= 2 else (0, 0)
+        height, width = (int(part) for part in (parts * 2 if len(parts) == 1 else parts))
     except ValueError:
         raise UsageError(f"Image size {text!r} is not N or HxW, for example 224 or 256x320.") from None
     check_image_hw((height, width))

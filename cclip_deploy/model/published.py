@@ -48,7 +48,16 @@ DEAD_PREFIXES = tuple(
 # CLIP's contrastive temperature: segmentation has no use for it.
 DEAD_KEYS = ("backbone.logit_scale",)
 
-IMAGE_TOWERS = {(3, 4, 6, 3): "RN50", (3, 4, 23, 3): "RN101", (4, 6, 10, 6): "RN50x4", (6, 8, 18, 8): "RN50x16"}
+IMAGE_TOWERS = {
+    (3, 4, 6, 3): "RN50",
+    (3, 4, 23, 3): "RN101",
+    (4, 6, 10, 6): "RN50x4",
+    (6, 8, 18, 8): "RN50x16",
+    (3, 15, 36, 10): "RN50x64",
+}
+VISION_TRANSFORMER = "a vision transformer (ViT)"
+# What cannot be told from the names, a tower with some blocks missing say, is left to the check of every tensor.
+OTHER_TOWERS = {VISION_TRANSFORMER, *IMAGE_TOWERS.values()} - {"RN101"}
 
 
 def is_published_layout(keys: Iterable[str]) -> bool:
@@ -73,7 +82,7 @@ def image_tower_name(keys: Iterable[str]) -> str:
     """What CLIP calls the image tower whose `visual.` tensors these are."""
     names = list(keys)
     if any("visual.class_embedding" in name for name in names):
-        return "a vision transformer (ViT)"
+        return VISION_TRANSFORMER
     blocks = tuple(
         len({name.split(f"visual.layer{stage}.")[1].split(".")[0] for name in names if f"visual.layer{stage}." in name})
         for stage in (1, 2, 3, 4)
@@ -91,7 +100,7 @@ def from_published(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str
         CheckpointError: the image tower is not RN101, or a name is none of the published network's.
     """
     tower = image_tower_name(tensors)
-    if tower != "RN101" and any(".visual." in key for key in tensors):
+    if tower in OTHER_TOWERS:
         raise CheckpointError(
             f"{source} was trained on CLIP {tower}; the published CausalCLIPSeg has an RN101 image tower "
             "(its neck needs a 512-wide embedding). Train on RN101, or export an RN101 checkpoint."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +164,22 @@ def test_this_machine_can_run_a_bundle_and_every_problem_has_a_remedy() -> None:
     assert blockers(checks) == []
     assert len({check.name for check in checks}) == len(checks)
     assert all((check.status == "ok") == (check.remedy is None) for check in checks)
+
+
+def test_every_package_is_brought_by_the_extra_that_its_remedy_names() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    brought = {"": project["dependencies"], **project["optional-dependencies"]}
+    for package in (*machine.PYTHON_PACKAGES, machine.ONNXRUNTIME, machine.TENSORRT_RTX, machine.TENSORRT):
+        names = [re.split(r"[^\w-]", requirement)[0].replace("_", "-") for requirement in brought[package.extra]]
+        assert package.distribution in names
+
+
+def test_device_buffers_need_one_of_two_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "DEVICE_BUFFER_MODULES", {"no_such.parent": "no-such", "numpy": "numpy"})
+    assert machine.check_device_buffers().status == "ok"
+    monkeypatch.setattr(machine, "DEVICE_BUFFER_MODULES", {"no_such.parent": "no-such"})
+    check = machine.check_device_buffers()
+    assert (check.status, str(check.remedy)[:24]) == ("missing", "pip install cuda-python ")
 
 
 def test_blockers_are_those_of_the_purpose() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cclip_deploy.graph.rewrites.batch_norm import fold, norm_refusal
+from cclip_deploy.graph.rewrites.batch_norm import convolution_refusal, fold, norm_refusal
 from cclip_deploy.graph.rewrites.rewrite import Rewrite
 from cclip_deploy.model.towers import DenseAttentionPool
 
@@ -44,7 +44,7 @@ class FixAttentionPool(Rewrite[DenseAttentionPool]):
         self.map_hw = map_hw
 
     def refusal(self, module: DenseAttentionPool) -> str | None:
-        return norm_refusal(module.connect[1])  # type: ignore[arg-type]
+        return convolution_refusal(module.connect[0], 1) or norm_refusal(module.connect[1])
 
     def replacement(self, module: DenseAttentionPool) -> nn.Module:
         scale = (module.q_proj.in_features // module.heads) ** -0.5

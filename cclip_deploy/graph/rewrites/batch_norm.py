@@ -23,12 +23,27 @@ def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return convolution.weight.double() * scale[:, None, None, None], shift + bias
 
 
-def norm_refusal(norm: nn.BatchNorm2d) -> str | None:
-    """Why a norm is no fixed affine map, if it is none."""
+def norm_refusal(norm: nn.Module) -> str | None:
+    """Why a module is no batch norm that is a fixed affine map, if it is none."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return "its convolution is not followed by a batch norm"
     if norm.training:
         return "the batch norm is in training mode, so its statistics depend on the batch; call eval() first"
     if norm.running_mean is None or norm.running_var is None:
         return "the batch norm keeps no running statistics"
+    if norm.weight is None:
+        return "the batch norm has no weight and bias"
+    return None
+
+
+def convolution_refusal(convolution: nn.Module, size: int) -> str | None:
+    """Why a module is no convolution of this size that keeps the map's size and looks at every channel, if it is none."""
+    if not isinstance(convolution, nn.Conv2d) or convolution.kernel_size != (size, size):
+        return f"it does not begin with a {size}x{size} convolution"
+    if (convolution.stride, convolution.dilation, convolution.groups) != ((1, 1), (1, 1), 1):
+        return f"its {size}x{size} convolution has a stride, a dilation or groups"
+    if convolution.padding != (size // 2, size // 2) or convolution.padding_mode != "zeros":
+        return f"its {size}x{size} convolution does not pad {size // 2} zeros on each side"
     return None
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cclip_deploy.graph.rewrites.batch_norm import convolution_refusal
 from cclip_deploy.graph.rewrites.rewrite import Rewrite
 from cclip_deploy.model.neck import Carafe
 
@@ -44,9 +45,7 @@ class CarafeAsProduct(Rewrite[Carafe]):
     """Carafe -> CarafeProduct."""
 
     def refusal(self, module: Carafe) -> str | None:
-        if module.out.kernel_size != (1, 1) or module.out.groups != 1:
-            return "its last convolution is no 1x1 convolution of all channels"
-        return None
+        return convolution_refusal(module.out, 1)
 
     def replacement(self, module: Carafe) -> nn.Module:
         bias = module.out.bias if module.out.bias is not None else torch.zeros(module.out.out_channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cclip_deploy.graph.rewrites.batch_norm import fold, norm_refusal
+from cclip_deploy.graph.rewrites.batch_norm import convolution_refusal, fold, norm_refusal
 from cclip_deploy.graph.rewrites.rewrite import Rewrite
 from cclip_deploy.model.neck import CoordinateBlock, coordinate_channels
 
@@ -31,7 +31,7 @@ class FixCoordinates(Rewrite[CoordinateBlock]):
         self.map_hw = map_hw
 
     def refusal(self, module: CoordinateBlock) -> str | None:
-        return norm_refusal(module.block[1])  # type: ignore[arg-type]
+        return convolution_refusal(module.block[0], 3) or norm_refusal(module.block[1])
 
     def replacement(self, module: CoordinateBlock) -> nn.Module:
         convolution, norm = module.block[0], module.block[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cclip_deploy.graph.rewrites.batch_norm import fold, norm_refusal
+from cclip_deploy.graph.rewrites.batch_norm import convolution_refusal, fold, norm_refusal
 from cclip_deploy.graph.rewrites.rewrite import Rewrite
 
 TAPS = 3
@@ -34,7 +34,7 @@ def shifted_matrices(size: int, scale: int) -> Tensor:
 
 
 class MixThenRise(nn.Module):
-    """1x1 products to nine taps at low resolution, one constant matrix along y, one along x, bias, ReLU."""
+    """1x1 products to nine taps at low resolution, one constant matrix along y, one along x, ReLU."""
 
     rise_y: Tensor
     rise_x: Tensor
@@ -46,7 +46,10 @@ class MixThenRise(nn.Module):
         self.map_hw, self.scale = map_hw, scale
         taps = weight.permute(0, 3, 2, 1)  # (C_out, k_x, k_y, C_in)
         self.mix = nn.Parameter(taps.reshape(-1, weight.shape[1], 1, 1).contiguous(), requires_grad=False)
-        self.bias = nn.Parameter(bias.reshape(1, -1, 1, 1), requires_grad=False)
+        # The middle tap is never shifted outside, so its rows sum to one: a bias given to it arrives everywhere.
+        per_tap = torch.zeros(self.out_width, TAPS * TAPS, dtype=dtype)
+        per_tap[:, TAPS * TAPS // 2] = bias
+        self.bias = nn.Parameter(per_tap.flatten(), requires_grad=False)
         height, breadth = map_hw
         along_y = shifted_matrices(height, scale).permute(1, 0, 2).reshape(scale * height, TAPS * height)
         along_x = shifted_matrices(breadth, scale).permute(0, 2, 1).reshape(TAPS * breadth, scale * breadth)
@@ -56,12 +59,12 @@ class MixThenRise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C_in, h, w) -> (B, C_out, 4h, 4w)
         height, breadth = self.map_hw
         tall = self.scale * height
-        mixed = torch.nn.functional.conv2d(x, self.mix)  # (B, C_out * 3 * 3, h, w)
+        mixed = torch.nn.functional.conv2d(x, self.mix, self.bias)  # (B, C_out * 3 * 3, h, w)
         mixed = mixed.reshape(-1, self.out_width * TAPS, TAPS * height, breadth)
         risen = self.rise_y @ mixed  # (B, C_out * k_x, 4h, w)
         risen = risen.reshape(-1, self.out_width, TAPS, tall, breadth).transpose(2, 3)
         risen = risen.reshape(-1, self.out_width, tall, TAPS * breadth) @ self.rise_x
-        return torch.relu(risen + self.bias)
+        return torch.relu(risen)
 
 
 class MixBeforeInterpolation(Rewrite[nn.Sequential]):
@@ -71,16 +74,9 @@ class MixBeforeInterpolation(Rewrite[nn.Sequential]):
         self.map_hw, self.scale = map_hw, scale
 
     def refusal(self, module: nn.Sequential) -> str | None:
-        convolution = module[0]
-        if not isinstance(convolution, nn.Conv2d) or convolution.kernel_size != (TAPS, TAPS):
-            return "it does not begin with a 3x3 convolution"
-        if (convolution.stride, convolution.dilation, convolution.groups) != ((1, 1), (1, 1), 1):
-            return "its convolution has a stride, a dilation or groups"
-        if convolution.padding != (1, 1) or convolution.padding_mode != "zeros":
-            return "its convolution does not pad one zero on each side"
         if len(module) != 3 or not isinstance(module[2], nn.ReLU):
-            return "it does not end with a ReLU"
-        return norm_refusal(module[1])  # type: ignore[arg-type]
+            return "it is no convolution, batch norm and ReLU"
+        return convolution_refusal(module[0], TAPS) or norm_refusal(module[1])
 
     def replacement(self, module: nn.Sequential) -> nn.Module:
         convolution, norm = module[0], module[1]

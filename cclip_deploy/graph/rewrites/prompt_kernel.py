@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cclip_deploy.graph.rewrites.batch_norm import convolution_refusal
 from cclip_deploy.graph.rewrites.rewrite import Rewrite
 from cclip_deploy.model.head import TAPS, MaskHead
 
@@ -40,9 +41,9 @@ class FoldLastConvolution(Rewrite[MaskHead]):
     """MaskHead's prompt layer and 1x1 layer -> KernelFromState."""
 
     def refusal(self, module: MaskHead) -> str | None:
-        if module.mix.kernel_size != (1, 1) or module.mix.groups != 1 or module.mix.bias is None:
-            return "the layer before the prompt's convolution is no 1x1 convolution with bias"
-        return None
+        if module.mix.bias is None:
+            return "the layer before the prompt's convolution has no bias"
+        return convolution_refusal(module.mix, 1)
 
     def replacement(self, module: MaskHead) -> nn.Module:
         width = module.mix.out_channels
