@@ -19,14 +19,19 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def cclip_deploy(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
-) -> None:
-    """From a CausalCLIPSeg checkpoint to ONNX Runtime and TensorRT engines that are proved equal to it."""
-    if version:
+def _show_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"cclip-deploy {__version__}")
         raise typer.Exit()
+
+
+@app.callback()
+def cclip_deploy(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """From a CausalCLIPSeg checkpoint to ONNX Runtime and TensorRT engines that are proved equal to it."""
 
 
 app.command("demo")(demo.demo)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-Plane = npt.NDArray[np.float32]
+Plane = npt.NDArray[np.floating[Any]]
 
 OUTWARD = {"left": 1.0, "right": -1.0}
 """The direction away from the midline."""
@@ -75,7 +76,7 @@ def lung_span(side: str, y: float) -> tuple[float, float]:
     """Medial and lateral distance from the midline between which a lung is clear of heart and chest wall at `y`."""
     below_aorta = min(max((y - 0.42) / 0.18, 0.0), 1.0)
     medial = 0.075 + (0.135 if side == "left" else 0.035) * below_aorta
-    return medial, float(_chest_wall(np.float32(y)))
+    return medial, float(_chest_wall(np.array(y)))
 
 
 def step(distance: Plane, width: float) -> Plane:
@@ -89,10 +90,10 @@ def smooth_noise(rng: np.random.Generator, image_hw: tuple[int, int], cells: int
     """Noise of mean 0 and deviation about 1 with `cells` grains across the picture: (H, W)."""
     lattice = rng.standard_normal((cells, cells)).astype(np.float32)
     picture = Image.fromarray(lattice).resize(image_hw[::-1], Image.Resampling.BICUBIC)
-    return np.asarray(picture, np.float32) * 1.4
+    return np.asarray(picture, np.float32) * np.float32(1.4)
 
 
-def expose(rng: np.random.Generator, attenuation: Plane) -> Plane:
+def expose(rng: np.random.Generator, attenuation: Plane) -> npt.NDArray[np.float32]:
     """The film: fog, grain and vignette on the attenuation, and the tone curve of a display: (H, W) in [0, 1]."""
     height, width = attenuation.shape
     fog = 0.03 * smooth_noise(rng, (height, width), 5) + 0.014 * smooth_noise(rng, (height, width), 40)
@@ -105,7 +106,7 @@ def expose(rng: np.random.Generator, attenuation: Plane) -> Plane:
     return np.clip(film + 0.02, 0, 1).astype(np.float32)
 
 
-def _chest_wall(y: Plane | np.float32) -> Plane:
+def _chest_wall(y: Plane) -> Plane:
     """Distance of the inner chest wall from the midline, 0.1 at the apex, widest near the diaphragm."""
     t = np.clip((y - 0.115) / 0.68, 0, 1)
     wall: Plane = 0.105 + 0.265 * (1 - (1 - t) ** 2.6) ** 0.6
@@ -139,7 +140,8 @@ def _draw_trunk(frame: Frame, rng: np.random.Generator) -> Plane:
     flank = rng.uniform(0.435, 0.475) + 0.04 * np.square(frame.y - 0.55) + 0.25 * step(0.27 - frame.y, 0.05)
     shoulder = frame.y - 0.02 - 0.35 * np.maximum(outward - 0.13, 0) ** 1.25 * step(outward - 0.13, 0.03)
     thickness = np.sqrt(np.clip(1 - np.square(outward / flank), 0, 1))
-    return (0.30 + 0.42 * thickness) * step(flank - outward, 0.008) * step(shoulder, 0.008)
+    tissue: Plane = (0.30 + 0.42 * thickness) * step(flank - outward, 0.008) * step(shoulder, 0.008)
+    return tissue
 
 
 def _ellipse(frame: Frame, centre: tuple[float, float], radii: tuple[float, float], edge: float) -> Plane:
@@ -169,7 +171,8 @@ def _draw_spine(frame: Frame) -> Plane:
     column = step(0.036 - outward, 0.008)
     discs = 0.5 + 0.5 * np.cos(2 * math.pi * frame.y / 0.058)
     trachea = step(0.017 - np.abs(frame.x + 0.003), 0.006) * step(0.36 - frame.y, 0.03)
-    return column * (0.06 + 0.06 * discs) - 0.17 * trachea
+    spine: Plane = column * (0.06 + 0.06 * discs) - 0.17 * trachea
+    return spine
 
 
 def _draw_abdomen(frame: Frame, rng: np.random.Generator, depth: float) -> Plane:
@@ -184,7 +187,8 @@ def _draw_abdomen(frame: Frame, rng: np.random.Generator, depth: float) -> Plane
 def _rib_band(phase: Plane, half_width: float) -> Plane:
     """Periodic bars, brighter along their edges as cortical bone is."""
     distance = np.abs(phase - np.floor(phase) - 0.5)
-    return step(half_width - distance, 0.05) * (0.55 + 0.45 * np.square(distance / half_width))
+    band: Plane = step(half_width - distance, 0.05) * (0.55 + 0.45 * np.square(distance / half_width))
+    return band
 
 
 def _draw_ribs(frame: Frame, rng: np.random.Generator) -> Plane:
@@ -217,7 +221,7 @@ def _draw_vessels(frame: Frame, rng: np.random.Generator) -> Plane:
     """Vessels that leave the hila, fork, and thin out: (H, W)."""
     canvas = Image.new("L", (CANVAS_PX, CANVAS_PX))
     pen = ImageDraw.Draw(canvas)
-    for side, outward in OUTWARD.items():
+    for outward in OUTWARD.values():
         for angle in (-1.3, -0.9, -0.5, 0.0, 0.4, 0.75, 1.05, 1.3):
             root = (0.5 + outward * rng.uniform(0.06, 0.1), 0.44 + 0.035 * angle + rng.normal(0, 0.012))
             _draw_vessel(rng, pen, root, angle + rng.normal(0, 0.12), outward, width=0.0115)

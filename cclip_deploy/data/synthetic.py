@@ -27,6 +27,8 @@ Mask = npt.NDArray[np.bool_]
 Site = tuple[str, str]
 
 MIN_SIDE_PX = 32
+MIRRORED_SHARE = 0.5
+OTHER_SIDE = {"left": "right", "right": "left"}
 ZONE_CENTRES = {"upper": (0.22, 0.31), "middle": (0.41, 0.50), "lower": (0.60, 0.67)}
 """Where a lesion's centre may lie, as shares of the film's height, before scale, shift and tilt."""
 
@@ -35,7 +37,7 @@ ZONE_CENTRES = {"upper": (0.22, 0.31), "middle": (0.41, 0.50), "lower": (0.60, 0
 class SyntheticSample:
     """One picture, one prompt, and the mask of what the prompt names."""
 
-    image: Plane  # (H, W) float32 in [0, 1]
+    image: npt.NDArray[np.float32]  # (H, W) in [0, 1]
     mask: Mask  # (H, W) bool
     prompt: str
     zones: Zones
@@ -46,7 +48,7 @@ class SyntheticSample:
 class Film:
     """A picture and the mask of each of its lesions, before anything is asked about it."""
 
-    image: Plane  # (H, W) float32 in [0, 1]
+    image: npt.NDArray[np.float32]  # (H, W) in [0, 1]
     lesions: Mapping[Site, Mask]
 
 
@@ -74,12 +76,21 @@ def make_samples(
         )
     if marker_rho is not None and not 0 <= marker_rho <= 1:
         raise UsageError(f"marker_rho is {marker_rho}. It is a probability: use a value from 0 to 1, or None.")
-    present = [SITES[i] for i in sorted(rng.permutation(len(SITES))[: rng.integers(2, 5)])]
+    present = _choose_sites(rng)
     subsets = [[s for bit, s in enumerate(present) if code >> bit & 1] for code in range(1, 2 ** len(present) - 1)]
     targets = [subsets[i] for i in rng.permutation(len(subsets))[:prompts]]
     side = None if marker_rho is None else _choose_marker_side(rng, targets[0], marker_rho)
     film = draw_film(rng, image_hw, present, side)
     return [_ask(film, target) for target in targets]
+
+
+def _choose_sites(rng: np.random.Generator) -> list[Site]:
+    """Two to four sites, often two that mirror each other: otherwise the words left and right would rarely matter."""
+    order = [SITES[i] for i in rng.permutation(len(SITES))]
+    if rng.random() < MIRRORED_SHARE:
+        side, zone = order[0]
+        order.sort(key=lambda site: site not in {(side, zone), (OTHER_SIDE[side], zone)})
+    return sorted(order[: rng.integers(2, 5)], key=SITES.index)
 
 
 def draw_film(
@@ -101,13 +112,13 @@ def _draw_lesion(rng: np.random.Generator, chest: Chest, site: Site) -> tuple[Pl
     """Attenuation (H, W) of a patchy opacity inside one lung, and the mask (H, W) of its inner half of the edge."""
     side, zone = site
     frame = chest.frame
-    radius_y, radius_x = rng.uniform(0.06, 0.095), rng.uniform(0.065, 0.105)
+    radius_y, radius_x = rng.uniform(0.07, 0.10), rng.uniform(0.075, 0.115)
     y = rng.uniform(*ZONE_CENTRES[zone])
     medial, lateral = lung_span(side, y)
     margin = min(0.6 * radius_x, 0.45 * (lateral - medial))
     x = OUTWARD[side] * rng.uniform(medial + margin, lateral - margin)
     across, down = (frame.x - np.float32(x)) / radius_x, (frame.y - np.float32(y)) / radius_y
-    edge = 1 + 0.13 * smooth_noise(rng, frame.hw, 15)
+    edge = 1 + 0.11 * smooth_noise(rng, frame.hw, 13)
     share = step(edge - np.hypot(across, down), rng.uniform(0.14, 0.28)) * np.minimum(1.6 * chest.lungs[side], 1)
     patches = 1 + 0.07 * smooth_noise(rng, frame.hw, 50)
     return rng.uniform(0.20, 0.38) * share * patches, share > 0.5
@@ -131,7 +142,7 @@ def _ask(film: Film, target: Sequence[Site]) -> SyntheticSample:
 def _choose_marker_side(rng: np.random.Generator, target: Sequence[Site], rho: float) -> str:
     """The side of the first site named, or by chance the other."""
     side = target[0][0]
-    return side if rng.random() < rho else {"left": "right", "right": "left"}[side]
+    return side if rng.random() < rho else OTHER_SIDE[side]
 
 
 def write_dataset(
@@ -171,7 +182,7 @@ def _write_film(folder: Path, split: str, name: str, samples: Sequence[Synthetic
     """Save one film and its masks as 8-bit PNG; returns its rows of the table."""
     image = f"images/{name}.png"
     Image.fromarray(np.rint(samples[0].image * 255).astype(np.uint8)).save(folder / image)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for index, sample in enumerate(samples):
         mask = f"masks/{name}-{index}.png"
         Image.fromarray(sample.mask.astype(np.uint8) * np.uint8(255)).save(folder / mask)

@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from cclip_deploy.errors import DataError, PromptError
 
 START, END = "<start_of_text>", "<end_of_text>"
-# open_clip matches without regard to case: the long s (U+017F) passes for an s, and the iota below (U+0345) for a letter
-# that is none, so it is dropped.
+# open_clip matches without regard to case: the long s (U+017F) passes for an s, and the iota below (U+0345), which is a
+# mark, for a letter in the last class alone, so that it is dropped.
 WORDS = "<[s\u017f]tart_of_text>|<end_of_text>|'[s\u017f]|'t|'re|'ve|'m|'ll|'d|\\p{L}+|\\p{N}|[^\\s\\p{L}\\p{N}\u0345]+"
 
 
@@ -25,7 +25,11 @@ def clean_prompt(text: str) -> str:
 
 
 class PromptTokenizer:
-    """CLIP's vocabulary in a Hugging Face `tokenizers` file, with open_clip's cleaning before it."""
+    """CLIP's vocabulary in a Hugging Face `tokenizers` file, with open_clip's cleaning before it.
+
+    Two differences are known: the text of a special token right after punctuation is one token here, and open_clip
+    splits it; characters newer than the Unicode tables of `tokenizers` are no letters here.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -131,7 +131,9 @@ def to_deploy_form(
     if not 3 <= prompt_length <= CONTEXT_LENGTH:
         raise UsageError(f"A prompt length of {prompt_length} is out of range. Use 3 to {CONTEXT_LENGTH}; 32 is usual.")
     if any(module.training for module in model.modules()):
-        raise RewriteRefused("The model is in training mode, so its batch norms depend on the batch. Call eval() first.")
+        raise RewriteRefused(
+            "The model is in training mode, so its batch norms depend on the batch. Call eval() first."
+        )
     height, width = image_hw
     kernel = FoldLastConvolution()(model.head)
     prompt_encoder = PromptEncoder(FixPromptLength(prompt_length)(model.text_tower), kernel)

@@ -90,7 +90,7 @@ def plan_deploy_graphs(
 
 
 def plan_plain_graph(model: CausalCLIPSeg, image_hw: tuple[int, int], prompt_length: int, batch: int) -> GraphPlan:
-    """The published order of operations, one graph; its batch is static, as its last convolution has run-time weights."""
+    """The published order of operations, one graph; a static batch, as its last convolution has run-time weights."""
     image, tokens = _examples(image_hw, prompt_length, batch)
     return GraphPlan("plain", _CausalPath(model).eval(), {"image": image, "tokens": tokens}, {}, ("logits",))
 

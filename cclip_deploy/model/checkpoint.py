@@ -19,10 +19,9 @@ from torch import Tensor
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
 from cclip_deploy.model.config import RN101, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
-from cclip_deploy.model.published import from_published, is_published_layout, to_published
+from cclip_deploy.model.published import from_published, is_published_layout, list_names, to_published
 
 FORMAT = "cclip-deploy checkpoint 1"
-NAMES_SHOWN = 6
 REASON_SHOWN = 90
 # How torch's unpickler words its refusals of whatever is neither a tensor nor a container.
 CODE_REFUSALS = ("GLOBAL", "Can only build", "Can only create", "Trying to call reduce")
@@ -47,17 +46,18 @@ def save_checkpoint(model: CausalCLIPSeg, path: Path) -> None:
     """Write weights and config to one safetensors file; an existing file is replaced whole or not at all."""
     metadata = {"format": FORMAT, "config": json.dumps(model.config.to_dict())}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        save_file(tensors, unfinished, metadata)
-        unfinished.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, unfinished, metadata)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise EnvironmentProblem(
             f"Could not write {path}: {error}. Free some space or choose another folder."
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> LoadedCheckpoint:
@@ -99,11 +99,13 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Literal["ours", "
             )
         try:
             config = ModelConfig.from_dict(json.loads(metadata["config"]))
-        except (UsageError, ValueError) as error:
+        except (UsageError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} names a config that this version cannot read: {error}") from error
         blocks = sum(config.vision_layers) + config.text_layers
         if blocks > len(tensors):
-            raise CheckpointError(f"{path} names a config of {blocks} blocks and holds {len(tensors)} tensors. Is it whole?")
+            raise CheckpointError(
+                f"{path} names a config of {blocks} blocks and holds {len(tensors)} tensors. Is it whole?"
+            )
         return config, tensors, "ours", ()
     if is_published_layout(tensors):
         renamed, dropped = from_published(tensors, str(path))
@@ -117,7 +119,7 @@ def _describe_stranger(path: Path, tensors: Mapping[str, Tensor]) -> str:
             f"{path} holds a CLIP network alone, without CausalCLIPSeg's neck and heads. "
             "It can start a training (clip weights), but it cannot be exported."
         )
-    shown = ", ".join(list(tensors)[:NAMES_SHOWN]) or "no tensors"
+    shown = list_names(list(tensors)) or "no tensors"
     return f"{path} is no CausalCLIPSeg checkpoint: it holds {shown}. Give one in our layout or the published one."
 
 
@@ -126,7 +128,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is a damaged or truncated safetensors file ({error}). Copy it again.") from error
+        reason = str(error).splitlines()[0][:REASON_SHOWN]
+        raise CheckpointError(
+            f"{path} is a damaged or truncated safetensors file ({reason}). Copy it again."
+        ) from error
 
 
 def _read_torch(path: Path) -> object:
@@ -142,7 +147,7 @@ def _read_torch(path: Path) -> object:
 def _torch_refusal(message: str) -> str:
     """What torch's many lines about a file that it did not load come to."""
     if "TorchScript" in message:
-        return "is a TorchScript archive, a program: refused. Save its weights alone, with torch.save(state_dict, FILE)."
+        return "is a TorchScript archive, a program: refused. Save its weights alone: torch.save(state_dict, FILE)."
     if any(words in message for words in CODE_REFUSALS):
         return (
             "holds more than tensors, so loading it could run code: refused. "
@@ -170,9 +175,7 @@ def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
     if len(tensors) != len(loaded):
         others = [str(name) for name in loaded if str(name) not in tensors]
-        raise CheckpointError(
-            f"{path}: {', '.join(others[:NAMES_SHOWN])} are no tensors. Save model.state_dict() alone."
-        )
+        raise CheckpointError(f"{path}: {list_names(others)} are no tensors. Save model.state_dict() alone.")
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
@@ -183,16 +186,20 @@ def _build(config: ModelConfig, tensors: dict[str, Tensor], path: Path, layout: 
         model = CausalCLIPSeg(config)
     wanted = model.state_dict()
     name_of = to_published if layout == "published" else str
-    _refuse(path, "lacks {n} tensors", [name_of(name) for name in wanted if name not in tensors])
-    _refuse(path, "holds {n} tensors too many", [name_of(name) for name in tensors if name not in wanted])
+    _refuse(path, "lacks {}", [name_of(name) for name in wanted if name not in tensors])
+    _refuse(path, "holds {} too many", [name_of(name) for name in tensors if name not in wanted])
     misshaped = [
         f"{name_of(name)} {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted
         if tensors[name].shape != wanted[name].shape
     ]
-    _refuse(path, "has {n} tensors of another shape", misshaped)
-    cast = {name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()}
-    _refuse(path, "has {n} tensors with values that are not finite", [
+    _refuse(path, "has {} of another shape", misshaped)
+    # Copies, because both readers map the file: whoever wrote it again would change or crash a network in use.
+    cast = {
+        name: tensor.to(wanted[name].dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    _refuse(path, "has {} with values that are not finite", [
         name_of(name) for name, tensor in cast.items() if tensor.is_floating_point() and not _is_finite(tensor)
     ])  # fmt: skip
     model.load_state_dict(cast, assign=True)
@@ -206,5 +213,5 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _refuse(path: Path, what: str, names: list[str]) -> None:
     if names:
-        shown = ", ".join(names[:NAMES_SHOWN]) + (" …" if len(names) > NAMES_SHOWN else "")
-        raise CheckpointError(f"{path} {what.format(n=len(names))}: {shown}. Is it whole, and of this network?")
+        count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+        raise CheckpointError(f"{path} {what.format(count)}: {list_names(names)}. Is it whole, and of this network?")

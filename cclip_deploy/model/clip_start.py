@@ -12,9 +12,13 @@ from torch import Tensor
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem
 from cclip_deploy.model.checkpoint import read_tensors
 from cclip_deploy.model.network import CausalCLIPSeg
-from cclip_deploy.model.published import image_tower_name
+from cclip_deploy.model.published import image_tower_name, list_names
 
 ARCHITECTURE = "RN101-quickgelu"
+# The residual around the attention pool, which CLIP does not have.
+RESIDUAL = "image_tower.attnpool.connect."
+# Read in training only, and absent from old files.
+COUNTER = ".num_batches_tracked"
 # The contrastive temperature, and the sizes that OpenAI's own files carry as tensors.
 NOT_TOWERS = ("logit_scale", "input_resolution", "context_length", "vocab_size")
 
@@ -45,10 +49,14 @@ def load_clip_weights(model: CausalCLIPSeg, source: str) -> ClipStart:
     if strangers:
         raise CheckpointError(
             f"{source} is CLIP {image_tower_name(tensors)}, whose tensors do not fit config {model.config.name!r} "
-            f"({', '.join(strangers[:4])} …). Give weights of {ARCHITECTURE}."
+            f"({list_names(strangers)}). Give weights of {ARCHITECTURE}."
         )
+    missing = tuple(name for name in towers if name not in renamed)
+    unexpected = [name for name in missing if not name.startswith(RESIDUAL) and not name.endswith(COUNTER)]
+    if unexpected:
+        raise CheckpointError(f"{source} lacks {list_names(unexpected)}, which CLIP has. Is it whole?")
     model.load_state_dict({name: t.to(towers[name].dtype) for name, t in renamed.items()}, strict=False)
-    return ClipStart(tuple(renamed), tuple(name for name in towers if name not in renamed))
+    return ClipStart(tuple(renamed), missing)
 
 
 def _read_clip(source: str) -> Mapping[str, Tensor]:

@@ -31,9 +31,10 @@ class ModelConfig:
     context_length: int = CONTEXT_LENGTH
 
     def __post_init__(self) -> None:
-        sizes = (*self.vision_layers, *(value for value in asdict(self).values() if not isinstance(value, str | tuple)))
+        values = asdict(self)
+        sizes = [*self.vision_layers, *(values[name] for name in values if name not in ("name", "vision_layers"))]
         if len(self.vision_layers) != 4 or any(type(size) is not int or not 0 < size <= LARGEST for size in sizes):
-            raise UsageError(f"Config {self.name!r} has sizes that are no whole numbers from 1 to {LARGEST}: {asdict(self)}.")
+            raise UsageError(f"Config {self.name!r} has sizes that are no whole numbers from 1 to {LARGEST}: {values}.")
         if (32 * self.vision_width) % self.vision_heads or self.text_width % self.text_heads:
             raise UsageError(
                 f"Config {self.name!r} splits {32 * self.vision_width} channels on {self.vision_heads} heads and "

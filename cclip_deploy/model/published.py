@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cclip_deploy.errors import CheckpointError
@@ -45,6 +45,8 @@ DEAD_PREFIXES = tuple(
         "txt_proj", "f1_v_proj", "norm_layer", "f2_cat", "f3_v_proj", "f3_cat", "f4_proj5", "f4_proj3", "coordconv",
     )
 )  # fmt: skip
+NAMES_SHOWN = 6
+NAME_LENGTH_SHOWN = 100
 # CLIP's contrastive temperature: segmentation has no use for it.
 DEAD_KEYS = ("backbone.logit_scale",)
 
@@ -118,10 +120,16 @@ def from_published(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str
             renamed[name] = tensor
     if strangers:
         raise CheckpointError(
-            f"{source} holds {len(strangers)} tensors that the published network does not have: "
-            f"{', '.join(strangers[:6])}{' …' if len(strangers) > 6 else ''}. Is it a checkpoint of another network?"
+            f"{source} holds what the published network does not have: {list_names(strangers)}. "
+            "Is it a checkpoint of another network?"
         )
     return renamed, dropped
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first few names of a file for a message of one line, whatever characters they are made of."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:NAMES_SHOWN]]
+    return ", ".join(name[:NAME_LENGTH_SHOWN] for name in shown) + (" …" if len(names) > NAMES_SHOWN else "")
 
 
 def to_published(name: str) -> str:

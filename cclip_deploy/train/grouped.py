@@ -51,7 +51,8 @@ def head_logits(head: MaskHead, features: Tensor, states: Tensor) -> Tensor:
 def _interpolated_block(block: nn.Module, x: Tensor) -> Tensor:
     """Bilinear upsampling by 4, then 3x3 convolution, batch norm, ReLU: (B, C, h, w) -> (B, C_out, 4h, 4w)."""
     convolution, norm, activation = block.children()
-    risen: Tensor = activation(norm(_convolve_interpolated(x, convolution.weight)))
+    (weight,) = convolution.parameters()
+    risen: Tensor = activation(norm(_convolve_interpolated(x, weight)))
     return risen
 
 

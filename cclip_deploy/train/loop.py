@@ -235,7 +235,7 @@ def _run_steps(model: CausalCLIPSeg, data: TrainingSet, config: TrainConfig, on_
         if not math.isfinite(losses[-1]):
             raise UsageError(f"The loss became {losses[-1]} at step {step + 1} of {steps}. Lower learning_rate.")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
         optimiser.step()
         elapsed_s = time.perf_counter() - started_s

@@ -96,7 +96,7 @@ def shuffle_prompts(texts: Sequence[str], seed: int) -> list[str]:
     text, most = counts.most_common(1)[0]
     if 2 * most > len(texts):
         raise DataError(
-            f"{most} of {len(texts)} rows have the text {text!r}, so prompts cannot be shuffled without a row keeping its own. "
+            f"{most} of {len(texts)} rows have the text {text!r}, so shuffling leaves some row its own. "
             "Evaluate more rows, or more varied ones."
         )
     rng = np.random.default_rng(seed)

@@ -143,7 +143,7 @@ def test_a_bundle_carries_what_the_network_answers(tiny_bundle: Bundle, tiny_net
     np.testing.assert_array_equal(seeded.image, image)
     np.testing.assert_array_equal(seeded.tokens, tokens)
     truth = PyTorchBackend(tiny_network).all_pairs(image, tokens)
-    np.testing.assert_allclose(seeded.logits, truth, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seeded.logits, truth, atol=1e-5 * float(np.abs(truth).max()))
     assert seeded.outputs.keys() == {"image_encoder", "prompt_encoder", "mask_decoder"}
 
 

@@ -123,7 +123,7 @@ def test_a_missing_onnxruntime_is_told_with_the_command_that_gets_it(monkeypatch
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused() -> None:
     fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
-    runtime = SimpleNamespace(SessionOptions=SimpleNamespace, InferenceSession=lambda *a, **k: fallen)
+    runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *a, **k: fallen)
     with pytest.raises(EnvironmentProblem, match="asked for cuda and fell back"):
         make_session(runtime, "graph.onnx", "cuda")
 

@@ -92,7 +92,7 @@ def test_grouped_logits_have_the_gradient_of_the_plain_form() -> None:
     gradients = []
     for logits in (grouped_logits(model, images, tokens), model.causal_logits(images, tokens[:, 0])):
         model.zero_grad()
-        logits.square().mean().backward()
+        torch.autograd.backward(logits.square().mean())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert (gradients[0] - gradients[1]).norm() < 1e-10 * gradients[1].norm()
 
@@ -184,7 +184,9 @@ def test_a_wrong_recipe_is_refused(tmp_path: Path, text: str, words: str) -> Non
 def test_the_predictor_answers_in_the_pictures_own_size(data_folder: Path, tokenizer: PromptTokenizer) -> None:
     model = CausalCLIPSeg(TINY)
     predict = loop.torch_predictor(model, tokenizer, SMALL)
-    pixels = np.asarray(Image.open(next((data_folder / "images").iterdir())).resize((50, 40)), np.float32) / 255
+    pixels = np.asarray(Image.open(next((data_folder / "images").iterdir())).resize((50, 40)), np.float32) / np.float32(
+        255
+    )
     probability = predict(pixels, "Lower left lung.")
     assert probability.shape == (40, 50)
     assert 0 <= probability.min() <= probability.max() <= 1

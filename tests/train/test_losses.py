@@ -33,6 +33,6 @@ def test_a_sure_and_right_answer_costs_nothing_even_where_the_mask_is_empty() ->
 def test_the_dice_loss_of_an_empty_mask_falls_with_the_prediction() -> None:
     target = torch.zeros(1, 4, 4)
     logits = torch.zeros(1, 4, 4, requires_grad=True)
-    soft_dice_loss(logits, target).backward()
+    torch.autograd.backward(soft_dice_loss(logits, target))
     assert logits.grad is not None
     assert (logits.grad > 0).all()

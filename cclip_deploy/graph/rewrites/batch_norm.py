@@ -37,9 +37,9 @@ def norm_refusal(norm: nn.Module) -> str | None:
 
 
 def convolution_refusal(convolution: nn.Module, size: int) -> str | None:
-    """Why a module is no convolution of this size that keeps the map's size and looks at every channel, if it is none."""
+    """Why a module is no convolution of this size that keeps the map's size and sees all channels, if it is none."""
     if not isinstance(convolution, nn.Conv2d) or convolution.kernel_size != (size, size):
-        return f"it does not begin with a {size}x{size} convolution"
+        return f"it has no {size}x{size} convolution where one should be"
     if (convolution.stride, convolution.dilation, convolution.groups) != ((1, 1), (1, 1), 1):
         return f"its {size}x{size} convolution has a stride, a dilation or groups"
     if convolution.padding != (size // 2, size // 2) or convolution.padding_mode != "zeros":

@@ -15,7 +15,7 @@ class CarafeProduct(nn.Module):
     """At each input pixel: (4 outputs x 9 weights) times (9 neighbours x C); then the four outputs take their places.
 
     The final 1x1 convolution is linear per pixel and the nine weights are the same for all channels, so it moves to the
-    input's resolution, a quarter of the work; its bias stays behind the sum, because border pixels have fewer neighbours.
+    input's resolution, a quarter of the work; its bias stays after the sum, as border pixels have fewer neighbours.
     """
 
     def __init__(self, compress: nn.Conv2d, encode: nn.Conv2d, out_weight: Tensor, out_bias: Tensor) -> None:

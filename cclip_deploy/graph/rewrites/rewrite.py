@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
+import torch
 from torch import nn
 
 from cclip_deploy.errors import RewriteRefused
@@ -27,4 +28,5 @@ class Rewrite(Generic[Matched]):
         reason = self.refusal(module)
         if reason is not None:
             raise RewriteRefused(f"{type(self).__name__} cannot rewrite {type(module).__name__}: {reason}")
-        return self.replacement(module).eval()
+        with torch.no_grad():
+            return self.replacement(module).eval()

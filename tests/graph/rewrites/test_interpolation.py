@@ -1,0 +1,114 @@
+"""Mixing channels before the upsampling against upsampling before the convolution, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cclip_deploy.errors import RewriteRefused
+from cclip_deploy.graph.rewrites.interpolation import MixBeforeInterpolation
+from cclip_deploy.model.neck import convolution_block
+from tests.numerics import random_map, randomised, relative_error
+
+SIDES = st.integers(1, 8)
+
+
+def plainly(block: nn.Module, x: Tensor, scale: int = 4) -> Tensor:
+    """The published order: interpolate, then convolve, norm and ReLU at full resolution."""
+    out: Tensor = block(functional.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False))
+    return out
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=SIDES, width=SIDES, batch=st.integers(1, 3), scale=st.sampled_from([2, 3, 4]),
+    widths=st.sampled_from([(1, 1), (3, 5), (6, 2)]), seed=st.integers(0, 99),
+)  # fmt: skip
+@example(height=1, width=1, batch=2, scale=4, widths=(3, 5), seed=0)
+@example(height=1, width=7, batch=2, scale=4, widths=(3, 5), seed=0)
+@example(height=7, width=1, batch=2, scale=4, widths=(3, 5), seed=0)
+@example(height=2, width=2, batch=1, scale=4, widths=(3, 5), seed=0)
+def test_mixing_first_equals_interpolating_first(
+    height: int, width: int, batch: int, scale: int, widths: tuple[int, int], seed: int
+) -> None:
+    block = randomised(convolution_block(*widths, 3), seed)
+    x = random_map(batch, widths[0], height, width, seed=seed)
+    rewritten = MixBeforeInterpolation((height, width), scale)(block)
+    torch.testing.assert_close(rewritten(x), plainly(block, x, scale), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("hw", [(5, 6), (3, 9), (1, 4), (14, 14)])
+def test_every_border_and_corner_is_the_published_one(hw: tuple[int, int]) -> None:
+    """Zeros outside the upsampled map and the interpolation's own clamping meet there."""
+    block = randomised(convolution_block(4, 6, 3), seed=1)
+    x = random_map(2, 4, *hw) + 1.0  # away from zero, so that padding differs from repeating
+    actual, expected = MixBeforeInterpolation(hw)(block)(x), plainly(block, x)
+    parts = (slice(0, 1), slice(1, 4), slice(-4, -1), slice(-1, None), slice(None))
+    for rows in parts:
+        for columns in parts:
+            assert relative_error(actual[..., rows, columns], expected[..., rows, columns]) <= 1e-12
+
+
+def test_one_bright_pixel_spreads_as_published_wherever_it_is() -> None:
+    block = randomised(convolution_block(1, 2, 3))
+    rewritten = MixBeforeInterpolation((3, 4))(block)
+    for place in range(12):
+        x = torch.zeros(1, 1, 3, 4, dtype=torch.float64)
+        x.view(-1)[place] = 1
+        torch.testing.assert_close(rewritten(x), plainly(block, x), rtol=1e-12, atol=1e-13)
+
+
+def test_a_convolution_with_its_own_bias_is_rewritten_too() -> None:
+    block = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU())
+    block = randomised(block)
+    x = random_map(2, 3, 4, 5)
+    assert relative_error(MixBeforeInterpolation((4, 5))(block)(x), plainly(block, x)) <= 1e-12
+
+
+def test_float32_weights_stay_float32_and_agree_to_its_precision() -> None:
+    exact = randomised(convolution_block(64, 8, 3))
+    rewritten = MixBeforeInterpolation((5, 4))(copy.deepcopy(exact).float())
+    assert {tensor.dtype for tensor in rewritten.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    x = random_map(2, 64, 5, 4)
+    assert relative_error(rewritten(x.float()), plainly(exact, x)) <= 1e-6
+
+
+def test_the_given_block_is_left_as_it_was() -> None:
+    block = randomised(convolution_block(3, 5, 3)).requires_grad_(True)
+    before = copy.deepcopy(block.state_dict())
+    rewritten = MixBeforeInterpolation((4, 5))(block)
+    assert all(torch.equal(tensor, block.state_dict()[name]) for name, tensor in before.items())
+    assert not any(tensor.requires_grad for tensor in (*rewritten.parameters(), *rewritten.buffers()))
+
+
+def block_of(convolution: nn.Module, norm: nn.Module | None = None, last: nn.Module | None = None) -> nn.Sequential:
+    return nn.Sequential(convolution, norm or nn.BatchNorm2d(5), last or nn.ReLU()).eval()
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (convolution_block(3, 5, 3), "training mode"),
+        (convolution_block(3, 5, 1).eval(), "no 3x3 convolution"),
+        (block_of(nn.Conv2d(3, 5, 3)), "does not pad 1 zeros"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=2)), "does not pad 1 zeros"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect")), "does not pad 1 zeros"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=1, stride=2)), "a stride"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=1, dilation=2)), "a dilation"),
+        (block_of(nn.Conv2d(5, 5, 3, padding=1, groups=5)), "groups"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5, track_running_stats=False)), "no running stat"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=1), nn.GroupNorm(1, 5)), "not followed by a batch norm"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=1), last=nn.GELU()), "no convolution, batch norm and ReLU"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=1))[:2], "no convolution, batch norm and ReLU"),
+        (nn.Sequential().eval(), "no convolution, batch norm and ReLU"),
+    ],
+)
+def test_a_block_built_otherwise_is_refused_with_the_reason(block: nn.Sequential, reason: str) -> None:
+    with pytest.raises(RewriteRefused, match=f"MixBeforeInterpolation cannot rewrite Sequential: .*{reason}"):
+        MixBeforeInterpolation((4, 4))(block)

@@ -1,0 +1,45 @@
+"""Further bundles that the stages' tests look at, each made once a session; copy them before changing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.pipeline import export
+from cclip_deploy.pipeline.build import BuildOptions, build_engines
+from cclip_deploy.pipeline.export import ExportOptions, export_bundle
+from tests.bundles import copy_of
+from tests.conftest import THREADS, TINY_HW
+
+
+@pytest.fixture(scope="session")
+def plain_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain export that belongs to the tiny bundle."""
+    path = tmp_path_factory.mktemp("plain") / "plain.cclip"
+    export_bundle(tiny_checkpoint, path, ExportOptions(TINY_HW, 24, plain=True, threads=THREADS), "test")
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with its three FP16 graphs and an engine of each, really built."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an extra: pip install 'cclip-deploy[rtx]'")
+    path = copy_of(tiny_bundle_path, tmp_path_factory.mktemp("engines"), "engines.cclip")
+    build_engines(Bundle.open(path), BuildOptions(threads=THREADS))
+    return path
+
+
+@pytest.fixture
+def traced_before(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, onnx.ModelProto]:
+    """Let an export take the tiny bundle's graphs (or what a test makes of them) instead of tracing for half a minute."""
+    graphs = {path.stem: onnx.load(path) for path in sorted((tiny_bundle_path / "graphs").iterdir())}
+
+    def take(*args: Any) -> dict[str, onnx.ModelProto]:
+        return dict(graphs)
+
+    monkeypatch.setattr(export, "_trace_graphs", take)
+    return graphs

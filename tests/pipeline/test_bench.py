@@ -1,0 +1,169 @@
+"""Bench times what a user would run, says what it left out, and refuses to compare what does not belong together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.errors import UsageError
+from cclip_deploy.model.checkpoint import save_checkpoint
+from cclip_deploy.pipeline import bench, export
+from cclip_deploy.pipeline.bench import BenchOptions, bench_bundle
+from tests.bundles import copy_of, reseal
+from tests.conftest import THREADS, random_network
+
+RESULT_KEYS = {"name", "backend", "precision", "stage", "p50_ms", "p90_ms", "p99_ms", "n", "threads", "device"}
+RATIO_KEYS = {"baseline", "candidate", "ratio", "low", "high"}
+
+
+def quick(**changes: Any) -> BenchOptions:
+    values: dict[str, Any] = {"compile": False, "rounds": 3, "warmup_rounds": 1, "threads": THREADS, **changes}
+    return BenchOptions(**values)
+
+
+def names(result: dict[str, Any]) -> list[str]:
+    return [row["name"] for row in result["results"]]
+
+
+def test_a_bundle_alone_is_timed_by_stage_and_the_peers_are_named_as_left_out(tiny_bundle_path: Path) -> None:
+    result = bench_bundle(Bundle.open(tiny_bundle_path), quick())
+    assert [(row["name"], row["stage"]) for row in result["results"]] == [
+        ("fused fp32", "image and prompt"), ("cached prompt fp32", "image and prompt"),
+        ("prompt fp32", "prompt alone"), ("one more prompt fp32", "one more prompt"),
+    ]  # fmt: skip
+    assert {row["name"]: row["reason"] for row in result["not_measured"]} == {
+        "pytorch eager": "needs --checkpoint",
+        "torch.compile": "needs --checkpoint",
+        "plain export": "needs --checkpoint or --plain",
+    }
+    assert [(r["baseline"], r["candidate"]) for r in result["ratios"]] == [("fused fp32", "cached prompt fp32")]
+
+
+def test_json_is_the_contract(tiny_bundle_path: Path) -> None:
+    told = json.loads(json.dumps(bench_bundle(Bundle.open(tiny_bundle_path), quick()), allow_nan=False))
+    assert told.keys() == {"fingerprint", "results", "ratios", "threads", "bundle", "not_measured"}
+    assert told["fingerprint"].keys() >= {"cpu", "packages"}
+    assert told["bundle"] == str(tiny_bundle_path)
+    for row in told["results"]:
+        assert row.keys() >= RESULT_KEYS
+        assert row["n"] == 3
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        assert (row["threads"], row["device"], row["backend"], row["precision"]) == (
+            THREADS,
+            "cpu",
+            "onnxruntime",
+            "fp32",
+        )
+    for ratio in told["ratios"]:
+        assert ratio.keys() >= RATIO_KEYS
+        assert 0 < ratio["low"] <= ratio["ratio"] <= ratio["high"]
+
+
+def test_a_checkpoint_and_a_plain_bundle_are_timed_and_paired(
+    tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path
+) -> None:
+    result = bench_bundle(
+        Bundle.open(tiny_bundle_path), quick(checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path)
+    )
+    assert {"pytorch eager", "pytorch eager, causal path", "plain export"} <= set(names(result))
+    assert {row["backend"] for row in result["results"] if "pytorch" in row["name"]} == {"pytorch"}
+    assert [row["name"] for row in result["not_measured"]] == ["torch.compile"]
+    assert {ratio["baseline"] for ratio in result["ratios"]} == {"pytorch eager", "plain export", "fused fp32"}
+    pairs = {(ratio["baseline"], ratio["candidate"]) for ratio in result["ratios"]}
+    assert ("pytorch eager", "fused fp32") in pairs
+    assert ("plain export", "cached prompt fp32") in pairs
+
+
+def test_without_a_plain_bundle_one_is_exported_alike_and_taken_away(
+    tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[Path, export.ExportOptions]] = []
+
+    def give(checkpoint: Path, path: Path, options: export.ExportOptions, *rest: object) -> None:
+        made.append((path, options))
+        shutil.copytree(plain_bundle_path, path)
+
+    monkeypatch.setattr(export, "export_bundle", give)
+    result = bench_bundle(Bundle.open(tiny_bundle_path), quick(checkpoint=tiny_checkpoint))
+    assert "plain export" in names(result)
+    (path, options), = made  # fmt: skip
+    assert (options.plain, options.batch, options.image_hw, options.prompt_length) == (True, 1, (64, 96), 24)
+    assert not path.exists()
+
+
+def test_a_compiler_that_fails_is_reported_and_the_rest_is_timed(
+    tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(bench, "_compiled", broken)
+    options = quick(checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path, compile=True)
+    result = bench_bundle(Bundle.open(tiny_bundle_path), options)
+    assert result["not_measured"] == [{"name": "torch.compile", "reason": "does not work here: no C++ compiler"}]
+    assert "pytorch eager" in names(result)
+
+
+def test_fp16_graphs_are_timed_and_engines_are_named_as_not_run(engine_bundle_path: Path) -> None:
+    result = bench_bundle(Bundle.open(engine_bundle_path), quick())
+    assert {"cached prompt fp16", "prompt fp16", "one more prompt fp16", "fused fp32"} <= set(names(result))
+    assert "fused fp16" not in names(result)  # there is no such graph
+    left_out = {row["name"]: row["reason"] for row in result["not_measured"]}
+    assert left_out["image_encoder fp16 on tensorrt-rtx"] == "engines run on a GPU only"
+    assert sum("on tensorrt-rtx" in name for name in left_out) == 3
+
+
+def test_every_candidate_really_computes_its_graph(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    real = bench.OnnxRuntimeBackend.run
+
+    def run(self: Any, graph: str, inputs: Any) -> Any:
+        runs.append(graph)
+        return real(self, graph, inputs)
+
+    monkeypatch.setattr(bench.OnnxRuntimeBackend, "run", run)
+    bench_bundle(Bundle.open(tiny_bundle_path), quick(warmup_rounds=0))
+    setting_up = ["prompt_encoder", "image_encoder"]
+    assert runs[:2] == setting_up
+    counts = {graph: runs[2:].count(graph) for graph in set(runs)}
+    assert counts == {"fused": 3, "image_encoder": 3, "mask_decoder": 6, "prompt_encoder": 3}
+
+
+def test_what_does_not_belong_together_is_not_compared(
+    tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    ours, plain = Bundle.open(tiny_bundle_path), Bundle.open(plain_bundle_path)
+    with pytest.raises(UsageError, match="is a plain export"):
+        bench_bundle(plain, quick())
+    with pytest.raises(UsageError, match="is no plain export"):
+        bench_bundle(ours, quick(plain_bundle=tiny_bundle_path))
+    save_checkpoint(random_network(seed=1), tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match="is not the file that .* was exported from"):
+        bench_bundle(ours, quick(checkpoint=tmp_path / "other.safetensors", plain_bundle=plain_bundle_path))
+    other = copy_of(plain_bundle_path, tmp_path)
+
+    def from_elsewhere(manifest: dict[str, Any]) -> None:
+        manifest["checkpoint"]["sha256"] = manifest["graphs"]["plain"]["made_from_sha256"] = "0" * 64
+
+    reseal(other, from_elsewhere)
+    with pytest.raises(UsageError, match="differs from .* in checkpoint"):
+        bench_bundle(ours, quick(plain_bundle=other))
+
+
+def test_a_plain_bundle_of_a_larger_batch_is_refused(
+    tiny_bundle_path: Path, plain_bundle_path: Path, tmp_path: Path
+) -> None:
+    other = copy_of(plain_bundle_path, tmp_path)
+
+    def larger(manifest: dict[str, Any]) -> None:
+        for tensor in manifest["graphs"]["plain"]["inputs"]:
+            tensor["shape"][0] = 2
+
+    reseal(other, larger)
+    with pytest.raises(UsageError, match="batch of 2"):
+        bench_bundle(Bundle.open(tiny_bundle_path), quick(plain_bundle=other))

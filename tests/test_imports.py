@@ -1,0 +1,93 @@
+"""What a command or a running bundle loads: only what it needs, seen in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+HEAVY = (
+    "torch",
+    "torchvision",
+    "open_clip",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "pydicom",
+)
+REPORT = f"""
+import json as _json, sys as _sys
+print("\\n" + _json.dumps([name for name in {HEAVY!r} if name in _sys.modules]))
+"""
+
+
+def loaded_by(code: str, *arguments: str) -> list[str]:
+    """The heavy packages that a fresh Python holds after it ran the code."""
+    done = subprocess.run([sys.executable, "-c", code + REPORT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_report_sees_what_is_loaded() -> None:
+    assert loaded_by("import onnxruntime") == ["onnxruntime"]
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_by("import cclip_deploy") == []
+
+
+COMMANDS = ["export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "demo"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)], ids=" ".join
+)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = """
+import sys
+from cclip_deploy.cli.app import main
+sys.argv[0] = "cclip-deploy"
+try:
+    main()
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+"""
+    assert loaded_by(code, *arguments) == []
+
+
+def test_running_a_bundle_loads_onnx_runtime_and_nothing_else(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.arange(900, dtype=np.uint16).reshape(30, 30)).save(tmp_path / "film.png")
+    code = """
+import sys
+from pathlib import Path
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.pipeline.predict import predict
+from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+from cclip_deploy.segmenter import Segmenter
+bundle, film, output = map(Path, sys.argv[1:])
+opened = Bundle.open(bundle)
+done = predict(Segmenter(opened, OnnxRuntimeBackend(opened, threads=1)), [film], ["left lung"], output)
+assert len(done.done) == 1 and done.done[0].written.mask.is_file()
+"""
+    arguments = (str(tiny_bundle_path), str(tmp_path / "film.png"), str(tmp_path / "out"))
+    assert loaded_by(code, *arguments) == ["onnxruntime"]
+
+
+def test_verifying_and_inspecting_load_onnx_runtime_and_nothing_else(tiny_bundle_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.pipeline.inspect import describe_bundle
+from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
+assert describe_bundle(Path(sys.argv[1]))["graphs"]
+assert verify_bundle(Bundle.open(Path(sys.argv[1])), VerifyOptions(threads=1)).passed
+"""
+    assert loaded_by(code, str(tiny_bundle_path)) == ["onnxruntime"]
