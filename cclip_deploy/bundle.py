@@ -29,6 +29,12 @@ def _inside(path: str) -> str:
     return path
 
 
+def _named(model: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(model.get("name"), str):
+        raise ValueError("a model has a name")
+    return model
+
+
 RelativePath = Annotated[str, AfterValidator(_inside)]
 
 
@@ -92,7 +98,7 @@ class Manifest(_Entry):
     created: str
     command: str
     versions: dict[str, str]
-    model: dict[str, Any]
+    model: Annotated[dict[str, Any], AfterValidator(_named)]
     form: Literal["deploy", "plain"]
     image_hw: tuple[int, int]
     prompt_length: int

@@ -32,7 +32,7 @@ def random_map(*shape: int, seed: int = 0) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖a - b‖ / ‖b‖ over all elements, in float64; a b that a ReLU left next to nothing of counts as 0.01 an element."""
+    """‖a - b‖ / ‖b‖ in float64; a b that a ReLU left next to nothing of counts as 0.01 an element."""
     if actual.shape != expected.shape:
         raise AssertionError(f"{tuple(actual.shape)} is not {tuple(expected.shape)}")
     least = 0.01 * expected.numel() ** 0.5

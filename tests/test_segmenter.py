@@ -38,7 +38,7 @@ class Recording:
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = {"image_encoder": "image", "prompt_encoder": "tokens", "mask_decoder": "bias"}[graph]
         self.runs.append((graph, len(inputs[rows])))
-        return self.backend.run(graph, inputs)  # type: ignore[return-value]
+        return self.backend.run(graph, inputs)
 
 
 class Formula:
@@ -77,7 +77,8 @@ def test_probabilities_are_the_plain_networks_in_the_pictures_size(
     logits = PyTorchBackend(tiny_network).all_pairs(image, tokens)[0].astype(np.float64)
     for probability, row in zip(segmenter.probabilities(FILM, PROMPTS), logits, strict=True):
         expected = to_source((1 / (1 + np.exp(-row))).astype(np.float32), FILM.shape)
-        assert (probability.shape, probability.dtype) == (FILM.shape, np.float32)
+        assert probability.shape == FILM.shape
+        assert probability.dtype == np.float32
         np.testing.assert_allclose(probability, expected, atol=2e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -45,5 +46,10 @@ app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script; `kill` ends it as Ctrl-C does, with nothing left half-written."""
+    signal.signal(signal.SIGTERM, _end)
     app()
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

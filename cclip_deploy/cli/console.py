@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cclip_deploy.errors import CclipError
 
@@ -22,9 +23,18 @@ INTERRUPTED = 130
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 PIPE_WIDTH = 120
+CONTROL_CODES = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
-stdout = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-stderr = Console(stderr=True, highlight=False, emoji=False)
+
+class _SafeConsole(Console):
+    """Drops what would steer the terminal: file names and manifests are strangers' text."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(text.translate(CONTROL_CODES), **options)
+
+
+stdout = _SafeConsole(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+stderr = _SafeConsole(stderr=True, highlight=False, emoji=False)
 
 
 def reports_errors(command: Command) -> Command:

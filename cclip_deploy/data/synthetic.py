@@ -27,7 +27,7 @@ Mask = npt.NDArray[np.bool_]
 Site = tuple[str, str]
 
 MIN_SIDE_PX = 32
-MIRRORED_SHARE = 0.5
+MIRRORED_SHARE = 0.8
 OTHER_SIDE = {"left": "right", "right": "left"}
 ZONE_CENTRES = {"upper": (0.22, 0.31), "middle": (0.41, 0.50), "lower": (0.60, 0.67)}
 """Where a lesion's centre may lie, as shares of the film's height, before scale, shift and tilt."""

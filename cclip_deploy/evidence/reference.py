@@ -176,7 +176,7 @@ def _check_answers(reference: Reference, bundle: Bundle) -> None:
             faults += [f"no {tensor.name}" for tensor in graph.inputs if tensor.name not in reference.decoder_inputs]
     if faults:
         raise BundleError(
-            f"Reference {reference.name} of {bundle.path} does not fit its graphs ({', '.join(faults)}). Export it again."
+            f"Reference {reference.name} of {bundle.path} does not fit its graphs: {', '.join(faults)}. Export again."
         )
 
 

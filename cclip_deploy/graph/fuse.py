@@ -26,7 +26,8 @@ def fuse(
     )
     _order_inputs(fused, ("image", "tokens"))
     fused.graph.name = "fused"
-    fused.producer_name = "cclip-deploy"
+    fused.producer_name, fused.producer_version = image_encoder.producer_name, image_encoder.producer_version
+    del fused.opset_import[1:]  # merging repeats it for every part
     return fused
 
 

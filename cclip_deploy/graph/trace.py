@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cclip_deploy import __version__
 from cclip_deploy.errors import ParityError
 from cclip_deploy.graph.deploy import DeployForm
 from cclip_deploy.model.config import ModelConfig
@@ -121,7 +122,7 @@ def trace(plan: GraphPlan) -> onnx.ModelProto:
         del node.metadata_props[:]
         node.doc_string = ""
     model.graph.name = plan.name
-    model.producer_name = "cclip-deploy"
+    model.producer_name, model.producer_version = "cclip-deploy", __version__
     return model
 
 

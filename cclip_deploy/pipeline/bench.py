@@ -14,6 +14,7 @@ import numpy as np
 from cclip_deploy.bundle import Bundle, graph_key
 from cclip_deploy.errors import UsageError
 from cclip_deploy.evidence.latency import Candidate, measure_interleaved, report
+from cclip_deploy.evidence.parity import CHAIN
 from cclip_deploy.evidence.reference import seeded_inputs
 from cclip_deploy.runtime.backend import Arrays
 from cclip_deploy.runtime.onnx_runtime import Device, OnnxRuntimeBackend
@@ -69,11 +70,11 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
 def _candidates(
     bundle: Bundle, options: BenchOptions, on_progress: Progress
 ) -> Iterator[tuple[list[Candidate], list[dict[str, str]]]]:
-    candidates = _ours(bundle, options)
     left_out: list[dict[str, str]] = [
         {"name": f"{engine.graph} {engine.precision} on {engine.backend}", "reason": "engines run on a GPU only"}
         for engine in bundle.manifest.engines
     ]
+    candidates = _ours(bundle, options, left_out)
     with tempfile.TemporaryDirectory(prefix="cclip-bench-") as scratch:
         if options.checkpoint is None:
             left_out += [{"name": name, "reason": "needs --checkpoint"} for name in ("pytorch eager", "torch.compile")]
@@ -87,12 +88,14 @@ def _candidates(
         yield candidates, left_out
 
 
-def _ours(bundle: Bundle, options: BenchOptions) -> list[Candidate]:
+def _ours(bundle: Bundle, options: BenchOptions, left_out: list[dict[str, str]]) -> list[Candidate]:
     image, tokens = seeded_inputs(bundle.manifest.image_hw, bundle.manifest.prompt_length)
     image, tokens = image[:1], tokens[:1]
     found = []
     for precision in bundle.precisions():
-        if graph_key("image_encoder", precision) not in bundle.manifest.graphs:
+        missing = [name for name in CHAIN if graph_key(name, precision) not in bundle.manifest.graphs]
+        if missing:
+            left_out.append({"name": f"{precision} graphs", "reason": f"the bundle has no {precision} {missing[0]}"})
             continue
         backend = OnnxRuntimeBackend(bundle, precision, options.device, options.threads)
         kernels: Arrays = backend.run("prompt_encoder", {"tokens": tokens})
@@ -130,12 +133,13 @@ def _extra(options: BenchOptions) -> dict[str, object]:
 def _pytorch(
     bundle: Bundle, options: BenchOptions, left_out: list[dict[str, str]], on_progress: Progress
 ) -> list[Candidate]:
-    import torch
-
-    from cclip_deploy.model.checkpoint import load_checkpoint
     from cclip_deploy.pipeline.export import require_export_packages
 
     require_export_packages()
+    import torch
+
+    from cclip_deploy.model.checkpoint import load_checkpoint
+
     if options.checkpoint is None:
         raise UsageError("PyTorch needs the weights: give --checkpoint FILE.")
     torch.set_num_threads(options.threads)
@@ -156,7 +160,7 @@ def _pytorch(
 
         return timed
 
-    extra = _extra(options)
+    extra = {**_extra(options), "device": "cpu"}
     found = [
         Candidate("pytorch eager", "pytorch", "fp32", WHOLE, run(model), extra),
         Candidate("pytorch eager, causal path", "pytorch", "fp32", WHOLE, run(model.causal_logits), extra),

@@ -29,8 +29,8 @@ Progress = Callable[[str], None]
 
 BUNDLE, REPORT, FACTS = "demo.cclip", "report.html", "report.json"
 RECIPE = TrainConfig(
-    image_size=96, epochs=10, images_per_batch=8, prompts_per_image=6, learning_rate=3e-3, threads=2
-)  # fmt: skip
+    image_size=96, epochs=6, images_per_batch=4, prompts_per_image=8, learning_rate=4e-3, tower_rate=0.3, threads=2
+)
 FILM_PROMPTS = (
     "Unilateral pulmonary infection, one infected area, lower left lung.",
     "Bilateral pulmonary infection, two infected areas, upper left lung and upper right lung.",

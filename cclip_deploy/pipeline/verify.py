@@ -96,10 +96,11 @@ def _references(bundle: Bundle, options: VerifyOptions, on_progress: Progress) -
                 "Pictures and prompts of your own need the network to answer for them: give --checkpoint FILE too."
             )
         return load_references(bundle), []
-    from cclip_deploy.model.checkpoint import load_checkpoint
     from cclip_deploy.pipeline.export import require_export_packages
 
     require_export_packages()
+    from cclip_deploy.model.checkpoint import load_checkpoint
+
     on_progress(f"Computing reference answers from {options.checkpoint}")
     loaded = load_checkpoint(options.checkpoint)
     notes = []

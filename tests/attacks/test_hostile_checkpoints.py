@@ -104,7 +104,12 @@ def test_a_torchscript_archive_is_a_program(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2).eval(), torch.zeros(1, 2)), buffer)
+        torch.jit.save(
+            torch.jit.trace(  # type: ignore[no-untyped-call]
+                torch.nn.Linear(2, 2).eval(), torch.zeros(1, 2)
+            ),
+            buffer,
+        )
     assert "TorchScript archive, a program: refused" in refusal(buffer.getvalue(), tmp_path)
 
 
@@ -125,8 +130,7 @@ def test_a_torchscript_archive_is_a_program(tmp_path: Path) -> None:
         b'{"state_dict": {}}',
         b"l" * 65536,
     ],
-    ids=["empty", "one byte", "PK", "zip head", "pickle head", "text", "git-lfs", "html", "png", "zeros", "ones", "json",
-         "pickle opcodes"],
+    ids=["empty", "byte", "PK", "zip", "pickle", "text", "git-lfs", "html", "png", "zeros", "ones", "json", "opcodes"],
 )  # fmt: skip
 def test_a_file_that_is_no_checkpoint_is_said_to_be_none(content: bytes, tmp_path: Path) -> None:
     assert "is no checkpoint, or a damaged or truncated one" in refusal(content, tmp_path)
@@ -200,7 +204,9 @@ def test_a_config_that_cannot_be_is_refused_before_anything_is_built(config: str
 
 def test_a_format_of_the_future_is_named(tmp_path: Path) -> None:
     content = save(SMALL, {"format": "cclip-deploy checkpoint 2", "config": json.dumps(TINY.to_dict())})
-    assert "'cclip-deploy checkpoint 2', and this version reads 'cclip-deploy checkpoint 1'" in refusal(content, tmp_path)
+    assert "'cclip-deploy checkpoint 2', and this version reads 'cclip-deploy checkpoint 1'" in refusal(
+        content, tmp_path
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,4 +232,6 @@ def test_names_that_would_write_to_a_terminal_are_shown_escaped(tmp_path: Path) 
 def test_a_file_of_some_kilobytes_that_asks_for_4_tb_is_refused_by_shape(tmp_path: Path) -> None:
     content = saved({**published_stub(), "proj.txt.bias": torch.zeros(()).expand(2**20, 2**20)})
     assert len(content) < 500_000
-    assert "1 tensor of another shape: proj.txt.bias (1048576, 1048576) instead of (2305,)" in refusal(content, tmp_path)
+    assert "1 tensor of another shape: proj.txt.bias (1048576, 1048576) instead of (2305,)" in refusal(
+        content, tmp_path
+    )

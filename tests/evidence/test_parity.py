@@ -237,9 +237,10 @@ def made_check(**changes: Any) -> Check:
 
 def test_failures_are_refused_with_the_first_of_them() -> None:
     refuse_failures([made_check(passed=True, value=0)])
-    with pytest.raises(ParityError, match=r"1 of 2 .*first: fused/seeded/logits \(fp32\),? relative_error is 0\.5") as e:
+    said = r"1 of 2 .*first: fused/seeded/logits \(fp32\),? relative_error is 0\.5"
+    with pytest.raises(ParityError, match=said) as caught:
         refuse_failures([made_check(passed=True), made_check()])
-    assert e.value.exit_code == 4
+    assert caught.value.exit_code == 4
 
 
 def test_references_of_full_and_empty_masks_only_are_named() -> None:

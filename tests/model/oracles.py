@@ -32,7 +32,7 @@ def block(x: Tensor, module: nn.Module) -> Tensor:
     """Convolution without bias, norm, ReLU."""
     convolution, norm, _ = module.children()
     assert convolution.bias is None
-    return normed(convolve(x, convolution.weight), norm).clamp(min=0)  # type: ignore[arg-type]
+    return normed(convolve(x, convolution.weight), norm).clamp(min=0)
 
 
 def with_coordinates(x: Tensor) -> Tensor:

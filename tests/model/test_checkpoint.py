@@ -184,7 +184,7 @@ def test_a_checkpoint_on_rn50_is_named_as_such(save_published: Callable[..., Pat
 
 
 def _is_block_of_rn50(key: str) -> bool:
-    stage, _, rest = key.partition("visual.layer3.")
+    _, _, rest = key.partition("visual.layer3.")
     return not rest or int(rest.split(".")[0]) < 6
 
 
@@ -210,7 +210,9 @@ def test_a_weight_that_is_not_finite_is_named(value: float, save_ours: Callable[
 
 
 def test_a_weight_that_float32_cannot_hold_is_not_finite(save_ours: Callable[..., Path]) -> None:
-    message = refusal(save_ours(lambda tensors: tensors.update({"head.mix.bias": torch.full((32,), 1e300, dtype=torch.float64)})))
+    message = refusal(
+        save_ours(lambda tensors: tensors.update({"head.mix.bias": torch.full((32,), 1e300, dtype=torch.float64)}))
+    )
     assert "head.mix.bias" in message
 
 

@@ -80,7 +80,13 @@ def test_text_that_is_no_image_size_is_refused_and_quoted(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("hw", "advice"),
-    [((100, 224), "Use 96"), ((224, 225), "Use 224"), ((0, 0), "Use 32"), ((-32, 224), "Use 32"), ((224, 16), "Use 32")],
+    [
+        ((100, 224), "Use 96"),
+        ((224, 225), "Use 224"),
+        ((0, 0), "Use 32"),
+        ((-32, 224), "Use 32"),
+        ((224, 16), "Use 32"),
+    ],
 )
 def test_a_side_that_is_no_multiple_of_32_is_refused_with_the_nearest(hw: tuple[int, int], advice: str) -> None:
     with pytest.raises(UsageError, match=advice):

@@ -86,10 +86,11 @@ def test_attention_pool_without_attention_leaves_a_normed_1x1_convolution_of_its
     pool = randomised(DenseAttentionPool(grid=7, width=16, heads=4, out_width=6), seed=3)
     pool.c_proj.weight.zero_()
     pool.c_proj.bias.zero_()
-    x, norm = random_map(2, 16, 3, 5), pool.connect[1]
-    mixed = torch.einsum("oi,bihw->bohw", pool.connect[0].weight.flatten(1), x)
-    scale = norm.weight / (norm.running_var + 1e-5).sqrt()
-    expected = (mixed - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+    x, values = random_map(2, 16, 3, 5), pool.connect.state_dict()
+    mixed = torch.einsum("oi,bihw->bohw", values["0.weight"].flatten(1), x)
+    scale = values["1.weight"] / (values["1.running_var"] + 1e-5).sqrt()
+    expected = (mixed - values["1.running_mean"][:, None, None]) * scale[:, None, None]
+    expected = expected + values["1.bias"][:, None, None]
     assert relative_error(pool(x), expected.clamp(min=0)) <= 1e-12
 
 

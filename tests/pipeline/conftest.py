@@ -35,7 +35,7 @@ def engine_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def traced_before(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, onnx.ModelProto]:
-    """Let an export take the tiny bundle's graphs (or what a test makes of them) instead of tracing for half a minute."""
+    """Let an export take the tiny bundle's graphs, or what a test makes of them, instead of tracing for a while."""
     graphs = {path.stem: onnx.load(path) for path in sorted((tiny_bundle_path / "graphs").iterdir())}
 
     def take(*args: Any) -> dict[str, onnx.ModelProto]:

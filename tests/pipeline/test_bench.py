@@ -14,6 +14,7 @@ from cclip_deploy.errors import UsageError
 from cclip_deploy.model.checkpoint import save_checkpoint
 from cclip_deploy.pipeline import bench, export
 from cclip_deploy.pipeline.bench import BenchOptions, bench_bundle
+from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from tests.bundles import copy_of, reseal
 from tests.conftest import THREADS, random_network
 
@@ -118,15 +119,29 @@ def test_fp16_graphs_are_timed_and_engines_are_named_as_not_run(engine_bundle_pa
     assert sum("on tensorrt-rtx" in name for name in left_out) == 3
 
 
+def test_a_precision_that_only_some_graphs_have_is_named_as_left_out(engine_bundle_path: Path, tmp_path: Path) -> None:
+    copy = copy_of(engine_bundle_path, tmp_path)
+
+    def without_prompts(manifest: dict[str, Any]) -> None:
+        del manifest["graphs"]["prompt_encoder.fp16"]
+        del manifest["engines"][1]
+
+    reseal(copy, without_prompts)
+    result = bench_bundle(Bundle.open(copy), quick())
+    assert {row["precision"] for row in result["results"]} == {"fp32"}
+    left_out = {row["name"]: row["reason"] for row in result["not_measured"]}
+    assert left_out["fp16 graphs"] == "the bundle has no fp16 prompt_encoder"
+
+
 def test_every_candidate_really_computes_its_graph(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
-    real = bench.OnnxRuntimeBackend.run
+    real = OnnxRuntimeBackend.run
 
     def run(self: Any, graph: str, inputs: Any) -> Any:
         runs.append(graph)
         return real(self, graph, inputs)
 
-    monkeypatch.setattr(bench.OnnxRuntimeBackend, "run", run)
+    monkeypatch.setattr(OnnxRuntimeBackend, "run", run)
     bench_bundle(Bundle.open(tiny_bundle_path), quick(warmup_rounds=0))
     setting_up = ["prompt_encoder", "image_encoder"]
     assert runs[:2] == setting_up
@@ -143,7 +158,7 @@ def test_what_does_not_belong_together_is_not_compared(
     with pytest.raises(UsageError, match="is no plain export"):
         bench_bundle(ours, quick(plain_bundle=tiny_bundle_path))
     save_checkpoint(random_network(seed=1), tmp_path / "other.safetensors")
-    with pytest.raises(UsageError, match="is not the file that .* was exported from"):
+    with pytest.raises(UsageError, match=r"is not the file that .* was exported from"):
         bench_bundle(ours, quick(checkpoint=tmp_path / "other.safetensors", plain_bundle=plain_bundle_path))
     other = copy_of(plain_bundle_path, tmp_path)
 
@@ -151,7 +166,7 @@ def test_what_does_not_belong_together_is_not_compared(
         manifest["checkpoint"]["sha256"] = manifest["graphs"]["plain"]["made_from_sha256"] = "0" * 64
 
     reseal(other, from_elsewhere)
-    with pytest.raises(UsageError, match="differs from .* in checkpoint"):
+    with pytest.raises(UsageError, match=r"differs from .* in checkpoint"):
         bench_bundle(ours, quick(plain_bundle=other))
 
 

@@ -122,6 +122,28 @@ def test_an_interrupted_build_changes_no_byte_of_the_bundle(copy: Path, stage: s
     assert os.listdir(copy.parent) == [copy.name]
 
 
+def test_an_interrupted_second_build_changes_no_byte_of_the_first_engines(
+    engine_bundle_path: Path, tmp_path: Path
+) -> None:
+    """The old files are linked into the copy that is being made, so writing into one would change both."""
+    copy = copy_of(engine_bundle_path, tmp_path)
+    before = digests(copy)
+
+    def tell(message: str) -> None:
+        if message.startswith("Building mask_decoder"):
+            raise KeyboardInterrupt
+
+    larger = BuildOptions(graphs=("prompt_encoder", "mask_decoder"), max_prompts=32, threads=THREADS)
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(Bundle.open(copy), larger, tell)
+    assert digests(copy) == before
+    build_engines(Bundle.open(copy), larger)
+    after = digests(copy)
+    assert {name for name in after if after[name] != before[name]} >= {
+        "SHA256SUMS", "manifest.json", "engines/prompt_encoder.fp16.tensorrt-rtx.engine",
+    }  # fmt: skip
+
+
 def test_ctrl_c_inside_the_builder_changes_no_byte_of_the_bundle(copy: Path) -> None:
     seen: list[str] = []
 

@@ -25,7 +25,7 @@ RNG = np.random.default_rng(5)
 
 
 class Brightness:
-    """A network whose mask is where the picture is brighter than its prompt's number of letters says; it counts runs."""
+    """A network whose mask is where the picture is brighter than its prompt's number of words says; it counts runs."""
 
     name, precision = "brightness", "fp32"
 
@@ -40,8 +40,8 @@ class Brightness:
             return {"features": inputs["image"].mean(axis=1, keepdims=True)}
         if graph == "prompt_encoder":
             words = (inputs["tokens"] != 0).sum(axis=1).astype(np.float32)
-            return {"kernel": np.zeros((len(words), 9, 1), np.float32), "tap_bias": np.zeros((len(words), 9), np.float32),
-                    "bias": words}  # fmt: skip
+            kernel, tap_bias = np.zeros((len(words), 9, 1), np.float32), np.zeros((len(words), 9), np.float32)
+            return {"kernel": kernel, "tap_bias": tap_bias, "bias": words}
         return {"logits": 4 * inputs["features"] - 0.1 * inputs["bias"][None, :, None, None]}
 
 
@@ -102,8 +102,9 @@ def test_masks_and_probabilities_have_the_size_of_the_source(fast: Segmenter, tm
     for row, (path, (height, width)) in zip(found.done, pictures, strict=True):
         assert row.image == path
         mask, probability = (read_png(p) for p in (row.written.mask, row.written.probability))
-        assert (mask.shape, mask.dtype) == ((height, width), np.uint8)
-        assert (probability.shape, probability.dtype) == ((height, width), np.uint16)
+        assert mask.shape == probability.shape == (height, width)
+        assert mask.dtype == np.uint8
+        assert probability.dtype == np.uint16
         assert set(np.unique(mask)) <= {0, 255}
         assert read_png(row.written.overlay).ndim == 3
 

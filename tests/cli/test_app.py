@@ -1,0 +1,135 @@
+"""The program as a whole: its help, its exit codes, one message for an error, JSON and nothing else where asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cclip_deploy import __version__, errors
+from cclip_deploy.cli import console
+from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, si, table
+from tests.cli.run import PROGRAM, invoke, run
+
+COMMANDS = ["demo", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor"]
+
+
+def test_the_installed_program_shows_version_and_commands() -> None:
+    assert run("--version").stdout == f"cclip-deploy {__version__}\n"
+    helped = run("--help")
+    assert helped.returncode == 0
+    assert all(command in helped.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_json(command: str) -> None:
+    done = invoke(command, "--help")
+    assert done.exit_code == 0
+    assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "frobnicate", "inspect", "predict bundle", "predict bundle a.png", "bench b --rounds 2", "export a.pth",
+        "build-engine b --backend abacus", "verify b --threads 0",
+    ],
+)  # fmt: skip
+def test_a_command_that_cannot_be_parsed_ends_with_2(arguments: str) -> None:
+    assert invoke(*arguments.split()).exit_code == 2
+
+
+EXIT_CODES = {
+    "UsageError": 2, "PromptError": 2, "EnvironmentProblem": 3, "ParityError": 4, "LatencyRegression": 5,
+    "DataError": 6, "CheckpointError": 6, "BundleError": 6, "ImageError": 6, "RewriteRefused": 1, "CclipError": 1,
+}  # fmt: skip
+
+
+def app_that_raises(error: BaseException) -> typer.Typer:
+    app = typer.Typer()
+
+    @app.command()
+    @reports_errors
+    def fail() -> None:
+        raise error
+
+    return app
+
+
+@pytest.mark.parametrize("name", EXIT_CODES)
+def test_an_error_on_purpose_is_one_message_and_its_exit_code(name: str) -> None:
+    done = CliRunner().invoke(app_that_raises(getattr(errors, name)("Say [what] to do: [/b] x[0]. " * 20)), [])
+    assert done.exit_code == EXIT_CODES[name]
+    assert done.stderr == "Error: " + "Say [what] to do: [/b] x[0]. " * 20 + "\n"
+    assert done.stdout == ""
+
+
+def test_every_error_has_its_exit_code() -> None:
+    found = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert found == EXIT_CODES.keys()
+
+
+def test_ctrl_c_ends_with_130_and_a_bug_keeps_its_traceback() -> None:
+    done = CliRunner().invoke(app_that_raises(KeyboardInterrupt()), [])
+    assert (done.exit_code, done.stderr) == (130, "Interrupted; nothing was left half-written.\n")
+    done = CliRunner().invoke(app_that_raises(ZeroDivisionError("bug")), [])
+    assert isinstance(done.exception, ZeroDivisionError)
+
+
+def test_errors_leave_standard_output_to_json(tmp_path: Path) -> None:
+    done = run("inspect", tmp_path / "none.cclip", "--json")
+    assert (done.returncode, done.stdout) == (6, "")
+    assert done.stderr.startswith("Error: There is no bundle at ")
+    assert "Traceback" not in done.stderr
+
+
+def test_json_is_one_document_with_nothing_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"text": "[bold]ä[/]", "list": [1.5, None]})
+    assert json.loads(capsys.readouterr().out) == {"text": "[bold]ä[/]", "list": [1.5, None]}
+
+
+def test_titles_and_progress_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    made = table("films[1]/[/b].cclip :lung:", "name", "size ")
+    made.add_row("a" * 40, "1")
+    console.stdout.print(made)
+    assert "films[1]/[/b].cclip :lung:" in capsys.readouterr().out
+    assert [column.justify for column in made.columns] == ["left", "right"]
+    with progress(quiet=False) as tell:
+        tell("Reading a[0]/[/x].png :lung:")
+    assert capsys.readouterr().err == "Reading a[0]/[/x].png :lung:\n"
+    with progress(quiet=True) as tell:
+        tell("nothing")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "unit", "shown"),
+    [
+        (21_400_000_000, "", "21.4 G"),
+        (85_300_000, "B", "85.3 MB"),
+        (1000, "B", "1 kB"),
+        (999, "B", "999 B"),
+        (7, "", "7"),
+    ],
+)
+def test_numbers_are_shown_with_three_digits(count: float, unit: str, shown: str) -> None:
+    assert si(count, unit) == shown
+
+
+def test_the_command_is_kept_as_it_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/cclip-deploy", "predict", "a b.png", "--prompt", "it's"])
+    assert command_line() == """cclip-deploy predict 'a b.png' --prompt 'it'"'"'s'"""
+
+
+def test_a_closed_pipe_is_no_half_document(tmp_path: Path) -> None:
+    """`cclip-deploy doctor --json | head -1` ends, whatever the reader does."""
+    done = subprocess.run(
+        f"'{PROGRAM}' doctor --json | head -1", shell=True, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "["
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,175 @@
+"""verify, inspect, bench and build-engine on bundles that are right, altered, or lie."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.bundles import change_weights, copy_of, digests, flip_byte, reseal
+from tests.cli.run import interrupt_at, invoke, run
+
+
+@pytest.fixture
+def copy(tiny_bundle_path: Path, tmp_path: Path) -> Path:
+    return copy_of(tiny_bundle_path, tmp_path / "here")
+
+
+def test_verify_passes_with_0_and_shows_the_worst_of_each_graph(tiny_bundle_path: Path) -> None:
+    done = invoke("verify", tiny_bundle_path, "--threads", "2")
+    assert done.exit_code == 0, done.stderr
+    for word in ("fused", "chain", "mask_decoder", "relative_error", "mask_dice"):
+        assert word in done.stdout
+    assert "FAILED" not in done.stdout
+
+
+def test_verify_prints_its_contract(tiny_bundle_path: Path) -> None:
+    done = run("verify", tiny_bundle_path, "--threads", "1", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert told.keys() == {"passed", "checks", "notes"}
+    assert told["passed"] is True
+    assert told["checks"][0].keys() == {"name", "graph", "backend", "precision", "metric", "value", "limit", "passed"}
+
+
+def test_verify_ends_with_4_where_a_graph_was_altered_and_still_prints_its_json(copy: Path) -> None:
+    change_weights(copy / "graphs" / "fused.onnx", lambda weights: weights * np.float32(1.05))
+    reseal(copy)
+    done = run("verify", copy, "--threads", "1", "--json")
+    assert done.returncode == 4
+    told = json.loads(done.stdout)
+    assert told["passed"] is False
+    assert {check["graph"] for check in told["checks"] if not check["passed"]} == {"fused"}
+    assert "checks broke their limit" in done.stderr
+    shown = invoke("verify", copy, "--threads", "1")
+    assert shown.exit_code == 4
+    assert "FAILED" in shown.stdout
+
+
+def test_verify_ends_with_4_and_valid_json_where_a_graph_gives_nan(copy: Path) -> None:
+    change_weights(copy / "graphs" / "fused.onnx", lambda weights: np.full_like(weights, np.nan))
+    reseal(copy)
+    done = run("verify", copy, "--threads", "1", "--json")
+    assert done.returncode == 4
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(done.stdout, parse_constant=refuse)["passed"] is False
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "bench", "build-engine"])
+def test_a_changed_byte_ends_every_command_with_6(command: str, copy: Path) -> None:
+    flip_byte(copy / "graphs" / "mask_decoder.onnx")
+    before = digests(copy)
+    done = invoke(command, copy, "--json")
+    assert done.exit_code == 6, done.output
+    assert "mask_decoder.onnx was altered" in done.stderr
+    assert done.stdout == ""
+    assert digests(copy) == before
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "bench", "build-engine"])
+def test_what_is_no_bundle_ends_every_command_with_6(command: str, tmp_path: Path) -> None:
+    done = invoke(command, tmp_path / "none.cclip")
+    assert (done.exit_code, done.stdout) == (6, "")
+    assert "Make one: cclip-deploy export CHECKPOINT" in done.stderr
+
+
+def test_pictures_without_a_checkpoint_are_a_usage_error(tiny_bundle_path: Path) -> None:
+    done = invoke("verify", tiny_bundle_path, "--image", "a.png")
+    assert done.exit_code == 2
+    assert "give --checkpoint FILE" in done.stderr
+
+
+def test_inspect_shows_graphs_and_prints_its_contract(tiny_bundle_path: Path) -> None:
+    shown = invoke("inspect", tiny_bundle_path)
+    assert shown.exit_code == 0
+    for word in ("fused", "prompt_encoder", "tiny, deploy form, 64x96, 24 tokens", "checksums hold"):
+        assert word in shown.stdout
+    told = json.loads(run("inspect", tiny_bundle_path, "--json").stdout)
+    assert told["graphs"]["fused"].keys() >= {"inputs", "outputs", "multiply_adds", "sha256"}
+    assert told["engines"] == []
+
+
+def test_bench_shows_a_table_and_prints_its_contract(tiny_bundle_path: Path) -> None:
+    arguments = ("bench", tiny_bundle_path, "--rounds", "3", "--warmup", "0", "--no-compile", "--threads", "1")
+    shown = invoke(*arguments)
+    assert shown.exit_code == 0, shown.stderr
+    assert "Not measured: pytorch eager: needs --checkpoint." in shown.stdout
+    assert "Round 3 of 3" in shown.stderr
+    done = run(*arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert told.keys() >= {"fingerprint", "results", "ratios"}
+    assert told["results"][0].keys() >= {"name", "backend", "precision", "stage", "p50_ms", "p90_ms", "p99_ms", "n"}
+
+
+def test_cuda_that_is_not_there_ends_with_3_and_not_on_the_cpu(tiny_bundle_path: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has a CUDA provider")
+    for command in (["verify"], ["bench"]):
+        done = invoke(*command, tiny_bundle_path, "--device", "cuda")
+        assert done.exit_code == 3
+        assert "no CUDAExecutionProvider" in done.stderr
+
+
+rtx = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("tensorrt_rtx"), reason="TensorRT-RTX is an extra"
+)
+
+
+@rtx
+def test_build_engine_adds_and_inspect_and_verify_tell_of_it(copy: Path) -> None:
+    arguments = (
+        "build-engine",
+        copy,
+        "--fp16",
+        "--backend",
+        "tensorrt-rtx",
+        "--graph",
+        "mask_decoder",
+        "--threads",
+        "1",
+    )
+    done = run(*arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (engine,) = json.loads(done.stdout)["engines"]
+    assert (engine["graph"], engine["precision"], engine["backend"]) == ("mask_decoder", "fp16", "tensorrt-rtx")
+    shown = invoke("build-engine", copy, "--fp32", "--graph", "mask_decoder", "--threads", "1")
+    assert shown.exit_code == 0, shown.stderr
+    assert "Not run: an engine runs on a GPU only" in shown.stdout
+    inspected = invoke("inspect", copy)
+    assert "Engines" in inspected.stdout
+    told = json.loads(invoke("inspect", copy, "--json").stdout)
+    assert [(e["graph"], e["precision"]) for e in told["engines"]] == [
+        ("mask_decoder", "fp16"),
+        ("mask_decoder", "fp32"),
+    ]
+    verified = invoke("verify", copy, "--threads", "1")
+    assert verified.exit_code == 0, verified.stderr
+    assert "not run: that needs a GPU" in " ".join(verified.stdout.split())
+
+
+@rtx
+def test_build_engine_of_an_unknown_graph_ends_with_2(copy: Path) -> None:
+    before = digests(copy)
+    done = invoke("build-engine", copy, "--graph", "row_decoder")
+    assert done.exit_code == 2
+    assert "it has prompt_encoder, image_encoder, mask_decoder, fused" in done.stderr
+    assert digests(copy) == before
+
+
+@rtx
+def test_ctrl_c_during_a_build_ends_with_130_and_changes_nothing(copy: Path) -> None:
+    before = digests(copy)
+    done = interrupt_at("image_encoder: ", "build-engine", copy, "--fp32", "--graph", "image_encoder")
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("Interrupted; nothing was left half-written.\n")
+    assert digests(copy) == before
+    assert os.listdir(copy.parent) == [copy.name]

@@ -1,0 +1,110 @@
+"""Predict from the command line: files, table, JSON, and how it ends where a picture or prompt is bad."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.bundles import copy_of, flip_byte
+from tests.cli.run import invoke, run
+from tests.data.test_dicom import write_dicom
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    """A folder with a deep grey PNG, a colour JPEG and a DICOM film."""
+    folder = tmp_path / "films"
+    folder.mkdir()
+    rng = np.random.default_rng(2)
+    Image.fromarray(rng.integers(0, 65536, (50, 40)).astype(np.uint16)).save(folder / "deep.png")
+    Image.fromarray(rng.integers(0, 256, (30, 44, 3)).astype(np.uint8)).save(folder / "photo.jpg")
+    write_dicom(folder / "film", rng.integers(0, 4096, (48, 36)).astype(np.uint16), bits=12)
+    return folder
+
+
+def test_a_folder_and_two_prompts_print_their_contract(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    done = run(
+        "predict", tiny_bundle_path, films, "--prompt", "left lung", "--prompt", "heart", "-o", tmp_path / "out",
+        "--threads", "1", "--json",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert told.keys() == {"predictions", "failed"}
+    assert told["failed"] == []
+    assert [(Path(row["image"]).name, row["prompt"]) for row in told["predictions"]] == [
+        (name, prompt) for name in ("deep.png", "film", "photo.jpg") for prompt in ("left lung", "heart")
+    ]
+    for row in told["predictions"]:
+        assert row.keys() == {
+            "image", "prompt", "files", "area_share", "mean_probability", "mean_probability_inside",
+        }  # fmt: skip
+        assert 0 <= row["area_share"] <= 1
+        assert 0 < row["mean_probability"] < 1
+        with (
+            Image.open(row["image"]) if "." in row["image"] else Image.new("L", (36, 48)) as source,
+            Image.open(row["files"]["mask"]) as mask,
+        ):
+            assert mask.size == source.size
+    assert len(os.listdir(tmp_path / "out")) == 18
+
+
+def test_a_table_shows_prompts_as_they_were_typed(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    prompts = ("left [/b] lung", ":lung: [red]mass")
+    asked = [part for prompt in prompts for part in ("--prompt", prompt)]
+    done = invoke("predict", tiny_bundle_path, films / "photo.jpg", *asked, "-o", tmp_path / "o", "--threads", "1")
+    assert done.exit_code == 0, done.output
+    assert all(prompt in done.stdout for prompt in prompts)
+    assert "1 of 1: " in done.stderr
+
+
+def test_an_unreadable_picture_among_good_ones_ends_with_6_when_the_rest_is_done(
+    tiny_bundle_path: Path, films: Path, tmp_path: Path
+) -> None:
+    (films / "broken.png").write_bytes((films / "deep.png").read_bytes()[:100])
+    done = run(
+        "predict", tiny_bundle_path, films, "--prompt", "lung", "-o", tmp_path / "out", "--threads", "1", "--json"
+    )
+    assert done.returncode == 6
+    told = json.loads(done.stdout)
+    assert len(told["predictions"]) == 3
+    assert [row.keys() for row in told["failed"]] == [{"image", "error"}]
+    assert told["failed"][0]["image"] == str(films / "broken.png")
+    assert done.stderr.startswith("Error: 1 of 4 pictures could not be used (the others are done); first: ")
+    assert len(os.listdir(tmp_path / "out")) == 9
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("", "The prompt is empty"), (" \t", "The prompt is empty"), ("lung " * 30, "room for 24")]
+)
+def test_a_prompt_that_cannot_be_used_ends_with_2(
+    prompt: str, said: str, tiny_bundle_path: Path, films: Path, tmp_path: Path
+) -> None:
+    done = invoke("predict", tiny_bundle_path, films, "--prompt", prompt, "-o", tmp_path / "out")
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_input_has_its_exit_code(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    def exit_code(*arguments: str | Path) -> int:
+        return invoke("predict", *arguments, "-o", tmp_path / "out", "--threads", "1").exit_code
+
+    assert exit_code(tmp_path / "none.cclip", films, "--prompt", "lung") == 6
+    assert exit_code(tiny_bundle_path, tmp_path / "none.png", "--prompt", "lung") == 6
+    assert exit_code(tiny_bundle_path, films, "--prompt", "lung", "--threshold", "2") == 2
+    assert exit_code(tiny_bundle_path, films) == 2
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert exit_code(tiny_bundle_path, empty, "--prompt", "lung") == 6
+    altered = copy_of(tiny_bundle_path, tmp_path)
+    flip_byte(altered / "tokenizer.json")
+    assert exit_code(altered, films, "--prompt", "lung") == 6
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("mine")
+    assert exit_code(tiny_bundle_path, films, "--prompt", "lung") == 2
+    assert (tmp_path / "out").read_text() == "mine"

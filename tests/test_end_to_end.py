@@ -1,0 +1,114 @@
+"""The README's commands on a checkpoint of the published layout and size, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.evidence.parity import relative_error
+from cclip_deploy.pipeline.demo import find_real_film
+from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+from tests.conftest import THREADS
+from tests.published.checkpoint import example, golden
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ("lower left lung", "Bilateral pulmonary infection, upper left lung and upper right lung.")
+
+
+def run_command(*arguments: object) -> dict[str, Any]:
+    """What `cclip-deploy … --json` prints."""
+    executable = Path(sys.executable).with_name("cclip-deploy")
+    done = subprocess.run(
+        [executable, *map(str, arguments), "--threads", str(THREADS), "--json"],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": str(THREADS)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
+
+
+@pytest.fixture(scope="module")
+def bundle_path(published_checkpoint: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture checkpoint of seed 0, exported at 224 by the command line, with its engines."""
+    path = tmp_path_factory.mktemp("published") / "seed0.cclip"
+    run_command("export", published_checkpoint(0), "-o", path)
+    run_command("build-engine", path, "--fp16", "--backend", "tensorrt-rtx")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _disk_is_given_back(bundle_path: Path) -> Any:
+    yield
+    shutil.rmtree(bundle_path)
+
+
+def test_fused_graph_equals_what_the_published_network_computes(bundle_path: Path) -> None:
+    image, tokens = example(0, 2, 224, 32)
+    backend = OnnxRuntimeBackend(Bundle.open(bundle_path), threads=THREADS)
+    logits = backend.run("fused", {"image": image, "tokens": tokens})["logits"]
+    assert relative_error(logits, golden("224")["causal_logits"]) <= 1e-5
+
+
+def test_multiply_adds_do_not_grow(bundle_path: Path) -> None:
+    graphs = run_inspect(bundle_path)["graphs"]
+    counted = {name: graphs[name]["multiply_adds"] for name in ("image_encoder", "prompt_encoder", "mask_decoder")}
+    limits = {"image_encoder": 24.97e9, "prompt_encoder": 1.22e9, "mask_decoder": 0.117e9}
+    assert {name for name, limit in limits.items() if counted[name] > limit} == set()
+
+
+def test_every_product_of_the_engines_is_fp16(bundle_path: Path) -> None:
+    engines = run_inspect(bundle_path)["engines"]
+    assert {engine["graph"] for engine in engines} == {"image_encoder", "prompt_encoder", "mask_decoder"}
+    assert all(set(engine["product_layers"]) == {"fp16"} for engine in engines)
+
+
+def test_verify_passes_in_both_precisions(bundle_path: Path) -> None:
+    result = run_command("verify", bundle_path)
+    assert result["passed"]
+    assert {check["precision"] for check in result["checks"]} == {"fp32", "fp16"}
+
+
+def test_bench_finds_the_deploy_form_faster_than_pytorch(
+    bundle_path: Path, published_checkpoint: Callable[[int], Path]
+) -> None:
+    result = run_command(
+        "bench", bundle_path, "--checkpoint", published_checkpoint(0), "--no-compile", "--rounds", 3, "--warmup", 1
+    )
+    ratios = {(ratio["baseline"], ratio["candidate"]): ratio["ratio"] for ratio in result["ratios"]}
+    # Three to eight times on a quiet machine; a benchmark, not a test, measures it.
+    assert ratios["pytorch eager", "cached prompt fp32"] > 1
+    assert ratios["plain export", "cached prompt fp32"] > 1
+
+
+def test_predict_segments_the_chest_film_for_two_prompts(bundle_path: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    film = find_real_film()
+    assert film is not None, "pydicom-data is a development dependency"
+    prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    result = run_command("predict", bundle_path, film, *prompts, "-o", tmp_path)
+    assert [row["prompt"] for row in result["predictions"]] == list(PROMPTS)
+    for row in result["predictions"]:
+        with Image.open(row["files"]["mask"]) as mask:
+            assert mask.size == (1841, 1955)
+            assert float((np.asarray(mask) == 255).mean()) == pytest.approx(row["area_share"])
+
+
+def run_inspect(bundle: Path) -> dict[str, Any]:
+    """`inspect` has no threads to set."""
+    executable = Path(sys.executable).with_name("cclip-deploy")
+    printed: dict[str, Any] = json.loads(
+        subprocess.run([executable, "inspect", bundle, "--json"], capture_output=True, text=True, check=True).stdout
+    )
+    return printed
