@@ -29,6 +29,7 @@ PROMPTS = {
     "numbers": "T2-weighted 1999 ½ ² Ⅷ ٣",
     "entities": "nodule &lt; 3 mm &amp; calcified",
     "entities twice": "nodule &amp;lt; 3 mm &amp;amp; calcified &#x41;&eacute;",
+    "entities beside a tag, which ftfy leaves": "<b>nodule</b> &amp;lt; 3 mm",
     "white space": "  lower \t left\n\nlung\u00a0\u3000 x\x1cy\x85z ",
     "emoji": "polyp 😀👩‍🔬🇩🇪 here",
     "chinese, japanese, korean": "左下肺叶 腫瘍 폐 결절",
@@ -102,6 +103,7 @@ def test_the_file_alone_lowers_and_splits_as_open_clip_does(name: str) -> None:
     [
         ("  Lower\tLEFT\n lung ", "lower left lung"),
         ("a &amp;lt; b", "a < b"),
+        ("<i> a &amp;lt; b", "<i> a < b"),
         ("lÃ©sion", "lésion"),
         ("&nbsp;", ""),
     ],
