@@ -27,7 +27,8 @@ Mask = npt.NDArray[np.bool_]
 Site = tuple[str, str]
 
 MIN_SIDE_PX = 32
-MIRRORED_SHARE = 0.8
+LESION_COUNTS, LESION_SHARES = (2, 3, 4), (0.15, 0.25, 0.6)
+"""Four lesions are the rule: among them some differ in side alone and some in zone alone, so that every word counts."""
 OTHER_SIDE = {"left": "right", "right": "left"}
 ZONE_CENTRES = {"upper": (0.22, 0.31), "middle": (0.41, 0.50), "lower": (0.60, 0.67)}
 """Where a lesion's centre may lie, as shares of the film's height, before scale, shift and tilt."""
@@ -76,21 +77,13 @@ def make_samples(
         )
     if marker_rho is not None and not 0 <= marker_rho <= 1:
         raise UsageError(f"marker_rho is {marker_rho}. It is a probability: use a value from 0 to 1, or None.")
-    present = _choose_sites(rng)
+    count = int(rng.choice(LESION_COUNTS, p=LESION_SHARES))
+    present = [SITES[i] for i in sorted(rng.permutation(len(SITES))[:count])]
     subsets = [[s for bit, s in enumerate(present) if code >> bit & 1] for code in range(1, 2 ** len(present) - 1)]
     targets = [subsets[i] for i in rng.permutation(len(subsets))[:prompts]]
     side = None if marker_rho is None else _choose_marker_side(rng, targets[0], marker_rho)
     film = draw_film(rng, image_hw, present, side)
     return [_ask(film, target) for target in targets]
-
-
-def _choose_sites(rng: np.random.Generator) -> list[Site]:
-    """Two to four sites, often two that mirror each other: otherwise the words left and right would rarely matter."""
-    order = [SITES[i] for i in rng.permutation(len(SITES))]
-    if rng.random() < MIRRORED_SHARE:
-        side, zone = order[0]
-        order.sort(key=lambda site: site not in {(side, zone), (OTHER_SIDE[side], zone)})
-    return sorted(order[: rng.integers(2, 5)], key=SITES.index)
 
 
 def draw_film(

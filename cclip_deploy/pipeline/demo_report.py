@@ -119,12 +119,7 @@ def save_report(folder: Path, facts: DemoFacts, json_name: str, page_name: str) 
 
 def _page(facts: DemoFacts) -> str:
     rows = tuple((r.stage, r.what, r.value, r.goal, "" if r.met is None else r.met) for r in facts.rows())
-    figures = [
-        Figure(
-            p.written.overlay.relative_to(facts.folder).as_posix(), f"{p.image.name}: {p.area_share:.1%} of the picture"
-        )
-        for p in facts.predictions
-    ]
+    figures = [Figure(p.written.overlay.relative_to(facts.folder).as_posix(), _caption(p)) for p in facts.predictions]
     real = [figure for figure in figures if figure.caption.startswith("RG1")]
     drawn = [figure for figure in figures if figure not in real]
     cpu = facts.benched["fingerprint"].get("cpu", {})
@@ -148,6 +143,10 @@ def _page(facts: DemoFacts) -> str:
         f"on {cpu.get('model', 'this machine')}. No GPU was used; GPU latency is not measured."
     )
     return write_page("cclip-deploy demo", lead, sections)
+
+
+def _caption(prediction: Prediction) -> str:
+    return f"{prediction.image.name}: “{prediction.prompt}” {prediction.area_share:.1%} of the picture."
 
 
 def _interval(score: Score) -> str:

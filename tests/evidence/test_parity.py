@@ -76,13 +76,14 @@ def test_limits_hold_up_to_and_with_themselves() -> None:
         assert not limits.allow(metric, past)
 
 
-def test_fp32_is_held_to_what_float32_can_give() -> None:
-    """The issue asks for a relative error of 1e-5 at most."""
-    assert LIMITS["fp32"].relative_error == 1e-5
+def test_fp32_is_held_to_little_more_than_float32s_own_noise() -> None:
+    """docs/decisions/0003: the largest error seen of another order of operations is 5e-6."""
+    assert 5e-6 < LIMITS["fp32"].relative_error <= 2e-5
     assert all(
-        getattr(LIMITS["fp32"], name) <= getattr(LIMITS["fp16"], name)
+        getattr(LIMITS["fp32"], name) < getattr(LIMITS["fp16"], name)
         for name in ("relative_error", "max_error", "flipped_share")
     )
+    assert LIMITS["fp32"].mask_dice > LIMITS["fp16"].mask_dice
 
 
 def masks(*rows: list[float]) -> np.ndarray:
