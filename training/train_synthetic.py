@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("runs/synthetic"), help="folder for data and checkpoint"
     )
-    parser.add_argument("--films", type=int, default=400, help="training films; a quarter as many are for testing")
+    parser.add_argument("--films", type=int, default=400, help="training films; an eighth as many are for testing")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     arguments = parser.parse_args()
 
@@ -39,7 +39,7 @@ def main() -> None:
         config = config.model_copy(update={"epochs": arguments.epochs})
     data, started_s = arguments.output / "data", time.perf_counter()
     if not data.exists():
-        counts = {"train": arguments.films, "test": max(1, arguments.films // 4)}
+        counts = {"train": arguments.films, "test": max(2, arguments.films // 8)}
         write_dataset(data, counts, config.image_hw, config.seed, prompts_per_film=config.prompts_per_image)
     print(f"data: {data}, {time.perf_counter() - started_s:.0f} s")
 

@@ -6,6 +6,7 @@ import errno
 import re
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -113,19 +114,22 @@ def test_full_disk_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert re.search(r"No room for masks in .*No space left on device.*Free space", message)
 
 
-@pytest.fixture
+@contextmanager
 def file_size_limit() -> Iterator[None]:
-    """Files may not grow over 512 bytes; the kernel says EFBIG then."""
+    """No file of this process may grow over 512 bytes: the kernel says EFBIG. Pytest's own output must come after."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_kernel_that_refuses_to_write_leaves_the_old_files(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_kernel_that_refuses_to_write_leaves_the_old_files(tmp_path: Path) -> None:
     write_segmentation(picture_of(64, 64), "p", np.zeros((64, 64)), tmp_path, "a")
-    request.getfixturevalue("file_size_limit")
-    assert "No room for masks" in _write_and_fail(tmp_path)
+    with file_size_limit():
+        message = _write_and_fail(tmp_path)
+    assert "No room for masks" in message
 
 
 def test_folder_that_is_a_file_is_named(tmp_path: Path) -> None:

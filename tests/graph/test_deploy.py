@@ -134,6 +134,8 @@ def test_weights_that_no_rewrite_changes_are_shared(network: CausalCLIPSeg, form
     ours = {tensor.data_ptr() for tensor in network.state_dict().values()}
     shared = sum(t.numel() for t in form.state_dict().values() if t.data_ptr() in ours)
     assert shared > network.text_tower.token_embedding.weight.numel()
+    projection = form.state_dict()["image_encoder.neck.carafe.compress.weight"]
+    assert projection.data_ptr() == network.neck.carafe.compress.weight.data_ptr()
 
 
 def test_form_of_a_trainable_network_holds_constants() -> None:

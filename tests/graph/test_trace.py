@@ -30,6 +30,8 @@ LIMIT = 1e-5
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[str, Arrays], Arrays]
 
+pytestmark = pytest.mark.slow  # tracing takes half a minute
+
 
 @pytest.fixture(scope="module")
 def network() -> CausalCLIPSeg:

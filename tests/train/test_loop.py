@@ -198,12 +198,12 @@ def test_the_predictor_answers_in_the_pictures_own_size(data_folder: Path, token
 @pytest.mark.slow
 def test_the_tiny_model_learns_to_follow_prompts(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
     """A short run: far from the demo's Dice, but the loss falls and the prompt already matters."""
-    write_dataset(tmp_path / "data", {"train": 96, "test": 24}, (64, 64), seed=0, prompts_per_film=6)
+    write_dataset(tmp_path / "data", {"train": 100, "test": 16}, (64, 64), seed=0, prompts_per_film=8)
     config = TrainConfig(
-        image_size=64, epochs=20, images_per_batch=8, prompts_per_image=6, learning_rate=3e-3, threads=2
+        image_size=64, epochs=10, images_per_batch=4, prompts_per_image=8, learning_rate=4e-3, tower_rate=0.3, threads=2
     )
     report = train(config, tmp_path / "data", tmp_path / "tiny.safetensors")
-    assert report.last_loss < 0.5 * report.first_loss
+    assert report.last_loss < 0.3 * report.first_loss
     model = load_checkpoint(report.checkpoint).model
     scores = evaluate_dice(
         loop.torch_predictor(model, tokenizer, config), of_split(read_flat(tmp_path / "data"), "test")
