@@ -21,7 +21,8 @@ from cclip_deploy.model.config import RN101, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import from_published, is_published_layout, list_names, to_published
 
-FORMAT = "cclip-deploy checkpoint 1"
+FORMAT_FAMILY = "cclip-deploy checkpoint "
+FORMAT = FORMAT_FAMILY + "1"
 REASON_SHOWN = 90
 # How torch's unpickler words its refusals of whatever is neither a tensor nor a container.
 CODE_REFUSALS = ("GLOBAL", "Can only build", "Can only create", "Trying to call reduce")
@@ -44,7 +45,7 @@ class LoadedCheckpoint:
 
 def save_checkpoint(model: CausalCLIPSeg, path: Path) -> None:
     """Write weights and config to one safetensors file; an existing file is replaced whole or not at all."""
-    metadata = {"format": FORMAT, "config": json.dumps(model.config.to_dict())}
+    metadata = {FORMAT: json.dumps(model.config.to_dict())}  # one key: safetensors writes several in any order
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -91,14 +92,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Literal["ours", "published"], tuple[str, ...]]:
     tensors, metadata = read_tensors(path)
-    if "config" in metadata:
-        if metadata.get("format") != FORMAT:
+    written_as = next((key for key in metadata if key.startswith(FORMAT_FAMILY)), None)
+    if written_as is not None:
+        if written_as != FORMAT:
             raise CheckpointError(
-                f"{path} is in the format {metadata.get('format')!r}, and this version reads {FORMAT!r}. "
+                f"{path} is in the format {written_as!r}, and this version reads {FORMAT!r}. "
                 "Install the cclip-deploy that wrote it, or save it again."
             )
         try:
-            config = ModelConfig.from_dict(json.loads(metadata["config"]))
+            config = ModelConfig.from_dict(json.loads(metadata[FORMAT]))
         except (UsageError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} names a config that this version cannot read: {error}") from error
         blocks = sum(config.vision_layers) + config.text_layers

@@ -77,7 +77,12 @@ def _check_plan(bundle: Bundle, options: BuildOptions) -> None:
     if not options.graphs:
         raise UsageError("No graph was named. Leave --graph out for the three that serve.")
     for graph in options.graphs:
-        bundle.graph(graph)
+        if bundle.graph(graph).precision != "fp32":
+            raise UsageError(
+                f"{graph} is a derived graph. Name the FP32 graph, {graph.split('.')[0]}, and a precision."
+            )
+    if len(set(options.graphs)) < len(options.graphs):
+        raise UsageError(f"A graph is named twice: {', '.join(options.graphs)}. Name each once.")
     if options.max_batch < 1 or options.max_prompts < 1:
         raise UsageError("The largest batch and the largest number of prompts must be 1 or more.")
 

@@ -34,7 +34,7 @@ def saved(content: object, zipped: bool = True, protocol: int = 2) -> bytes:
 
 
 SMALL_ZIP, SMALL_OLD = saved(SMALL), saved(SMALL, zipped=False)
-SMALL_SAFE = save(SMALL, {"format": FORMAT, "config": json.dumps(TINY.to_dict())})
+SMALL_SAFE = save(SMALL, {FORMAT: json.dumps(TINY.to_dict())})
 
 
 def refusal(content: bytes, folder: Path) -> str:
@@ -197,18 +197,18 @@ def test_a_safetensors_header_that_lies_about_a_tensor_is_refused(tensor: dict[s
     ids=["nothing", "half", "list", "null", "deep", "extra key", "text", "heads", "huge", "vocabulary"],
 )
 def test_a_config_that_cannot_be_is_refused_before_anything_is_built(config: str, tmp_path: Path) -> None:
-    refusal(save(SMALL, {"format": FORMAT, "config": config}), tmp_path)
+    refusal(save(SMALL, {FORMAT: config}), tmp_path)
 
 
 def test_a_config_of_more_blocks_than_tensors_is_not_built_first(tmp_path: Path) -> None:
     """Minutes of building would go before the first missing tensor is found."""
     config = json.dumps({**TINY.to_dict(), "vision_layers": [1, 1, 65536, 1]})
-    message = refusal(save(SMALL, {"format": FORMAT, "config": config}), tmp_path)
+    message = refusal(save(SMALL, {FORMAT: config}), tmp_path)
     assert "names a config of 65541 blocks and holds 3 tensors" in message
 
 
 def test_a_format_of_the_future_is_named(tmp_path: Path) -> None:
-    content = save(SMALL, {"format": "cclip-deploy checkpoint 2", "config": json.dumps(TINY.to_dict())})
+    content = save(SMALL, {"cclip-deploy checkpoint 2": json.dumps(TINY.to_dict())})
     assert "'cclip-deploy checkpoint 2', and this version reads 'cclip-deploy checkpoint 1'" in refusal(
         content, tmp_path
     )

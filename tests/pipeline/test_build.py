@@ -206,6 +206,7 @@ def test_nothing_is_built_into_an_altered_bundle(copy: Path, name: str) -> None:
     [
         (BuildOptions(graphs=("image",)), "no graph 'image'; it has"),
         (BuildOptions(graphs=()), "No graph was named"),
+        (BuildOptions(graphs=("fused", "fused")), "named twice"),
         (BuildOptions(max_batch=0), "must be 1 or more"),
         (BuildOptions(max_prompts=0), "must be 1 or more"),
         (BuildOptions("int8"), "not available yet"),
@@ -217,6 +218,11 @@ def test_options_that_cannot_be_are_refused(copy: Path, options: BuildOptions, s
     with pytest.raises(UsageError, match=said):
         build_engines(Bundle.open(copy), options)
     assert digests(copy) == before
+
+
+def test_a_derived_graph_is_not_derived_again(engine_bundle_path: Path) -> None:
+    with pytest.raises(UsageError, match="Name the FP32 graph, mask_decoder"):
+        build_engines(Bundle.open(engine_bundle_path), BuildOptions(graphs=("mask_decoder.fp16",)))
 
 
 def test_a_missing_binding_is_told_before_anything_is_touched(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

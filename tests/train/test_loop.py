@@ -51,15 +51,21 @@ def test_a_training_repeats_itself_bit_for_bit_and_leaves_the_callers_state_alon
     data_folder: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(7)
-    before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    before = torch.random.get_rng_state()
     once, again, other = (
         load_checkpoint(train(SMALL.model_copy(update={"seed": seed}), data_folder, tmp_path / "m").checkpoint).model
         for seed in (0, 0, 1)
     )
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert torch.get_num_threads() == threads
     assert all(map(torch.equal, once.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(once.head.prompt.weight, other.head.prompt.weight)
+
+
+def test_threads_are_the_recipes_during_training_and_the_callers_afterwards(data_folder: Path, tmp_path: Path) -> None:
+    callers, during = torch.get_num_threads(), set()
+    config = SMALL.model_copy(update={"threads": callers + 1})
+    train(config, data_folder, tmp_path / "m", lambda progress: during.add(torch.get_num_threads()))
+    assert (during, torch.get_num_threads()) == ({callers + 1}, callers)
 
 
 def test_only_the_causal_branch_trains(data_folder: Path, tmp_path: Path) -> None:
