@@ -61,7 +61,8 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
             on_round=lambda done, total: on_progress(f"Round {done} of {total}"),
             budget_seconds=options.budget_seconds,
         )
-        baselines = [c.name for c in candidates if c.name in ("pytorch eager", "plain export", "fused fp32")]
+        peers = [c.name for c in candidates if c.name in ("pytorch eager", "plain export")]
+        baselines = peers or [c.name for c in candidates if c.name == "fused fp32"]
         result = report(candidates, timings, baselines, options.seed)
     return {**result, "threads": options.threads, "bundle": str(bundle.path), "not_measured": left_out}
 
