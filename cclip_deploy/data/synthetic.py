@@ -7,10 +7,7 @@ differs. The picture adds up attenuation along the beam (tissue, bone, heart; ai
 from __future__ import annotations
 
 import csv
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +18,8 @@ from PIL import Image
 from cclip_deploy.data.layouts import FLAT_COLUMNS, SPLITS, TABLE_NAME
 from cclip_deploy.data.radiograph import OUTWARD, Chest, Plane, draw_chest, expose, lung_span, smooth_noise, step
 from cclip_deploy.data.template import SITES, Zones, render
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import UsageError
+from cclip_deploy.files import whole_folder
 
 Mask = npt.NDArray[np.bool_]
 Site = tuple[str, str]
@@ -158,8 +156,10 @@ def write_dataset(
         EnvironmentProblem: the disk did not take it.
     """
     _check_counts(counts, prompts_per_film)
-    with _publishing(folder) as unfinished:
-        (unfinished / "images").mkdir()
+    if folder.exists():
+        raise UsageError(f"{folder} exists already. Choose another folder, or delete this one first.")
+    with whole_folder(folder) as unfinished:
+        (unfinished / "images").mkdir(parents=True)
         (unfinished / "masks").mkdir()
         with (unfinished / TABLE_NAME).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
@@ -189,21 +189,3 @@ def _check_counts(counts: Mapping[str, int], prompts_per_film: int) -> None:
             raise UsageError(f"{count} films of split {split!r} make no sense. Splits are {', '.join(SPLITS)}.")
     if sum(counts.values()) < 1 or prompts_per_film < 1:
         raise UsageError("A data set needs at least one film and one prompt for each film. Raise the count.")
-
-
-@contextmanager
-def _publishing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when all went well, and vanishes otherwise."""
-    if folder.exists():
-        raise UsageError(f"{folder} exists already. Choose another folder, or delete this one first.")
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        unfinished.rename(folder)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"Could not write {folder}: {error}. Free some space or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
