@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from cclip_deploy.data.preprocess import Preprocessing
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, UsageError
-from cclip_deploy.files import link_or_copy, whole_folder
+from cclip_deploy.files import link_or_copy, sha256_file, whole_folder
 
 SCHEMA_VERSION = 1
 MANIFEST, SUMS, TOKENIZER = "manifest.json", "SHA256SUMS", "tokenizer.json"
@@ -175,12 +174,6 @@ class Bundle:
 def graph_key(graph: str, precision: str) -> str:
     """The manifest's name of a graph in a precision: `fused`, `fused.fp16`."""
     return graph if precision == "fp32" else f"{graph}.{precision}"
-
-
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def installed_versions() -> dict[str, str]:

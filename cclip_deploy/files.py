@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -42,6 +43,12 @@ def disk_problem(path: Path, error: OSError) -> EnvironmentProblem:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentProblem(f"The disk is full; {path} was left as it was. Free some space and run it again.")
     return EnvironmentProblem(f"{path} could not be written ({error}). Choose another place, or mend this one.")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cclip_deploy.bundle import GraphEntry, TensorSpec, sha256_file
+from cclip_deploy.bundle import GraphEntry, TensorSpec
+from cclip_deploy.files import sha256_file
 from cclip_deploy.graph.cost import count_multiply_adds
 
 if TYPE_CHECKING:

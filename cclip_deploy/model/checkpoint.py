@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
+from cclip_deploy.files import sha256_file
 from cclip_deploy.model.config import RN101, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import from_published, is_published_layout, list_names, to_published
@@ -72,13 +72,7 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
         raise CheckpointError(f"There is no checkpoint at {path}. Give the path of a .safetensors or .pth file.")
     config, tensors, layout, dropped = _read(path)
     model = _build(config, tensors, path, layout)
-    return LoadedCheckpoint(model, layout, path, sha256_of(path), dropped)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return LoadedCheckpoint(model, layout, path, sha256_file(path), dropped)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,10 +16,10 @@ from cclip_deploy.bundle import (
     TensorSpec,
     edited_bundle,
     graph_key,
-    sha256_file,
     write_manifest,
 )
 from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.files import sha256_file
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
 from cclip_deploy.runtime.layer_table import Precision, check_precision
 from cclip_deploy.runtime.tensorrt_binding import BindingName, load_binding

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,9 +151,3 @@ def _predict(
         tell(f"Segmenting {film.name}")
         done += predict(segmenter, [film], FILM_PROMPTS, output).done
     return done
-
-
-def read_facts(output: Path) -> dict[str, Any]:
-    """The report's numbers as they were written beside the page."""
-    loaded: dict[str, Any] = json.loads((output / FACTS).read_text(encoding="utf-8"))
-    return loaded

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem
+from cclip_deploy.files import sha256_file
 from cclip_deploy.model import checkpoint
-from cclip_deploy.model.checkpoint import load_checkpoint, read_tensors, save_checkpoint, sha256_of
+from cclip_deploy.model.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from cclip_deploy.model.config import RN101, TINY
 from cclip_deploy.model.network import CausalCLIPSeg
 from tests.model.open_clip_twin import open_clip_twin
@@ -62,7 +63,7 @@ def test_our_layout_gives_back_every_bit_and_the_config(tiny_network: CausalCLIP
     assert loaded.model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
     assert (loaded.config, loaded.layout, loaded.dropped) == (TINY, "ours", ())
-    assert loaded.sha256 == hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest() == sha256_of(tiny_checkpoint)
+    assert loaded.sha256 == hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest() == sha256_file(tiny_checkpoint)
 
 
 def test_loaded_network_is_frozen_and_in_evaluation_mode(tiny_checkpoint: Path) -> None:

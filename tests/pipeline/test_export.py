@@ -19,8 +19,8 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, ImageError, ParityError, PromptError, UsageError
 from cclip_deploy.evidence.parity import LIMITS
 from cclip_deploy.evidence.reference import load_references
+from cclip_deploy.files import sha256_file
 from cclip_deploy.model import checkpoint as checkpoints
-from cclip_deploy.model.checkpoint import sha256_of
 from cclip_deploy.model.config import TINY
 from cclip_deploy.pipeline.export import ExportOptions, export_bundle, require_export_packages
 from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
@@ -48,11 +48,11 @@ def test_the_manifest_says_where_everything_came_from(tiny_bundle: Bundle, tiny_
     assert (manifest.command, manifest.schema_version) == ("test", 1)
     origin = manifest.checkpoint
     assert (origin.name, origin.layout, origin.tensors_dropped) == ("tiny.safetensors", "ours", 0)
-    assert origin.sha256 == sha256_of(tiny_checkpoint)
+    assert origin.sha256 == sha256_file(tiny_checkpoint)
     assert {"torch", "onnx", "onnxruntime", "cclip-deploy"} <= manifest.versions.keys()
     for name, entry in manifest.graphs.items():
         assert entry.file == f"graphs/{name}.onnx"
-        assert entry.sha256 == sha256_of(tiny_bundle.path / entry.file)
+        assert entry.sha256 == sha256_file(tiny_bundle.path / entry.file)
         assert entry.made_from_sha256 == origin.sha256
         assert entry.multiply_adds > 0
 
