@@ -16,7 +16,7 @@ from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, UsageError
 from cclip_deploy.files import link_or_copy, sha256_file, whole_folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST, SUMS, TOKENIZER = "manifest.json", "SHA256SUMS", "tokenizer.json"
 VERSIONED = ("cclip-deploy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
 
@@ -316,7 +316,11 @@ def _check_chain(path: Path, manifest: Manifest, sums: Mapping[str, str]) -> Non
         if graph.made_from_sha256 != origin:
             raise BundleError(f"{path}: graph {name} was not made from what lies in this bundle. Build it again.")
         for tensor in graph.inputs:
-            sides = {"image": manifest.image_hw, "features": manifest.image_hw, "tokens": (manifest.prompt_length,)}
-            expected = sides.get(tensor.name, ())
-            if expected and tensor.shape[-len(expected) :] != expected:
+            sides = {
+                "image": (tensor.shape[2:], manifest.image_hw),
+                "features": (tensor.shape[1:3], manifest.image_hw),  # channels last
+                "tokens": (tensor.shape[1:], (manifest.prompt_length,)),
+            }
+            have, expected = sides.get(tensor.name, ((), ()))
+            if have != expected:
                 raise BundleError(f"{path}: input {tensor.name} of {name} is {tensor.shape}, not of size {expected}.")

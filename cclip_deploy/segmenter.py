@@ -48,7 +48,7 @@ class Segmenter:
         self._kernels: dict[str, PromptKernels] = {}
 
     def encode_image(self, pixels: Floats) -> Floats:
-        """Pixels (H, W) or (H, W, 3) in [0, 1], any size -> features (1, 256, h, w) of the bundle's image size."""
+        """Pixels (H, W) or (H, W, 3) in [0, 1], any size -> features (1, h, w, 256) of the bundle's image size."""
         manifest = self.bundle.manifest
         image = to_input(pixels, manifest.image_hw, manifest.preprocessing)
         return self.backend.run("image_encoder", {"image": image})["features"]
@@ -76,7 +76,7 @@ class Segmenter:
         )
 
     def decode(self, features: Floats, kernels: PromptKernels) -> Floats:
-        """Features (B, 256, h, w) x P prompts -> logits (B, P, h, w)."""
+        """Features (B, h, w, 256) x P prompts -> logits (B, P, h, w)."""
         parts = [self._decode_part(features, part) for part in _parts(kernels)]
         return np.concatenate(parts, axis=1)
 

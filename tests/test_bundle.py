@@ -121,7 +121,7 @@ def set_key(*path: str, to: Any) -> Change:
     [
         (set_key("hospital", to="ours"), "hospital"),
         (set_key("graphs", "fused", "colour", to=1), "graphs.fused.colour"),
-        (set_key("schema_version", to=2), "has schema 2, this version reads 1"),
+        (set_key("schema_version", to=1), "has schema 1, this version reads 2"),
         (lambda manifest: manifest.pop("preprocessing"), "preprocessing"),
         (set_key("preprocessing", "std", to=[1, 1, 0]), "preprocessing.std"),
         (set_key("graphs", "fused", "sha256", to="0" * 64), "SHA256SUMS of another"),

@@ -35,7 +35,7 @@ SHORTEST_PROMPT = "lung"
 # Features are large: every 16th channel and every 4th pixel of them is kept, and every 8th channel of the neck's maps.
 _EIGHTH = (slice(None), slice(None, None, 8))
 THIN = {
-    "features": (slice(None), slice(None, None, 16), slice(None, None, 4), slice(None, None, 4)),
+    "features": (slice(None), slice(None, None, 4), slice(None, None, 4), slice(None, None, 16)),
     **dict.fromkeys(("mask3", "mask4", "mask5", "confounding_features"), _EIGHTH),
 }
 TILE = 16
@@ -120,9 +120,9 @@ def record(
 
 
 def expand(decoder_inputs: Mapping[str, Floats]) -> dict[str, Floats]:
-    """The mask decoder's inputs with the features' tiles blown up to pixels: (1, 256, H, W)."""
+    """The mask decoder's inputs with the features' tiles blown up to pixels: (1, H, W, 256)."""
     tile = decoder_inputs["features"]
-    return {**decoder_inputs, "features": tile.repeat(TILE, axis=2).repeat(TILE, axis=3)}
+    return {**decoder_inputs, "features": tile.repeat(TILE, axis=1).repeat(TILE, axis=2)}
 
 
 def thin(name: str, value: Floats) -> Floats:
@@ -203,5 +203,5 @@ def _thin(outputs: Mapping[str, Floats]) -> dict[str, Floats]:
 def _decoder_inputs(width: int, image_hw: tuple[int, ...]) -> dict[str, Floats]:
     rng = np.random.default_rng(SEED + 1)
     tiles = (image_hw[0] // TILE, image_hw[1] // TILE)
-    shapes = {"features": (1, width, *tiles), "kernel": (3, 9, width), "tap_bias": (3, 9), "bias": (3,)}
+    shapes = {"features": (1, *tiles, width), "kernel": (3, 9, width), "tap_bias": (3, 9), "bias": (3,)}
     return {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}

@@ -39,7 +39,7 @@ class PromptEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Image (B, 3, H, W) -> features (B, 256, H, W), and on request the causal masks and the confounding features."""
+    """Image (B, 3, H, W) -> features (B, H, W, 256), and on request the causal masks and the confounding features."""
 
     def __init__(self, tower: ImageTower, neck: CausalNeck, rise: nn.Module, masks: bool, confounding: bool) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class ImageEncoder(nn.Module):
         levels = self.neck.levels(ImagePyramid(v3, v4, v5))
         masks = self.neck.masks(levels)
         causal = [q * m for q, m in zip(levels, masks, strict=True)]
-        features = self.rise(self.neck.aggregate(torch.cat(causal, dim=1)))
+        features = self.rise(self.neck.aggregate(torch.cat(causal, dim=1)).permute(0, 2, 3, 1))  # (B, H, W, 256)
         outputs = (features, *(masks if self.with_masks else ()))
         if self.with_confounding:
             rest = [q - c for q, c in zip(levels, causal, strict=True)]
@@ -63,23 +63,23 @@ class ImageEncoder(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Features (B, 256, H, W) x kernels of P prompts -> logits (B, P, H, W): one product and nine shifted sums."""
+    """Features (B, H, W, 256) x kernels of P prompts -> logits (B, P, H, W): one product and nine shifted sums."""
 
     def forward(self, features: Tensor, kernel: Tensor, tap_bias: Tensor, bias: Tensor) -> Tensor:
-        _, width, height, breadth = features.shape
-        taps = kernel.reshape(-1, width) @ features.reshape(-1, width, height * breadth)  # (B, 9 P, H W)
-        taps = taps + tap_bias.reshape(-1, 1)
-        taps = taps.reshape(-1, TAPS, height, breadth)  # (B P, 9, H, W)
-        logits = sum_shifted(taps).reshape(features.shape[0], -1, height, breadth)
-        return logits + bias.reshape(1, -1, 1, 1)
+        batch, height, breadth, width = features.shape
+        taps = features.reshape(-1, height * breadth, width) @ kernel.reshape(-1, width).T  # (B, H W, 9 P)
+        taps = taps.transpose(1, 2) + tap_bias.reshape(-1, 1)
+        logits = sum_shifted(taps.reshape(-1, TAPS, height, breadth))  # (B P, H, W)
+        return logits.reshape(batch, -1, height, breadth) + bias.reshape(1, -1, 1, 1)
 
 
 class RowDecoder(nn.Module):
-    """The mask decoder for one prompt a picture: features (B, 256, H, W), B kernels -> logits (B, 1, H, W)."""
+    """The mask decoder for one prompt a picture: features (B, H, W, 256), B kernels -> logits (B, 1, H, W)."""
 
     def forward(self, features: Tensor, kernel: Tensor, tap_bias: Tensor, bias: Tensor) -> Tensor:
-        _, width, height, breadth = features.shape
-        taps = kernel @ features.reshape(-1, width, height * breadth) + tap_bias.unsqueeze(2)  # (B, 9, H W)
+        _, height, breadth, width = features.shape
+        taps = features.reshape(-1, height * breadth, width) @ kernel.transpose(1, 2)  # (B, H W, 9)
+        taps = taps.transpose(1, 2) + tap_bias.unsqueeze(2)
         logits = sum_shifted(taps.reshape(-1, TAPS, height, breadth))
         return logits.unsqueeze(1) + bias.reshape(-1, 1, 1, 1)
 

@@ -57,7 +57,7 @@ def plan_deploy_graphs(
     image = _examples(image_hw, prompt_length, TRACED_BATCH)[0]
     prompts = _examples(image_hw, prompt_length, TRACED_PROMPTS)[1]
     width = config.feature_width
-    features = {"features": torch.rand(TRACED_BATCH, width, *image_hw)}
+    features = {"features": torch.rand(TRACED_BATCH, *image_hw, width)}
     kernels, row_kernels = (
         {"kernel": torch.rand(rows, TAPS, width), "tap_bias": torch.rand(rows, TAPS), "bias": torch.rand(rows)}
         for rows in (TRACED_PROMPTS, TRACED_BATCH)

@@ -57,7 +57,8 @@ class PyTorchBackend:
     def _image_encoder(self, image: Tensor) -> dict[str, Tensor]:
         neck = self.model.neck(self.model.image_tower(image))
         masks = {f"mask{level}": mask for level, mask in zip((3, 4, 5), neck.masks, strict=True)}
-        return {"features": self.model.head.rise(neck.causal), **masks, "confounding_features": neck.confounding}
+        features = self.model.head.rise(neck.causal).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 256)
+        return {"features": features, **masks, "confounding_features": neck.confounding}
 
     def _prompt_encoder(self, tokens: Tensor) -> dict[str, Tensor]:
         """The last 1x1 layer folded into the kernel, as the graphs have it: K W1, K b1, b (spec: exact rewrite 4)."""
@@ -68,6 +69,7 @@ class PyTorchBackend:
 
     def _mask_decoder(self, features: Tensor, kernel: Tensor, tap_bias: Tensor, bias: Tensor) -> dict[str, Tensor]:
         """The tap biases as one more channel of ones, and one convolution a prompt: no shifted sums."""
+        features = features.permute(0, 3, 1, 2)
         ones = torch.ones_like(features[:, :1])
         weight = torch.cat([kernel, tap_bias.unsqueeze(2)], dim=2)  # (P, 9, 257)
         weight = weight.transpose(1, 2).reshape(len(weight), -1, 3, 3)

@@ -101,18 +101,18 @@ def test_pairs_are_every_picture_with_every_prompt() -> None:
 
 
 def test_tiles_are_blown_up_to_pixels() -> None:
-    tile = np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)
+    tile = np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1)
     blown = expand({"features": tile, "bias": np.ones(1, np.float32)})
-    assert blown["features"].shape == (1, 1, 2 * TILE, 3 * TILE)
-    np.testing.assert_array_equal(blown["features"][0, 0, ::TILE, ::TILE], tile[0, 0])
-    assert len(np.unique(blown["features"][0, 0, :TILE, :TILE])) == 1
+    assert blown["features"].shape == (1, 2 * TILE, 3 * TILE, 1)
+    np.testing.assert_array_equal(blown["features"][0, ::TILE, ::TILE, 0], tile[0, :, :, 0])
+    assert len(np.unique(blown["features"][0, :TILE, :TILE, 0])) == 1
     np.testing.assert_array_equal(blown["bias"], [1])
 
 
 def test_thinning_keeps_part_of_large_outputs_and_all_of_small_ones() -> None:
-    features = np.arange(2 * 32 * 8 * 8, dtype=np.float32).reshape(2, 32, 8, 8)
+    features = np.arange(2 * 32 * 8 * 8, dtype=np.float32).reshape(2, 8, 8, 32)
     assert thin("features", features).shape == (2, 2, 2, 2)
-    assert thin("mask4", features).shape == (2, 4, 8, 8)
+    assert thin("mask4", features).shape == (2, 1, 8, 32)
     assert thin("kernel", features) is features
     assert set(THIN) == {"features", "mask3", "mask4", "mask5", "confounding_features"}
 
@@ -123,7 +123,7 @@ def test_a_reference_comes_back_from_its_file_as_it_was(tiny_network: CausalCLIP
     made = record("seeded", PyTorchBackend(tiny_network), image, tokens, graphs)
     np.testing.assert_array_equal(made.logits, PyTorchBackend(tiny_network).all_pairs(image, tokens))
     full = PyTorchBackend(tiny_network).run("image_encoder", {"image": image})["features"]
-    np.testing.assert_array_equal(made.outputs["image_encoder"]["features"], full[:, ::16, ::4, ::4])
+    np.testing.assert_array_equal(made.outputs["image_encoder"]["features"], full[:, ::4, ::4, ::16])
     save_reference(made, tmp_path / "seeded.npz")
     with np.load(tmp_path / "seeded.npz", allow_pickle=False) as file:
         assert {name.split("/")[0] for name in file.files} == {"image", "tokens", "logits", "in", "out"}

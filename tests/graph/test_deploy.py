@@ -66,7 +66,7 @@ def test_masks_and_confounding_features_are_the_network_s(network: CausalCLIPSeg
     image = random_map(2, 3, *HW)
     neck = network.neck(network.image_tower(image))
     features, *masks, confounding = form.image_encoder(image)
-    assert relative_error(features, network.head.rise(neck.causal)) <= 1e-12
+    assert relative_error(features.permute(0, 3, 1, 2), network.head.rise(neck.causal)) <= 1e-12
     for actual, expected in zip(masks, neck.masks, strict=True):
         assert relative_error(actual, expected) <= 1e-12
     assert relative_error(confounding, neck.confounding) <= 1e-12
@@ -82,7 +82,7 @@ def test_further_outputs_come_on_request_only(
 
 def test_row_decoder_is_the_diagonal_of_the_mask_decoder() -> None:
     kernel, tap_bias, bias = random_map(3, 9, 5), random_map(3, 9, seed=1), random_map(3, seed=2)
-    features = random_map(3, 5, 4, 6)
+    features = random_map(3, 4, 6, 5)
     pairs = MaskDecoder()(features, kernel, tap_bias, bias)
     assert pairs.shape == (3, 3, 4, 6)
     rows = RowDecoder()(features, kernel, tap_bias, bias)
@@ -92,8 +92,9 @@ def test_row_decoder_is_the_diagonal_of_the_mask_decoder() -> None:
 @pytest.mark.parametrize("hw", [(1, 1), (1, 4), (3, 1), (4, 5)])
 def test_decoder_equals_a_convolution_whose_tap_biases_stop_at_the_border(hw: tuple[int, int]) -> None:
     kernel, tap_bias, bias = random_map(2, 9, 5), random_map(2, 9, seed=1), random_map(2, seed=2)
-    features = random_map(3, 5, *hw)
-    inside = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
+    features = random_map(3, *hw, 5)
+    first = features.permute(0, 3, 1, 2)
+    inside = torch.cat([first, torch.ones_like(first[:, :1])], dim=1)
     weight = torch.cat([kernel, tap_bias[:, :, None]], dim=2).transpose(1, 2).reshape(2, 6, 3, 3)
     expected = torch.nn.functional.conv2d(inside, weight, bias, padding=1)
     assert relative_error(MaskDecoder()(features, kernel, tap_bias, bias), expected) <= 1e-12

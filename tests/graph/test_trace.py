@@ -96,7 +96,7 @@ def test_inputs_and_outputs_have_their_names_and_dimensions(graphs: dict[str, on
     height, width = HW
     kernel: dict[str, list[str | int]] = {"kernel": ["prompts", 9, 32], "tap_bias": ["prompts", 9], "bias": ["prompts"]}
     neck = ["batch", 64, height // 16, width // 16]
-    features = {"features": ["batch", 32, height, width]}
+    features = {"features": ["batch", height, width, 32]}
     rows = {name: ["batch", *dims[1:]] for name, dims in kernel.items()}
     expected = {
         "prompt_encoder": ({"tokens": ["prompts", LENGTH]}, kernel),

@@ -75,7 +75,7 @@ def test_dynamic_sizes_are_bounded_as_asked_and_tuned_for_one(engine_bundle_path
     assert shapes["image_encoder"] == {"image": (one, one, most)}
     assert shapes["prompt_encoder"] == {"tokens": ((1, 24), (1, 24), (16, 24))}
     assert shapes["mask_decoder"] == {
-        "features": ((1, 32, 64, 96), (1, 32, 64, 96), (8, 32, 64, 96)),
+        "features": ((1, 64, 96, 32), (1, 64, 96, 32), (8, 64, 96, 32)),
         "kernel": ((1, 9, 32), (1, 9, 32), (16, 9, 32)),
         "tap_bias": ((1, 9), (1, 9), (16, 9)),
         "bias": ((1,), (1,), (16,)),

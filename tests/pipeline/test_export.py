@@ -45,7 +45,7 @@ def test_the_manifest_says_where_everything_came_from(tiny_bundle: Bundle, tiny_
     manifest = tiny_bundle.manifest
     assert manifest.model == TINY.to_dict()
     assert (manifest.form, manifest.image_hw, manifest.prompt_length) == ("deploy", (64, 96), 24)
-    assert (manifest.command, manifest.schema_version) == ("test", 1)
+    assert (manifest.command, manifest.schema_version) == ("test", 2)
     origin = manifest.checkpoint
     assert (origin.name, origin.layout, origin.tensors_dropped) == ("tiny.safetensors", "ours", 0)
     assert origin.sha256 == sha256_file(tiny_checkpoint)
@@ -65,7 +65,7 @@ def test_graphs_have_the_names_and_dimensions_of_the_design(tiny_bundle: Bundle)
     height, width, channels = 64, 96, TINY.feature_width
     mask = ("batch", TINY.neck_width, 4, 6)
     kernels = {"kernel": ("prompts", 9, channels), "tap_bias": ("prompts", 9), "bias": ("prompts",)}
-    features = {"features": ("batch", channels, height, width)}
+    features = {"features": ("batch", height, width, channels)}
     assert sides == {
         "prompt_encoder": {"tokens": ("prompts", 24), **kernels},
         "image_encoder": {

@@ -53,7 +53,7 @@ def test_rows_are_the_causal_logits_of_forward(tiny_network: CausalCLIPSeg, grap
 
 def test_mask_decoder_is_nine_shifted_sums_with_zeros_outside(tiny_network: CausalCLIPSeg) -> None:
     rng = np.random.default_rng(1)
-    features, kernel = rng.standard_normal((2, 5, 4, 6)), rng.standard_normal((3, 9, 5))
+    features, kernel = rng.standard_normal((2, 4, 6, 5)), rng.standard_normal((3, 9, 5))
     tap_bias, bias = rng.standard_normal((3, 9)), rng.standard_normal(3)
     expected = np.empty((2, 3, 4, 6))
     for b, p, y, x in np.ndindex(expected.shape):
@@ -61,7 +61,7 @@ def test_mask_decoder_is_nine_shifted_sums_with_zeros_outside(tiny_network: Caus
         for tap in range(9):
             row, column = y + tap // 3 - 1, x + tap % 3 - 1
             if 0 <= row < 4 and 0 <= column < 6:
-                total += kernel[p, tap] @ features[b, :, row, column] + tap_bias[p, tap]
+                total += kernel[p, tap] @ features[b, row, column] + tap_bias[p, tap]
         expected[b, p, y, x] = total
     arrays = {"features": features, "kernel": kernel, "tap_bias": tap_bias, "bias": bias}
     logits = PyTorchBackend(tiny_network).run("mask_decoder", arrays)["logits"]  # float64 in, float64 out
@@ -85,7 +85,7 @@ def test_image_encoder_gives_masks_and_confounding_features_too(tiny_network: Ca
     image, _ = inputs(2, 1)
     outputs = PyTorchBackend(tiny_network).run("image_encoder", {"image": image})
     assert outputs.keys() == {"features", "mask3", "mask4", "mask5", "confounding_features"}
-    assert outputs["features"].shape == (2, TINY.feature_width, *IMAGE_HW)
+    assert outputs["features"].shape == (2, *IMAGE_HW, TINY.feature_width)
     for level in (3, 4, 5):
         mask = outputs[f"mask{level}"]
         assert mask.shape == (2, TINY.neck_width, IMAGE_HW[0] // 16, IMAGE_HW[1] // 16)

@@ -12,29 +12,30 @@ from cclip_deploy.model.towers import DenseAttentionPool
 
 
 class FixedAttentionPool(nn.Module):
-    """Queries, keys, values and the residual are one product of x plus a constant map: W(x + E) = Wx + WE."""
+    """Queries, keys, values and the residual are one 1x1 convolution of x plus a constant map: W(x + E) = Wx + WE.
+
+    Channels stay first throughout, so nothing of the map's size is transposed.
+    """
 
     place: Tensor
 
     def __init__(self, weight: Tensor, place: Tensor, out: nn.Linear, heads: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)  # (2048, 3 * 2048 + 512)
-        self.register_buffer("place", place)  # (1, h * w, 3 * 2048 + 512)
-        self.out = out
+        self.weight = nn.Parameter(weight, requires_grad=False)  # (3 * 2048 + 512, 2048, 1, 1)
+        self.register_buffer("place", place)  # (1, 3 * 2048 + 512, h, w)
+        self.out_weight = nn.Parameter(out.weight.detach()[:, :, None, None], requires_grad=False)
+        self.out_bias = nn.Parameter(out.bias.detach(), requires_grad=False)
         self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 2048, h, w) -> (B, 512, h, w)
         _, width, height, breadth = x.shape
-        positions = height * breadth
-        rows = x.reshape(-1, width, positions).transpose(1, 2)  # (B, hw, 2048)
-        product = rows @ self.weight + self.place
-        query, key, value, residual = torch.split(product, [width, width, width, self.out.out_features], dim=2)
-        per_head = (-1, positions, self.heads, width // self.heads)
-        query, value = query.reshape(per_head).transpose(1, 2), value.reshape(per_head).transpose(1, 2)
-        weights = (query @ key.reshape(per_head).permute(0, 2, 3, 1)).softmax(dim=-1)  # (B, heads, hw, hw)
-        pooled = (weights @ value).transpose(1, 2).reshape(-1, positions, width)
-        out = functional.relu(self.out(pooled) + residual)
-        return out.transpose(1, 2).reshape(-1, self.out.out_features, height, breadth)
+        product = functional.conv2d(x, self.weight) + self.place
+        query, key, value, residual = torch.split(product, [width, width, width, len(self.out_weight)], dim=1)
+        per_head = (-1, self.heads, width // self.heads, height * breadth)
+        scores = query.reshape(per_head).transpose(2, 3) @ key.reshape(per_head)  # (B, heads, hw, hw)
+        pooled = value.reshape(per_head) @ scores.softmax(dim=-1).transpose(2, 3)  # (B, heads, 64, hw)
+        out = functional.conv2d(pooled.reshape(-1, width, height, breadth), self.out_weight, self.out_bias)
+        return functional.relu(out + residual)
 
 
 class FixAttentionPool(Rewrite[DenseAttentionPool]):
@@ -53,13 +54,14 @@ class FixAttentionPool(Rewrite[DenseAttentionPool]):
             for p, factor in ((module.q_proj, scale), (module.k_proj, 1.0), (module.v_proj, 1.0))
         )
         residual_weight, residual_bias = fold(module.connect[0], module.connect[1])  # type: ignore[arg-type]
-        weight = torch.cat([q[0], k[0], v[0]]).T  # (2048, 3 * 2048)
+        weight = torch.cat([q[0], k[0], v[0]])  # (3 * 2048, 2048)
         embedding = module.double_embedding(self.map_hw)  # (hw, 2048)
-        place = embedding @ weight + torch.cat([q[1], k[1], v[1]])
+        place = weight @ embedding.T + torch.cat([q[1], k[1], v[1]]).unsqueeze(1)
+        place = torch.cat([place, residual_bias.unsqueeze(1).expand(-1, place.shape[1])])
         dtype = module.q_proj.weight.dtype
         return FixedAttentionPool(
-            torch.cat([weight, residual_weight.flatten(1).T], dim=1).to(dtype),
-            torch.cat([place, residual_bias.expand(len(place), -1)], dim=1).unsqueeze(0).to(dtype),
+            torch.cat([weight, residual_weight.flatten(1)])[:, :, None, None].to(dtype),
+            place.reshape(1, -1, *self.map_hw).to(dtype),
             module.c_proj,
             module.heads,
         )

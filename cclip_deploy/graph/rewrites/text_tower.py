@@ -16,63 +16,78 @@ MASKED = -30000.0
 
 
 class PlainAttention(nn.Module):
-    """Multi-head self-attention of one length under a constant causal mask, as products and a softmax."""
+    """Multi-head attention as products and a softmax; some positions ask, all are asked."""
 
-    mask: Tensor
-
-    def __init__(self, attention: nn.MultiheadAttention, mask: Tensor) -> None:
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.heads = attention.num_heads
         width = attention.embed_dim
-        scale = torch.ones(3 * width, 1, dtype=torch.float64)
-        scale[:width] = (width // self.heads) ** -0.5
-        dtype = attention.in_proj_weight.dtype
-        weight, bias = attention.in_proj_weight.double() * scale, attention.in_proj_bias.double() * scale[:, 0]
-        self.project = nn.Linear(width, 3 * width, device="meta")
-        self.project.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        self.project.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        scale = (width // self.heads) ** -0.5
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        self.query = _linear(weight[:width].double() * scale, bias[:width].double() * scale, weight.dtype)
+        self.key_and_value = _linear(weight[width:], bias[width:], weight.dtype)
         self.out = attention.out_proj
-        self.register_buffer("mask", mask)
 
-    def forward(self, x: Tensor) -> Tensor:  # (P, L, 512) -> (P, L, 512)
-        _, length, width = x.shape
-        query, key, value = self.project(x).reshape(-1, length, 3, self.heads, width // self.heads).unbind(2)
-        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) + self.mask  # (P, heads, L, L)
+    def forward(self, asking: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """Asking (P, R, 512), x (P, L, 512), mask that can be added to (P, heads, R, L) -> (P, R, 512)."""
+        _, rows, width = asking.shape
+        _, length, _ = x.shape
+        per_head = width // self.heads
+        query = self.query(asking).reshape(-1, rows, self.heads, per_head).transpose(1, 2)
+        key, value = self.key_and_value(x).reshape(-1, length, 2, self.heads, per_head).unbind(2)
+        scores = query @ key.permute(0, 2, 3, 1) + mask  # (P, heads, R, L)
         mixed = (scores.softmax(dim=-1) @ value.transpose(1, 2)).transpose(1, 2)
-        out: Tensor = self.out(mixed.reshape(-1, length, width))
+        out: Tensor = self.out(mixed.reshape(-1, rows, width))
         return out
 
 
 class PlainTextTower(nn.Module):
-    """TextTower for prompts of one length."""
+    """TextTower for prompts of one length; the last block asks at the end token alone, as nothing else is read."""
 
     position: Tensor
+    mask: Tensor
 
     def __init__(self, tower: TextTower, length: int) -> None:
         super().__init__()
         dtype = tower.positional_embedding.dtype
         self.embed = tower.token_embedding
         self.register_buffer("position", tower.positional_embedding[:length].detach())
-        mask = torch.full((length, length), MASKED, dtype=dtype).triu(1)
+        self.register_buffer("mask", torch.full((length, length), MASKED, dtype=dtype).triu(1))
         self.blocks = nn.ModuleList(tower.transformer.resblocks)
-        self.attentions = nn.ModuleList(PlainAttention(block.attn, mask) for block in tower.transformer.resblocks)
+        self.attentions = nn.ModuleList(PlainAttention(block.attn) for block in tower.transformer.resblocks)
         self.norm = tower.ln_final
         self.projection = tower.text_projection
 
     def forward(self, tokens: Tensor) -> Tensor:  # (P, L) -> (P, 512)
         x = self.embed(tokens) + self.position
         blocks: list[Any] = list(self.blocks)  # open_clip's are untyped
-        for block, attention in zip(blocks, self.attentions, strict=True):
-            x = x + attention(block.ln_1(x))
+        for number, (block, attention) in enumerate(zip(blocks, self.attentions, strict=True), start=1):
+            normed, mask = block.ln_1(x), self.mask
+            asking = normed
+            if number == len(blocks):
+                end = tokens.to(torch.int32).argmax(dim=1)
+                mask = self.mask[end].reshape(-1, 1, 1, len(self.mask))
+                x, asking = _row(x, end), _row(normed, end)
+            x = x + attention(asking, normed, mask)
             x = x + block.mlp(block.ln_2(x))
-        end = tokens.to(torch.int32).argmax(dim=1)
-        last = x.gather(1, end.reshape(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
-        state: Tensor = self.norm(last) @ self.projection
+        state: Tensor = self.norm(x.squeeze(1)) @ self.projection
         return state
 
 
+def _row(x: Tensor, number: Tensor) -> Tensor:
+    """(P, L, 512) and one row number for each P -> (P, 1, 512)."""
+    return x.gather(1, number.reshape(-1, 1, 1).expand(-1, 1, x.shape[2]))
+
+
+def _linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return layer
+
+
 class FixPromptLength(Rewrite[TextTower]):
-    """TextTower -> PlainTextTower for prompts of one length; the final norm is taken at the end token alone."""
+    """TextTower -> PlainTextTower for prompts of one length; the last block works at the end token alone."""
 
     def __init__(self, length: int) -> None:
         self.length = length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,11 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cclip_deploy.errors import RewriteRefused
-from cclip_deploy.graph.rewrites.interpolation import MixBeforeInterpolation
+from cclip_deploy.graph.rewrites.interpolation import Bands, MixBeforeInterpolation, shifted_matrices
 from cclip_deploy.model.neck import convolution_block
 from tests.numerics import random_map, randomised, relative_error
 
-SIDES = st.integers(1, 8)
+SIDES = st.integers(1, 22)
+
+
+def rewritten_block(block: nn.Sequential, hw: tuple[int, int], scale: int = 4) -> Callable[[Tensor], Tensor]:
+    """The rewritten block on maps with channels first, as the published one takes them."""
+    rewritten = MixBeforeInterpolation(hw, scale)(block)
+    return lambda x: rewritten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def plainly(block: nn.Module, x: Tensor, scale: int = 4) -> Tensor:
@@ -39,16 +46,16 @@ def test_mixing_first_equals_interpolating_first(
 ) -> None:
     block = randomised(convolution_block(*widths, 3), seed)
     x = random_map(batch, widths[0], height, width, seed=seed)
-    rewritten = MixBeforeInterpolation((height, width), scale)(block)
+    rewritten = rewritten_block(block, (height, width), scale)
     torch.testing.assert_close(rewritten(x), plainly(block, x, scale), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("hw", [(5, 6), (3, 9), (1, 4), (14, 14)])
+@pytest.mark.parametrize("hw", [(5, 6), (3, 9), (1, 4), (14, 14), (21, 16), (22, 26)])
 def test_every_border_and_corner_is_the_published_one(hw: tuple[int, int]) -> None:
     """Zeros outside the upsampled map and the interpolation's own clamping meet there."""
     block = randomised(convolution_block(4, 6, 3), seed=1)
     x = random_map(2, 4, *hw) + 1.0  # away from zero, so that padding differs from repeating
-    actual, expected = MixBeforeInterpolation(hw)(block)(x), plainly(block, x)
+    actual, expected = rewritten_block(block, hw)(x), plainly(block, x)
     parts = (slice(0, 1), slice(1, 4), slice(-4, -1), slice(-1, None), slice(None))
     for rows in parts:
         for columns in parts:
@@ -57,7 +64,7 @@ def test_every_border_and_corner_is_the_published_one(hw: tuple[int, int]) -> No
 
 def test_one_bright_pixel_spreads_as_published_wherever_it_is() -> None:
     block = randomised(convolution_block(1, 2, 3))
-    rewritten = MixBeforeInterpolation((3, 4))(block)
+    rewritten = rewritten_block(block, (3, 4))
     for place in range(12):
         x = torch.zeros(1, 1, 3, 4, dtype=torch.float64)
         x.view(-1)[place] = 1
@@ -68,13 +75,14 @@ def test_a_convolution_with_its_own_bias_is_rewritten_too() -> None:
     block = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU())
     block = randomised(block)
     x = random_map(2, 3, 4, 5)
-    assert relative_error(MixBeforeInterpolation((4, 5))(block)(x), plainly(block, x)) <= 1e-12
+    assert relative_error(rewritten_block(block, (4, 5))(x), plainly(block, x)) <= 1e-12
 
 
 def test_float32_weights_stay_float32_and_agree_to_its_precision() -> None:
     exact = randomised(convolution_block(64, 8, 3))
-    rewritten = MixBeforeInterpolation((5, 4))(copy.deepcopy(exact).float())
-    assert {tensor.dtype for tensor in rewritten.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    module = MixBeforeInterpolation((5, 4))(copy.deepcopy(exact).float())
+    rewritten = rewritten_block(copy.deepcopy(exact).float(), (5, 4))
+    assert {tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
     x = random_map(2, 64, 5, 4)
     assert relative_error(rewritten(x.float()), plainly(exact, x)) <= 1e-6
 
@@ -85,6 +93,20 @@ def test_the_given_block_is_left_as_it_was() -> None:
     rewritten = MixBeforeInterpolation((4, 5))(block)
     assert all(torch.equal(tensor, block.state_dict()[name]) for name, tensor in before.items())
     assert not any(tensor.requires_grad for tensor in (*rewritten.parameters(), *rewritten.buffers()))
+
+
+@pytest.mark.parametrize(
+    ("size", "block", "window"),
+    [(1, 1, 1), (6, 6, 6), (7, 7, 7), (14, 7, 8), (26, 13, 14), (56, 7, 9), (104, 8, 10), (13, 13, 13)],
+)
+def test_bands_hold_every_weight_of_the_dense_matrices_and_little_else(size: int, block: int, window: int) -> None:
+    bands, dense = Bands(size, 4), shifted_matrices(size, 4)  # dense: (3, 4 n, n)
+    assert bands.places.shape == (size // block, window)
+    assert bands.weights.shape == (size // block, 4 * block, 3, window)
+    rebuilt = torch.zeros_like(dense)
+    for number, places in enumerate(bands.places.tolist()):
+        rebuilt[:, 4 * block * number : 4 * block * (number + 1), places] = bands.weights[number].transpose(0, 1)
+    assert torch.equal(rebuilt, dense)
 
 
 def block_of(convolution: nn.Module, norm: nn.Module | None = None, last: nn.Module | None = None) -> nn.Sequential:
