@@ -1,4 +1,4 @@
-"""Typing errors in prompts of QaTa-COV19's form: found, repaired, reported; what is right, or of another form, stays."""
+"""Typing errors in prompts of QaTa-COV19's form: found, repaired, reported; what is right or of another form stays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = frozenset({
 """Every word of the form."""
 
 LIKE, LIKE_ENOUGH_IN_A_SENTENCE = 0.74, 0.6
-"""Least likeness (`SequenceMatcher.ratio`) of a misspelt word to the one meant; less will do where the whole then parses."""
+"""Least likeness (`SequenceMatcher.ratio`) of a misspelt word to the one meant; less will do if all then parses."""
 SHORTEST_WORD, LONGEST_TEXT = 3, 1000
 _WORD = re.compile(r"[^\W\d_]+")
 _MARKS = re.compile(r"[\s.,;:]*")
@@ -81,7 +81,7 @@ def _repair_text(written: str, likeness: float) -> RepairedPrompt | None:
 
 
 def _join_broken(words: Sequence[str], gaps: Sequence[str], repairs: list[Repair]) -> tuple[list[str], list[str]]:
-    """"lo wer" becomes "lower": two neighbours, neither a word of the form, that are one together."""
+    """ "lo wer" becomes "lower": two neighbours, neither a word of the form, that are one together."""
     joined, kept = list(words[:1]), list(gaps[:1])
     for word, gap in zip(words[1:], gaps[1:-1], strict=True):
         whole = joined[-1] + word
@@ -124,7 +124,7 @@ def _nearest(word: str, likeness: float) -> str | None:
 
 
 def _drop_doubled(words: Sequence[str], gaps: Sequence[str], repairs: list[Repair]) -> tuple[list[str], list[str]]:
-    """"left left lung" becomes "left lung"."""
+    """ "left left lung" becomes "left lung"."""
     kept, between = list(words[:1]), list(gaps[:1])
     for word, gap in zip(words[1:], gaps[1:-1], strict=True):
         if gap.isspace() and word.lower() == kept[-1].lower():

@@ -103,7 +103,7 @@ def test_a_mask_is_whatever_is_not_zero(tmp_path: Path, inside: int) -> None:
 
 def test_masks_that_are_no_masks_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 128, 255]], np.uint8)).save(tmp_path / "grey.png")
-    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "colour.png")
+    Image.fromarray(np.array([[[255, 0, 0]]], np.uint8)).save(tmp_path / "colour.png")
     (tmp_path / "text.png").write_text("no picture")
     for name, words in (("grey", "2 values besides 0"), ("colour", "colour mode RGB"), ("text", "cannot be decoded")):
         with pytest.raises(DataError, match=words):

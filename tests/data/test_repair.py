@@ -21,7 +21,8 @@ RIGHT = "Bilateral pulmonary infection, two infected areas, middle lower left lu
     [
         ("middle", "mmiddle"), ("middle", "midlle"), ("left", "leff"), ("right", "rught"), ("lower", "llower"),
         ("all", "aall"), ("left lung", "leftlung"), ("all right", "allright"), ("lower left", "lower left left"),
-        ("lower left lung", "lowerleftlung"), ("middle", "mid dle"), ("lung and", "lung and and"), ("lung and", "lung nad"),
+        ("lower left lung", "lowerleftlung"), ("middle", "mid dle"), ("lung and", "lung and and"),
+        ("lung and", "lung nad"),
         ("areas, middle", "areas,middle"), ("areas,", "areas"), ("infection,", "infection ,"), ("two", "tow"),
         ("infection", "infectoin"), ("pulmonary", "pulmonry"), ("Bilateral", "Bilatral"), ("areas", "aeras"),
     ],

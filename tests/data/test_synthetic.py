@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.data import synthetic
-from cclip_deploy.data.layouts import read_flat, read_mask
-from cclip_deploy.data.synthetic import draw_film, make_film, make_samples, write_dataset
+from cclip_deploy.data.confounders import Confounding
+from cclip_deploy.data.layouts import read_flat, read_mask, writing
+from cclip_deploy.data.synthetic import Asking, draw_film, make_film, make_samples, write_dataset
 from cclip_deploy.data.template import SITES, parse
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 
@@ -103,7 +103,7 @@ def test_lungs_are_dark_and_the_middle_is_bright() -> None:
 def test_the_marker_follows_the_target_with_its_probability(rho: float, expected: float) -> None:
     follows, trials = 0, 80
     for seed in range(trials):
-        sample = make_film(rng(seed), (32, 32), marker_rho=rho)
+        sample = make_film(rng(seed), (32, 32), Asking(Confounding(frozenset({"marker"}), rho)))
         corners = {"right": sample.image[1:4, 1:4].max(), "left": sample.image[1:4, -4:-1].max()}
         follows += max(corners, key=lambda side: float(corners[side])) == sample.zones.sites()[0][0]
     assert abs(follows / trials - expected) < (0.2 if 0 < rho < 1 else 0.001)
@@ -113,7 +113,12 @@ def test_impossible_films_are_refused() -> None:
     with pytest.raises(UsageError, match="too small"):
         make_film(rng(0), (96, 16))
     with pytest.raises(UsageError, match="probability"):
-        make_film(rng(0), (32, 32), marker_rho=1.5)
+        Confounding(frozenset({"marker"}), 1.5)
+    with pytest.raises(UsageError, match="Unknown confounder 'hair'"):
+        Confounding(frozenset({"hair"}), 0.5)
+    for asked in ({"absent_share": 1.1}, {"typo_share": -0.1}):
+        with pytest.raises(UsageError, match="is a share"):
+            Asking(**asked)
 
 
 def test_a_written_data_set_reads_back(tmp_path: Path) -> None:
@@ -146,7 +151,7 @@ def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(synthetic, "_write_film", fail)
+    monkeypatch.setattr(writing, "_save_mask", fail)
     with pytest.raises(EnvironmentProblem if isinstance(error, OSError) else KeyboardInterrupt):
         write_dataset(tmp_path / "data", {"train": 1}, (32, 32), seed=0)
     assert list(tmp_path.iterdir()) == []
