@@ -6,7 +6,7 @@ whole film looks. They are chosen by a generator of their own, so the film under
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from cclip_deploy.errors import UsageError
 Pixels = npt.NDArray[np.float32]
 
 CONFOUNDERS = ("marker", "text", "collimation", "gain", "blur")
+USUAL_RHO = 0.95
 OTHER_SIDE = {"left": "right", "right": "left"}
 BURNT_IN = {"left": "AP SUPINE\nPORTABLE", "right": "PA ERECT\nROOM 2"}
 BRIGHT, DARK = 1.16, 0.86
@@ -41,6 +42,13 @@ class Confounding:
             raise UsageError(f"rho is {self.rho}. It is a probability: use a value from 0 to 1.")
 
 
+def confound(kinds: Collection[str], rho: float | None) -> Confounding | None:
+    """What a command line means: no kinds with a rho are all kinds, kinds without a rho follow with USUAL_RHO."""
+    if not kinds and rho is None:
+        return None
+    return Confounding(frozenset(kinds or CONFOUNDERS), USUAL_RHO if rho is None else rho)
+
+
 def choose_signs(rng: np.random.Generator, target_side: str, confounding: Confounding | None) -> dict[str, str]:
     """The side that each sign tells. Signs that are not drawn take their chance too, so that the others stay."""
     chances = rng.random(len(CONFOUNDERS))
@@ -59,7 +67,7 @@ def marker_attenuation(image_hw: tuple[int, int], signs: Mapping[str, str]) -> P
     canvas = Image.new("L", (CANVAS_PX, CANVAS_PX))
     if "marker" in signs:
         pen, outward = ImageDraw.Draw(canvas), OUTWARD[signs["marker"]]
-        x, y, half = round(CANVAS_PX * (0.5 + 0.43 * outward)), round(0.075 * CANVAS_PX), round(0.04 * CANVAS_PX)
+        x, y, half = round(CANVAS_PX * (0.5 + 0.40 * outward)), round(0.075 * CANVAS_PX), round(0.04 * CANVAS_PX)
         pen.rectangle((x - half, y - half, x + half, y + half), fill=255)
         letter = signs["marker"][0].upper()
         pen.text((x, y), letter, fill=40, font=ImageFont.load_default(1.9 * half), anchor="mm")
@@ -81,7 +89,7 @@ def _blur(film: Pixels) -> Pixels:
     radius = BLUR_SHARE * film.shape[0]
     # Pillow's Gaussian takes 8 bits alone.
     soft = Image.fromarray(np.rint(film * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
-    return np.asarray(soft, np.float32) / 255
+    return np.asarray(np.asarray(soft) / 255, np.float32)
 
 
 def _collimate(film: Pixels, side: str) -> Pixels:
@@ -89,19 +97,20 @@ def _collimate(film: Pixels, side: str) -> Pixels:
     rows, columns = (np.linspace(0, 1, n, dtype=np.float32) for n in film.shape)
     from_edge = 1 - columns[None, :] if side == "left" else columns[None, :]
     open_share = np.clip((from_edge - 0.045 - 0.025 * rows[:, None]) * film.shape[1] + 0.5, 0, 1)
-    shuttered: Pixels = film * (0.02 + 0.98 * open_share).astype(np.float32)
-    return shuttered
+    return np.asarray(film * (0.02 + 0.98 * open_share), np.float32)
 
 
 def _burn_in(film: Pixels, side: str) -> Pixels:
-    """Two lines of white text in the lower corner of the side."""
+    """Two lines of white text with a dark outline in the lower corner of the side."""
     height, width = film.shape
-    canvas = Image.new("L", (2 * CANVAS_PX, 2 * CANVAS_PX))
-    left = side == "right"
+    canvas = Image.new("LA", (2 * CANVAS_PX, 2 * CANVAS_PX))
+    at_left = side == "right"
     ImageDraw.Draw(canvas).multiline_text(
-        ((0.03 if left else 0.97) * canvas.width, 0.975 * canvas.height),
-        BURNT_IN[side], fill=235, font=ImageFont.load_default(canvas.width * 0.042), anchor="ld" if left else "rd",
-        align="left" if left else "right",
+        ((0.03 if at_left else 0.97) * canvas.width, 0.97 * canvas.height),
+        BURNT_IN[side], fill=(250, 255), stroke_width=4, stroke_fill=(0, 255),
+        font=ImageFont.load_default(canvas.width * 0.045),
+        anchor="ld" if at_left else "rd", align="left" if at_left else "right",
     )  # fmt: skip
-    ink = np.asarray(canvas.resize((width, height), Image.Resampling.BOX), np.float32) / 255
-    return np.maximum(film, ink)
+    planes = (plane.resize((width, height), Image.Resampling.BOX) for plane in canvas.convert("La").split())
+    ink, cover = (np.asarray(plane, np.float32) / 255 for plane in planes)
+    return np.asarray(film * (1 - cover) + ink, np.float32)

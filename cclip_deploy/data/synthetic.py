@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from cclip_deploy.data.confounders import Confounding, choose_signs, finish_film, marker_attenuation
 from cclip_deploy.data.layouts import SPLITS
+from cclip_deploy.data.layouts.masks_by_name import TRAIN_SHARE
 from cclip_deploy.data.layouts.writing import WrittenFilm, check_layout, write_layout
 from cclip_deploy.data.radiograph import OUTWARD, Chest, Plane, draw_chest, expose, lung_span, smooth_noise, step
 from cclip_deploy.data.template import SITES, Zones, render
@@ -229,6 +230,13 @@ def write_dataset(
 
     with whole_folder(folder) as unfinished:
         write_layout(unfinished, layout, draw())
+
+
+def share_out_films(films: int) -> dict[str, int]:
+    """A fifth of the films for testing, a fifth of the rest for validation, in numbers that every layout takes."""
+    test = round(films / 5)
+    train = int(TRAIN_SHARE * (films - test))
+    return {"train": train, "val": films - test - train, "test": test}
 
 
 def _check_counts(counts: Mapping[str, int], prompts_per_film: int) -> None:

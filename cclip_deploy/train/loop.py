@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cclip_deploy.data.images import read_picture
-from cclip_deploy.data.layouts import Referral, of_split, read_flat, read_mask
+from cclip_deploy.data.layouts import Referral, of_split, read_data_set, read_mask
 from cclip_deploy.data.preprocess import Preprocessing, to_input
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, UsageError
@@ -129,7 +129,7 @@ OnProgress = Callable[[TrainProgress], None]
 def train(
     config: TrainConfig, data_folder: Path, out_checkpoint: Path, on_progress: OnProgress = lambda progress: None
 ) -> TrainReport:
-    """Train on the "train" split of a flat data set and save the network; a stopped run leaves no checkpoint.
+    """Train on the "train" split of a data set of any layout and save the network; a stopped run leaves no checkpoint.
 
     Raises:
         DataError: the data set is not what it should be.
@@ -143,7 +143,7 @@ def train(
 
     started_s = time.perf_counter()
     tokenizer = PromptTokenizer.from_open_clip()
-    data = load_training_set(of_split(read_flat(data_folder), "train"), tokenizer, config)
+    data = load_training_set(of_split(read_data_set(data_folder).referrals, "train"), tokenizer, config)
     loaded_s = time.perf_counter()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)

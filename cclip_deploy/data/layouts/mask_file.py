@@ -14,7 +14,7 @@ from cclip_deploy.errors import DataError
 GREY_MODES = frozenset({"1", "L", "P", "I;16", "I"})
 LOSSY_FORMATS = frozenset({"JPEG", "MPO"})
 LOSSY_THRESHOLD, LOSSY_SLACK, LOSSY_SHARE = 128, 48, 0.02
-"""A JPEG mask is cut at half of white; at most this share of its pixels may be further than the slack from black and white."""
+"""A JPEG mask is cut at half of white; at most this share of its pixels may be farther than the slack from both."""
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:
