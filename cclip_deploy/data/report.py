@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from cclip_deploy.data.images import PICTURE_SUFFIXES, decoding
+from cclip_deploy.data.images import decoding
 from cclip_deploy.data.layouts import SPLITS, DataSet, Referral, is_lossy, read_mask
+from cclip_deploy.data.layouts.referral import is_picture_name
 from cclip_deploy.data.template import parse_or_none
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError
@@ -232,5 +233,5 @@ def _compare(referrals: Sequence[Referral], pair: tuple[str, str], digests: dict
 def _find_unused(folder: Path, referrals: Sequence[Referral]) -> tuple[str, ...]:
     used = {path for referral in referrals for path in (referral.image, referral.mask)}
     places = sorted({path.parent for path in used})
-    found = [p for place in places for p in sorted(place.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES]
+    found = [p for place in places for p in sorted(place.iterdir()) if is_picture_name(p.name)]
     return tuple(os.path.relpath(path, folder) for path in found if path not in used)

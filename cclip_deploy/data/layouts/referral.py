@@ -70,10 +70,15 @@ def check_sizes(image: Path, mask: Path, where: str) -> None:
 
 
 def list_pictures(folder: Path) -> dict[str, Path]:
-    """The pictures right in a folder by name, sorted; DataError if there is no such folder."""
+    """The pictures right in a folder by name, sorted, hidden ones left out; DataError if there is no such folder."""
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}, which the layout has. Restore it, or name another layout.")
-    return {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES}
+    return {path.name: path for path in sorted(folder.iterdir()) if is_picture_name(path.name)}
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a name ends as a picture's does; not those that macOS leaves beside every file (`._a.png`)."""
+    return Path(name).suffix.lower() in PICTURE_SUFFIXES and not name.startswith(".")
 
 
 def name_some(names: Iterable[str]) -> str:

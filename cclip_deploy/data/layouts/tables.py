@@ -87,7 +87,10 @@ def _read_xlsx(table: Path) -> list[Row]:
             warnings.simplefilter("ignore")
             book = openpyxl.load_workbook(table, read_only=True, data_only=True)
             try:
-                lines = [[_show_cell(cell) for cell in line] for line in book.worksheets[0].iter_rows(values_only=True)]
+                sheet = book.worksheets[0]
+                # Some programs write a wrong extent, which openpyxl would believe and pass over rows.
+                sheet.reset_dimensions()
+                lines = [[_show_cell(cell) for cell in line] for line in sheet.iter_rows(values_only=True)]
             finally:
                 book.close()
     except DataError:

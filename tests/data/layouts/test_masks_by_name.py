@@ -136,6 +136,27 @@ def test_missing_folders_and_missing_or_several_tables_are_named(lvit: Callable[
         read_lvit(folder)
 
 
+def test_a_workbook_with_a_wrong_extent_is_read_to_its_end(lvit: Callable[[Rows], Path]) -> None:
+    folder = lvit([HEADER, ("mask_a.png", "x"), ("mask_b.png", "y")])
+    table = folder / "Train_Folder/Train_text.xlsx"
+    with zipfile.ZipFile(table) as archive:
+        parts = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    sheet = parts["xl/worksheets/sheet1.xml"]
+    assert b'<dimension ref="A1:B3"' in sheet
+    parts["xl/worksheets/sheet1.xml"] = sheet.replace(b'"A1:B3"', b'"A1"')
+    with zipfile.ZipFile(table, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    assert [r.text for r in read_lvit(folder)] == ["x", "y"]
+
+
+def test_hidden_files_of_macos_are_no_pictures(lvit: Callable[[Rows], Path]) -> None:
+    folder = lvit([HEADER, ("mask_a.png", "x")])
+    (folder / "Train_Folder/img/._a.png").write_bytes(b"Mac OS X")
+    (folder / "Train_Folder/labelcol/._mask_a.png").write_bytes(b"Mac OS X")
+    assert [r.image.name for r in read_lvit(folder)] == ["a.png"]
+
+
 def test_a_workbook_that_cannot_be_read_is_named(lvit: Callable[[Rows], Path]) -> None:
     folder = lvit([HEADER, ("mask_a.png", "x")])
     table = folder / "Train_Folder/Train_text.xlsx"
