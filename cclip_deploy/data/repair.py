@@ -15,8 +15,8 @@ WORDS = frozenset({
 })  # fmt: skip
 """Every word of the form."""
 
-LIKE, LIKE_ENOUGH_IN_A_SENTENCE = 0.74, 0.6
-"""Least likeness (`SequenceMatcher.ratio`) of a misspelt word to the one meant; less will do if all then parses."""
+LIKE = 0.74
+"""Least likeness (`SequenceMatcher.ratio`) of a misspelt word to the one meant; several must not become seven."""
 SHORTEST_WORD, LONGEST_TEXT = 3, 1000
 _WORD = re.compile(r"[^\W\d_]+")
 _MARKS = re.compile(r"[\s.,;:]*")
@@ -51,14 +51,10 @@ def repair_prompt(written: str) -> RepairedPrompt:
     """
     if len(written) > LONGEST_TEXT or parse_or_none(written) is not None:
         return RepairedPrompt(written, written)
-    found = [_repair_text(written, likeness) for likeness in (LIKE, LIKE_ENOUGH_IN_A_SENTENCE)]
-    for prompt in found:
-        if prompt is not None and parse_or_none(prompt.text) is not None:
-            return prompt
-    return found[0] or RepairedPrompt(written, written)
+    return _repair_text(written) or RepairedPrompt(written, written)
 
 
-def _repair_text(written: str, likeness: float) -> RepairedPrompt | None:
+def _repair_text(written: str) -> RepairedPrompt | None:
     """The repaired prompt, or None where its words are not those of the form."""
     words, gaps = _WORD.findall(written), _WORD.split(written)
     known = sum(word.lower() in WORDS for word in words)
@@ -66,7 +62,7 @@ def _repair_text(written: str, likeness: float) -> RepairedPrompt | None:
         return None
     repairs: list[Repair] = []
     words, gaps = _join_broken(words, gaps, repairs)
-    text = _weave([_repair_word(word, likeness, repairs) for word in words], gaps)
+    text = _weave([_repair_word(word, repairs) for word in words], gaps)
     words, gaps = _WORD.findall(text), _WORD.split(text)
     if not all(word.lower() in WORDS for word in words):
         return None
@@ -95,12 +91,12 @@ def _join_broken(words: Sequence[str], gaps: Sequence[str], repairs: list[Repair
     return joined, [*kept, gaps[-1]]
 
 
-def _repair_word(word: str, likeness: float, repairs: list[Repair]) -> str:
+def _repair_word(word: str, repairs: list[Repair]) -> str:
     """The word of the form that was meant, two where they had run together, or the word itself where none is near."""
     lowered = word.lower()
     if lowered in WORDS or len(lowered) < SHORTEST_WORD:
         return word
-    meant = _split_glued(lowered) or _nearest(lowered, likeness)
+    meant = _split_glued(lowered) or _nearest(lowered)
     if meant is None:
         return word
     meant = meant.capitalize() if word[0].isupper() else meant
@@ -116,11 +112,15 @@ def _split_glued(word: str) -> str | None:
     return None
 
 
-def _nearest(word: str, likeness: float) -> str | None:
-    """The word of the form that is most like this one, if it is like enough and no other is as like."""
-    ranked = sorted(((SequenceMatcher(None, word, known).ratio(), known) for known in WORDS), reverse=True)
+def _nearest(word: str) -> str | None:
+    """The word of the form with the same letters, or the one most like it, if like enough and no other is as like."""
+    ranked = sorted(((_likeness(word, known), known) for known in WORDS), reverse=True)
     (best, meant), (second, _) = ranked[:2]
-    return meant if best >= likeness and best > second else None
+    return meant if best >= LIKE and best > second else None
+
+
+def _likeness(word: str, known: str) -> float:
+    return 1.0 if sorted(word) == sorted(known) else SequenceMatcher(None, word, known).ratio()
 
 
 def _drop_doubled(words: Sequence[str], gaps: Sequence[str], repairs: list[Repair]) -> tuple[list[str], list[str]]:

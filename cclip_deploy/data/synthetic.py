@@ -64,7 +64,7 @@ class Asking:
     """What besides lesions is put on films and into prompts; the defaults put nothing."""
 
     confounding: Confounding | None = None
-    """Signs at the border that follow the side of a film's first prompt."""
+    """Signs that follow the side of a film's first prompt; that is the left one where it names both lungs."""
     absent_share: float = 0.0
     """Share of prompts that name sites without a lesion, so that their mask is empty."""
     typo_share: float = 0.0

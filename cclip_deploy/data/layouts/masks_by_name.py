@@ -66,26 +66,27 @@ def read_languidemedseg(folder: Path, subject_pattern: str | None = None) -> lis
     referrals: list[Referral] = []
     for name in ("train", "test"):
         table = folder / "prompt" / f"{name}.csv"
-        if not table.is_file():
-            continue
-        rows = read_described(table)
-        place = (folder / name.capitalize() / "Images", folder / name.capitalize() / "GTs")
-        cut = int(TRAIN_SHARE * len(rows)) if name == "train" else 0
-        for split, part in (("train", rows[:cut]), ("val", rows[cut:])) if name == "train" else (("test", rows),):
-            referrals += _share_out(table, part, {split: place}, subject_pattern)
+        if table.is_file():
+            rows = read_described(table)
+            cut = int(TRAIN_SHARE * len(rows))
+            parts = {"train": rows[:cut], "val": rows[cut:]} if name == "train" else {"test": rows}
+            place = (folder / name.capitalize() / "Images", folder / name.capitalize() / "GTs")
+            for split, part in parts.items():
+                referrals += _share_out(table, part, {split: place}, subject_pattern)
     return referrals
+
+
+def is_lvit_table(name: str) -> bool:
+    """Whether a file's name is that of one of LViT's tables, which may lie beside the splits' folders."""
+    beginnings = ("train_text", "train_val_text", "val_text", "test_text")
+    return name.lower().startswith(beginnings) and Path(name).suffix.lower() in {".xlsx", ".csv"}
 
 
 def _find_table(folder: Path, split: str) -> Path | None:
     """The split's table; None where there is none."""
-    prefixes = [f"{split}_text"] + (["train_val_text"] if split == "train" else [])
-    places = (folder / LVIT_FOLDERS[split], folder)
-    tables = [
-        path
-        for place in places
-        for path in sorted(place.iterdir())
-        if path.suffix.lower() in {".xlsx", ".csv"} and path.name.lower().startswith(tuple(prefixes))
-    ]
+    beginnings = ("train_text", "train_val_text") if split == "train" else (f"{split}_text",)
+    files = [path for place in (folder / LVIT_FOLDERS[split], folder) for path in sorted(place.iterdir())]
+    tables = [path for path in files if is_lvit_table(path.name) and path.name.lower().startswith(beginnings)]
     if len(tables) > 1:
         raise DataError(f"Split {split!r} has several tables: {name_some(map(str, tables))}. Keep one.")
     return tables[0] if tables else None

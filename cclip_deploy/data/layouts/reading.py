@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cclip_deploy.data.layouts.flat import find_tables, read_flat
-from cclip_deploy.data.layouts.masks_by_name import has_languidemedseg, has_lvit, read_languidemedseg, read_lvit
+from cclip_deploy.data.layouts.masks_by_name import (
+    has_languidemedseg,
+    has_lvit,
+    is_lvit_table,
+    read_languidemedseg,
+    read_lvit,
+)
 from cclip_deploy.data.layouts.medvlsm import has_medvlsm, read_medvlsm
 from cclip_deploy.data.layouts.referral import Referral
 from cclip_deploy.data.repair import RepairedPrompt, repair_prompt
@@ -28,7 +34,11 @@ LAYOUTS = {
     "lvit": Layout(has_lvit, read_lvit, "Train_Folder, Val_Folder or Test_Folder"),
     "languidemedseg": Layout(has_languidemedseg, read_languidemedseg, "prompt/train.csv or prompt/test.csv"),
     "medvlsm": Layout(has_medvlsm, read_medvlsm, "anns/train.json, val.json or test.json"),
-    "flat": Layout(lambda folder: bool(find_tables(folder)), read_flat, "a .csv or .jsonl table"),
+    "flat": Layout(
+        lambda folder: any(not is_lvit_table(table.name) for table in find_tables(folder)),
+        read_flat,
+        "a .csv or .jsonl table",
+    ),
 }
 
 

@@ -11,7 +11,7 @@ import openpyxl
 import pytest
 from PIL import Image
 
-from cclip_deploy.data.layouts import tables
+from cclip_deploy.data.layouts import find_layout, tables
 from cclip_deploy.data.layouts.masks_by_name import read_languidemedseg, read_lvit
 from cclip_deploy.errors import DataError
 
@@ -84,6 +84,7 @@ def test_a_csv_beside_the_folders_does_as_well(lvit: Callable[[Rows], Path]) -> 
     (folder / "Train_Folder/Train_text.xlsx").unlink()
     (folder / "Train_text.csv").write_text('Image,Description\nmask_a.png,"one, two"\n')
     assert [r.text for r in read_lvit(folder)] == ["one, two"]
+    assert find_layout(folder) == "lvit"
 
 
 @pytest.mark.parametrize(
