@@ -167,6 +167,20 @@ def test_augmented_batches_change_films_masks_and_words_together_and_repeat(
         assert all(map(torch.equal, other, same))
 
 
+def test_an_augmented_training_repeats_itself_and_differs_from_the_plain_one(data_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "[augmentation]\nflip_share = 0.5\nrotation_degrees = 5.0\nscale = 0.1\ngain = 0.1\ngamma = 0.1\n"
+    )
+    wide = TrainConfig.from_toml(recipe).augmentation
+    assert wide.rotation_degrees == 5.0
+    losses = [
+        train(SMALL.model_copy(update={"augmentation": chosen}), data_folder, tmp_path / "m").last_loss
+        for chosen in (wide, wide, Augmentation())
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_masks_are_brought_to_the_networks_size(data_folder: Path, tokenizer: PromptTokenizer) -> None:
     data = loop.load_training_set(of_split(read_flat(data_folder), "train"), tokenizer, SMALL)
     half = loop.load_training_set(

@@ -56,6 +56,8 @@ def check_layout(layout: str, counts: Mapping[str, int], prompts_per_film: int) 
     if max(counts.values()) > FILMS_PER_SPLIT:
         raise UsageError(f"{max(counts.values())} films in a split are too many. Use {FILMS_PER_SPLIT} or fewer.")
     train, val = counts.get("train", 0), counts.get("val", 0)
+    if layout == "qata" and val and not train:
+        raise UsageError("Layout qata keeps the validation's table in Train_Folder. Draw films for training too.")
     if layout == "languidemedseg" and int(TRAIN_SHARE * (train + val)) != train:
         raise UsageError(
             f"Layout languidemedseg takes the last fifth of {train + val} films for validation, which leaves "

@@ -96,12 +96,20 @@ def test_films_are_shared_out_as_languidemedseg_does(films: int) -> None:
     assert counts["train"] == int(0.8 * (counts["train"] + counts["val"]))
 
 
+@pytest.mark.parametrize("layout", FOUND)
+def test_a_set_may_have_one_split_alone(tmp_path: Path, layout: str) -> None:
+    write_dataset(tmp_path / "x", {"test": 2}, HW, 0, layout=layout)
+    assert [row.split for row in read_data_set(tmp_path / "x").referrals] == ["test", "test"]
+
+
 def test_layouts_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
     for layout in ("qata", "mosmed", "languidemedseg"):
         with pytest.raises(UsageError, match="one prompt an image"):
             write(tmp_path, layout, prompts_per_film=2)
     with pytest.raises(UsageError, match="leaves 5 for training, not 3"):
         write_dataset(tmp_path / "x", {"train": 3, "val": 4}, HW, 0, layout="languidemedseg")
+    with pytest.raises(UsageError, match="Draw films for training too"):
+        write_dataset(tmp_path / "x", {"val": 4}, HW, 0, layout="qata")
     with pytest.raises(UsageError, match="Unknown layout 'coco'"):
         write(tmp_path, "coco")
     with pytest.raises(UsageError, match="too many"):
