@@ -43,7 +43,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_by("import cclip_deploy") == []
 
 
-COMMANDS = ["export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "demo"]
+COMMANDS = [
+    "demo", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt", "synth",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

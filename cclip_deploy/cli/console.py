@@ -66,6 +66,16 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda message: stderr.print(escape(message), soft_wrap=True)
 
 
+def tell_every(tell: Callable[[str], None], what: str, step: int = 100) -> Callable[[int, int], None]:
+    """A callback that shows "Mask 200 of 5716" now and then: long work is told, not every piece of it."""
+
+    def told(done: int, total: int) -> None:
+        if done % step == 0 or done == total:
+            tell(f"{what} {done} of {total}")
+
+    return told
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output, and nothing else."""
     sys.stdout.write(json.dumps(value, indent=1) + "\n")

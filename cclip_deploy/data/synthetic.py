@@ -6,16 +6,19 @@ differs. The picture adds up attenuation along the beam (tissue, bone, heart; ai
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from cclip_deploy.data.layouts import FLAT_COLUMNS, SPLITS, TABLE_NAME
+from cclip_deploy.data.confounders import Confounding, choose_signs, finish_film, marker_attenuation
+from cclip_deploy.data.layouts import SPLITS
+from cclip_deploy.data.layouts.masks_by_name import TRAIN_SHARE
+from cclip_deploy.data.layouts.writing import WrittenFilm, check_layout, write_layout
 from cclip_deploy.data.radiograph import OUTWARD, Chest, Plane, draw_chest, expose, lung_span, smooth_noise, step
 from cclip_deploy.data.template import SITES, Zones, render
 from cclip_deploy.errors import UsageError
@@ -27,7 +30,12 @@ Site = tuple[str, str]
 MIN_SIDE_PX = 32
 LESION_COUNTS, LESION_SHARES = (2, 3, 4), (0.15, 0.25, 0.6)
 """Four lesions are the rule: among them some differ in side alone and some in zone alone, so that every word counts."""
-OTHER_SIDE = {"left": "right", "right": "left"}
+NO_SIGNS: Mapping[str, str] = MappingProxyType({})
+TYPOS = (
+    ("middle", "mmiddle"), ("middle", "midlle"), ("upper", "uppper"), ("left", "leff"), ("right", "rught"),
+    ("lower right", "lowerright"), ("lower", "llower"), ("all ", "aall "),
+)  # fmt: skip
+"""Typing errors of the published tables of QaTa-COV19."""
 ZONE_CENTRES = {"upper": (0.22, 0.31), "middle": (0.41, 0.50), "lower": (0.60, 0.67)}
 """Where a lesion's centre may lie, as shares of the film's height, before scale, shift and tilt."""
 
@@ -51,52 +59,75 @@ class Film:
     lesions: Mapping[Site, Mask]
 
 
-def make_film(
-    rng: np.random.Generator, image_hw: tuple[int, int], *, marker_rho: float | None = None
-) -> SyntheticSample:
-    """A film with 2 to 4 lesions and a prompt that names some but not all of them.
+@dataclass(frozen=True)
+class Asking:
+    """What besides lesions is put on films and into prompts; the defaults put nothing."""
+
+    confounding: Confounding | None = None
+    """Signs that follow the side of a film's first prompt; that is the left one where it names both lungs."""
+    absent_share: float = 0.0
+    """Share of prompts that name sites without a lesion, so that their mask is empty."""
+    typo_share: float = 0.0
+    """Share of prompts that are written with a typing error, as real tables have them."""
+
+    def __post_init__(self) -> None:
+        for name in ("absent_share", "typo_share"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise UsageError(f"{name} is {share}. It is a share: use a value from 0 to 1.")
+
+
+PLAIN = Asking()
+
+
+def make_film(rng: np.random.Generator, image_hw: tuple[int, int], asking: Asking = PLAIN) -> SyntheticSample:
+    """A film with 2 to 4 lesions and a prompt that names some but not all of them; `make_samples` says the rest."""
+    return make_samples(rng, image_hw, 1, asking)[0]
+
+
+def make_samples(
+    rng: np.random.Generator, image_hw: tuple[int, int], prompts: int, asking: Asking = PLAIN
+) -> list[SyntheticSample]:
+    """One film asked up to `prompts` different questions (two lesions allow only two).
+
+    Signs, absent sites and typing errors come from generators of their own that `rng` spawns: the film under them, and
+    which present sites are named, do not depend on `asking`, so two data sets of one seed can be compared in pairs.
 
     Args:
         rng: the only source of chance.
         image_hw: height and width in pixels, each at least 32.
-        marker_rho: probability, in [0, 1], that a bright marker stands at the border on the target's side of the
-            picture rather than on the other side: 0.95 makes it a confounder, 0.5 says nothing. None draws no marker.
+        prompts: how many at most, each with its own mask.
+        asking: what is put on the film and into the prompts.
     """
-    return make_samples(rng, image_hw, 1, marker_rho=marker_rho)[0]
-
-
-def make_samples(
-    rng: np.random.Generator, image_hw: tuple[int, int], prompts: int, *, marker_rho: float | None = None
-) -> list[SyntheticSample]:
-    """One film asked up to `prompts` different questions (two lesions allow only two); a marker follows the first."""
     if min(image_hw) < MIN_SIDE_PX:
         raise UsageError(
             f"A synthetic film of {image_hw[0]}x{image_hw[1]} is too small. Use {MIN_SIDE_PX} or more a side."
         )
-    if marker_rho is not None and not 0 <= marker_rho <= 1:
-        raise UsageError(f"marker_rho is {marker_rho}. It is a probability: use a value from 0 to 1, or None.")
     count = int(rng.choice(LESION_COUNTS, p=LESION_SHARES))
     present = [SITES[i] for i in sorted(rng.permutation(len(SITES))[:count])]
     subsets = [[s for bit, s in enumerate(present) if code >> bit & 1] for code in range(1, 2 ** len(present) - 1)]
     targets = [subsets[i] for i in rng.permutation(len(subsets))[:prompts]]
-    side = None if marker_rho is None else _choose_marker_side(rng, targets[0], marker_rho)
-    film = draw_film(rng, image_hw, present, side)
-    return [_ask(film, target) for target in targets]
+    signs_rng, absent_rng, typo_rng = rng.spawn(3)
+    targets = _name_absent_sites(absent_rng, targets, present, asking.absent_share)
+    signs = choose_signs(signs_rng, targets[0][0][0], asking.confounding)
+    film = draw_film(rng, image_hw, present, signs)
+    samples = [_ask(film, target) for target in targets]
+    return [replace(s, prompt=_mistype(typo_rng, s.prompt, asking.typo_share)) for s in samples]
 
 
 def draw_film(
-    rng: np.random.Generator, image_hw: tuple[int, int], sites: Sequence[Site], marker_side: str | None = None
+    rng: np.random.Generator, image_hw: tuple[int, int], sites: Sequence[Site], signs: Mapping[str, str] = NO_SIGNS
 ) -> Film:
-    """A film with one lesion at each of `sites`; `marker_side` is the patient's side that a border marker stands on."""
+    """A film with one lesion at each of `sites`, and signs (kind -> the patient's side that it tells)."""
     chest = draw_chest(rng, image_hw)
     attenuation = chest.attenuation.copy()
     masks: dict[Site, Mask] = {}
     for site in sites:
         density, masks[site] = _draw_lesion(rng, chest, site)
         attenuation += density
-    if marker_side is not None:
-        attenuation += _draw_marker(chest.frame.hw, marker_side)
-    return Film(expose(rng, attenuation), masks)
+    if "marker" in signs:
+        attenuation += marker_attenuation(image_hw, signs)
+    return Film(finish_film(expose(rng, attenuation), signs), masks)
 
 
 def _draw_lesion(rng: np.random.Generator, chest: Chest, site: Site) -> tuple[Plane, Mask]:
@@ -115,31 +146,49 @@ def _draw_lesion(rng: np.random.Generator, chest: Chest, site: Site) -> tuple[Pl
     return rng.uniform(0.20, 0.38) * share * patches, share > 0.5
 
 
-def _draw_marker(image_hw: tuple[int, int], side: str) -> Plane:
-    """A lead bar in the upper corner of the patient's `side`: attenuation (H, W)."""
-    height, width = image_hw
-    rows, columns = np.arange(height)[:, None] / height, np.arange(width)[None, :] / width
-    centre = 0.5 + 0.43 * OUTWARD[side]
-    bar = (np.abs(columns - centre) < 0.028) & (np.abs(rows - 0.07) < 0.028)
-    return 2.0 * bar.astype(np.float32)
-
-
 def _ask(film: Film, target: Sequence[Site]) -> SyntheticSample:
     zones = Zones.of_sites(target)
-    mask = np.logical_or.reduce([film.lesions[site] for site in target])
+    mask = np.zeros(film.image.shape, np.bool_)
+    for site in target:
+        if site in film.lesions:
+            mask |= film.lesions[site]
     return SyntheticSample(film.image, mask, render(zones), zones, Zones.of_sites(tuple(film.lesions)))
 
 
-def _choose_marker_side(rng: np.random.Generator, target: Sequence[Site], rho: float) -> str:
-    """The side of the first site named, or by chance the other."""
-    side = target[0][0]
-    return side if rng.random() < rho else OTHER_SIDE[side]
+def _name_absent_sites(
+    rng: np.random.Generator, targets: Sequence[list[Site]], present: Sequence[Site], share: float
+) -> list[list[Site]]:
+    """The targets, some of them exchanged for one or two sites without a lesion; no two are the same."""
+    absent = [site for site in SITES if site not in present]
+    choices = [[site] for site in absent] + [list(pair) for pair in combinations(absent, 2)]
+    left = [choices[i] for i in rng.permutation(len(choices))]
+    exchanged = rng.random(len(targets)) < share
+    return [left.pop() if swap and left else target for target, swap in zip(targets, exchanged, strict=True)]
+
+
+def _mistype(rng: np.random.Generator, prompt: str, share: float) -> str:
+    """The prompt with one of TYPOS that fits it, or as it is."""
+    chance, which = rng.random(2)
+    fitting = [(right, wrong) for right, wrong in TYPOS if right in prompt]
+    if chance >= share:
+        return prompt
+    right, wrong = fitting[int(which * len(fitting))]
+    return prompt.replace(right, wrong, 1)
 
 
 def write_dataset(
-    folder: Path, counts: Mapping[str, int], image_hw: tuple[int, int], seed: int, *, prompts_per_film: int = 1
+    folder: Path,
+    counts: Mapping[str, int],
+    image_hw: tuple[int, int],
+    seed: int,
+    *,
+    prompts_per_film: int = 1,
+    layout: str = "flat",
+    asking: Asking = PLAIN,
+    test_rho: float | None = None,
+    on_film: Callable[[int, int], None] = lambda done, films: None,
 ) -> None:
-    """Write films, masks and prompts in the flat layout (`layouts.read_flat`): whole, or not at all.
+    """Write films, masks and prompts in a layout that `layouts.read_data_set` reads: whole, or not at all.
 
     A film depends on `seed`, its split and its number alone, so a larger data set holds the smaller one. Every film is
     a subject of its own.
@@ -149,38 +198,45 @@ def write_dataset(
         counts: films of each split ("train", "val", "test").
         image_hw: height and width in pixels.
         seed: any whole number from 0.
-        prompts_per_film: rows of the table that share one film (fewer where the film has only two lesions).
+        prompts_per_film: rows that share one film (fewer where the film has only two lesions).
+        layout: one of `layouts.writing.WRITERS`.
+        asking: signs, absent sites and typing errors.
+        test_rho: the test split's own rho; that of `asking` unless given.
+        on_film: told how many films of how many are drawn.
 
     Raises:
-        UsageError: the folder exists, or a split or a count means nothing.
-        EnvironmentProblem: the disk did not take it.
+        UsageError: the folder exists, a split or a count means nothing, or the layout cannot hold what is asked.
+        EnvironmentProblem: the disk did not take it, or an Excel table without openpyxl.
     """
     _check_counts(counts, prompts_per_film)
+    check_layout(layout, counts, prompts_per_film)
+    asking_of = dict.fromkeys(SPLITS, asking)
+    if test_rho is not None:
+        if asking.confounding is None:
+            raise UsageError("test_rho is given without confounders. Name some, or leave it out.")
+        asking_of["test"] = replace(asking, confounding=replace(asking.confounding, rho=test_rho))
     if folder.exists():
         raise UsageError(f"{folder} exists already. Choose another folder, or delete this one first.")
+
+    def draw() -> Iterator[WrittenFilm]:
+        done, films = 0, sum(counts.values())
+        for split in SPLITS:
+            for number in range(counts.get(split, 0)):
+                rng = np.random.default_rng([seed, SPLITS.index(split), number])
+                samples = make_samples(rng, image_hw, prompts_per_film, asking_of[split])
+                yield WrittenFilm(split, number, samples[0].image, tuple((s.mask, s.prompt) for s in samples))
+                done += 1
+                on_film(done, films)
+
     with whole_folder(folder) as unfinished:
-        (unfinished / "images").mkdir(parents=True)
-        (unfinished / "masks").mkdir()
-        with (unfinished / TABLE_NAME).open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(FLAT_COLUMNS)
-            for split in SPLITS:
-                for number in range(counts.get(split, 0)):
-                    rng = np.random.default_rng([seed, SPLITS.index(split), number])
-                    samples = make_samples(rng, image_hw, prompts_per_film)
-                    table.writerows(_write_film(unfinished, split, f"{split}-{number:05d}", samples))
+        write_layout(unfinished, layout, draw())
 
 
-def _write_film(folder: Path, split: str, name: str, samples: Sequence[SyntheticSample]) -> list[tuple[str, ...]]:
-    """Save one film and its masks as 8-bit PNG; returns its rows of the table."""
-    image = f"images/{name}.png"
-    Image.fromarray(np.rint(samples[0].image * 255).astype(np.uint8)).save(folder / image)
-    rows: list[tuple[str, ...]] = []
-    for index, sample in enumerate(samples):
-        mask = f"masks/{name}-{index}.png"
-        Image.fromarray(sample.mask.astype(np.uint8) * np.uint8(255)).save(folder / mask)
-        rows.append((image, mask, sample.prompt, split, f"synthetic-{name}"))
-    return rows
+def share_out_films(films: int) -> dict[str, int]:
+    """A fifth of the films for testing, a fifth of the rest for validation, in numbers that every layout takes."""
+    test = round(films / 5)
+    train = int(TRAIN_SHARE * (films - test))
+    return {"train": train, "val": films - test - train, "test": test}
 
 
 def _check_counts(counts: Mapping[str, int], prompts_per_film: int) -> None:

@@ -1,4 +1,4 @@
-"""The prompt form of QaTa-COV19: which zones of which lung a sentence names, and the sentence for given zones."""
+"""The prompt form of QaTa-COV19: what a sentence says (zones, sides, count), and the sentence that says it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ SIDES = ("left", "right")
 SITES: tuple[tuple[str, str], ...] = tuple(product(SIDES, ZONES))
 """All six (side, zone) pairs, in the order in which a prompt names them."""
 
-NUMBERS = ("one", "two", "three", "four", "five", "six")
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 EXAMPLE = "Bilateral pulmonary infection, two infected areas, lower left lung and upper right lung."
 SENTENCE = re.compile(
-    rf"(?P<extent>unilateral|bilateral) pulmonary infection, (?:{'|'.join(NUMBERS)}) infected areas?, (?P<areas>.+)"
+    rf"(?P<extent>unilateral|bilateral) pulmonary infection, (?P<number>{'|'.join(NUMBERS)}) infected areas?, "
+    r"(?P<areas>.+)"
 )
+SIDE_WORD = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+OTHER_SIDE_WORDS = re.compile(
+    r"left|(?<!b)(?<!up)right|sinist|dextr|levo|\b[LR](?:UL|ML|LL|UZ|MZ|LZ|t)?\b|\d\s*o'?clock", re.IGNORECASE
+)
+"""Words that name a side and that `swap_sides` does not know."""
 AREA = re.compile(r"(?P<zones>.+) (?P<side>left|right) lung")
 
 
@@ -51,10 +57,29 @@ class Zones:
         return Zones(left=self.right, right=self.left)
 
 
-def render(zones: Zones) -> str:
+@dataclass(frozen=True)
+class Facts:
+    """All that a sentence of the form says."""
+
+    zones: Zones
+    count: int
+    """What the number word says: of infected areas, as whoever wrote it counted them."""
+
+    @property
+    def side(self) -> str:
+        """left, right or both: whose lungs are named."""
+        return "both" if self.zones.left and self.zones.right else "left" if self.zones.left else "right"
+
+    @property
+    def zone_count(self) -> int:
+        """How many of the six zones are named."""
+        return len(self.zones.sites())
+
+
+def render(zones: Zones, count: int | None = None) -> str:
     """The sentence for `zones`, left lung first; PromptError if they are empty (the form has no word for none).
 
-    The number word counts lungs named, not zones, as QaTa-COV19 does.
+    The number word is that of `count`, from 1 to 12; without it, it counts lungs named, not zones, as QaTa-COV19 does.
     """
     areas = [
         f"{_list_zones(named)} {side} lung"
@@ -63,14 +88,23 @@ def render(zones: Zones) -> str:
     ]
     if not areas:
         raise PromptError("There is no prompt for no zones at all. Name at least one zone of one lung.")
-    extent, number = ("Unilateral", "one infected area") if len(areas) == 1 else ("Bilateral", "two infected areas")
-    return f"{extent} pulmonary infection, {number}, {' and '.join(areas)}."
+    count = len(areas) if count is None else count
+    if not 1 <= count <= len(NUMBERS):
+        raise PromptError(f"There is no number word for {count} infected areas. Use 1 to {len(NUMBERS)}.")
+    extent = "Unilateral" if len(areas) == 1 else "Bilateral"
+    noun = "area" if count == 1 else "areas"
+    return f"{extent} pulmonary infection, {NUMBERS[count - 1]} infected {noun}, {' and '.join(areas)}."
 
 
 def parse(text: str) -> Zones:
-    """The zones that a sentence names; either lung may come first, case, spacing and the final stop do not matter.
+    """The zones that a sentence names: `parse_facts` without the count."""
+    return parse_facts(text).zones
 
-    The number word is not compared: real reports count areas in more than one way.
+
+def parse_facts(text: str) -> Facts:
+    """What a sentence says; either lung may come first, case, spacing and the final stop do not matter.
+
+    The number word is not compared with the zones: real reports count areas in more than one way.
 
     Raises:
         PromptError: the text is not of the form, names a lung twice, or its first word contradicts the lungs named.
@@ -91,16 +125,36 @@ def parse(text: str) -> Zones:
     expected = "bilateral" if len(named) == 2 else "unilateral"
     if sentence["extent"] != expected:
         raise PromptError(f"Prompt {text!r} says {sentence['extent']}, but the lungs that it names make it {expected}.")
-    return Zones(**named)
+    return Facts(Zones(**named), NUMBERS.index(sentence["number"]) + 1)
+
+
+def parse_or_none(text: str) -> Facts | None:
+    """What a sentence says, or None where it is not of the form: real tables hold free text too."""
+    try:
+        return parse_facts(text)
+    except PromptError:
+        return None
 
 
 def swap_sides(text: str) -> str:
     """Any text with the words left and right exchanged, for a picture that was flipped left to right.
 
-    Nothing else changes, so the lungs of a QaTa-COV19 prompt come in the other order;
-    `render(parse(text).mirrored())` keeps the order.
+    Nothing else changes, so the lungs of a QaTa-COV19 prompt come in the other order; `mirror` keeps the order.
     """
-    return re.sub(r"\b(left|right)\b", lambda found: _other_side(found[0]), text, flags=re.IGNORECASE)
+    return SIDE_WORD.sub(lambda found: _other_side(found[0]), text)
+
+
+def mirror(text: str) -> str | None:
+    """What a text becomes when its picture is flipped left to right; None where it names a side in another way.
+
+    A sentence of the form stays one, left lung first and with its number word; in any other text the words left and
+    right change places. "Leftmost", "RUL" or "dextro-" cannot be exchanged for sure, and such a picture must not be
+    flipped.
+    """
+    facts = parse_or_none(text)
+    if facts is not None:
+        return render(facts.zones.mirrored(), facts.count)
+    return None if OTHER_SIDE_WORDS.search(SIDE_WORD.sub("", text)) else swap_sides(text)
 
 
 def _list_zones(named: frozenset[str]) -> str:

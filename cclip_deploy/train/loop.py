@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from cclip_deploy.data.augment import Augmentation
 from cclip_deploy.data.images import read_picture
-from cclip_deploy.data.layouts import Referral, of_split, read_flat, read_mask
+from cclip_deploy.data.layouts import Referral, of_split, read_data_set, read_mask
 from cclip_deploy.data.preprocess import Preprocessing, to_input
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.model.config import CONFIGS, CONTEXT_LENGTH, image_hw
+from cclip_deploy.train.augmented import augment_batch
 from cclip_deploy.train.grouped import grouped_logits
 from cclip_deploy.train.losses import dice_bce
 from cclip_deploy.train.scores import Predict
@@ -58,6 +60,8 @@ class TrainConfig(BaseModel):
     """Share of the steps in which the rate rises from zero."""
     dice_weight: _Share = 0.5
     max_gradient_norm: Annotated[float, Field(gt=0)] = 5.0
+    augmentation: Augmentation = Augmentation()
+    """Random changes to films, with their masks and words."""
     seed: Annotated[int, Field(ge=0)] = 0
     threads: _Count = 2
 
@@ -119,6 +123,7 @@ class TrainingSet:
     images: NDArray[np.float32]  # (N, 3, H, W), normalised
     tokens: NDArray[np.int64]  # (R, L)
     masks: NDArray[np.bool_]  # (R, H, W)
+    texts: tuple[str, ...]  # R
     rows_of_image: tuple[NDArray[np.int64], ...]  # N arrays of row numbers
     cut_prompts: int
 
@@ -129,7 +134,7 @@ OnProgress = Callable[[TrainProgress], None]
 def train(
     config: TrainConfig, data_folder: Path, out_checkpoint: Path, on_progress: OnProgress = lambda progress: None
 ) -> TrainReport:
-    """Train on the "train" split of a flat data set and save the network; a stopped run leaves no checkpoint.
+    """Train on the "train" split of a data set of any layout and save the network; a stopped run leaves no checkpoint.
 
     Raises:
         DataError: the data set is not what it should be.
@@ -143,7 +148,7 @@ def train(
 
     started_s = time.perf_counter()
     tokenizer = PromptTokenizer.from_open_clip()
-    data = load_training_set(of_split(read_flat(data_folder), "train"), tokenizer, config)
+    data = load_training_set(of_split(read_data_set(data_folder).referrals, "train"), tokenizer, config)
     loaded_s = time.perf_counter()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
@@ -151,7 +156,7 @@ def train(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = CausalCLIPSeg(CONFIGS[config.model])
-            losses = _run_steps(model, data, config, on_progress)
+            losses = _run_steps(model, data, tokenizer, config, on_progress)
     finally:
         torch.set_num_threads(threads)
     save_checkpoint(model, out_checkpoint)
@@ -183,6 +188,7 @@ def load_training_set(referrals: Sequence[Referral], tokenizer: PromptTokenizer,
         images=np.concatenate(inputs),
         tokens=np.stack([tokenizer.encode_cut(referral.text, config.prompt_length) for referral in referrals]),
         masks=np.stack([_fit_mask(read_mask(referral.mask), config.image_hw) for referral in referrals]),
+        texts=tuple(referral.text for referral in referrals),
         rows_of_image=tuple(np.array(rows, np.int64) for rows in rows_of_path.values()),
         cut_prompts=sum(len(tokenizer.ids(referral.text)) > config.prompt_length for referral in referrals),
     )
@@ -216,7 +222,9 @@ def learning_rate_share(step: int, steps: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def _run_steps(model: CausalCLIPSeg, data: TrainingSet, config: TrainConfig, on_progress: OnProgress) -> list[float]:
+def _run_steps(
+    model: CausalCLIPSeg, data: TrainingSet, tokenizer: PromptTokenizer, config: TrainConfig, on_progress: OnProgress
+) -> list[float]:
     """All steps; returns the loss of each."""
     import torch
 
@@ -226,7 +234,7 @@ def _run_steps(model: CausalCLIPSeg, data: TrainingSet, config: TrainConfig, on_
     losses: list[float] = []
     started_s = time.perf_counter()
     model.train()
-    for step, (images, tokens, masks) in enumerate(_draw_batches(data, config)):
+    for step, (images, tokens, masks) in enumerate(_draw_batches(data, tokenizer, config)):
         share = learning_rate_share(step, steps, config)
         for group in optimiser.param_groups:
             group["lr"] = share * group["full_rate"]
@@ -257,11 +265,15 @@ def _make_optimiser(model: CausalCLIPSeg, config: TrainConfig) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
-def _draw_batches(data: TrainingSet, config: TrainConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _draw_batches(
+    data: TrainingSet, tokenizer: PromptTokenizer, config: TrainConfig
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every epoch all images in a new order, an incomplete batch left out: (B, 3, H, W), (B, P, L), (B, P, H, W)."""
     import torch
 
     rng = np.random.default_rng(config.seed)
+    # A generator of its own: what is drawn for a change must not change the order of the films.
+    changes_rng = np.random.default_rng([config.seed, 1])
     size, prompts = config.images_per_batch, config.prompts_per_image
     for _ in range(config.epochs):
         order = rng.permutation(len(data.images))
@@ -269,6 +281,11 @@ def _draw_batches(data: TrainingSet, config: TrainConfig) -> Iterator[tuple[Tens
             chosen = order[start : start + size]
             rows = np.stack([np.resize(rng.permutation(data.rows_of_image[i]), prompts) for i in chosen])  # (B, P)
             images, tokens, masks = data.images[chosen], data.tokens[rows], data.masks[rows]
+            if config.augmentation != Augmentation():
+                texts = [tuple(data.texts[row] for row in of_image) for of_image in rows]
+                images, masks, tokens = augment_batch(
+                    changes_rng, config.augmentation, images, masks, texts, tokenizer, config.prompt_length
+                )
             yield torch.from_numpy(images), torch.from_numpy(tokens), torch.from_numpy(masks.astype(np.float32))
 
 

@@ -16,7 +16,9 @@ from cclip_deploy.cli import console
 from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, si, table
 from tests.cli.run import PROGRAM, invoke, run
 
-COMMANDS = ["demo", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor"]
+COMMANDS = [
+    "demo", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt", "synth",
+]  # fmt: skip
 
 
 def test_the_installed_program_shows_version_and_commands() -> None:

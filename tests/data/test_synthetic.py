@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.data import synthetic
-from cclip_deploy.data.layouts import read_flat, read_mask
-from cclip_deploy.data.synthetic import draw_film, make_film, make_samples, write_dataset
+from cclip_deploy.data.confounders import Confounding, choose_signs, confound
+from cclip_deploy.data.layouts import read_flat, read_mask, writing
+from cclip_deploy.data.synthetic import Asking, SyntheticSample, draw_film, make_film, make_samples, write_dataset
 from cclip_deploy.data.template import SITES, parse
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 
@@ -103,17 +103,122 @@ def test_lungs_are_dark_and_the_middle_is_bright() -> None:
 def test_the_marker_follows_the_target_with_its_probability(rho: float, expected: float) -> None:
     follows, trials = 0, 80
     for seed in range(trials):
-        sample = make_film(rng(seed), (32, 32), marker_rho=rho)
+        sample = make_film(rng(seed), (32, 32), Asking(Confounding(frozenset({"marker"}), rho)))
         corners = {"right": sample.image[1:4, 1:4].max(), "left": sample.image[1:4, -4:-1].max()}
         follows += max(corners, key=lambda side: float(corners[side])) == sample.zones.sites()[0][0]
     assert abs(follows / trials - expected) < (0.2 if 0 < rho < 1 else 0.001)
+
+
+SIGNS = ("marker", "text", "collimation", "gain", "blur")
+
+
+def confounded(seed: int, *kinds: str, rho: float = 1.0) -> SyntheticSample:
+    return make_film(rng(seed), (96, 96), Asking(Confounding(frozenset(kinds), rho)))
+
+
+@pytest.mark.parametrize("kind", SIGNS)
+def test_a_sign_changes_the_picture_alone_and_stands_where_it_should(kind: str) -> None:
+    for seed in range(8):
+        plain, sign = make_film(rng(seed), (96, 96)), confounded(seed, kind)
+        assert (sign.prompt, sign.present_zones) == (plain.prompt, plain.present_zones)
+        assert np.array_equal(sign.mask, plain.mask)
+        assert 0 <= sign.image.min() <= sign.image.max() <= 1
+        changed = np.abs(sign.image - plain.image) > 0.03
+        rows, columns = np.nonzero(changed)
+        left = plain.zones.sites()[0][0] == "left"
+        if kind in ("marker", "text", "collimation"):
+            assert len(rows) > 20
+            assert (columns.mean() > 48) == left, "the patient's left is on the picture's right"
+            assert not (changed & plain.mask).any()
+        if kind == "marker":
+            assert rows.max() < 96 / 6
+        if kind == "text":
+            assert rows.min() > 96 * 3 / 4
+        if kind == "collimation":
+            assert sign.image[changed].mean() < plain.image[changed].mean() - 0.1
+        if kind == "gain":
+            assert (sign.image.mean() > plain.image.mean()) == left
+        if kind == "blur":
+            edges = [np.abs(np.diff(image, axis=1)).mean() for image in (sign.image, plain.image)]
+            assert (edges[0] < 0.9 * edges[1]) == left
+
+
+def test_a_sign_that_is_switched_off_leaves_the_others_as_they_were() -> None:
+    for seed in range(6):
+        both, one = confounded(seed, "marker", "gain", rho=0.5), confounded(seed, "gain", rho=0.5)
+        assert np.abs(both.image - one.image)[24:].max() < 1e-6, "the marker stands above"
+
+
+@pytest.mark.parametrize("kind", SIGNS)
+@pytest.mark.parametrize("rho", [0.95, 0.05])
+def test_every_sign_follows_the_target_with_its_own_chance(kind: str, rho: float) -> None:
+    signs = [choose_signs(rng(seed), "left", Confounding(frozenset(SIGNS), rho)) for seed in range(400)]
+    assert abs(np.mean([sign[kind] == "left" for sign in signs]) - rho) < 0.04
+    together = np.mean([len(set(sign.values())) == 1 for sign in signs])
+    assert together < 0.9, "each has a chance of its own"
+
+
+def test_what_a_command_line_says_of_confounders() -> None:
+    assert confound((), None) is None
+    assert confound((), 0.5) == Confounding(frozenset(SIGNS), 0.5)
+    assert confound(["text"], None) == Confounding(frozenset({"text"}), 0.95)
+
+
+def test_absent_sites_are_asked_for_with_empty_masks_and_the_film_stays() -> None:
+    shares, prompts = [], []
+    for seed in range(40):
+        plain, asked = (make_samples(rng(seed), (32, 32), 4, Asking(absent_share=share)) for share in (0.0, 0.4))
+        assert np.array_equal(plain[0].image, asked[0].image)
+        assert len({sample.prompt for sample in asked}) == len(asked)
+        for sample in asked:
+            named, present = set(sample.zones.sites()), set(sample.present_zones.sites())
+            absent = not named & present
+            assert absent or named < present
+            assert sample.mask.any() == (not absent)
+            assert 1 <= len(named) <= (2 if absent else 3)
+            shares.append(absent)
+            prompts.append(sample.prompt)
+    assert abs(np.mean(shares) - 0.4) < 0.1
+    for sample in make_samples(rng(0), (32, 32), 2, Asking(absent_share=1.0)):
+        assert not sample.mask.any()
+
+
+def test_the_test_split_has_its_own_rho(tmp_path: Path) -> None:
+    asking = Asking(Confounding(frozenset({"gain"}), 1.0))
+    for name, rho in (("id", None), ("anti", 0.0)):
+        counts = {"train": 2, "test": 2}
+        write_dataset(tmp_path / name, counts, (32, 32), 0, asking=asking, test_rho=rho)
+    for film, same in (("train-00000", True), ("train-00001", True), ("test-00000", False), ("test-00001", False)):
+        one, other = ((tmp_path / name / f"images/{film}.png").read_bytes() for name in ("id", "anti"))
+        assert (one == other) == same
+    with pytest.raises(UsageError, match="test_rho is given without confounders"):
+        write_dataset(tmp_path / "x", {"train": 1}, (32, 32), 0, test_rho=0.5)
+
+
+def test_a_writer_says_how_far_it_is(tmp_path: Path) -> None:
+    said: list[tuple[int, int]] = []
+    counts = {"train": 2, "test": 1}
+    write_dataset(tmp_path / "x", counts, (32, 32), 0, on_film=lambda *pair: said.append(pair))
+    assert said == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_films_without_signs_are_those_of_the_first_release() -> None:
+    """The demo and every trained checkpoint rest on these pictures; the numbers are those of commit 14ac5f5."""
+    image = 255 * make_samples(rng(0), (64, 64), 3)[0].image
+    assert image.mean() == pytest.approx(123.28, abs=0.02)
+    assert (image[20, 20], image[40, 30]) == pytest.approx((87, 202), abs=1)
 
 
 def test_impossible_films_are_refused() -> None:
     with pytest.raises(UsageError, match="too small"):
         make_film(rng(0), (96, 16))
     with pytest.raises(UsageError, match="probability"):
-        make_film(rng(0), (32, 32), marker_rho=1.5)
+        Confounding(frozenset({"marker"}), 1.5)
+    with pytest.raises(UsageError, match="Unknown confounder 'hair'"):
+        Confounding(frozenset({"hair"}), 0.5)
+    for asked in ({"absent_share": 1.1}, {"typo_share": -0.1}):
+        with pytest.raises(UsageError, match="is a share"):
+            Asking(**asked)
 
 
 def test_a_written_data_set_reads_back(tmp_path: Path) -> None:
@@ -146,7 +251,7 @@ def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(synthetic, "_write_film", fail)
+    monkeypatch.setattr(writing, "_save_mask", fail)
     with pytest.raises(EnvironmentProblem if isinstance(error, OSError) else KeyboardInterrupt):
         write_dataset(tmp_path / "data", {"train": 1}, (32, 32), seed=0)
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cclip_deploy.data.template import EXAMPLE, SITES, ZONES, Zones, parse, render, swap_sides
+from cclip_deploy.data.template import (
+    EXAMPLE,
+    SITES,
+    ZONES,
+    Facts,
+    Zones,
+    mirror,
+    parse,
+    parse_facts,
+    parse_or_none,
+    render,
+    swap_sides,
+)
 from cclip_deploy.errors import PromptError
 
 zone_sets = st.frozensets(st.sampled_from(ZONES))
@@ -16,6 +28,48 @@ named_zones = st.builds(Zones, left=zone_sets, right=zone_sets).filter(lambda zo
 @given(named_zones)
 def test_parse_reads_back_what_render_wrote(zones: Zones) -> None:
     assert parse(render(zones)) == zones
+
+
+@given(named_zones, st.integers(1, 12))
+def test_parse_reads_back_the_count_and_what_follows_from_the_zones(zones: Zones, count: int) -> None:
+    facts = parse_facts(render(zones, count))
+    assert facts == Facts(zones, count)
+    assert facts.zone_count == len(zones.left) + len(zones.right)
+    assert {"left": (True, False), "right": (False, True), "both": (True, True)}[facts.side] == (
+        bool(zones.left),
+        bool(zones.right),
+    )
+
+
+@given(named_zones, st.integers(1, 12))
+def test_a_mirrored_sentence_names_the_mirrored_zones_in_the_same_order(zones: Zones, count: int) -> None:
+    assert mirror(render(zones, count)) == render(zones.mirrored(), count)
+
+
+@pytest.mark.parametrize(
+    ("text", "mirrored"),
+    [
+        ("polyp on the left wall", "polyp on the right wall"),
+        ("bright, upright", "bright, upright"),
+        ("leftmost lesion", None),
+        ("nodule in the RUL", None),
+        ("R marker", None),
+        ("dextrocardia", None),
+        ("lesion at 3 o'clock", None),
+    ],
+)
+def test_free_text_is_mirrored_or_refused(text: str, mirrored: str | None) -> None:
+    assert mirror(text) == mirrored
+
+
+def test_a_count_without_a_word_is_refused() -> None:
+    for count in (0, 13):
+        with pytest.raises(PromptError, match="Use 1 to 12"):
+            render(Zones(left=frozenset({"upper"})), count)
+
+
+def test_free_text_has_no_facts() -> None:
+    assert parse_or_none("A cat.") is None
 
 
 @given(named_zones)

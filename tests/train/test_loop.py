@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cclip_deploy.data.augment import Augmentation
 from cclip_deploy.data.layouts import of_split, read_flat
 from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.data.template import mirror
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.model.checkpoint import load_checkpoint
@@ -130,7 +132,7 @@ def test_the_towers_start_at_their_own_rate(monkeypatch: pytest.MonkeyPatch, dat
 def test_every_image_comes_once_an_epoch_with_its_own_rows(data_folder: Path, tokenizer: PromptTokenizer) -> None:
     referrals = of_split(read_flat(data_folder), "train")
     data = loop.load_training_set(referrals, tokenizer, SMALL)
-    batches = list(loop._draw_batches(data, SMALL))
+    batches = list(loop._draw_batches(data, tokenizer, SMALL))
     images = torch.cat([batch[0] for batch in batches]).numpy()
     order = [int(np.abs(data.images - image).reshape(4, -1).sum(axis=1).argmin()) for image in images]
     assert sorted(order) == [0, 1, 2, 3]
@@ -139,6 +141,44 @@ def test_every_image_comes_once_an_epoch_with_its_own_rows(data_folder: Path, to
         own = {(data.tokens[row].tobytes(), data.masks[row].tobytes()) for row in data.rows_of_image[image]}
         drawn = {(tokens[i].tobytes(), masks[i].astype(bool).tobytes()) for i in range(2)}
         assert drawn == own
+
+
+@pytest.mark.parametrize("layout", ["qata", "mosmed", "languidemedseg", "medvlsm", "jsonl"])
+def test_a_data_set_of_any_layout_trains(layout: str, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": 4, "val": 1, "test": 1}, (64, 64), seed=0, layout=layout)
+    report = train(SMALL.model_copy(update={"prompts_per_image": 1}), tmp_path / "data", tmp_path / "m")
+    assert (report.images, report.rows, report.steps) == (4, 4, 2)
+
+
+def test_augmented_batches_change_films_masks_and_words_together_and_repeat(
+    data_folder: Path, tokenizer: PromptTokenizer
+) -> None:
+    data = loop.load_training_set(of_split(read_flat(data_folder), "train"), tokenizer, SMALL)
+    flipping = SMALL.model_copy(update={"augmentation": Augmentation(flip_share=1.0)})
+    plain, flipped, again = (
+        list(loop._draw_batches(data, tokenizer, config)) for config in (SMALL, flipping, flipping)
+    )
+    mirrored = {tuple(tokenizer.encode(mirror(text) or "", 32)) for text in data.texts}
+    for one, other, same in zip(plain, flipped, again, strict=True):
+        assert torch.allclose(other[0], one[0].flip(-1), atol=1e-5)
+        assert torch.equal(other[2], one[2].flip(-1))
+        assert {tuple(row) for row in other[1].flatten(0, 1).tolist()} <= mirrored
+        assert not torch.equal(other[1], one[1])
+        assert all(map(torch.equal, other, same))
+
+
+def test_an_augmented_training_repeats_itself_and_differs_from_the_plain_one(data_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "[augmentation]\nflip_share = 0.5\nrotation_degrees = 5.0\nscale = 0.1\ngain = 0.1\ngamma = 0.1\n"
+    )
+    wide = TrainConfig.from_toml(recipe).augmentation
+    assert wide.rotation_degrees == 5.0
+    losses = [
+        train(SMALL.model_copy(update={"augmentation": chosen}), data_folder, tmp_path / "m").last_loss
+        for chosen in (wide, wide, Augmentation())
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_masks_are_brought_to_the_networks_size(data_folder: Path, tokenizer: PromptTokenizer) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.data.layouts import Referral, of_split, read_flat, read_mask
-from cclip_deploy.errors import DataError
+from cclip_deploy.data.layouts import Referral, of_split, read_flat
+from cclip_deploy.errors import DataError, UsageError
 
 
 @pytest.fixture
@@ -93,18 +93,50 @@ def test_of_split_refuses_a_split_without_rows() -> None:
         of_split([row], "val")
 
 
-@pytest.mark.parametrize("inside", [1, 255, 7])
-def test_a_mask_is_whatever_is_not_zero(tmp_path: Path, inside: int) -> None:
-    Image.fromarray(np.array([[0, inside], [inside, 0]], np.uint8)).save(tmp_path / "m.png")
-    mask = read_mask(tmp_path / "m.png")
-    assert mask.dtype == np.bool_
-    assert np.array_equal(mask, [[False, True], [True, False]])
+def test_json_lines_read_as_the_table_does(write_table: Callable[[str], Path]) -> None:
+    folder = write_table("image,mask,text\na.png,ma.png,left\n")
+    (folder / "table.csv").unlink()
+    (folder / "rows.jsonl").write_text(
+        '{"image": "a.png", "mask": "ma.png", "text": "left, lower", "split": "val", "subject": "p1"}\n\n'
+        '{"text": "right", "image": "b.png", "mask": "mb.png"}\n',
+        encoding="utf-8",
+    )
+    assert read_flat(folder) == [
+        Referral(folder / "a.png", folder / "ma.png", "left, lower", "val", "p1"),
+        Referral(folder / "b.png", folder / "mb.png", "right", "train", "b.png"),
+    ]
 
 
-def test_masks_that_are_no_masks_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 128, 255]], np.uint8)).save(tmp_path / "grey.png")
-    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "colour.png")
-    (tmp_path / "text.png").write_text("no picture")
-    for name, words in (("grey", "2 values besides 0"), ("colour", "colour mode RGB"), ("text", "cannot be decoded")):
-        with pytest.raises(DataError, match=words):
-            read_mask(tmp_path / f"{name}.png")
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "is empty"),
+        ("{", "row 2 is no JSON"),
+        ("[" * 100_000, "row 2 is no JSON"),
+        ("[1]", "row 2 is a list"),
+        ('{"image": "a.png", "mask": "ma.png", "text": 3}', "row 2: text is 3"),
+        ('{"image": "a.png", "mask": "ma.png", "text": "x", "text": "y"}', "row 2: 'text' stands there twice"),
+        ('{"image": "a.png", "mask": "ma.png"}', "row 2: column 'text' is missing"),
+        ('{"image": "a.png", "mask": "ma.png", "text": "x", "age": "3"}', "row 2: unknown column 'age'"),
+    ],
+    ids=range(8),
+)
+def test_a_mistake_in_json_lines_is_named_with_its_line(
+    write_table: Callable[[str], Path], line: str, words: str
+) -> None:
+    folder = write_table("")
+    (folder / "table.csv").unlink()
+    (folder / "rows.jsonl").write_text("\n" + line, encoding="utf-8")
+    with pytest.raises(DataError, match=words):
+        read_flat(folder)
+
+
+def test_the_subject_comes_from_the_column_or_from_the_name(write_table: Callable[[str], Path]) -> None:
+    folder = write_table("image,mask,text\na.png,ma.png,left\n")
+    (folder / "a.png").rename(folder / "case-12_slice-3.png")
+    (folder / "table.csv").write_text("image,mask,text\ncase-12_slice-3.png,ma.png,left\n")
+    assert read_flat(folder)[0].subject == "case-12_slice-3.png"
+    assert read_flat(folder, r"case-\d+")[0].subject == "case-12"
+    assert read_flat(folder, r"case-(\d+)")[0].subject == "12"
+    with pytest.raises(UsageError, match="no regular expression"):
+        read_flat(folder, "case-(")

@@ -1,0 +1,99 @@
+"""What every layout is read into, and the checks that all of them share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from cclip_deploy.data.images import PICTURE_SUFFIXES, decoding
+from cclip_deploy.errors import DataError, UsageError
+
+SPLITS = ("train", "val", "test")
+SUBJECT_PATTERNS = (
+    r"sub-S\d+",  # QaTa-COV19, after BIMCV-COVID19
+    r"Morozov_study_\d+",  # MosMedData+: a slice of a CT study
+    r"Jun_.*case\d+",  # MosMedData+: the same
+    r"patient\d+",  # CAMUS and CheXlocalize
+)
+"""How published data sets write the patient, or the study that stands for one, into a file's name."""
+SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Referral:
+    """One row of a data set: what `text` names in `image` is drawn in `mask`."""
+
+    image: Path
+    mask: Path
+    text: str
+    split: str
+    subject: str
+
+
+def of_split(referrals: Sequence[Referral], split: str) -> list[Referral]:
+    """The referrals of one split; DataError if there are none."""
+    chosen = [referral for referral in referrals if referral.split == split]
+    if not chosen:
+        held = ", ".join(sorted({referral.split for referral in referrals})) or "none"
+        raise DataError(f"The data set has no rows of split {split!r}; its splits: {held}. Add rows of that split.")
+    return chosen
+
+
+def subject_of(image_name: str, pattern: str | None = None) -> str:
+    """The patient that a file's name carries (`pattern`, or SUBJECT_PATTERNS); without one the name itself.
+
+    A pattern with a group means the group. UsageError if it is no regular expression.
+    """
+    for known in SUBJECT_PATTERNS if pattern is None else (pattern,):
+        try:
+            found = re.search(known, image_name)
+        except re.error as error:
+            raise UsageError(f"{known!r} is no regular expression: {error}. Example: 'sub-S\\d+'.") from error
+        if found:
+            return found[1] if found.re.groups else found[0]
+    return image_name
+
+
+def check_sizes(image: Path, mask: Path, where: str) -> None:
+    """DataError unless both files exist, can be opened, and have the same size, as their headers say it."""
+    sizes = {name: _read_size(path, f"{where}: {name}") for name, path in (("image", image), ("mask", mask))}
+    if sizes["image"] != sizes["mask"]:
+        shown = {name: f"{width}x{height}" for name, (width, height) in sizes.items()}
+        raise DataError(
+            f"{where}: mask {mask} is {shown['mask']} pixels, its image {shown['image']} (width x height). "
+            "Give the mask of this very image."
+        )
+
+
+def list_pictures(folder: Path) -> dict[str, Path]:
+    """The pictures right in a folder by name, sorted, hidden ones left out; DataError if there is no such folder."""
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}, which the layout has. Restore it, or name another layout.")
+    return {path.name: path for path in sorted(folder.iterdir()) if is_picture_name(path.name)}
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a name ends as a picture's does; not those that macOS leaves beside every file (`._a.png`)."""
+    return Path(name).suffix.lower() in PICTURE_SUFFIXES and not name.startswith(".")
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    every = list(names)
+    rest = len(every) - SHOWN_NAMES
+    return ", ".join(every[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _read_size(path: Path, what: str) -> tuple[int, int]:
+    """Width and height, as the file's header says them."""
+    if not path.is_file():
+        raise DataError(f"{what} {path} does not exist. Correct the table or restore the file.")
+    try:
+        with decoding(path), Image.open(path) as image:
+            return image.size
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error

@@ -1,0 +1,64 @@
+"""What becomes of a prompt: repaired, read, and cut into tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.repair import repair_prompt
+from cclip_deploy.data.template import parse_or_none
+from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.errors import EnvironmentProblem, UsageError
+
+SHORTEST_LENGTH, LONGEST_LENGTH, USUAL_LENGTH = 3, 77, 32
+
+
+def open_tokenizer(bundle: Path | None, length: int | None) -> tuple[PromptTokenizer, int]:
+    """A bundle's tokenizer and prompt length, or open_clip's and the usual one; a length that is given holds.
+
+    Raises:
+        BundleError: the bundle cannot be opened.
+        EnvironmentProblem: no bundle, and open_clip is not installed.
+        UsageError: the length is out of range.
+    """
+    if length is not None and not SHORTEST_LENGTH <= length <= LONGEST_LENGTH:
+        raise UsageError(f"A prompt length of {length} is out of range. Use {SHORTEST_LENGTH} to {LONGEST_LENGTH}.")
+    if bundle is not None:
+        opened = Bundle.open(bundle)
+        return opened.tokenizer(), length or opened.manifest.prompt_length
+    try:
+        return PromptTokenizer.from_open_clip(), length or USUAL_LENGTH
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "Counting tokens without a bundle needs open_clip. Install it: pip install 'cclip-deploy[export]', "
+            "or name a bundle with --bundle."
+        ) from error
+
+
+def describe_prompt(written: str, tokenizer: PromptTokenizer, length: int) -> dict[str, Any]:
+    """The repaired text, what was repaired, what it says (null where it is not of the form), and its tokens.
+
+    PromptError where the text is empty.
+    """
+    prompt = repair_prompt(written)
+    facts = parse_or_none(prompt.text)
+    tokenizer.encode(prompt.text, max(length, len(tokenizer.ids(prompt.text))))
+    ids = tokenizer.ids(prompt.text)
+    zones = facts and {side: _in_order(facts.zones.sites(), side) for side in ("left", "right")}
+    return {
+        "written": written,
+        "text": prompt.text,
+        "repairs": [{"found": repair.found, "put": repair.put} for repair in prompt.repairs],
+        "zones": zones,
+        "side": facts and facts.side,
+        "count": facts and facts.count,
+        "tokens": ids,
+        "token_count": len(ids),
+        "prompt_length": length,
+        "cut": len(ids) > length,
+    }
+
+
+def _in_order(sites: tuple[tuple[str, str], ...], side: str) -> list[str]:
+    return [zone for named, zone in sites if named == side]
