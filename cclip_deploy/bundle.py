@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -117,6 +118,7 @@ class Bundle:
         self.manifest = manifest
         self.sums = sums
         self._checked: set[str] = {MANIFEST}
+        self._checking: dict[str, Future[None]] = {}
 
     @staticmethod
     def open(path: Path) -> Bundle:
@@ -143,9 +145,24 @@ class Bundle:
     def file(self, name: str) -> Path:
         """The path of a file of this bundle, its checksum verified."""
         if name not in self._checked:
-            _check_sum(self.path, name, self.sums)
+            if name in self._checking:
+                self._checking.pop(name).result()
+            else:
+                _check_sum(self.path, name, self.sums)
             self._checked.add(name)
         return self.path / name
+
+    def check_ahead(self, *graphs: str) -> None:
+        """Begin to verify graphs, one after the other, beside the caller's own work.
+
+        `file` waits for the verdict and raises it. A graph that the bundle lacks is passed over: who needs it is told.
+        """
+        files = [self.manifest.graphs[name].file for name in graphs if name in self.manifest.graphs]
+        thread = ThreadPoolExecutor(1, "cclip-checksums")
+        for file in files:
+            if file not in self._checked and file not in self._checking:
+                self._checking[file] = thread.submit(_check_sum, self.path, file, self.sums)
+        thread.shutdown(wait=False)
 
     def check_all(self) -> tuple[str, ...]:
         """Verify every checksum; returns the names of files that lie in the folder without one."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle import TOKENIZER, Bundle, graph_key
 from cclip_deploy.data.preprocess import to_input, to_source
-from cclip_deploy.errors import ParityError, UsageError
+from cclip_deploy.errors import BundleError, ParityError, UsageError
+from cclip_deploy.prompt_cache import CacheCounts, KernelFolder, KernelOrigin, PromptCache, PromptKernels, Tokens
 from cclip_deploy.runtime.backend import Backend
 
 PROMPTS_AT_ONCE = 16
@@ -18,26 +19,19 @@ PROMPTS_AT_ONCE = 16
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class PromptKernels:
-    """The last convolutions of P prompts: kernel (P, 9, 256), tap_bias (P, 9), bias (P,), all float32."""
-
-    kernel: Floats
-    tap_bias: Floats
-    bias: Floats
-
-    def __len__(self) -> int:
-        return len(self.bias)
-
-    def part(self, start: int, stop: int) -> PromptKernels:
-        """The prompts from `start` to before `stop`."""
-        return PromptKernels(self.kernel[start:stop], self.tap_bias[start:stop], self.bias[start:stop])
-
-
 class Segmenter:
-    """A bundle on a backend. Prompt kernels are kept for the segmenter's life, because prompts repeat."""
+    """A bundle on a backend: one image pass for any number of prompts, and each prompt computed once for all images.
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    Prompt kernels are kept in memory, the last used ones, and in the folder `prompt_cache` where one is given.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, prompt_cache: Path | None = None) -> None:
+        """Open the tokenizer and the prompt cache; graphs are loaded when they are first needed.
+
+        Raises:
+            UsageError: the bundle is a plain one, or `prompt_cache` is a file.
+            EnvironmentProblem: `prompt_cache` cannot be written.
+        """
         if bundle.manifest.form != "deploy":
             raise UsageError(
                 f"{bundle.path} was exported with --plain, as a reference for benchmarks. Export it without --plain."
@@ -45,7 +39,13 @@ class Segmenter:
         self.bundle = bundle
         self.backend = backend
         self._tokenizer = bundle.tokenizer()
-        self._kernels: dict[str, PromptKernels] = {}
+        folder = None if prompt_cache is None else KernelFolder(prompt_cache, kernel_origin(bundle, backend.precision))
+        self._cache = PromptCache(folder)
+
+    @property
+    def prompt_counts(self) -> CacheCounts:
+        """How many prompts were found in memory, found on disk, computed, and computed again for a damaged file."""
+        return self._cache.counts
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Pixels (H, W) or (H, W, 3) in [0, 1], any size -> features (1, h, w, 256) of the bundle's image size."""
@@ -54,26 +54,26 @@ class Segmenter:
         return self.backend.run("image_encoder", {"image": image})["features"]
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptKernels:
-        """Kernels of the prompts, in order; each distinct prompt is computed once.
+        """Kernels of the prompts, in order; 9 kB a prompt, all at once.
 
         Raises:
+            UsageError: there is no prompt.
             PromptError: a prompt is empty or too long, before anything is computed.
         """
-        if not prompts:
-            raise UsageError("There is no prompt. Give at least one.")
-        length = self.bundle.manifest.prompt_length
-        rows = {prompt: self._tokenizer.encode(prompt, length) for prompt in prompts}
-        fresh = [prompt for prompt in rows if prompt not in self._kernels]
-        for chunk in _chunks(fresh):
-            outputs = self.backend.run("prompt_encoder", {"tokens": np.stack([rows[prompt] for prompt in chunk])})
-            computed = PromptKernels(outputs["kernel"], outputs["tap_bias"], outputs["bias"])
-            self._kernels.update({prompt: computed.part(i, i + 1) for i, prompt in enumerate(chunk)})
-        kept = [self._kernels[prompt] for prompt in prompts]
-        return PromptKernels(
-            np.concatenate([k.kernel for k in kept]),
-            np.concatenate([k.tap_bias for k in kept]),
-            np.concatenate([k.bias for k in kept]),
-        )
+        return PromptKernels.join(list(self._kernel_parts(self._token_rows(prompts))))
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Check all prompts and, if memory has room for them, compute them and free the prompt encoder's memory.
+
+        For programs that segment pictures with the same prompts: the image encoder, loaded after it, then takes the
+        memory that the prompt encoder left. Raises as `encode_prompts` does.
+        """
+        rows = self._token_rows(prompts)
+        distinct = list({row.tobytes(): row for row in rows}.values())
+        if len(distinct) <= self._cache.capacity:
+            for _ in self._kernel_parts(distinct):
+                pass
+            self.backend.unload("prompt_encoder")
 
     def decode(self, features: Floats, kernels: PromptKernels) -> Floats:
         """Features (B, h, w, 256) x P prompts -> logits (B, P, h, w)."""
@@ -83,12 +83,14 @@ class Segmenter:
     def probabilities(self, pixels: Floats, prompts: Sequence[str]) -> Iterator[Floats]:
         """For each prompt, in order, the probability (H, W) of every pixel of the source; one image pass in all.
 
-        Lazy, and a few prompts at a time, so that ten thousand prompts need no more memory than sixteen.
+        Lazy, and a few prompts at a time, so that ten thousand prompts need no more memory than sixteen. Raises as
+        `encode_prompts` does.
         """
-        kernels = self.encode_prompts(prompts)
-        features = self.encode_image(pixels)
+        rows = self._token_rows(prompts)
+        features = None
         source_hw = (pixels.shape[0], pixels.shape[1])
-        for part in _parts(kernels):
+        for part in self._kernel_parts(rows):
+            features = self.encode_image(pixels) if features is None else features
             for logits in self._decode_part(features, part)[0]:
                 yield to_source(sigmoid(logits), source_hw)
 
@@ -96,6 +98,20 @@ class Segmenter:
         """Load every graph that `probabilities` needs."""
         for graph in ("prompt_encoder", "image_encoder", "mask_decoder"):
             self.backend.load(graph)
+
+    def _token_rows(self, prompts: Sequence[str]) -> list[Tokens]:
+        if not prompts:
+            raise UsageError("There is no prompt. Give at least one.")
+        length = self.bundle.manifest.prompt_length
+        return [self._tokenizer.encode(prompt, length) for prompt in prompts]
+
+    def _kernel_parts(self, rows: Sequence[Tokens]) -> Iterator[PromptKernels]:
+        for start in range(0, len(rows), PROMPTS_AT_ONCE):
+            yield self._cache.kernels(rows[start : start + PROMPTS_AT_ONCE], self._run_prompt_encoder)
+
+    def _run_prompt_encoder(self, tokens: Tokens) -> PromptKernels:
+        outputs = self.backend.run("prompt_encoder", {"tokens": tokens})
+        return PromptKernels(outputs["kernel"], outputs["tap_bias"], outputs["bias"])
 
     def _decode_part(self, features: Floats, part: PromptKernels) -> Floats:
         inputs = {"features": features, "kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
@@ -113,9 +129,14 @@ def sigmoid(logits: Floats) -> Floats:
     return probabilities
 
 
-def _chunks(prompts: list[str]) -> Iterator[list[str]]:
-    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        yield prompts[start : start + PROMPTS_AT_ONCE]
+def kernel_origin(bundle: Bundle, precision: str) -> KernelOrigin:
+    """What decides the prompt kernels of a bundle; UsageError where it has no prompt encoder of that precision."""
+    entry = bundle.graph(graph_key("prompt_encoder", precision))
+    channels = [tensor.shape[-1] for tensor in entry.outputs if tensor.name == "kernel"]
+    if len(channels) != 1 or not isinstance(channels[0], int):
+        raise BundleError(f"{bundle.path} has a prompt encoder without a kernel of fixed width. Export it again.")
+    length = bundle.manifest.prompt_length
+    return KernelOrigin(entry.sha256, precision, bundle.sums[TOKENIZER], length, channels[0])
 
 
 def _parts(kernels: PromptKernels) -> Iterator[PromptKernels]:

@@ -14,9 +14,11 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
+from cclip_deploy import bundle as bundle_module
 from cclip_deploy.bundle import Bundle, check_output, edited_bundle, graph_key, new_bundle, write_manifest
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
 from cclip_deploy.evidence.reference import load_references
+from cclip_deploy.files import sha256_file
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from tests.bundles import Change, copy_of, digests, flip_byte, reseal, seal
 
@@ -326,3 +328,21 @@ def test_a_bundle_that_is_the_working_folder_can_be_edited(copy: Path, monkeypat
         write_manifest(folder, bundle.manifest.model_copy(update={"command": "edited"}))
     monkeypatch.chdir(copy.parent)
     assert Bundle.open(copy).manifest.command == "edited"
+
+
+def test_checking_ahead_hashes_once_and_tells_what_it_found_when_asked(
+    tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = copy_of(tiny_bundle_path, tmp_path)
+    flip_byte(copy / "graphs" / "image_encoder.onnx")
+    opened = Bundle.open(copy)
+    hashed: list[str] = []
+    monkeypatch.setattr(bundle_module, "sha256_file", lambda path: (hashed.append(path.name), sha256_file(path))[1])
+    for _ in range(2):
+        opened.check_ahead("prompt_encoder", "image_encoder", "nowhere")
+    assert opened.file("graphs/prompt_encoder.onnx").is_file()
+    opened.check_ahead("prompt_encoder")
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"image_encoder\.onnx was altered"):
+            opened.file("graphs/image_encoder.onnx")
+    assert sorted(hashed) == ["image_encoder.onnx", "image_encoder.onnx", "prompt_encoder.onnx"]

@@ -13,11 +13,12 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.preprocess import to_input, to_source
 from cclip_deploy.errors import ParityError, PromptError, UsageError
 from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.prompt_cache import CacheCounts, PromptCache
 from cclip_deploy.runtime.backend import Backend
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.runtime.pytorch import PyTorchBackend
 from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter, sigmoid
-from tests.bundles import copy_of, reseal
+from tests.bundles import copy_of, flip_byte, reseal
 
 FILM = np.random.default_rng(3).random((50, 40), np.float32)
 PROMPTS = ["left lung", "Two infected areas, upper right.", "heart", "lower left lung"]
@@ -31,9 +32,14 @@ class Recording:
         self.name, self.precision = backend.name, backend.precision
         self.runs: list[tuple[str, int]] = []
         self.loads: list[str] = []
+        self.unloads: list[str] = []
 
     def load(self, graph: str) -> None:
         self.loads.append(graph)
+
+    def unload(self, graph: str) -> None:
+        self.unloads.append(graph)
+        self.backend.unload(graph)
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = {"image_encoder": "image", "prompt_encoder": "tokens", "mask_decoder": "bias"}[graph]
@@ -47,6 +53,8 @@ class Formula:
     name, precision = "formula", "fp32"
 
     def load(self, graph: str) -> None: ...
+
+    def unload(self, graph: str) -> None: ...
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if graph == "image_encoder":
@@ -194,3 +202,54 @@ def test_sigmoid_is_exact_and_overflows_nowhere() -> None:
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-7)
     assert found[3] == 0.5
+
+
+def test_one_prompt_on_many_pictures_takes_one_image_pass_each(segmenter: Segmenter, recording: Recording) -> None:
+    for picture in (FILM, FILM[::-1], FILM[:20]):
+        list(segmenter.probabilities(picture, PROMPTS[:1]))
+    assert Counter(graph for graph, _ in recording.runs) == {"image_encoder": 3, "prompt_encoder": 1, "mask_decoder": 3}
+    assert segmenter.prompt_counts == CacheCounts(memory_hits=2, misses=1)
+
+
+def test_a_prompt_in_the_cache_folder_is_not_computed_again_however_it_is_spelled(
+    tiny_bundle: Bundle, recording: Recording, tmp_path: Path
+) -> None:
+    first = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path / "cache")
+    expected = list(first.probabilities(FILM, PROMPTS))
+    second = Segmenter(tiny_bundle, recording, tmp_path / "cache")
+    spelled = ["  LEFT   lung ", *PROMPTS[1:]]
+    for found, known in zip(second.probabilities(FILM, spelled), expected, strict=True):
+        np.testing.assert_array_equal(found, known)
+    assert [graph for graph, _ in recording.runs] == ["image_encoder", "mask_decoder"]
+    assert second.prompt_counts == CacheCounts(disk_hits=4)
+
+
+def test_a_damaged_cache_file_gives_the_mask_of_a_good_one(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    def fresh() -> Segmenter:
+        return Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path)
+
+    expected = next(fresh().probabilities(FILM, PROMPTS[:1]))
+    (path,) = tmp_path.iterdir()
+    flip_byte(path)
+    again = fresh()
+    np.testing.assert_array_equal(next(again.probabilities(FILM, PROMPTS[:1])), expected)
+    assert again.prompt_counts == CacheCounts(rebuilt=1)
+
+
+def test_preparing_computes_every_prompt_once_and_frees_the_prompt_encoder(
+    segmenter: Segmenter, recording: Recording
+) -> None:
+    segmenter.prepare([*PROMPTS, PROMPTS[0]])
+    assert (recording.runs, recording.unloads) == ([("prompt_encoder", 4)], ["prompt_encoder"])
+    list(segmenter.probabilities(FILM, PROMPTS))
+    list(segmenter.probabilities(FILM, ["something else"]))  # loaded again where it is needed again
+    assert [rows for graph, rows in recording.runs if graph == "prompt_encoder"] == [4, 1]
+
+
+def test_preparing_more_prompts_than_memory_holds_only_checks_them(segmenter: Segmenter, recording: Recording) -> None:
+    segmenter._cache = PromptCache(capacity=3)
+    segmenter.prepare(PROMPTS)
+    assert (recording.runs, recording.unloads) == ([], [])
+    with pytest.raises(PromptError):
+        segmenter.prepare([*PROMPTS, ""])
+    assert len(list(segmenter.probabilities(FILM, PROMPTS))) == 4

@@ -7,13 +7,17 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -74,6 +78,35 @@ def tell_every(tell: Callable[[str], None], what: str, step: int = 100) -> Calla
             tell(f"{what} {done} of {total}")
 
     return told
+
+
+@contextmanager
+def picture_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
+    """A function that is told each picture as its turn comes: a bar on a terminal, a line elsewhere, or nothing.
+
+    Both show pictures a second, of those that are done, and the time that is left at that rate.
+    """
+    started = time.monotonic()
+
+    def line(path: Path, number: int, total: int) -> str:
+        seconds, done = time.monotonic() - started, number - 1
+        if not done or not seconds:
+            return f"{number} of {total}: {path}"
+        left = timedelta(seconds=round(seconds / done * (total - done)))
+        return f"{number} of {total}: {path} ({done / seconds:.3g} pictures/s, {left} left)"
+
+    if quiet:
+        yield lambda path, number, total: None
+    elif stderr.is_terminal:
+        with Progress(
+            BarColumn(), TextColumn("{task.description}", markup=False), console=stderr, transient=True
+        ) as bar:
+            task = bar.add_task("Starting", total=None)
+            yield lambda path, number, total: bar.update(
+                task, total=total, completed=number - 1, description=line(path, number, total).translate(CONTROL_CODES)
+            )
+    else:
+        yield lambda path, number, total: stderr.print(escape(line(path, number, total)), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

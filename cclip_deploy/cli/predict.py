@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table
 
 
 @reports_errors
@@ -21,28 +21,36 @@ def predict(
         "predictions"
     ),
     threshold: Annotated[float | None, typer.Option(help="Probability from which a pixel counts.")] = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what was computed of each prompt, for the next time.")
+    ] = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
     """Segment what the prompts name: [bold]mask, probability and overlay[/] in the picture's own size."""
     from cclip_deploy.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    opened.check_ahead(*(() if prompt_cache else ("prompt_encoder",)), "image_encoder", "mask_decoder")
+
     from cclip_deploy.pipeline.predict import predict as run
     from cclip_deploy.pipeline.predict import refuse_failures
     from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
     from cclip_deploy.segmenter import Segmenter
 
-    opened = Bundle.open(bundle)
-    segmenter = Segmenter(opened, OnnxRuntimeBackend(opened, "fp32", device, threads))
-    with progress(quiet=json) as tell:
-        found = run(segmenter, images, prompt, output, threshold, lambda p, n, total: tell(f"{n} of {total}: {p}"))
+    segmenter = Segmenter(opened, OnnxRuntimeBackend(opened, "fp32", device, threads), prompt_cache)
+    with picture_progress(quiet=json) as on_picture:
+        found = run(segmenter, images, prompt, output, threshold, on_picture)
     if json:
         failed = [{"image": str(path), "error": reason} for path, reason in found.failed]
-        print_json({"predictions": [row.to_dict() for row in found.done], "failed": failed})
+        counts = found.prompt_counts.to_dict()
+        print_json({"predictions": [row.to_dict() for row in found.done], "failed": failed, "prompt_kernels": counts})
     else:
         shown = table("Predictions", "picture", "prompt", "area ", "mean probability ", "mask")
         for row in found.done:
             numbers = (f"{row.area_share:.2%}", f"{row.mean_probability:.3f}")
             shown.add_row(escape(row.image.name), escape(row.prompt), *numbers, escape(str(row.written.mask)))
         stdout.print(shown)
+        stdout.print(found.prompt_counts.describe())
     refuse_failures(found)

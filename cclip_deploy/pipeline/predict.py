@@ -1,16 +1,29 @@
-"""Predict: pictures and prompts to masks on disk, one image pass a picture."""
+"""Predict: pictures and prompts to masks on disk, one image pass a picture; reading and writing happen beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cclip_deploy.data.images import find_pictures, read_picture
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.data.images import Picture, find_pictures, read_picture
 from cclip_deploy.data.masks import WrittenMask, file_stem, write_segmentation
 from cclip_deploy.errors import ImageError, UsageError
 from cclip_deploy.files import disk_problem
+from cclip_deploy.prompt_cache import CacheCounts
 from cclip_deploy.segmenter import Segmenter
+
+READ_AHEAD, WRITE_BEHIND, WRITERS = 2, 4, 2
+_NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was written, and which pictures could not be read, with the reason."""
+    """What was written, which pictures could not be read, with the reason, and where the prompts' kernels came from."""
 
     done: tuple[Prediction, ...]
     failed: tuple[tuple[Path, str], ...]
+    prompt_counts: CacheCounts
 
 
 def predict(
@@ -58,27 +72,42 @@ def predict(
 ) -> Predictions:
     """Segment every prompt on every picture; a picture that cannot be read is reported and the rest go on.
 
+    One thread reads a few pictures ahead and two write behind, while this one runs the network. At most
+    `READ_AHEAD` pictures wait to be segmented and `WRITE_BEHIND` masks to be written, whatever the number of pictures
+    and prompts. Results have the order of the pictures and prompts. `on_picture` is told each picture, its number and
+    how many there are, when its turn comes.
+
     Raises:
         UsageError: no prompt, or an output that is a file.
         ImageError: a picture does not exist, or a folder holds none.
         PromptError: a prompt is empty or too long, before anything is written.
-        EnvironmentProblem: the output cannot be written.
+        EnvironmentProblem: the output cannot be written; what was written before is whole.
     """
     if threshold is not None and not 0 < threshold < 1:
         raise UsageError(f"A threshold of {threshold} is not between 0 and 1. Leave it out for the bundle's own.")
-    segmenter.encode_prompts(prompts)
+    counted_before = segmenter.prompt_counts
     paths = find_pictures(images)
+    segmenter.prepare(prompts)
     _make_folder(output)
+    limit = segmenter.bundle.manifest.threshold if threshold is None else threshold
     done: list[Prediction] = []
     failed: list[tuple[Path, str]] = []
+    writing: deque[Future[Prediction]] = deque()
     used_stems: set[str] = set()
-    for number, path in enumerate(paths, start=1):
-        on_picture(path, number, len(paths))
-        try:
-            done += _predict_one(segmenter, path, prompts, output, threshold, used_stems)
-        except ImageError as error:
-            failed.append((path, str(error)))
-    return Predictions(tuple(done), tuple(failed))
+    with _threads(1, "reader") as reader, _threads(WRITERS, "writer") as writers:
+        for number, (path, read) in enumerate(_read_ahead(reader, paths), start=1):
+            on_picture(path, number, len(paths))
+            try:
+                picture = read.result()
+            except ImageError as error:
+                failed.append((path, str(error)))
+                continue
+            for prompt, probability in zip(prompts, segmenter.probabilities(picture.pixels, prompts), strict=True):
+                stem = file_stem(path, prompt, used_stems)
+                writing.append(writers.submit(_write, picture, prompt, probability, output, stem, limit))
+                done += _results(writing, WRITE_BEHIND)
+        done += _results(writing, 0)
+    return Predictions(tuple(done), tuple(failed), segmenter.prompt_counts.since(counted_before))
 
 
 def refuse_failures(predictions: Predictions) -> None:
@@ -103,28 +132,47 @@ def _make_folder(output: Path) -> None:
         raise disk_problem(output, error) from error
 
 
-def _predict_one(
-    segmenter: Segmenter,
-    path: Path,
-    prompts: Sequence[str],
-    output: Path,
-    threshold: float | None,
-    used_stems: set[str],
-) -> list[Prediction]:
-    picture = read_picture(path)
-    limit = segmenter.bundle.manifest.threshold if threshold is None else threshold
-    predictions = []
-    for prompt, probability in zip(prompts, segmenter.probabilities(picture.pixels, prompts), strict=True):
-        inside = probability >= limit
-        written = write_segmentation(picture, prompt, probability, output, file_stem(path, prompt, used_stems), limit)
-        predictions.append(
-            Prediction(
-                image=path,
-                prompt=prompt,
-                area_share=float(inside.mean()),
-                mean_probability=float(probability.mean()),
-                mean_probability_inside=float(probability[inside].mean()) if inside.any() else None,
-                written=written,
-            )
-        )
-    return predictions
+@contextmanager
+def _threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Threads that are gone when the block ends: what they have begun is finished, what waits is dropped."""
+    pool = ThreadPoolExecutor(count, f"cclip-{name}", initializer=_step_back)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _step_back() -> None:
+    """Leave the cores to the network's threads, which wait for each other: one that is delayed delays all."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own to lower
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def _read_ahead(reader: ThreadPoolExecutor, paths: Sequence[Path]) -> Iterator[tuple[Path, Future[Picture]]]:
+    """Each path with its picture, which the reader begins a little before it is asked for."""
+    ahead: deque[tuple[Path, Future[Picture]]] = deque()
+    for path in paths:
+        ahead.append((path, reader.submit(read_picture, path)))
+        if len(ahead) > READ_AHEAD:
+            yield ahead.popleft()
+    while ahead:
+        yield ahead.popleft()
+
+
+def _results(writing: deque[Future[Prediction]], most: int) -> list[Prediction]:
+    """The oldest results, waiting until at most so many are under way; raises what a writer raised."""
+    return [writing.popleft().result() for _ in range(len(writing) - most)]
+
+
+def _write(
+    picture: Picture, prompt: str, probability: NDArray[np.float32], output: Path, stem: str, threshold: float
+) -> Prediction:
+    inside = probability >= threshold
+    return Prediction(
+        image=picture.path,
+        prompt=prompt,
+        area_share=float(inside.mean()),
+        mean_probability=float(probability.mean()),
+        mean_probability_inside=float(probability[inside].mean()) if inside.any() else None,
+        written=write_segmentation(picture, prompt, probability, output, stem, threshold),
+    )

@@ -24,3 +24,7 @@ class Backend(Protocol):
     def load(self, graph: str) -> None:
         """Load a graph now, so that the first run pays nothing for it."""
         ...
+
+    def unload(self, graph: str) -> None:
+        """Free what a graph takes; the next run loads it again. Nothing happens where it is not loaded."""
+        ...

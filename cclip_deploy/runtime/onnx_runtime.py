@@ -36,6 +36,9 @@ class OnnxRuntimeBackend:
     def load(self, graph: str) -> None:
         self._session(graph)
 
+    def unload(self, graph: str) -> None:
+        self._sessions.pop(graph, None)
+
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         session = self._session(graph)
         names = [output.name for output in session.get_outputs()]

@@ -27,6 +27,9 @@ class PyTorchBackend:
     def load(self, graph: str) -> None:
         """Nothing to do: the weights are in memory."""
 
+    def unload(self, graph: str) -> None:
+        """Nothing to do: all graphs share the weights."""
+
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         compute: dict[str, Callable[..., dict[str, Tensor]]] = {
             "prompt_encoder": self._prompt_encoder,

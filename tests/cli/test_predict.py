@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.bundles import copy_of, flip_byte
-from tests.cli.run import invoke, run
+from tests.cli.run import interrupt_at, invoke, run
 from tests.data.test_dicom import write_dicom
 
 
@@ -34,7 +34,7 @@ def test_a_folder_and_two_prompts_print_their_contract(tiny_bundle_path: Path, f
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
-    assert told.keys() == {"predictions", "failed"}
+    assert told.keys() == {"predictions", "failed", "prompt_kernels"}
     assert told["failed"] == []
     assert [(Path(row["image"]).name, row["prompt"]) for row in told["predictions"]] == [
         (name, prompt) for name in ("deep.png", "film", "photo.jpg") for prompt in ("left lung", "heart")
@@ -108,3 +108,57 @@ def test_other_bad_input_has_its_exit_code(tiny_bundle_path: Path, films: Path, 
     (tmp_path / "out").write_text("mine")
     assert exit_code(tiny_bundle_path, films, "--prompt", "lung") == 2
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_prompt_cache_is_used_mended_and_told(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    asked = (
+        "predict", tiny_bundle_path, films, "--prompt", "left lung", "--prompt", "heart", "-o", tmp_path / "out",
+        "--threads", "1", "--prompt-cache", cache,
+    )  # fmt: skip
+
+    def counts() -> dict[str, int]:
+        done = invoke(*asked, "--json")
+        assert done.exit_code == 0, done.output
+        return dict(json.loads(done.stdout)["prompt_kernels"])
+
+    assert counts() == {"memory_hits": 6, "disk_hits": 0, "misses": 2, "rebuilt": 0}
+    masks = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert counts() == {"memory_hits": 6, "disk_hits": 2, "misses": 0, "rebuilt": 0}
+    flip_byte(next(cache.iterdir()))
+    assert counts() == {"memory_hits": 6, "disk_hits": 1, "misses": 0, "rebuilt": 1}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == masks
+    said = invoke(*asked).stdout
+    assert "Prompt kernels: 0 computed, 6 from memory, 2 from disk" in said
+
+
+def test_a_prompt_cache_that_cannot_be_used_ends_before_any_work(
+    tiny_bundle_path: Path, films: Path, tmp_path: Path
+) -> None:
+    for place, code in ((films / "photo.jpg", 2), (Path("/proc/cache"), 3)):
+        done = invoke(
+            "predict", tiny_bundle_path, films, "--prompt", "lung", "-o", tmp_path / "out", "--prompt-cache", place
+        )
+        assert done.exit_code == code
+        assert str(place) in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_leaves_whole_files_and_ends_at_once(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "films").mkdir()
+    rng = np.random.default_rng(1)
+    for n in range(150):
+        Image.fromarray(rng.integers(0, 256, (300, 300)).astype(np.uint8)).save(tmp_path / "films" / f"{n:03}.png")
+    done = interrupt_at(
+        "12 of 150", "predict", tiny_bundle_path, tmp_path / "films", "--prompt", "lung", "-o", tmp_path / "out",
+        "--threads", "1",
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.rstrip().endswith("nothing was left half-written.")
+    assert "pictures/s, " in done.stderr
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert 0 < len(names) < 300
+    assert len(names) % 3 == 0
+    for name in names:
+        with Image.open(tmp_path / "out" / name) as image:
+            image.load()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.images import read_picture
 from cclip_deploy.data.preprocess import to_source
 from cclip_deploy.errors import EnvironmentProblem, ImageError, PromptError, UsageError
-from cclip_deploy.pipeline.predict import predict, refuse_failures
+from cclip_deploy.pipeline import predict as pipeline
+from cclip_deploy.pipeline.predict import READ_AHEAD, WRITE_BEHIND, predict, refuse_failures
+from cclip_deploy.prompt_cache import CacheCounts
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.segmenter import Segmenter
 from tests.conftest import THREADS
@@ -33,6 +37,8 @@ class Brightness:
         self.runs: list[str] = []
 
     def load(self, graph: str) -> None: ...
+
+    def unload(self, graph: str) -> None: ...
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.runs.append(graph)
@@ -270,3 +276,98 @@ def test_the_brightness_network_is_what_the_files_show(fast: Segmenter, tmp_path
     expected = 1 / (1 + np.exp(-(4 * features - 0.3)))  # start, lung, end: three tokens
     deep = read_png(row.written.probability).astype(np.float64) / 65535
     np.testing.assert_allclose(deep, to_source(expected.astype(np.float32), (64, 96)), atol=2e-5)
+
+
+def our_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("cclip-")]
+
+
+@pytest.mark.parametrize(
+    "error", [EnvironmentProblem("No room for masks"), KeyboardInterrupt()], ids=["full", "Ctrl-C"]
+)
+def test_a_writer_that_fails_stops_the_run_and_leaves_no_thread(
+    fast: Segmenter, fake: Brightness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    pictures = [save_png(tmp_path / f"{n:02}.png") for n in range(30)]
+    real, calls = pipeline.write_segmentation, []
+
+    def fails_at_the_third(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "write_segmentation", fails_at_the_third)
+    with pytest.raises(type(error)):
+        predict(fast, pictures, ["lung"], tmp_path / "out")
+    assert our_threads() == []
+    assert fake.runs.count("image_encoder") <= 3 + WRITE_BEHIND + 1
+    names = os.listdir(tmp_path / "out")
+    assert len(names) % 3 == 0
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_a_network_that_fails_leaves_no_thread(
+    fast: Segmenter, fake: Brightness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(pixels: np.ndarray, prompts: Sequence[str]) -> Iterator[np.ndarray]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fast, "probabilities", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(fast, [save_png(tmp_path / f"{n}.png") for n in range(9)], ["lung"], tmp_path / "out")
+    assert our_threads() == []
+
+
+def test_ten_thousand_prompts_keep_few_arrays_alive(
+    fast: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[np.ndarray] = weakref.WeakSet()
+    most = 0
+    real = fast.probabilities
+
+    def counted(pixels: np.ndarray, prompts: Sequence[str]) -> Iterator[np.ndarray]:
+        nonlocal most
+        for probability in real(pixels, prompts):
+            handed = probability.view(Tracked)
+            alive.add(handed)
+            most = max(most, len(alive))
+            yield handed
+
+    class Tracked(np.ndarray):
+        __hash__ = object.__hash__  # type: ignore[assignment]
+        __eq__ = object.__eq__  # type: ignore[assignment]
+
+    monkeypatch.setattr(fast, "probabilities", counted)
+    monkeypatch.setattr(pipeline, "write_segmentation", lambda *args: None)
+    prompts = [f"rib {n}" for n in range(10_000)]
+    found = predict(fast, [save_png(tmp_path / "a.png", (8, 8))], prompts, tmp_path / "out")
+    assert [row.prompt for row in found.done] == prompts
+    assert 1 <= most <= WRITE_BEHIND + 3
+    assert sum(found.prompt_counts.to_dict().values()) == 10_000
+
+
+def test_only_a_few_pictures_are_read_ahead(fast: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [save_png(tmp_path / f"{n:02}.png") for n in range(20)]
+    read: list[Path] = []
+    distance: list[int] = []
+    monkeypatch.setattr(pipeline, "read_picture", lambda path: (read.append(path), read_picture(path))[1])
+    predict(
+        fast,
+        pictures,
+        ["lung"],
+        tmp_path / "out",
+        on_picture=lambda path, number, total: distance.append(len(read) - number),
+    )
+    assert max(distance) <= READ_AHEAD
+    assert read == pictures
+
+
+def test_counts_are_those_of_this_run(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    film = save_png(tmp_path / "a.png")
+    segmenter = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
+    first = predict(segmenter, [film, film], PROMPTS, tmp_path / "out").prompt_counts
+    assert (first.misses, first.disk_hits, first.rebuilt) == (2, 0, 0)
+    assert predict(segmenter, [film], PROMPTS, tmp_path / "out").prompt_counts.misses == 0
+    again = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
+    assert predict(again, [film], PROMPTS, tmp_path / "out").prompt_counts == CacheCounts(memory_hits=2, disk_hits=2)

@@ -1,0 +1,49 @@
+"""PNG files written fast: one filter for all rows, where Pillow tries five on each at most of a picture's cost."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.errors import UsageError
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_GREY, _COLOUR = 0, 2
+_FILTER_UP = 2
+_ZLIB_LEVEL = 1
+
+
+def encode_png(pixels: NDArray[Any]) -> bytes:
+    """The PNG file (ISO/IEC 15948) of grey (H, W) uint8 or uint16, or of RGB (H, W, 3) uint8, without any loss.
+
+    Every row is filtered as its difference from the row above, and compressed at zlib's fastest level: what masks
+    and films take is about what Pillow's default makes of them, in less than half the time.
+
+    Raises:
+        UsageError: another shape or type.
+    """
+    grey, colour = pixels.ndim == 2, pixels.shape[2:] == (3,) and pixels.dtype == np.uint8
+    if not pixels.size or not (colour or (grey and pixels.dtype in (np.uint8, np.uint16))):
+        raise UsageError(f"{pixels.dtype} of shape {pixels.shape} is no PNG here: uint8 or uint16 grey, or uint8 RGB.")
+    height, width = pixels.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _GREY if grey else _COLOUR, 0, 0, 0)
+    body = zlib.compress(_filter_rows(pixels).data, _ZLIB_LEVEL)
+    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
+
+
+def _filter_rows(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    big_endian = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder(">"))
+    rows = big_endian.reshape(len(pixels), -1).view(np.uint8)  # (H, bytes of a row)
+    filtered = np.empty((len(rows), rows.shape[1] + 1), np.uint8)
+    filtered[:, 0] = _FILTER_UP
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    return filtered
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
