@@ -21,6 +21,7 @@ def predict(
         "predictions"
     ),
     threshold: Annotated[float | None, typer.Option(help="Probability from which a pixel counts.")] = None,
+    backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     json: options.Json = False,
@@ -29,11 +30,11 @@ def predict(
     from cclip_deploy.bundle import Bundle
     from cclip_deploy.pipeline.predict import predict as run
     from cclip_deploy.pipeline.predict import refuse_failures
-    from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+    from cclip_deploy.runtime.choice import open_backend
     from cclip_deploy.segmenter import Segmenter
 
     opened = Bundle.open(bundle)
-    segmenter = Segmenter(opened, OnnxRuntimeBackend(opened, "fp32", device, threads))
+    segmenter = Segmenter(opened, open_backend(backend, opened, "fp32", device, threads))
     with progress(quiet=json) as tell:
         found = run(segmenter, images, prompt, output, threshold, lambda p, n, total: tell(f"{n} of {total}: {p}"))
     if json:
