@@ -16,7 +16,7 @@ from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.evidence.latency import Candidate, Timing, measure_interleaved, report
 from cclip_deploy.evidence.process import ProcessCost, measure_command
 from cclip_deploy.evidence.reference import PICTURE_PROMPTS, SHORTEST_PROMPT, drawn_films
-from cclip_deploy.pipeline.bench_ours import our_candidates
+from cclip_deploy.pipeline.bench_ours import name_of, our_candidates
 from cclip_deploy.pipeline.bench_plan import BenchInputs, BenchOptions, LeftOut, Progress, with_answers_checked
 from cclip_deploy.pipeline.goals import figures
 from cclip_deploy.pipeline.peers import EAGER, PLAIN, SGEMM, Peers, load_network, open_plain
@@ -53,7 +53,7 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
             budget_seconds=options.budget_seconds,
         )
         present = [c.name for c in candidates if c.name in (EAGER, PLAIN)]
-        baselines = present or [c.name for c in candidates if c.name == "fused fp32"]
+        baselines = present or [c.name for c in candidates if c.name == name_of("fused", "fp32", options.backend)]
         result = report(candidates, timings, baselines, options.seed)
     result |= {"threads": options.threads, "bundle": str(bundle.path), "not_measured": left_out}
     return {**result, **_beside_peers(bundle, options, candidates, timings, processes)} if options.peers else result
