@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table
+from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table, write_json
 
 
 @reports_errors
@@ -25,6 +25,7 @@ def bench(
     budget: Annotated[float, typer.Option(help="Seconds after which no round is added.")] = 180.0,
     backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the JSON in this file, too.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of every candidate.", min=1)] = 2,
     json: options.Json = False,
 ) -> None:
@@ -38,6 +39,8 @@ def bench(
     )
     with progress(quiet=json) as tell:
         result = bench_bundle(Bundle.open(bundle), chosen, tell)
+    if output is not None:
+        write_json(output, result)
     if json:
         print_json(result)
         return

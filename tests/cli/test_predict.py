@@ -108,3 +108,16 @@ def test_other_bad_input_has_its_exit_code(tiny_bundle_path: Path, films: Path, 
     (tmp_path / "out").write_text("mine")
     assert exit_code(tiny_bundle_path, films, "--prompt", "lung") == 2
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_either_backend_finds_the_same(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    shares = {}
+    for backend in ("onnxruntime", "openvino"):
+        done = invoke(
+            "predict", tiny_bundle_path, films / "deep.png", "--prompt", "left lung", "--backend", backend,
+            "-o", tmp_path / backend, "--threads", "1", "--json",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.stderr
+        (row,) = json.loads(done.stdout)["predictions"]
+        shares[backend] = row["mean_probability"]
+    assert shares["openvino"] == pytest.approx(shares["onnxruntime"], abs=1e-4)
