@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cclip_deploy.model.network import CausalCLIPSeg
 
 EAGER, PLAIN = "pytorch eager", "plain export"
-PRODUCT_SIDE = 2048
+PRODUCT_SIDE = 3072
 SGEMM = f"sgemm {PRODUCT_SIDE}³"
 PRODUCT_MULTIPLY_ADDS = PRODUCT_SIDE**3
 REASON_LENGTH = 160

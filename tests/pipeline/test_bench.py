@@ -17,6 +17,7 @@ from cclip_deploy.model.checkpoint import save_checkpoint
 from cclip_deploy.pipeline import bench, export, peers
 from cclip_deploy.pipeline.bench import bench_bundle
 from cclip_deploy.pipeline.bench_plan import BenchOptions
+from cclip_deploy.pipeline.peers import SGEMM
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from tests.bundles import change_weights, copy_of, reseal
 from tests.conftest import THREADS, random_network
@@ -213,7 +214,7 @@ def beside_peers(tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoin
 
 def test_beside_the_peers_both_backends_run_and_every_answer_is_pytorchs(beside_peers: dict[str, Any]) -> None:
     ours = [f"{name} fp32{backend}" for backend in ("", ", OpenVINO") for name in OURS]
-    assert sorted(names(beside_peers)) == sorted([*ours, *PEERS, "sgemm 2048³"])
+    assert sorted(names(beside_peers)) == sorted([*ours, *PEERS, SGEMM])
     assert [row["name"] for row in beside_peers["not_measured"]] == ["torch.compile"]
     whole = [row for row in beside_peers["results"] if row["stage"] == "image and prompt"]
     assert {row["name"] for row in whole} == {*PEERS, *(n for n in ours if n.startswith(("fused", "cached")))}
