@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.pipeline.bench import BenchOptions, bench_bundle
+from cclip_deploy.pipeline.bench import bench_bundle
+from cclip_deploy.pipeline.bench_plan import BenchOptions
 
 
 def main() -> None:

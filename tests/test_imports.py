@@ -18,6 +18,8 @@ HEAVY = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "openvino",
+    "matplotlib",
     "tensorrt",
     "tensorrt_rtx",
     "pydicom",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("training", "export", "engines", "benchmarks")
@@ -46,6 +48,20 @@ def test_compare_keeps_its_result(tiny_bundle_path: Path, tmp_path: Path) -> Non
     said = run_script("benchmarks/compare.py", tiny_bundle_path, "-o", tmp_path / "bench.json", "--rounds", "3")
     assert (tmp_path / "bench.json").is_file()
     assert "kept in" in said
+
+
+@pytest.mark.slow
+def test_suite_measures_and_draw_draws(tiny_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    said = run_script(
+        "benchmarks/suite.py", tiny_bundle_path, "--checkpoint", tiny_checkpoint, "-o", tmp_path, "--rounds", "3",
+        "--budget", "1", "--no-compile",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "tiny_64x96.json").read_text())
+    assert {"8 × image, 128 × prompt", "1 × image, 1 × prompt"} <= {row["stage"] for row in result["results"]}
+    assert "onnxruntime: 128 prompts on one image against the plain export: " in said
+    run_script("benchmarks/draw.py", tmp_path / "tiny_64x96.json", "-o", tmp_path / "drawn" / "benchmark.png")
+    with Image.open(tmp_path / "drawn" / "benchmark.png") as picture:
+        assert picture.width > 900
 
 
 @pytest.mark.slow

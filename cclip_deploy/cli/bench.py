@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table, write_json
 
 
 @reports_errors
@@ -16,33 +16,73 @@ def bench(
     bundle: options.Bundle,
     checkpoint: options.Checkpoint = None,
     plain: Annotated[Path | None, typer.Option(help="A --plain bundle; one is made for the run unless given.")] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Time what you would pick instead, too; needs --checkpoint.")
+    ] = False,
     compile: Annotated[bool, typer.Option(help="Time torch.compile too.")] = True,
     rounds: Annotated[int, typer.Option(help="Most rounds; each times every candidate once.", min=3)] = 30,
     warmup: Annotated[int, typer.Option(help="Rounds before them that do not count.", min=0)] = 2,
     budget: Annotated[float, typer.Option(help="Seconds after which no round is added.")] = 180.0,
+    backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the JSON in this file, too.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of every candidate.", min=1)] = 2,
     json: options.Json = False,
 ) -> None:
     """Time a bundle against PyTorch and the plain export, [bold]interleaved[/], with paired ratios."""
     from cclip_deploy.bundle import Bundle
-    from cclip_deploy.pipeline.bench import BenchOptions, bench_bundle
+    from cclip_deploy.pipeline.bench import bench_bundle
+    from cclip_deploy.pipeline.bench_plan import BenchOptions
 
-    chosen = BenchOptions(checkpoint, plain, compile, device, threads, rounds, warmup, budget)
+    chosen = BenchOptions(
+        checkpoint, plain, compile, device, threads, rounds, warmup, budget, backend=backend, peers=peers
+    )
     with progress(quiet=json) as tell:
         result = bench_bundle(Bundle.open(bundle), chosen, tell)
+    if output is not None:
+        write_json(output, result)
     if json:
         print_json(result)
         return
-    shown = table(f"{bundle}, {threads} threads", "candidate", "stage", "p50 ms ", "p90 ms ", "p99 ms ", "n ")
-    for row in result["results"]:
-        times = (f"{row[key]:.1f}" for key in ("p50_ms", "p90_ms", "p99_ms"))
-        shown.add_row(row["name"], row["stage"], *times, str(row["n"]))
-    ratios = table("Paired ratios, baseline time / candidate time", "candidate", "against", "ratio ", "95 % interval ")
-    for row in result["ratios"]:
-        ratios.add_row(
-            row["candidate"], row["baseline"], f"{row['ratio']:.2f} ×", f"{row['low']:.2f} to {row['high']:.2f}"
-        )
-    stdout.print(shown, ratios)
+    show_times(result)
+    if peers:
+        show_figures(result)
     for row in result["not_measured"]:
         stdout.print(f"Not measured: {row['name']}: {row['reason']}.", markup=False)
+
+
+def show_times(result: dict[str, Any]) -> None:
+    """What each candidate took, and the paired ratios."""
+    title = f"{result['bundle']}, {result['threads']} threads"
+    shown = table(title, "candidate", "stage", "p50 ms ", "p90 ms ", "p99 ms ", "n ", "error ")
+    for row in result["results"]:
+        times = (f"{row[key]:.1f}" for key in ("p50_ms", "p90_ms", "p99_ms"))
+        error = f"{row['relative_error']:.1e}" if "relative_error" in row else ""
+        shown.add_row(row["name"], row["stage"], *times, str(row["n"]), error)
+    ratios = table("Paired ratios, baseline time / candidate time", "candidate", "against", "ratio ", "95 % interval ")
+    for row in result["ratios"]:
+        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        ratios.add_row(row["candidate"], row["baseline"], f"{row['ratio']:.2f} ×", interval)
+    stdout.print(shown, ratios)
+
+
+def show_figures(result: dict[str, Any]) -> None:
+    """The figures that the project is held to, and what the baselines of some of them were."""
+    shown = table("Figures, measured in this run", "figure", "backend", "value ", "95 % interval ", "goal ", "met")
+    for row in result["figures"]:
+        unit = row["unit"]
+        interval = "" if row["low"] is None else f"{row['low']:.3g} to {with_unit(row['high'], unit)}"
+        goal = "" if row["goal"] is None else f"{'≥' if row['at_least'] else '≤'} {with_unit(row['goal'], unit)}"
+        met = {True: "[green]yes[/]", False: "[bold red]no[/]", None: ""}[row["met"]]
+        what = f"{row['what']} *" if row["extrapolated"] else row["what"]
+        shown.add_row(what, row["backend"] or "", with_unit(row["value"], unit), interval, goal, met)
+    stdout.print(shown)
+    if any(row["extrapolated"] for row in result["figures"]):
+        stdout.print("* The plain export's time is one run of the same round, times the number of prompts and images.")
+    peak = si(2 * result["peak"]["multiply_adds_per_second"], "FLOP/s")
+    stdout.print(f"{result['peak']['name']} ran at {peak} in the same run.", markup=False)
+
+
+def with_unit(value: float, unit: str) -> str:
+    """A figure with its unit: 4.31 ×, 92 %, 21.4 G, 1.1 GB."""
+    return si(value, unit) if unit in ("", "B") else f"{value:.3g} {unit}"

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cclip_deploy.errors import CclipError
+from cclip_deploy.files import disk_problem
 
 INTERRUPTED = 130
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -112,6 +113,15 @@ def picture_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
 def print_json(value: Any) -> None:
     """One JSON document on standard output, and nothing else."""
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON document in a file; EnvironmentProblem where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise disk_problem(path, error) from error
 
 
 def table(title: str, *columns: str) -> Table:

@@ -20,6 +20,7 @@ Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads; as many as the runtime likes unless given.", min=1)
 ]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where ONNX Runtime runs.")]
+Backend = Annotated[Literal["onnxruntime", "openvino"], typer.Option("--backend", help="What runs the graphs.")]
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", help="The checkpoint, where PyTorch itself is to answer.")
 ]

@@ -24,6 +24,7 @@ def predict(
     prompt_cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps what was computed of each prompt, for the next time.")
     ] = None,
+    backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     json: options.Json = False,
@@ -36,10 +37,10 @@ def predict(
 
     from cclip_deploy.pipeline.predict import predict as run
     from cclip_deploy.pipeline.predict import refuse_failures
-    from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+    from cclip_deploy.runtime.choice import open_backend
     from cclip_deploy.segmenter import Segmenter
 
-    segmenter = Segmenter(opened, OnnxRuntimeBackend(opened, "fp32", device, threads), prompt_cache)
+    segmenter = Segmenter(opened, open_backend(backend, opened, "fp32", device, threads), prompt_cache)
     with picture_progress(quiet=json) as on_picture:
         found = run(segmenter, images, prompt, output, threshold, on_picture)
     if json:

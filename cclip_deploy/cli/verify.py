@@ -26,6 +26,7 @@ def verify(
         list[Path] | None, typer.Option(help="Picture or folder to compare on; needs --checkpoint.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt to compare on; needs --checkpoint.")] = None,
+    backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
     threads: options.Threads = None,
     json: options.Json = False,
@@ -34,7 +35,7 @@ def verify(
     from cclip_deploy.bundle import Bundle
     from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 
-    chosen = VerifyOptions(checkpoint, tuple(image or ()), tuple(prompt or ()), device, threads)
+    chosen = VerifyOptions(checkpoint, tuple(image or ()), tuple(prompt or ()), device, threads, backend)
     with progress(quiet=json) as tell:
         result = verify_bundle(Bundle.open(bundle), chosen, tell)
     if json:

@@ -20,6 +20,7 @@ Status = Literal["ok", "missing", "broken"]
 
 RUN = "run a bundle"
 RUN_CUDA = "run a bundle on CUDA"
+RUN_OPENVINO = "run a bundle in OpenVINO"
 EXPORT = "export"
 BUILD_RTX = "build TensorRT-RTX engines"
 BUILD_TENSORRT = "build TensorRT engines"
@@ -65,6 +66,7 @@ class Package:
 
 
 ONNXRUNTIME = Package("onnxruntime", "onnxruntime", "cpu", (RUN,))
+OPENVINO = Package("openvino", "openvino", "openvino", (RUN_OPENVINO,))
 TENSORRT_RTX = Package("tensorrt_rtx", "tensorrt-rtx", "rtx", (BUILD_RTX,))
 TENSORRT = Package("tensorrt", "tensorrt", "tensorrt", (BUILD_TENSORRT, RUN_ENGINES))
 PYTHON_PACKAGES = (
@@ -86,8 +88,8 @@ DEVICE_BUFFER_MODULES = {"cuda.bindings": "cuda-bindings", "pycuda": "pycuda"}  
 def diagnose(deep: bool = False) -> list[Check]:
     """Look at Python, packages, driver, disk and memory.
 
-    onnxruntime and the TensorRT bindings are imported, in a process of their own, because a broken installation shows
-    only then; `deep` imports every package (torch takes seconds).
+    onnxruntime, openvino and the TensorRT bindings are imported, in a process of their own, because a broken
+    installation shows only then; `deep` imports every package (torch takes seconds).
     """
     driver = check_driver()
     has_gpu = driver.status == "ok"
@@ -95,6 +97,7 @@ def diagnose(deep: bool = False) -> list[Check]:
         check_python(),
         *(check_package(package, deep) for package in PYTHON_PACKAGES),
         *check_onnxruntime(has_gpu),
+        check_openvino(),
         driver,
         check_binding(TENSORRT_RTX, has_gpu),
         check_binding(TENSORRT, has_gpu),
@@ -138,6 +141,19 @@ def check_onnxruntime(has_gpu: bool) -> list[Check]:
     detail = f"{version}, providers: {', '.join(probe.providers)}"
     found = Check(ONNXRUNTIME.distribution, "ok", detail, None, ONNXRUNTIME.needed_for)
     return [found, _cuda_provider(probe.providers, has_gpu)]
+
+
+def check_openvino() -> Check:
+    """openvino, the processor it found, and the kinds of arithmetic that it lists for it."""
+    if not _is_found(OPENVINO.module):
+        return _missing(OPENVINO)
+    probe = probe_import("cclip_deploy.runtime.openvino", "describe_device")
+    if probe.error:
+        return _broken(OPENVINO, probe.error)
+    if not probe.providers:
+        return _broken(OPENVINO, "it loads, but its CPU plugin does not")
+    version, (processor, *kinds) = installed_version(OPENVINO.distribution) or "version unknown", probe.providers
+    return Check(OPENVINO.distribution, "ok", f"{version}, {processor}: {', '.join(kinds)}", None, OPENVINO.needed_for)
 
 
 def check_binding(package: Package, has_gpu: bool) -> Check:
@@ -197,7 +213,7 @@ def check_memory() -> Check:
 
 @dataclass(frozen=True)
 class Probe:
-    """What an import said: `error` in one line or None; ONNX Runtime's providers."""
+    """What an import said: `error` in one line or None; what the module lists that it can run on."""
 
     error: str | None
     providers: tuple[str, ...] = ()
@@ -210,7 +226,7 @@ sys.path[:] = json.loads(sys.argv[1])
 said = {"error": None, "providers": []}
 try:
     module = importlib.import_module(sys.argv[2])
-    said["providers"] = getattr(module, "get_available_providers", list)()
+    said["providers"] = getattr(module, sys.argv[3], list)()
 except BaseException as error:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said["error"] = ": ".join([type(error).__name__, *lines[:1]])
@@ -218,10 +234,10 @@ print("\\n" + json.dumps(said), flush=True)
 """
 
 
-def probe_import(module: str) -> Probe:
-    """Import `module` in a process of its own, so that one that crashes takes nothing with it."""
+def probe_import(module: str, lister: str = "get_available_providers") -> Probe:
+    """Import `module` in a process of its own, so that one that crashes takes nothing with it; call its `lister`."""
     path = json.dumps([folder or os.getcwd() for folder in sys.path])
-    command = [sys.executable, "-P", "-c", PROBE_CODE, path, module]
+    command = [sys.executable, "-P", "-c", PROBE_CODE, path, module, lister]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:

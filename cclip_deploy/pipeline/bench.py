@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from cclip_deploy.bundle import Bundle, graph_key
-from cclip_deploy.errors import UsageError
-from cclip_deploy.evidence.latency import Candidate, measure_interleaved, report
-from cclip_deploy.evidence.parity import CHAIN
-from cclip_deploy.evidence.reference import seeded_inputs
-from cclip_deploy.runtime.backend import Arrays
-from cclip_deploy.runtime.onnx_runtime import Device, OnnxRuntimeBackend
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.evidence.latency import Candidate, Timing, measure_interleaved, report
+from cclip_deploy.evidence.process import ProcessCost, measure_command
+from cclip_deploy.evidence.reference import PICTURE_PROMPTS, SHORTEST_PROMPT, drawn_films
+from cclip_deploy.pipeline.bench_ours import name_of, our_candidates
+from cclip_deploy.pipeline.bench_plan import BenchInputs, BenchOptions, LeftOut, Progress, with_answers_checked
+from cclip_deploy.pipeline.goals import figures
+from cclip_deploy.pipeline.peers import EAGER, PLAIN, SGEMM, Peers, load_network, open_plain
 
-if TYPE_CHECKING:
-    from cclip_deploy.model.network import CausalCLIPSeg
-
-Progress = Callable[[str], None]
-
-WHOLE, PROMPT, DECODE = "image and prompt", "prompt alone", "one more prompt"
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What to compare with, and for how long. The peers need the checkpoint."""
-
-    checkpoint: Path | None = None
-    plain_bundle: Path | None = None
-    compile: bool = True
-    device: Device = "cpu"
-    threads: int = 2
-    rounds: int = 30
-    warmup_rounds: int = 2
-    budget_seconds: float = 180.0
-    seed: int = 0
+PROGRAM = (sys.executable, "-c", "from cclip_deploy.cli.app import main; main()")
 
 
 def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = lambda _: None) -> dict[str, Any]:
@@ -47,11 +29,20 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
 
     Returns:
         The contract of `bench --json`: fingerprint, results, ratios (baseline time / candidate time, paired), and
-        `not_measured`, which names what was left out and why.
+        `not_measured`, which names what was left out and why. With `peers` also `figures` (see `goals.Figure`), `peak`
+        (multiply-adds a second of a large matrix product) and `predict` (what one costs in a process of its own).
+
+    Raises:
+        ParityError: one of our own candidates does not compute what PyTorch does.
     """
     if bundle.manifest.form != "deploy":
         raise UsageError(f"{bundle.path} is a plain export. Bench a deploy bundle and give this one as --plain.")
-    with _candidates(bundle, options, on_progress) as (candidates, left_out):
+    left_out: LeftOut = [
+        {"name": f"{engine.graph} {engine.precision} on {engine.backend}", "reason": "engines run on a GPU only"}
+        for engine in bundle.manifest.engines
+    ]
+    processes = _predict_alone(bundle, options, left_out, on_progress) if options.peers else {}
+    with _candidates(bundle, options, left_out, on_progress) as candidates:
         on_progress(f"Timing {len(candidates)} candidates, {options.threads} threads")
         timings = measure_interleaved(
             candidates,
@@ -61,168 +52,77 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
             on_round=lambda done, total: on_progress(f"Round {done} of {total}"),
             budget_seconds=options.budget_seconds,
         )
-        peers = [c.name for c in candidates if c.name in ("pytorch eager", "plain export")]
-        baselines = peers or [c.name for c in candidates if c.name == "fused fp32"]
+        present = [c.name for c in candidates if c.name in (EAGER, PLAIN)]
+        baselines = present or [c.name for c in candidates if c.name == name_of("fused", "fp32", options.backend)]
         result = report(candidates, timings, baselines, options.seed)
-    return {**result, "threads": options.threads, "bundle": str(bundle.path), "not_measured": left_out}
+    result |= {"threads": options.threads, "bundle": str(bundle.path), "not_measured": left_out}
+    return {**result, **_beside_peers(bundle, options, candidates, timings, processes)} if options.peers else result
+
+
+def _beside_peers(
+    bundle: Bundle,
+    options: BenchOptions,
+    candidates: list[Candidate],
+    timings: Mapping[str, Timing],
+    processes: Mapping[str, ProcessCost],
+) -> dict[str, Any]:
+    shown = figures(bundle.manifest, candidates, timings, processes, options.seed)
+    product = next(candidate for candidate in candidates if candidate.name == SGEMM)
+    seconds = float(np.median(timings[SGEMM].samples_ms)) / 1e3
+    return {
+        "network": {"name": bundle.manifest.model["name"], "image_hw": list(bundle.manifest.image_hw)},
+        "figures": [figure.to_dict() for figure in shown],
+        "peak": {"name": SGEMM, "multiply_adds_per_second": float(str(product.extra["multiply_adds"])) / seconds},
+        "predict": {backend: cost.to_dict() for backend, cost in processes.items()},
+    }
 
 
 @contextmanager
-def _candidates(
-    bundle: Bundle, options: BenchOptions, on_progress: Progress
-) -> Iterator[tuple[list[Candidate], list[dict[str, str]]]]:
-    left_out: list[dict[str, str]] = [
-        {"name": f"{engine.graph} {engine.precision} on {engine.backend}", "reason": "engines run on a GPU only"}
-        for engine in bundle.manifest.engines
-    ]
-    candidates = _ours(bundle, options, left_out)
+def _candidates(bundle: Bundle, options: BenchOptions, left_out: LeftOut, tell: Progress) -> Iterator[list[Candidate]]:
+    inputs = BenchInputs.for_bundle(bundle, options)
+    peers = Peers(inputs, options, left_out, tell)
+    candidates = our_candidates(bundle, inputs, options, left_out)
     with tempfile.TemporaryDirectory(prefix="cclip-bench-") as scratch:
+        network = None
         if options.checkpoint is None:
-            left_out += [{"name": name, "reason": "needs --checkpoint"} for name in ("pytorch eager", "torch.compile")]
+            left_out += [{"name": name, "reason": "needs --checkpoint"} for name in (EAGER, "torch.compile")]
         else:
-            candidates += _pytorch(bundle, options, left_out, on_progress)
-        plain = _plain(bundle, options, Path(scratch), on_progress)
+            network = load_network(bundle, options)
+            candidates += peers.of_pytorch(network)
+        plain = open_plain(bundle, options, Path(scratch), tell)
         if plain is None:
-            left_out.append({"name": "plain export", "reason": "needs --checkpoint or --plain"})
+            left_out.append({"name": PLAIN, "reason": "needs --checkpoint or --plain"})
         else:
-            candidates.append(plain)
-        yield candidates, left_out
+            candidates += peers.of_plain_export(plain)
+        if network is not None:
+            if options.peers:
+                candidates += peers.of_openvino_conversion(network)
+            tell("Comparing every candidate's answer with PyTorch's")
+            truth = peers.answer_of(network)
+            candidates = with_answers_checked(candidates, truth, left_out)
+        yield [*candidates, peers.of_machine()] if options.peers else candidates
 
 
-def _ours(bundle: Bundle, options: BenchOptions, left_out: list[dict[str, str]]) -> list[Candidate]:
-    image, tokens = seeded_inputs(bundle.manifest.image_hw, bundle.manifest.prompt_length)
-    image, tokens = image[:1], tokens[:1]
-    found = []
-    for precision in bundle.precisions():
-        missing = [name for name in CHAIN if graph_key(name, precision) not in bundle.manifest.graphs]
-        if missing:
-            left_out.append({"name": f"{precision} graphs", "reason": f"the bundle has no {precision} {missing[0]}"})
-            continue
-        backend = OnnxRuntimeBackend(bundle, precision, options.device, options.threads)
-        kernels: Arrays = backend.run("prompt_encoder", {"tokens": tokens})
-        features: Arrays = backend.run("image_encoder", {"image": image})
+def _predict_command(bundle: Bundle, film: Path, backend: str, options: BenchOptions) -> list[str]:
+    length, tokenizer = bundle.manifest.prompt_length, bundle.tokenizer()
+    prompt = next(p for p in (*PICTURE_PROMPTS, SHORTEST_PROMPT) if len(tokenizer.ids(p)) <= length)
+    return [
+        *PROGRAM, "predict", str(bundle.path), str(film), "--prompt", prompt, "-o", str(film.parent / "masks"),
+        "--threads", str(options.threads), "--backend", backend, "--json",
+    ]  # fmt: skip
 
-        def cached(backend: OnnxRuntimeBackend = backend, kernels: Arrays = kernels) -> object:
-            features = backend.run("image_encoder", {"image": image})["features"]
-            return backend.run("mask_decoder", {"features": features, **kernels})
 
-        def decode(
-            backend: OnnxRuntimeBackend = backend, kernels: Arrays = kernels, features: Arrays = features
-        ) -> object:
-            return backend.run("mask_decoder", {"features": features["features"], **kernels})
+def _predict_alone(bundle: Bundle, options: BenchOptions, left_out: LeftOut, tell: Progress) -> dict[str, ProcessCost]:
+    from PIL import Image
 
-        def prompt(backend: OnnxRuntimeBackend = backend) -> object:
-            return backend.run("prompt_encoder", {"tokens": tokens})
-
-        def fused(backend: OnnxRuntimeBackend = backend) -> object:
-            return backend.run("fused", {"image": image, "tokens": tokens})
-
-        stages = [("cached prompt", WHOLE, cached), ("prompt", PROMPT, prompt), ("one more prompt", DECODE, decode)]
-        if graph_key("fused", precision) in bundle.manifest.graphs:
-            stages.insert(0, ("fused", WHOLE, fused))
-        found += [
-            Candidate(f"{name} {precision}", backend.name, precision, stage, run, _extra(options))
-            for name, stage, run in stages
-        ]
+    found: dict[str, ProcessCost] = {}
+    with tempfile.TemporaryDirectory(prefix="cclip-bench-") as folder:
+        film = Path(folder) / "film.png"
+        Image.fromarray((drawn_films(bundle.manifest.image_hw)[0] * 255).round().astype(np.uint8)).save(film)
+        for backend in options.backends():
+            tell(f"Timing predict in a process of its own, {backend}")
+            try:
+                found[backend] = measure_command(_predict_command(bundle, film, backend, options))
+            except EnvironmentProblem as error:
+                left_out.append({"name": f"predict, {backend}", "reason": str(error)})
     return found
-
-
-def _extra(options: BenchOptions) -> dict[str, object]:
-    return {"threads": options.threads, "device": options.device}
-
-
-def _pytorch(
-    bundle: Bundle, options: BenchOptions, left_out: list[dict[str, str]], on_progress: Progress
-) -> list[Candidate]:
-    from cclip_deploy.pipeline.export import require_export_packages
-
-    require_export_packages()
-    import torch
-
-    from cclip_deploy.model.checkpoint import load_checkpoint
-
-    if options.checkpoint is None:
-        raise UsageError("PyTorch needs the weights: give --checkpoint FILE.")
-    torch.set_num_threads(options.threads)
-    loaded = load_checkpoint(options.checkpoint)
-    if loaded.sha256 != bundle.manifest.checkpoint.sha256:
-        raise UsageError(
-            f"{options.checkpoint} is not the file that {bundle.path} was exported from "
-            f"({bundle.manifest.checkpoint.name}), so they cannot be compared. Give that one."
-        )
-    model = loaded.model
-    arrays = seeded_inputs(bundle.manifest.image_hw, bundle.manifest.prompt_length)
-    image, tokens = (torch.from_numpy(np.ascontiguousarray(array[:1])) for array in arrays)
-
-    def run(compute: Callable[[torch.Tensor, torch.Tensor], object]) -> Callable[[], object]:
-        def timed() -> object:
-            with torch.inference_mode():
-                return compute(image, tokens)
-
-        return timed
-
-    extra = {**_extra(options), "device": "cpu"}
-    found = [
-        Candidate("pytorch eager", "pytorch", "fp32", WHOLE, run(model), extra),
-        Candidate("pytorch eager, causal path", "pytorch", "fp32", WHOLE, run(model.causal_logits), extra),
-    ]
-    if options.compile:
-        on_progress("Compiling with torch.compile")
-        try:
-            found.append(Candidate("torch.compile", "pytorch", "fp32", WHOLE, run(_compiled(model, run)), extra))
-        except Exception as error:  # a compiler that is missing or fails is a fact to report, whatever its type
-            left_out.append(
-                {"name": "torch.compile", "reason": f"does not work here: {str(error).splitlines()[0][:120]}"}
-            )
-    else:
-        left_out.append({"name": "torch.compile", "reason": "switched off"})
-    return found
-
-
-def _compiled(
-    model: CausalCLIPSeg, run: Callable[[Callable[..., object]], Callable[[], object]]
-) -> Callable[..., object]:
-    import torch
-
-    compiled: Callable[..., object] = torch.compile(model.causal_logits)
-    run(compiled)()
-    return compiled
-
-
-def _plain(bundle: Bundle, options: BenchOptions, scratch: Path, on_progress: Progress) -> Candidate | None:
-    """The plain export in ONNX Runtime: the bundle given, or one made for this run."""
-    path = options.plain_bundle
-    if path is None:
-        if options.checkpoint is None:
-            return None
-        from cclip_deploy.pipeline.export import ExportOptions, export_bundle
-
-        path = scratch / "plain.cclip"
-        chosen = ExportOptions(
-            bundle.manifest.image_hw, bundle.manifest.prompt_length, plain=True, threads=options.threads
-        )
-        export_bundle(options.checkpoint, path, chosen, "bench", lambda what: on_progress(f"Plain export: {what}"))
-    plain = Bundle.open(path)
-    _refuse_another_network(bundle, plain)
-    backend = OnnxRuntimeBackend(plain, "fp32", options.device, options.threads)
-    image, tokens = seeded_inputs(bundle.manifest.image_hw, bundle.manifest.prompt_length)
-    batch = int(plain.graph("plain").inputs[0].shape[0])
-    if batch != 1:
-        raise UsageError(
-            f"{path} has a batch of {batch}; the benchmark compares single pictures. Export it with --batch 1."
-        )
-    inputs: Arrays = {"image": image[:1], "tokens": tokens[:1]}
-    backend.load("plain")
-    return Candidate("plain export", backend.name, "fp32", WHOLE, lambda: backend.run("plain", inputs), _extra(options))
-
-
-def _refuse_another_network(bundle: Bundle, plain: Bundle) -> None:
-    ours, theirs = bundle.manifest, plain.manifest
-    if theirs.form != "plain":
-        raise UsageError(f"{plain.path} is no plain export. Make one: cclip-deploy export CHECKPOINT --plain -o PLAIN")
-    facts = ("image_hw", "prompt_length")
-    different = [name for name in facts if getattr(ours, name) != getattr(theirs, name)]
-    if ours.checkpoint.sha256 != theirs.checkpoint.sha256:
-        different.append("checkpoint")
-    if different:
-        raise UsageError(f"{plain.path} differs from {bundle.path} in {', '.join(different)}. Export both alike.")

@@ -13,7 +13,8 @@ from cclip_deploy.data.layouts import Referral, of_split, read_flat
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.errors import EnvironmentProblem, ParityError, UsageError
 from cclip_deploy.files import whole_folder
-from cclip_deploy.pipeline.bench import BenchOptions, bench_bundle
+from cclip_deploy.pipeline.bench import bench_bundle
+from cclip_deploy.pipeline.bench_plan import BenchOptions
 from cclip_deploy.pipeline.build import BuildOptions, build_engines
 from cclip_deploy.pipeline.demo_report import DemoFacts, save_report
 from cclip_deploy.pipeline.export import ExportOptions, export_bundle, require_export_packages

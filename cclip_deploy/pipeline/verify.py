@@ -19,8 +19,9 @@ from cclip_deploy.evidence.reference import (
     record,
     seeded_inputs,
 )
+from cclip_deploy.runtime.choice import BackendName, open_backend
 from cclip_deploy.runtime.layer_table import LayerTable, Precision, prove_precision
-from cclip_deploy.runtime.onnx_runtime import Device, OnnxRuntimeBackend
+from cclip_deploy.runtime.onnx_runtime import Device
 
 if TYPE_CHECKING:
     from cclip_deploy.model.checkpoint import LoadedCheckpoint
@@ -57,6 +58,7 @@ class VerifyOptions:
     prompts: tuple[str, ...] = ()
     device: Device = "cpu"
     threads: int | None = None
+    backend: BackendName = "onnxruntime"
 
 
 def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress = lambda _: None) -> Verification:
@@ -73,7 +75,7 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     for precision in bundle.precisions():
         graphs = [name for name in _base_names(bundle) if graph_key(name, precision) in bundle.manifest.graphs]
         on_progress(f"Comparing {precision} graphs: {', '.join(graphs)}")
-        backend = OnnxRuntimeBackend(bundle, precision, options.device, options.threads)
+        backend = open_backend(options.backend, bundle, precision, options.device, options.threads)
         checks += check_graphs(backend, graphs, references, plain_batch(bundle.manifest))
     checks += _engine_checks(bundle)
     if strays:

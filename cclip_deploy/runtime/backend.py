@@ -1,12 +1,16 @@
-"""The protocol that everything which computes a bundle's graphs follows."""
+"""The protocol that everything which computes a bundle's graphs follows, and what all of them check of a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cclip_deploy.bundle import GraphEntry, TensorSpec
+from cclip_deploy.errors import BundleError, UsageError
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -28,3 +32,21 @@ class Backend(Protocol):
     def unload(self, graph: str) -> None:
         """Free what a graph takes; the next run loads it again. Nothing happens where it is not loaded."""
         ...
+
+
+def check_tensors(path: Path, entry: GraphEntry, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
+    """Raise BundleError unless a graph takes and gives what the manifest says; dynamic sides may bear any name."""
+    for what, have, told in (("inputs", inputs, entry.inputs), ("outputs", outputs, entry.outputs)):
+        real, expected = ({t.name: (t.dtype, _sides(t.shape)) for t in tensors} for tensors in (have, told))
+        if real != expected:
+            raise BundleError(f"{path} has {what} {real}, the manifest says {expected}. Export the bundle again.")
+
+
+def check_threads(threads: int | None) -> None:
+    """UsageError for a number of threads below 1; None leaves it to the runtime."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads make no sense. Give 1 or more.")
+
+
+def _sides(shape: Sequence[int | str]) -> list[int | str]:
+    return [side if isinstance(side, int) else "?" for side in shape]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, GraphEntry, graph_key
+from cclip_deploy.bundle import Bundle, TensorSpec, graph_key
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
-from cclip_deploy.runtime.backend import Arrays
+from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 INSTALL = {"cpu": "pip install 'cclip-deploy[cpu]'", "cuda": "pip install 'cclip-deploy[gpu]'"}
 Device = Literal["cpu", "cuda"]
-_TYPES = {"float32": "float", "float16": "float16"}
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
 class OnnxRuntimeBackend:
@@ -50,24 +50,21 @@ class OnnxRuntimeBackend:
             entry = self.bundle.graph(graph_key(graph, self.precision))
             path = self.bundle.file(entry.file)
             session = make_session(self._runtime, str(path), self.device, self.threads)
-            _check_tensors(session, entry, path)
+            check_tensors(path, entry, _specs(session.get_inputs()), _specs(session.get_outputs()))
             self._sessions[graph] = session
         return self._sessions[graph]
 
 
-def _check_tensors(session: Any, entry: GraphEntry, path: Path) -> None:
-    """Raise BundleError unless a graph takes and gives what the manifest says; dynamic sides may bear any name."""
-    for what, have, told in (
-        ("inputs", session.get_inputs(), entry.inputs),
-        ("outputs", session.get_outputs(), entry.outputs),
-    ):
-        real = {t.name: (t.type, [side if isinstance(side, int) else "?" for side in t.shape]) for t in have}
-        expected = {
-            t.name: (f"tensor({_TYPES.get(t.dtype, t.dtype)})", [s if isinstance(s, int) else "?" for s in t.shape])
-            for t in told
-        }
-        if real != expected:
-            raise BundleError(f"{path} has {what} {real}, the manifest says {expected}. Export the bundle again.")
+def _specs(tensors: Iterable[Any]) -> list[TensorSpec]:
+    """ONNX Runtime's arguments in the manifest's words; a dynamic side is named or None there."""
+    return [
+        TensorSpec(
+            name=tensor.name,
+            dtype=_TYPES.get(tensor.type, tensor.type),
+            shape=tuple(side if isinstance(side, int) else str(side) for side in tensor.shape),
+        )
+        for tensor in tensors
+    ]
 
 
 def load_onnxruntime(device: Device) -> Any:
@@ -93,9 +90,8 @@ def make_session(runtime: Any, model: str | bytes, device: Device = "cpu", threa
     options.log_severity_level = 3
     # Idle threads would spin for tens of milliseconds after a run, at the expense of whatever runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    check_threads(threads)
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"{threads} threads make no sense. Give 1 or more.")
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     try:

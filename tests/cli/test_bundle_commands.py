@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,51 @@ def test_bench_shows_a_table_and_prints_its_contract(tiny_bundle_path: Path) -> 
     told = json.loads(done.stdout)
     assert told.keys() >= {"fingerprint", "results", "ratios"}
     assert told["results"][0].keys() >= {"name", "backend", "precision", "stage", "p50_ms", "p90_ms", "p99_ms", "n"}
+
+
+def test_bench_beside_the_peers_needs_the_checkpoint(tiny_bundle_path: Path) -> None:
+    done = invoke("bench", tiny_bundle_path, "--peers")
+    assert done.exit_code == 2
+    assert "give --checkpoint FILE" in done.stderr
+
+
+def test_bench_shows_figures_with_goals_and_keeps_its_json(
+    tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cclip_deploy.pipeline import bench
+
+    figure = {
+        "what": "128 prompts on one image", "backend": "openvino", "value": 99.0, "unit": "×", "low": 98.0,
+        "high": 101.0, "goal": 100.0, "at_least": True, "extrapolated": "128 × one run", "met": False,
+    }  # fmt: skip
+    told = {
+        "results": [], "ratios": [], "not_measured": [], "bundle": "b", "threads": 2, "figures": [figure],
+        "peak": {"name": "sgemm", "multiply_adds_per_second": 7e10},
+    }  # fmt: skip
+    monkeypatch.setattr(bench, "bench_bundle", lambda *_: told)
+    kept = tmp_path / "new" / "result.json"
+    done = invoke("bench", tiny_bundle_path, "--peers", "--checkpoint", "any.pth", "-o", kept)
+    assert done.exit_code == 0, done.stderr
+    for words in ("128 prompts on one image *", "99 ×", "98 to 101 ×", "≥ 100 ×", "140 GFLOP/s", "times the number"):
+        assert words in done.stdout
+    assert json.loads(kept.read_text()) == told
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_openvino_runs_where_it_was_asked_for(command: str, tiny_bundle_path: Path) -> None:
+    done = invoke(command, tiny_bundle_path, "--backend", "openvino", "--threads", "1", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert {row["backend"] for row in told["checks" if command == "verify" else "results"]} == {"openvino"}
+
+
+def test_an_openvino_that_is_not_there_ends_with_3_and_not_in_onnx_runtime(
+    tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    done = invoke("verify", tiny_bundle_path, "--backend", "openvino")
+    assert done.exit_code == 3
+    assert "pip install 'cclip-deploy[openvino]'" in done.stderr
 
 
 def test_cuda_that_is_not_there_ends_with_3_and_not_on_the_cpu(tiny_bundle_path: Path) -> None:

@@ -162,3 +162,16 @@ def test_ctrl_c_leaves_whole_files_and_ends_at_once(tiny_bundle_path: Path, tmp_
     for name in names:
         with Image.open(tmp_path / "out" / name) as image:
             image.load()
+
+
+def test_either_backend_finds_the_same(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    shares = {}
+    for backend in ("onnxruntime", "openvino"):
+        done = invoke(
+            "predict", tiny_bundle_path, films / "deep.png", "--prompt", "left lung", "--backend", backend,
+            "-o", tmp_path / backend, "--threads", "1", "--json",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.stderr
+        (row,) = json.loads(done.stdout)["predictions"]
+        shares[backend] = row["mean_probability"]
+    assert shares["openvino"] == pytest.approx(shares["onnxruntime"], abs=1e-4)

@@ -102,6 +102,21 @@ def test_an_onnxruntime_that_does_not_import_blocks_running_a_bundle(site: Path)
     assert blockers([main, cuda]) == [main]
 
 
+def test_openvino_tells_its_version_its_processor_and_its_arithmetic() -> None:
+    check = machine.check_openvino()
+    assert (check.status, check.remedy) == ("ok", None)
+    assert str(machine.installed_version("openvino")) in check.detail
+    assert "FP32" in check.detail
+
+
+def test_an_openvino_that_does_not_import_is_broken_and_blocks_no_bundle(site: Path) -> None:
+    put(site, "openvino", "raise ImportError('libtbb.so.12: cannot open')")
+    check = machine.check_openvino()
+    assert (check.status, blockers([check])) == ("broken", [])
+    assert "libtbb" in check.detail
+    assert check.remedy == "pip install --force-reinstall 'cclip-deploy[openvino]'"
+
+
 def test_tensorrt_rtx_builds_without_a_gpu_and_plain_tensorrt_does_not(site: Path) -> None:
     put(site, "tensorrt_rtx", "")
     put(site, "tensorrt", "")
@@ -169,7 +184,8 @@ def test_this_machine_can_run_a_bundle_and_every_problem_has_a_remedy() -> None:
 def test_every_package_is_brought_by_the_extra_that_its_remedy_names() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     brought = {"": project["dependencies"], **project["optional-dependencies"]}
-    for package in (*machine.PYTHON_PACKAGES, machine.ONNXRUNTIME, machine.TENSORRT_RTX, machine.TENSORRT):
+    bindings = (machine.ONNXRUNTIME, machine.OPENVINO, machine.TENSORRT_RTX, machine.TENSORRT)
+    for package in (*machine.PYTHON_PACKAGES, *bindings):
         names = [re.split(r"[^\w-]", requirement)[0].replace("_", "-") for requirement in brought[package.extra]]
         assert package.distribution in names
 

@@ -7,15 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.errors import UsageError
+from cclip_deploy.errors import ParityError, UsageError
+from cclip_deploy.evidence.latency import Candidate
 from cclip_deploy.model.checkpoint import save_checkpoint
-from cclip_deploy.pipeline import bench, export
-from cclip_deploy.pipeline.bench import BenchOptions, bench_bundle
+from cclip_deploy.pipeline import bench, export, peers
+from cclip_deploy.pipeline.bench import bench_bundle
+from cclip_deploy.pipeline.bench_plan import BenchOptions
+from cclip_deploy.pipeline.peers import SGEMM
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-from tests.bundles import copy_of, reseal
+from tests.bundles import change_weights, copy_of, reseal
 from tests.conftest import THREADS, random_network
 
 RESULT_KEYS = {"name", "backend", "precision", "stage", "p50_ms", "p90_ms", "p99_ms", "n", "threads", "device"}
@@ -103,10 +107,15 @@ def test_a_compiler_that_fails_is_reported_and_the_rest_is_timed(
     def broken(*args: object) -> None:
         raise RuntimeError("no C++ compiler\nand a long story")
 
-    monkeypatch.setattr(bench, "_compiled", broken)
+    monkeypatch.setattr(peers, "compiled", broken)
     options = quick(checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path, compile=True)
     result = bench_bundle(Bundle.open(tiny_bundle_path), options)
-    assert result["not_measured"] == [{"name": "torch.compile", "reason": "does not work here: no C++ compiler"}]
+    assert result["not_measured"] == [
+        {
+            "name": "torch.compile",
+            "reason": "does not work here: RuntimeError: no C++ compiler and a long story",
+        }
+    ]
     assert "pytorch eager" in names(result)
 
 
@@ -130,7 +139,7 @@ def test_a_precision_that_only_some_graphs_have_is_named_as_left_out(engine_bund
     result = bench_bundle(Bundle.open(copy), quick())
     assert {row["precision"] for row in result["results"]} == {"fp32"}
     left_out = {row["name"]: row["reason"] for row in result["not_measured"]}
-    assert left_out["fp16 graphs"] == "the bundle has no fp16 prompt_encoder"
+    assert left_out["graphs fp16"] == "the bundle has no fp16 prompt_encoder"
 
 
 def test_every_candidate_really_computes_its_graph(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +191,90 @@ def test_a_plain_bundle_of_a_larger_batch_is_refused(
     reseal(other, larger)
     with pytest.raises(UsageError, match="batch of 2"):
         bench_bundle(Bundle.open(tiny_bundle_path), quick(plain_bundle=other))
+
+
+OURS = (
+    "fused", "cached prompt", "prompt", "one more prompt", "image pass", "1 × image, 2 × prompt",
+    "2 × image, 1 × prompt",
+)  # fmt: skip
+PEERS = (
+    "pytorch eager", "pytorch eager, causal path", "plain export", "plain export, onnxslim", "plain export, OpenVINO",
+    "ov.convert_model",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def beside_peers(tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path) -> dict[str, Any]:
+    """A result of --peers on the tiny bundle, without torch.compile, which takes half a minute."""
+    options = quick(
+        checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path, peers=True, workloads=((1, 2), (2, 1)),
+    )  # fmt: skip
+    return bench_bundle(Bundle.open(tiny_bundle_path), options)
+
+
+def test_beside_the_peers_both_backends_run_and_every_answer_is_pytorchs(beside_peers: dict[str, Any]) -> None:
+    ours = [f"{name} fp32{backend}" for backend in ("", ", OpenVINO") for name in OURS]
+    assert sorted(names(beside_peers)) == sorted([*ours, *PEERS, SGEMM])
+    assert [row["name"] for row in beside_peers["not_measured"]] == ["torch.compile"]
+    whole = [row for row in beside_peers["results"] if row["stage"] == "image and prompt"]
+    assert {row["name"] for row in whole} == {*PEERS, *(n for n in ours if n.startswith(("fused", "cached")))}
+    assert all(row["relative_error"] < 2e-5 for row in whole)
+
+
+def test_beside_the_peers_the_json_has_figures_the_peak_and_predict(beside_peers: dict[str, Any]) -> None:
+    told = json.loads(json.dumps(beside_peers, allow_nan=False))
+    assert told.keys() >= {"figures", "peak", "predict", "network"}
+    assert 1e9 < told["peak"]["multiply_adds_per_second"] < 1e14
+    assert told["predict"].keys() == {"onnxruntime", "openvino"}
+    assert all(0.1 < cost["seconds"] < 60 and cost["peak_bytes"] > 2**25 for cost in told["predict"].values())
+    assert any(figure["what"].startswith("2 prompts on one image against") for figure in told["figures"])
+    assert told["network"] == {"name": "tiny", "image_hw": [64, 96]}
+
+
+def test_a_peer_that_computes_something_else_is_no_peer(
+    tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = peers.Peers.answer_of
+    monkeypatch.setattr(
+        bench, "our_candidates", lambda *_: [Candidate("mine", "any", "fp32", "image and prompt", answer, {})]
+    )
+
+    def answer() -> Any:
+        return truth[0] * 1.1
+
+    truth: list[Any] = []
+
+    def remember(self: peers.Peers, model: Any) -> Any:
+        truth.append(real(self, model))
+        return truth[0]
+
+    monkeypatch.setattr(peers.Peers, "answer_of", remember)
+    options = quick(checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path)
+    result = bench_bundle(Bundle.open(tiny_bundle_path), options)
+    assert "mine" not in names(result)
+    assert {"name": "mine", "reason": "computes something else: relative error 0.1"} in result["not_measured"]
+
+
+def test_a_bundle_that_computes_something_else_is_not_timed(
+    tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = copy_of(tiny_bundle_path, tmp_path)
+    change_weights(copy / "graphs" / "fused.onnx", lambda weights: weights * np.float32(1.05))
+    reseal(copy)
+    with pytest.raises(ParityError, match=r"fused fp32 is .* away from PyTorch.*verify BUNDLE --backend onnxruntime"):
+        bench_bundle(Bundle.open(copy), quick(checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path))
+
+
+def test_a_chosen_backend_is_timed_alone(tiny_bundle_path: Path) -> None:
+    result = bench_bundle(Bundle.open(tiny_bundle_path), quick(backend="openvino"))
+    assert {row["backend"] for row in result["results"]} == {"openvino"}
+    assert [(r["baseline"], r["candidate"]) for r in result["ratios"]] == [
+        ("fused fp32, OpenVINO", "cached prompt fp32, OpenVINO")
+    ]
+
+
+def test_options_that_mean_nothing_are_refused(tiny_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="give --checkpoint FILE with --peers"):
+        quick(peers=True)
+    with pytest.raises(UsageError, match="1 or more pictures and prompts"):
+        quick(peers=True, checkpoint=tiny_checkpoint, workloads=((0, 1),))

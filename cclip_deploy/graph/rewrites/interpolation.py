@@ -61,9 +61,9 @@ def block_size(size: int) -> int:
 
 
 class MixThenRise(nn.Module):
-    """1x1 products to nine taps at low resolution, constant banded products along y and along x, ReLU.
+    """A 1x1 convolution to nine taps at low resolution, banded products along y and along x, ReLU.
 
-    Channels come last, so that every product is one plain batched matrix product and nothing is transposed between.
+    Between them channels come last, so that a window is gathered as long rows, and nothing of full size is transposed.
     """
 
     bands_y: Tensor
@@ -74,31 +74,32 @@ class MixThenRise(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, map_hw: tuple[int, int], scale: int) -> None:
         super().__init__()
         dtype = weight.dtype
-        self.out_width, self.map_hw, self.scale = weight.shape[0], map_hw, scale
-        taps = weight.permute(2, 1, 3, 0).reshape(TAPS, weight.shape[1], -1)  # (k_y, C_in, k_x C_out)
-        self.mix = nn.ParameterList([nn.Parameter(tap.contiguous(), requires_grad=False) for tap in taps])
+        self.out_width = weight.shape[0]
+        self.width, self.full_hw = map_hw[1], (scale * map_hw[0], scale * map_hw[1])
+        taps = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)  # (k_y k_x C_out, C_in, 1, 1)
+        self.mix = nn.Parameter(taps.contiguous(), requires_grad=False)
         # The middle tap is never shifted outside, so its rows sum to one: a bias given to it arrives everywhere.
-        self.bias = nn.Parameter(functional.pad(bias, (len(bias), len(bias))), requires_grad=False)
-        height, breadth = map_hw
-        rows, columns = Bands(height, scale), Bands(breadth, scale)
-        self.register_buffer("bands_y", rows.weights.flatten(2).to(dtype))  # (blocks, outputs, k_y window)
-        self.register_buffer("bands_x", columns.weights.transpose(2, 3).flatten(2).to(dtype))  # ... window k_x)
-        by_tap = rows.places.unsqueeze(1) + height * torch.arange(TAPS).reshape(1, TAPS, 1)
-        self.register_buffer("places_y", by_tap.flatten())
-        self.register_buffer("places_x", columns.places.flatten())
+        middle = TAPS * TAPS // 2 * self.out_width
+        self.bias = nn.Parameter(functional.pad(bias, (middle, middle)), requires_grad=False)
+        rows, columns = Bands(map_hw[0], scale), Bands(map_hw[1], scale)
+        self.register_buffer("bands_y", rows.weights.transpose(2, 3).flatten(2).unsqueeze(1).to(dtype))
+        self.register_buffer("bands_x", columns.weights.transpose(2, 3).flatten(2).to(dtype))
+        blocks, _, outputs, _ = self.bands_y.shape  # (blocks, 1, outputs, window k_y)
+        every_column = torch.arange(map_hw[1]).reshape(1, -1, 1)
+        self.register_buffer("places_y", (rows.places.unsqueeze(1) * map_hw[1] + every_column).flatten())
+        block, row = torch.arange(blocks).reshape(-1, 1, 1, 1), torch.arange(outputs).reshape(1, -1, 1, 1)
+        self.register_buffer("places_x", ((block * map_hw[1] + columns.places) * outputs + row).flatten())
 
     def forward(self, x: Tensor) -> Tensor:  # (B, h, w, C_in) -> (B, 4h, 4w, C_out)
-        height, breadth = self.map_hw
-        tall, wide = self.scale * height, self.scale * breadth
-        pixels = x.reshape(-1, x.shape[3])
-        first, middle, last = self.mix
-        taps = [pixels @ first, torch.addmm(self.bias, pixels, middle), pixels @ last]
-        mixed = torch.cat([tap.reshape(-1, height, breadth * TAPS * self.out_width) for tap in taps], dim=1)
-        blocks, _, read = self.bands_y.shape
-        windows = mixed.index_select(1, self.places_y).reshape(-1, blocks, read, breadth * TAPS * self.out_width)
-        risen = (self.bands_y @ windows).reshape(-1, breadth, TAPS * self.out_width)  # (B 4h, w, k_x C_out)
+        tall, wide = self.full_hw
+        mixed = functional.conv2d(x.permute(0, 3, 1, 2), self.mix, self.bias)
+        rows = mixed.permute(0, 2, 3, 1).flatten(1, 2)  # (B, h w, k_y k_x C_out)
+        blocks, _, _, read = self.bands_y.shape
+        windows = rows.index_select(1, self.places_y).reshape(-1, blocks, self.width, read, TAPS * self.out_width)
+        risen = self.bands_y @ windows  # (B, blocks, w, outputs, k_x C_out)
+        rows = risen.reshape(-1, self.width * tall, TAPS * self.out_width)
         blocks, _, read = self.bands_x.shape
-        windows = risen.index_select(1, self.places_x).reshape(-1, blocks, read, self.out_width)
+        windows = rows.index_select(1, self.places_x).reshape(-1, tall, blocks, read, self.out_width)
         return torch.relu((self.bands_x @ windows).reshape(-1, tall, wide, self.out_width))
 
 

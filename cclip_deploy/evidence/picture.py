@@ -1,0 +1,92 @@
+"""A benchmark as a picture: milliseconds for one image and one prompt, ours beside the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cclip_deploy.errors import DataError, EnvironmentProblem
+
+OURS, PEER, INK, QUIET = "#0072B2", "#C3C8CE", "#1B1F24", "#57606A"  # Okabe and Ito's blue; ours is darker, too
+STAGE, BASELINE = "image and prompt", "plain export"
+TITLES = {
+    "cached prompt fp32": "cclip-deploy in ONNX Runtime",
+    "cached prompt fp32, OpenVINO": "cclip-deploy in OpenVINO",
+    "pytorch eager": "PyTorch, whole network",
+    "pytorch eager, causal path": "PyTorch, causal path",
+    "torch.compile": "torch.compile, causal path",
+    "plain export": "plain export in ONNX Runtime",
+    "plain export, onnxslim": "plain export after onnxslim",
+    "plain export, OpenVINO": "plain export in OpenVINO",
+    "ov.convert_model": "OpenVINO's own conversion",
+}
+
+
+def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
+    """Write a PNG of a result of `bench --peers --json`: a bar a way to run it, the slowest on top.
+
+    Raises:
+        DataError: the result has no plain export, or is no result of `--peers`.
+        EnvironmentProblem: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EnvironmentProblem(f"A picture needs matplotlib ({error}). Install it: pip install matplotlib") from error
+
+    rows = _rows(result)
+    figure = Figure(figsize=(9, 0.44 * len(rows) + 1.35), dpi=120, facecolor="white")
+    axes = figure.add_axes((0.305, 0.02, 0.675, 1 - 1.0 / (0.44 * len(rows) + 1.35)))
+    times = [row["p50_ms"] for row in rows]
+    axes.barh(range(len(rows)), times, color=[OURS if row.get("ours") else PEER for row in rows], height=0.74)
+    ratios = {ratio["candidate"]: ratio["ratio"] for ratio in result["ratios"] if ratio["baseline"] == BASELINE}
+    axes.set_yticks(range(len(rows)), [TITLES.get(row["name"], row["name"]) for row in rows])
+    for place, (row, label) in enumerate(zip(rows, axes.get_yticklabels(), strict=True)):
+        style: dict[str, Any] = {"color": OURS if row.get("ours") else INK, "fontsize": 10.5}
+        style["fontweight"] = "bold" if row.get("ours") else "normal"
+        label.set(**style)
+        axes.annotate(
+            _said(row["p50_ms"], ratios.get(row["name"])), (row["p50_ms"], place), (6, 0),
+            textcoords="offset points", va="center", **style,
+        )  # fmt: skip
+    axes.set(xlim=(0, max(times) * 1.32), ylim=(-0.6, len(rows) - 0.4), xticks=[])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(PEER)
+    axes.tick_params(length=0)
+    height = figure.get_figheight()
+    figure.text(0.02, 1 - 0.36 / height, _title(result), color=INK, fontsize=13.5, fontweight="bold")
+    figure.text(0.02, 1 - 0.66 / height, _subtitle(result), color=QUIET, fontsize=9.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        whole = [row for row in result["results"] if row["stage"] == STAGE and row["precision"] == "fp32"]
+        rows = [row for row in whole if not row["name"].startswith("fused")]
+        known = {row["name"] for row in rows} >= {BASELINE} and "network" in result
+    except (KeyError, TypeError) as error:
+        raise DataError(f"This is no result of a benchmark: {error!r}. Make one: bench --peers --json") from error
+    if not known:
+        raise DataError(f"There is no {BASELINE} to compare with. Make a result with: bench --peers --json")
+    return sorted(rows, key=lambda row: float(row["p50_ms"]))
+
+
+def _said(time_ms: float, ratio: float | None) -> str:
+    said = f"{time_ms:,.0f} ms" if time_ms >= 20 else f"{time_ms:.1f} ms"
+    if ratio is None:
+        return f"{said}  ·  the baseline, 1 ×"
+    return f"{said}  ·  {ratio:.{2 if ratio < 1 else 1 if ratio < 10 else 0}f} ×"
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    height, width = result["network"]["image_hw"]
+    network = f"{result['network']['name']}, {height}×{width}"
+    return f"One image, one prompt: milliseconds on {result['threads']} CPU threads ({network})"
+
+
+def _subtitle(result: Mapping[str, Any]) -> str:
+    cpu = result["fingerprint"]["cpu"]["model"].replace("(R)", "").replace("(TM)", "")
+    count = min(row["n"] for row in result["results"])
+    return f"{cpu} · FP32, median of {count} interleaved rounds · × = times as fast as the plain export, paired"

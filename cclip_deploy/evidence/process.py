@@ -1,0 +1,60 @@
+"""What a command costs as a user starts it: time from start to end, and the most memory that it held."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from cclip_deploy.errors import EnvironmentProblem
+
+# A process inherits the peak of the one that starts it, so a small one stands between: argument 1 is the command, JSON.
+LAUNCHER = """
+import json, os, subprocess, sys, time
+command = json.loads(sys.argv[1])
+started = time.perf_counter()
+process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - started
+unit = 1 if sys.platform == "darwin" else 1024
+process.returncode = code = os.waitstatus_to_exitcode(status)
+print(json.dumps({"seconds": seconds, "peak_bytes": usage.ru_maxrss * unit, "code": code}))
+"""
+LONGEST_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class ProcessCost:
+    """Median time of `n` runs after one that does not count, and the largest peak of resident memory."""
+
+    seconds: float
+    peak_bytes: int
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return asdict(self)
+
+
+def measure_command(command: Sequence[str], runs: int = 3) -> ProcessCost:
+    """Run a command once to warm the disk, then `runs` times.
+
+    Raises:
+        EnvironmentProblem: it does not end well; what it said on standard error is in the message.
+    """
+    told = [_run_once(command) for _ in range(1 + runs)][1:]
+    return ProcessCost(median(t["seconds"] for t in told), max(t["peak_bytes"] for t in told), runs)
+
+
+def _run_once(command: Sequence[str]) -> dict[str, Any]:
+    launch = [sys.executable, "-c", LAUNCHER, json.dumps(list(command))]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=LONGEST_SECONDS)
+    told: dict[str, Any] = json.loads(done.stdout or '{"code": null}')
+    if told["code"] != 0:
+        said = " ".join(done.stderr.split())[-300:]
+        raise EnvironmentProblem(f"{' '.join(command[:6])} … ended with code {told['code']}: {said}")
+    return told

@@ -1,0 +1,157 @@
+"""OpenVINO on a CPU: the bundle's own ONNX graphs, in the precision that they are in and no lower one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.bundle import Bundle, TensorSpec, graph_key
+from cclip_deploy.errors import BundleError, EnvironmentProblem
+from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
+
+DEVICE = "CPU"
+INSTALL = "pip install 'cclip-deploy[openvino]'"
+ARITHMETIC = {"fp32": "f32", "fp16": "f16"}  # whatever else a graph has, its floating-point part is float32
+
+
+class OpenVinoBackend:
+    """A bundle's graphs of one precision in OpenVINO; each is compiled when it is first asked for."""
+
+    name = "openvino"
+
+    def __init__(self, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> None:
+        check_threads(threads)
+        self.bundle = bundle
+        self.precision = precision
+        self.threads = threads
+        self._core = load_openvino().Core()
+        self._compiled: dict[str, Any] = {}
+
+    def load(self, graph: str) -> None:
+        self._graph(graph)
+
+    def unload(self, graph: str) -> None:
+        self._compiled.pop(graph, None)
+
+    def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        compiled = self._graph(graph)
+        arrays = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+        # A request of its own keeps its output's memory: nothing is copied, and no later run overwrites it.
+        answers = compiled.create_infer_request().infer(arrays, share_inputs=True, share_outputs=True)
+        names = [output.name for output in self.bundle.graph(graph_key(graph, self.precision)).outputs]
+        return {name: answers[compiled.output(name)] for name in names}
+
+    def arithmetic(self, graph: str) -> str:
+        """What the compiled graph's floating-point operators run in, as OpenVINO says: 'f32', 'f16' or 'bf16'."""
+        kind = self._graph(graph).get_property("INFERENCE_PRECISION_HINT")
+        return str(kind.to_string())
+
+    def _graph(self, graph: str) -> Any:
+        if graph not in self._compiled:
+            entry = self.bundle.graph(graph_key(graph, self.precision))
+            path = self.bundle.file(entry.file)
+            model = read_graph(self._core, path)
+            inputs, outputs = ({t.name for t in told} for told in (entry.inputs, entry.outputs))
+            check_tensors(path, entry, _specs(model.inputs, inputs), _specs(model.outputs, outputs))
+            self._compiled[graph] = compile_graph(self._core, model, self.precision, self.threads)
+        return self._compiled[graph]
+
+
+def load_openvino() -> Any:
+    """The openvino module, kept from sending anything; EnvironmentProblem where it is missing.
+
+    A bare `import openvino` reports its version, and each conversion, to Google Analytics through the package
+    openvino-telemetry unless somebody opted out before. Where that package is not there, openvino's own stand-in does
+    nothing; so it is made to be absent for this process. An application that imported openvino before us has made
+    that choice itself; reading and running ONNX graphs, all that we do afterwards, reports nothing.
+    """
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise EnvironmentProblem(f"openvino cannot be imported ({error}). Install it: {INSTALL}") from error
+    return openvino
+
+
+def describe_device() -> list[str]:
+    """OpenVINO's name for the processor, and then the kinds of arithmetic that it has for it: 'FP32', 'INT8', …"""
+    core = load_openvino().Core()
+    if DEVICE not in core.available_devices:
+        return []
+    listed = sorted(core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"))
+    kinds = [kind for kind in listed if kind.startswith(("FP", "BF", "INT"))]
+    return [str(core.get_property(DEVICE, "FULL_DEVICE_NAME")), *kinds]
+
+
+def read_graph(core: Any, path: Path) -> Any:
+    """An ONNX file as OpenVINO's model, safe to compile."""
+    try:
+        model = core.read_model(str(path))
+    except RuntimeError as error:
+        raise BundleError(f"OpenVINO cannot read {path}: {_reason(error)}. Export the bundle again.") from error
+    spread_channel_constants(model)
+    return model
+
+
+def compile_graph(core: Any, model: Any, precision: str = "fp32", threads: int | None = None) -> Any:
+    """A model ready to run on the CPU: one request at a time, on real cores, the arithmetic named."""
+    settings: dict[str, object] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "EXECUTION_MODE_HINT": "ACCURACY",
+        "INFERENCE_PRECISION_HINT": ARITHMETIC.get(precision, "f32"),
+        "ENABLE_HYPER_THREADING": False,
+        "ENABLE_CPU_PINNING": False,
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        return core.compile_model(model, DEVICE, settings)
+    except RuntimeError as error:
+        raise EnvironmentProblem(
+            f"OpenVINO cannot compile a graph for this processor: {_reason(error)}. Use --backend onnxruntime."
+        ) from error
+
+
+def spread_channel_constants(model: Any) -> None:
+    """Give every per-channel constant that meets a matrix product the product's last side.
+
+    With a dynamic batch, OpenVINO 2026.4 fuses the sum of a product (B, C, H, W) and a constant (1, C, 1, 1) into the
+    product as if the constant lay along W: it refuses to compile, or, where C equals W, computes something else. A
+    constant (1, C, 1, W) is not fused, and the sum is the same.
+    """
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in ("Add", "Subtract", "Multiply", "Divide"):
+            continue
+        for place, other in ((0, 1), (1, 0)):
+            constant, product = (node.input_value(index).get_node() for index in (place, other))
+            if constant.get_type_name() != "Constant" or product.get_type_name() != "MatMul":
+                continue
+            shape, last = list(constant.get_output_shape(0)), product.get_output_partial_shape(0)[-1]
+            if len(shape) > 1 and shape[-1] == 1 and max(shape) > 1 and last.is_static:
+                wide = opset13.constant(np.repeat(constant.get_data(), last.get_length(), axis=-1))
+                node.input(place).replace_source_output(wide.output(0))
+
+
+def _specs(ports: Iterable[Any], told: set[str]) -> list[TensorSpec]:
+    """OpenVINO's inputs or outputs in the manifest's words; a tensor has several names where graphs were joined."""
+    specs = []
+    for port in ports:
+        names = port.get_names()
+        shape = tuple(side.get_length() if side.is_static else "?" for side in port.get_partial_shape())
+        name = min(names & told or names)
+        specs.append(TensorSpec(name=name, dtype=port.get_element_type().to_dtype().name, shape=shape))
+    return specs
+
+
+def _reason(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
+    return " ".join(lines)[:300] or "no reason given"
