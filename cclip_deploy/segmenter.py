@@ -12,11 +12,13 @@ from cclip_deploy.bundle import TOKENIZER, Bundle, graph_key
 from cclip_deploy.data.preprocess import to_input, to_source
 from cclip_deploy.errors import BundleError, ParityError, UsageError
 from cclip_deploy.prompt_cache import CacheCounts, KernelFolder, KernelOrigin, PromptCache, PromptKernels, Tokens
-from cclip_deploy.runtime.backend import Backend
+from cclip_deploy.runtime.backend import Backend, KeepsOutputs, Kept, KeptOrArrays
 
 PROMPTS_AT_ONCE = 16
 
 Floats = NDArray[np.float32]
+Features = NDArray[np.float32] | Kept
+"""A picture's features; a backend with memory of its own keeps them there."""
 
 
 class Segmenter:
@@ -47,10 +49,12 @@ class Segmenter:
         """How many prompts were found in memory, found on disk, computed, and computed again for a damaged file."""
         return self._cache.counts
 
-    def encode_image(self, pixels: Floats) -> Floats:
+    def encode_image(self, pixels: Floats) -> Features:
         """Pixels (H, W) or (H, W, 3) in [0, 1], any size -> features (1, h, w, 256) of the bundle's image size."""
         manifest = self.bundle.manifest
         image = to_input(pixels, manifest.image_hw, manifest.preprocessing)
+        if isinstance(self.backend, KeepsOutputs):
+            return self.backend.run_kept("image_encoder", {"image": image}, ["features"])["features"]
         return self.backend.run("image_encoder", {"image": image})["features"]
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptKernels:
@@ -75,7 +79,7 @@ class Segmenter:
                 pass
             self.backend.unload("prompt_encoder")
 
-    def decode(self, features: Floats, kernels: PromptKernels) -> Floats:
+    def decode(self, features: Features, kernels: PromptKernels) -> Floats:
         """Features (B, h, w, 256) x P prompts -> logits (B, P, h, w)."""
         parts = [self._decode_part(features, part) for part in _parts(kernels)]
         return np.concatenate(parts, axis=1)
@@ -113,9 +117,13 @@ class Segmenter:
         outputs = self.backend.run("prompt_encoder", {"tokens": tokens})
         return PromptKernels(outputs["kernel"], outputs["tap_bias"], outputs["bias"])
 
-    def _decode_part(self, features: Floats, part: PromptKernels) -> Floats:
-        inputs = {"features": features, "kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
-        logits = self.backend.run("mask_decoder", inputs)["logits"]
+    def _decode_part(self, features: Features, part: PromptKernels) -> Floats:
+        prompt = {"kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
+        if isinstance(self.backend, KeepsOutputs):
+            inputs: KeptOrArrays = {"features": features, **prompt}
+            logits = self.backend.run("mask_decoder", inputs)["logits"]
+        else:
+            logits = self.backend.run("mask_decoder", {"features": np.asarray(features), **prompt})["logits"]
         if not np.isfinite(logits).all():
             raise ParityError(
                 f"{self.bundle.path} gave logits that are not finite, so no mask. Check it: cclip-deploy verify BUNDLE."

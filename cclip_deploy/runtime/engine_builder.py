@@ -9,20 +9,23 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from cclip_deploy.runtime.engine_settings import EngineSettings, TimingCache, TimingCacheUse, apply_settings
 from cclip_deploy.runtime.layer_table import LayerTable, Precision, check_precision, prove_precision, read_layer_table
 from cclip_deploy.runtime.tensorrt_binding import binding_label, listening_logger, listening_monitor, network_flags
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 Dims = tuple[int, ...]
+ShapeRanges = Mapping[str, tuple[Dims, Dims, Dims]]
 
 _PRODUCT_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "EINSUM", "MATRIX_MULTIPLY")
 
@@ -36,18 +39,22 @@ class EngineOptions:
         workspace_bytes: upper limit of scratch memory; None leaves it to the binding.
         precision: what the graph is in, and what the engine must prove to run in.
         fp32_nodes: names of products that the FP16 graph keeps in FP32 on purpose.
+        further_shapes: one more optimisation profile each, for shapes that are to be tuned by themselves.
+        settings: targets, caches and the like.
     """
 
-    shapes: Mapping[str, tuple[Dims, Dims, Dims]] = field(default_factory=dict)
+    shapes: ShapeRanges = field(default_factory=dict)
     workspace_bytes: int | None = None
     precision: Precision = "fp32"
     fp32_nodes: frozenset[str] = frozenset()
+    further_shapes: tuple[ShapeRanges, ...] = ()
+    settings: EngineSettings = EngineSettings()
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
             raise UsageError(f"workspace_bytes is {self.workspace_bytes}; give a positive number of bytes, or None.")
-        for name, (least, usual, most) in self.shapes.items():
+        for name, (least, usual, most) in (pair for shapes in self.profiles() for pair in shapes.items()):
             if not len(least) == len(usual) == len(most):
                 raise UsageError(f"Shapes of input {name!r} differ in length: {least}, {usual}, {most}.")
             if not all(0 < a <= b <= c for a, b, c in zip(least, usual, most, strict=True)):
@@ -55,6 +62,10 @@ class EngineOptions:
                     f"Shapes of input {name!r} must be positive and ordered smallest, usual, largest: "
                     f"{least}, {usual}, {most}."
                 )
+
+    def profiles(self) -> tuple[ShapeRanges, ...]:
+        """The shapes of every optimisation profile; a graph without dynamic sizes needs none."""
+        return tuple(shapes for shapes in (self.shapes, *self.further_shapes) if shapes)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class BuiltEngine:
     binding: str
     binding_version: str
     log: tuple[str, ...] = field(repr=False)
+    timing_cache: TimingCacheUse | None = None
 
 
 def build_engine(
@@ -101,12 +113,15 @@ def build_engine(
         watch.raise_if_cancelled()
         products = _product_names(network, binding)
         config = _configure(builder, network, options, binding)
+        cache_file = options.settings.timing_cache
+        cache = None if cache_file is None else TimingCache(cache_file, config, binding)
         config.progress_monitor = listening_monitor(binding, watch.phase_starts, watch.may_go_on)
         memory = builder.build_serialized_network(network, config)
         watch.raise_if_cancelled()
     if memory is None:
         raise EnvironmentProblem(f"{' '.join(binding_label(binding))} built no engine. It says: {watch.complaints()}")
-    del network, config, builder, parser
+    cache_use = None if cache is None else cache.write()
+    del network, cache, config, builder, parser
     layers = read_layer_table(watch.messages)
     prove_precision(layers, options.precision, products, options.fp32_nodes)
     name, version = binding_label(binding)
@@ -118,6 +133,7 @@ def build_engine(
         binding=name,
         binding_version=version,
         log=tuple(watch.lines()),
+        timing_cache=cache_use,
     )
 
 
@@ -219,16 +235,18 @@ def _configure(builder: Any, network: Any, options: EngineOptions, binding: Modu
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(binding.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
-    _check_shapes(inputs, options.shapes)
-    if options.shapes:
+    apply_settings(config, options.settings, binding)
+    for ranges in options.profiles() or ({},):
+        _check_shapes(inputs, ranges)
+    for ranges in options.profiles():
         profile = builder.create_optimization_profile()
-        for name, shapes in options.shapes.items():
+        for name, shapes in ranges.items():
             profile.set_shape(name, *shapes)
         config.add_optimization_profile(profile)
     return config
 
 
-def _check_shapes(inputs: Mapping[str, Dims], shapes: Mapping[str, tuple[Dims, Dims, Dims]]) -> None:
+def _check_shapes(inputs: Mapping[str, Dims], shapes: ShapeRanges) -> None:
     unknown = sorted(shapes.keys() - inputs.keys())
     if unknown:
         raise UsageError(f"Shapes were given for {', '.join(unknown)}, but the inputs are {', '.join(inputs)}.")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
@@ -91,3 +93,36 @@ def listening_monitor(
             return may_go_on()
 
     return ListeningMonitor()
+
+
+def numpy_type(binding: Any, dtype: Any) -> np.dtype[Any]:
+    """The numpy type of an engine's input or output; UsageError for one that numpy does not have."""
+    names = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "BOOL": "bool"}
+    for name, known in names.items():
+        if getattr(binding.DataType, name, None) == dtype:
+            return np.dtype(known)
+    raise UsageError(f"numpy has no type {dtype} to hand to an engine. Build it with --io fp32.")
+
+
+def create_context(binding: Any, engine: Any, for_graphs: bool) -> tuple[Any, int]:
+    """An execution context, and how many bytes of activation memory it has to be given.
+
+    0 bytes where the binding is too old to take them from the caller: the context then has its own. `for_graphs`:
+    TensorRT-RTX compiles kernels for a new shape in the background and changes over to them later, which a captured
+    graph would not notice, so for one it compiles at once.
+    """
+    strategies = getattr(binding, "ExecutionContextAllocationStrategy", None)
+    managed = getattr(strategies, "USER_MANAGED", None) if hasattr(engine, "device_memory_size_v2") else None
+    kernels = getattr(binding, "DynamicShapesKernelSpecializationStrategy", None)
+    if kernels is not None:
+        config = engine.create_runtime_config()
+        if managed is not None:
+            config.set_execution_context_allocation_strategy(managed)
+        if for_graphs:
+            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        context = engine.create_execution_context(config)
+    elif managed is not None:
+        context = engine.create_execution_context(managed)
+    else:
+        context = engine.create_execution_context()
+    return context, 0 if managed is None else int(engine.device_memory_size_v2)
