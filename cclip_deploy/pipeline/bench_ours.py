@@ -22,9 +22,10 @@ from cclip_deploy.pipeline.bench_plan import (
     LeftOut,
     workload_stage,
 )
+from cclip_deploy.prompt_cache import PromptKernels
 from cclip_deploy.runtime.backend import Arrays, Backend
 from cclip_deploy.runtime.choice import open_backend
-from cclip_deploy.segmenter import PROMPTS_AT_ONCE, PromptKernels, Segmenter
+from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter
 
 LABELS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 HALF = ("fp16", "bf16")
