@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cclip_deploy.bundle import Bundle, graph_key
 from cclip_deploy.data.images import find_pictures
 from cclip_deploy.errors import BundleError, ParityError, UsageError
-from cclip_deploy.evidence.parity import Check, check_graphs, degenerate_masks, plain_batch
+from cclip_deploy.evidence.parity import CHAIN, Check, check_graphs, degenerate_masks, plain_batch
 from cclip_deploy.evidence.reference import (
     Reference,
     load_references,
@@ -19,7 +19,9 @@ from cclip_deploy.evidence.reference import (
     record,
     seeded_inputs,
 )
-from cclip_deploy.runtime.layer_table import LayerTable, Precision, prove_precision
+from cclip_deploy.pipeline.calibration_record import read_record
+from cclip_deploy.precisions import REST, Precision
+from cclip_deploy.runtime.layer_table import LayerTable, prove_precision
 from cclip_deploy.runtime.onnx_runtime import Device, OnnxRuntimeBackend
 
 if TYPE_CHECKING:
@@ -74,8 +76,10 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
         graphs = [name for name in _base_names(bundle) if graph_key(name, precision) in bundle.manifest.graphs]
         on_progress(f"Comparing {precision} graphs: {', '.join(graphs)}")
         backend = OnnxRuntimeBackend(bundle, precision, options.device, options.threads)
-        checks += check_graphs(backend, graphs, references, plain_batch(bundle.manifest))
+        with_chain = None if precision not in REST else _can_chain(bundle, precision)
+        checks += check_graphs(backend, graphs, references, plain_batch(bundle.manifest), with_chain)
     checks += _engine_checks(bundle)
+    notes += _calibration_notes(bundle)
     if strays:
         notes.append(f"No checksum covers {', '.join(strays)}; nothing of it is loaded.")
     for name in degenerate_masks(references):
@@ -87,6 +91,13 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
 
 def _base_names(bundle: Bundle) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in bundle.manifest.graphs))
+
+
+def _can_chain(bundle: Bundle, precision: str) -> bool:
+    """Whether a quantised image encoder has the two other graphs in what the rest runs in."""
+    rest = REST[precision]  # type: ignore[index]
+    others = (graph_key(name, rest) in bundle.manifest.graphs for name in CHAIN[1:])
+    return graph_key(CHAIN[0], precision) in bundle.manifest.graphs and all(others)
 
 
 def _references(bundle: Bundle, options: VerifyOptions, on_progress: Progress) -> tuple[list[Reference], list[str]]:
@@ -134,6 +145,22 @@ def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOpti
     return [record(name, reference, image, tokens, graphs) for name, (image, tokens) in inputs.items()]
 
 
+def _calibration_notes(bundle: Bundle) -> list[str]:
+    """What each quantised graph was calibrated with; BundleError where its record is none or another graph's."""
+    notes = []
+    for name, graph in bundle.manifest.graphs.items():
+        if graph.calibration is not None:
+            record = read_record(bundle, graph)
+            apart = f"none of them among {record.evaluation_pictures} evaluation pictures"
+            told = apart if record.evaluation_pictures else "no evaluation set was named to keep apart from them"
+            notes.append(f"{name} was calibrated on {len(record.pictures)} pictures ({record.method}); {told}.")
+        if graph.precision == "bf16":
+            notes.append(
+                f"{name} ran in FP32 arithmetic rounded to BF16 at every tensor: no CPU kernel runs it as it is."
+            )
+    return notes
+
+
 def _engine_checks(bundle: Bundle) -> list[Check]:
     """An engine that cannot run here is still held to its layer table, and to the graph that it was built from."""
     checks = []
@@ -154,7 +181,7 @@ def _honours(path: Path, asked: Precision) -> bool:
     """Whether the layer table stored beside an engine proves its precision, judged anew."""
     try:
         proof = json.loads(path.read_bytes())
-        prove_precision(LayerTable.from_dict(proof), asked, proof["products"])
+        prove_precision(LayerTable.from_dict(proof), asked, proof["products"], proof.get("kept", ()))
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is no layer table: {error!r}. Build the engine again.") from error
     except ParityError:

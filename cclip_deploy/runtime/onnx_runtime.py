@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, GraphEntry, graph_key
+from cclip_deploy.bundle import Bundle, GraphEntry
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.precisions import is_quantised
 from cclip_deploy.runtime.backend import Arrays
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -39,17 +40,39 @@ class OnnxRuntimeBackend:
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         session = self._session(graph)
         names = [output.name for output in session.get_outputs()]
-        values = session.run(names, {name: np.ascontiguousarray(value) for name, value in inputs.items()})
-        return dict(zip(names, values, strict=True))
+        halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
+        given = {name: _as_taken(value, name in halves) for name, value in inputs.items()}
+        values = session.run(names, given)
+        return {name: value.astype(np.float32, copy=False) for name, value in zip(names, values, strict=True)}
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
-            entry = self.bundle.graph(graph_key(graph, self.precision))
+            entry = self.bundle.graph_in(graph, self.precision)
             path = self.bundle.file(entry.file)
-            session = make_session(self._runtime, str(path), self.device, self.threads)
+            model = _widened(path) if entry.precision == "bf16" and self.device == "cpu" else str(path)
+            session = make_session(self._runtime, model, self.device, self.threads, entry.precision)
             _check_tensors(session, entry, path)
             self._sessions[graph] = session
         return self._sessions[graph]
+
+
+def _as_taken(value: NDArray[np.generic], half: bool) -> NDArray[np.generic]:
+    """An input as a graph takes it, whose inputs may be float16 on request."""
+    return np.ascontiguousarray(value, np.float16 if half else None)
+
+
+def _widened(path: Path) -> bytes:
+    """A BF16 graph as FP32 arithmetic with the same roundings: ONNX Runtime's CPU has no BF16 convolution."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"A BF16 graph runs on a CPU in widened form only, which needs onnx ({error}). "
+            "Install: pip install 'cclip-deploy[export]'"
+        ) from error
+    from cclip_deploy.graph.widen import widen_bf16
+
+    return bytes(widen_bf16(onnx.load(path)).SerializeToString())
 
 
 def _check_tensors(session: Any, entry: GraphEntry, path: Path) -> None:
@@ -84,9 +107,25 @@ def load_onnxruntime(device: Device) -> Any:
     return onnxruntime
 
 
-def make_session(runtime: Any, model: str | bytes, device: Device = "cpu", threads: int | None = None) -> Any:
-    """A session of a graph that really runs on `device`, with as many threads as given."""
+def make_session(
+    runtime: Any,
+    model: str | bytes,
+    device: Device = "cpu",
+    threads: int | None = None,
+    precision: str = "fp32",
+) -> Any:
+    """A session of a graph that really runs on `device`, with as many threads as given.
+
+    Two of ONNX Runtime 1.32's rewrites change what a graph computes, so they are off where they would: it takes the
+    zero point 0 of an FP8 pair for the least value of its type and drops the ReLU before it, and it quantises biases
+    with a scale that underflows where scales are float16.
+    """
     options = runtime.SessionOptions()
+    disabled = []
+    if precision.startswith("fp8"):
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if is_quantised(precision) and precision != "int8":
+        disabled.append("WeightBiasQuantization")
     options.log_severity_level = 3
     # Idle threads would spin for tens of milliseconds after a run, at the expense of whatever runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -96,7 +135,7 @@ def make_session(runtime: Any, model: str | bytes, device: Device = "cpu", threa
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     try:
-        session = runtime.InferenceSession(model, options, providers=[PROVIDERS[device]])
+        session = runtime.InferenceSession(model, options, providers=[PROVIDERS[device]], disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime's exceptions have no common public base
         what = model if isinstance(model, str) else "a graph"
         raise BundleError(f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0][:200]}") from error

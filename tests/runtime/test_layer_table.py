@@ -158,7 +158,7 @@ def test_one_product_in_fp32_is_enough_to_refuse_fp16() -> None:
     both = table(product_row("correlation", "Half", "Half"), product_row("gemm", "Float", "Float", "head"))
     with pytest.raises(ParityError, match=r"1 of 2 .*head \(gemm, fp32\)"):
         prove_precision(both, "fp16", {"conv", "head"})
-    prove_precision(both, "fp16", {"conv", "head"}, fp32_nodes={"head"})
+    prove_precision(both, "fp16", {"conv", "head"}, kept_nodes={"head"})
 
 
 def test_fp32_weights_behind_a_half_input_are_not_fp16() -> None:

@@ -17,7 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.graph.flat import float_constants, is_lifted, raise_opset, refuse_what_has_no_flat_form
+from cclip_deploy.graph.flat import (
+    float_constants,
+    is_lifted,
+    raise_opset,
+    refuse_what_has_no_flat_form,
+    varying_tensors,
+)
 from cclip_deploy.graph.residuals import find_residual_skips
 
 if TYPE_CHECKING:
@@ -29,6 +35,9 @@ if TYPE_CHECKING:
 Quantised = Literal["int8", "fp8"]
 LARGEST_CODE: dict[str, float] = {"int8": 127.0, "fp8": 448.0}
 """The largest absolute value that a code stands for at scale 1; -128 is not used, so that the codes are symmetric."""
+
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
+"""Operators that are convolutions or matrix products."""
 
 _PASSING = frozenset({"AveragePool", "MaxPool"})
 _INT8, _FLOAT8E4M3FN = 3, 17  # TensorProto.INT8, TensorProto.FLOAT8E4M3FN
@@ -143,17 +152,13 @@ def weight_codes(values: Array, axis: int, kind: Quantised) -> tuple[Array, Arra
     return np.clip(scaled, -limit, limit).astype(ml_dtypes.float8_e4m3fn), scales
 
 
-def _sort_products(
-    model: ModelProto, keep: frozenset[str]
-) -> tuple[tuple[QuantisedProduct, ...], tuple[str, ...]]:
+def _sort_products(model: ModelProto, keep: frozenset[str]) -> tuple[tuple[QuantisedProduct, ...], tuple[str, ...]]:
     """The products to quantise, and the names of those that stay."""
-    from cclip_deploy.graph.flat import varying_tensors
-
     constants = dict(float_constants(model.graph))
     varying, of_prompt = varying_tensors(model), varying_tensors(model, integers_only=True)
     quantised, kept = [], []
     for node in model.graph.node:
-        if node.op_type not in _PRODUCTS or varying.isdisjoint(node.input):
+        if node.op_type not in PRODUCTS or varying.isdisjoint(node.input):
             continue
         if not node.name:
             raise ParityError(f"A {node.op_type} that gives {node.output[0]!r} has no name. Export the graph again.")
@@ -163,9 +168,6 @@ def _sort_products(
         else:
             quantised.append(product)
     return tuple(quantised), tuple(kept)
-
-
-_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 
 
 def _as_product(node: NodeProto, constants: Mapping[str, TensorProto]) -> QuantisedProduct | None:
@@ -195,9 +197,7 @@ def _interpolates(weight: TensorProto) -> bool:
 class _Quantisation:
     """One walk over the nodes: each tensor's pair stands right after what gives the tensor, each weight's at the top."""
 
-    def __init__(
-        self, model: ModelProto, plan: QuantisationPlan, ranges: Mapping[str, float], kind: Quantised
-    ) -> None:
+    def __init__(self, model: ModelProto, plan: QuantisationPlan, ranges: Mapping[str, float], kind: Quantised) -> None:
         self.model, self.plan, self.ranges, self.kind = model, plan, ranges, kind
         self.constants = dict(float_constants(model.graph))
         self.nodes: list[NodeProto] = []
@@ -241,14 +241,14 @@ class _Quantisation:
             return
         largest = self.ranges[name]
         if not 0 <= largest < float("inf"):
-            raise ParityError(f"The range of tensor {name!r} is {largest}. Calibrate on pictures that give finite values.")
+            raise ParityError(
+                f"The range of tensor {name!r} is {largest}. Calibrate on pictures that give finite values."
+            )
         scale, zero, codes = f"{name}/scale", f"{self.kind}/zero_point", f"{name}/{self.kind}"
         self._store(scale, _float32(scale_of(largest, self.kind)))
         self.nodes.append(helper.make_node("QuantizeLinear", [name, scale, zero], [codes], name=f"quantise {name}"))
         self.nodes.append(
-            helper.make_node(
-                "DequantizeLinear", [codes, scale, zero], [_dequantised(name)], name=f"dequantise {name}"
-            )
+            helper.make_node("DequantizeLinear", [codes, scale, zero], [_dequantised(name)], name=f"dequantise {name}")
         )
 
     def _quantised_weight(self, name: str, axis: int) -> str:
@@ -265,7 +265,11 @@ class _Quantisation:
             self._store(stem, codes)
             self._store(f"{stem}/scale", scales)
             node = helper.make_node(
-                "DequantizeLinear", [stem, f"{stem}/scale"], [f"{stem}/dequantised"], name=f"dequantise {stem}", axis=axis
+                "DequantizeLinear",
+                [stem, f"{stem}/scale"],
+                [f"{stem}/dequantised"],
+                name=f"dequantise {stem}",
+                axis=axis,
             )
             self.nodes.append(node)
             self.weights[name, axis] = f"{stem}/dequantised"
