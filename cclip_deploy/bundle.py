@@ -178,7 +178,7 @@ class Bundle:
         """
         key = graph_key(name, precision)
         if key not in self.manifest.graphs and is_quantised(precision):
-            return self.graph(graph_key(name, REST[precision]))  # type: ignore[index]
+            return self.graph(graph_key(name, REST[precision]))
         return self.graph(key)
 
     def tokenizer(self) -> PromptTokenizer:

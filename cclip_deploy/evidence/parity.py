@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cclip_deploy.bundle import Manifest
 from cclip_deploy.errors import ParityError
 from cclip_deploy.evidence.reference import Reference, expand, thin
+from cclip_deploy.precisions import is_quantised, product_type
 from cclip_deploy.runtime.backend import Backend
 
 Floats = NDArray[np.float32]
@@ -41,12 +42,27 @@ class Limits:
 LIMITS = {
     "fp32": Limits(relative_error=2e-5, max_error=1e-4, mask_dice=0.999, flipped_share=1e-4),
     "fp16": Limits(relative_error=2e-2, max_error=1e-1, mask_dice=0.95, flipped_share=5e-3),
-    "bf16": Limits(relative_error=1e-1, max_error=5e-1, mask_dice=0.5, flipped_share=5e-2),
-    "int8": Limits(relative_error=3e-1, max_error=1, mask_dice=0.1, flipped_share=5e-1),
-    "int8-fp16": Limits(relative_error=3e-1, max_error=1, mask_dice=0.1, flipped_share=5e-1),
-    "fp8": Limits(relative_error=3e-1, max_error=1, mask_dice=0.1, flipped_share=5e-1),
-    "fp8-fp16": Limits(relative_error=3e-1, max_error=1, mask_dice=0.1, flipped_share=5e-1),
+    "bf16": Limits(relative_error=1e-1, max_error=1.5e-1, mask_dice=0.9, flipped_share=4e-2),
+    "int8": Limits(relative_error=3e-1, max_error=4e-1, mask_dice=0.85, flipped_share=1e-1),
+    "fp8": Limits(relative_error=4.5e-1, max_error=5.5e-1, mask_dice=0.8, flipped_share=1.5e-1),
 }
+"""What every graph is held to on the recorded references.
+
+Those of INT8 and FP8 are wide enough for untrained weights, whose logits lie close to zero everywhere, and tell a broken
+graph only. Whether a trained network's masks survive is judged on an evaluation set, when the graph is made:
+`pipeline.mask_agreement` holds them to a mean Dice of 0.99 and a worst picture of 0.95.
+"""
+
+SEEDED_LIMITS = Limits(relative_error=1, max_error=1.5, mask_dice=0, flipped_share=0.5)
+"""Of quantised graphs on the seeded reference: it is coloured noise, unlike any film that ranges were calibrated on, so
+most of it is cut off. It must be finite, of the right shape and nearer than no answer."""
+
+
+def limits_of(precision: str, reference: str) -> Limits:
+    """The limits of a precision on a reference; `int8-fp16` has those of INT8."""
+    if is_quantised(precision) and reference == "seeded":
+        return SEEDED_LIMITS
+    return LIMITS[product_type(precision)]
 
 
 @dataclass(frozen=True)
@@ -222,7 +238,7 @@ def _judge_logits(graph: str, backend: Backend, reference: Reference, value: Flo
 def _checks(
     graph: str, backend: Backend, reference: Reference, output: str, measured: Mapping[str, float]
 ) -> Iterator[Check]:
-    limits = LIMITS[backend.precision]
+    limits = limits_of(backend.precision, reference.name)
     for metric, value in measured.items():
         yield Check(
             name=f"{graph}/{reference.name}/{output}",

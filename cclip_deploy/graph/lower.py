@@ -86,6 +86,11 @@ def matching(model: ModelProto, keep: Collection[str]) -> set[str]:
     return {name for name in keep if any(_names(name, node) for node in products)}
 
 
+def product_names(model: ModelProto) -> frozenset[str]:
+    """Names of the graph's convolutions and matrix products."""
+    return frozenset(node.name for node in _products(model))
+
+
 def _products(model: ModelProto) -> list[NodeProto]:
     from cclip_deploy.graph.quantise import PRODUCTS
 

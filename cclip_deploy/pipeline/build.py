@@ -22,7 +22,7 @@ from cclip_deploy.files import sha256_file
 from cclip_deploy.graph.lower import InputsAndOutputs
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
 from cclip_deploy.pipeline.derive import Derived, DeriveOptions, derive_graphs
-from cclip_deploy.pipeline.mask_agreement import hold_masks_to_fp32
+from cclip_deploy.pipeline.mask_agreement import hold_masks_to_fp32, write_agreement
 from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
 from cclip_deploy.runtime.layer_table import check_precision
@@ -75,8 +75,10 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
         derived = derive_graphs(bundle, wanted, folder, on_progress)
         manifest = derived.manifest
         if is_quantised(options.precision) and options.calibration and options.calibration.evaluation_set:
-            evaluation = options.calibration.evaluation_set
-            hold_masks_to_fp32(Bundle.unsealed(folder, manifest), options.precision, evaluation, options.threads)
+            on_progress(f"Comparing {options.precision} masks with FP32's on the evaluation set")
+            unsealed, evaluation = Bundle.unsealed(folder, manifest), options.calibration.evaluation_set
+            agreement = hold_masks_to_fp32(unsealed, options.precision, evaluation, options.threads)
+            write_agreement(agreement, folder)
         entries = []
         for graph in options.graphs:
             source = manifest.graphs[graph_key(graph, derived.precisions[graph])]

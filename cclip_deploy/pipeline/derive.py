@@ -14,10 +14,9 @@ from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.graph.lower import InputsAndOutputs, LoweredGraph
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
 from cclip_deploy.pipeline.calibration_record import write_record
-from cclip_deploy.precisions import REST, Precision, is_quantised
+from cclip_deploy.precisions import REST, Precision, is_quantised, product_type
 
 if TYPE_CHECKING:
-
     from cclip_deploy.evidence.parity import Check
     from cclip_deploy.evidence.reference import Reference
 
@@ -104,7 +103,16 @@ class _Work:
         self.on_progress(f"Converting {name} to {precision}")
         lowered = lower(model, precision, ranges, keep, self.options.io)
         self.kept[name] = lowered.kept
+        if is_quantised(precision):
+            self._tell_share(name, precision, model, lowered.kept)
         self.entries[graph_key(name, precision)] = self._write(name, precision, lowered, calibration)
+
+    def _tell_share(self, name: str, precision: str, model: onnx.ModelProto, kept: frozenset[str]) -> None:
+        from cclip_deploy.graph.cost import share_of
+        from cclip_deploy.graph.lower import product_names
+
+        share = share_of(model, product_names(model) - kept, {"batch": 1, "prompts": 1})
+        self.on_progress(f"{name}: {share:.1%} of the multiply-adds in {product_type(precision)}")
 
     def _calibrated(self, name: str) -> tuple[dict[str, float], CalibrationEntry]:
         options = self.options.calibration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +61,19 @@ def measure_masks(
     worst = min(means, key=means.__getitem__)
     every = [value for values in dices.values() for value in values]
     return MaskAgreement(precision, len(dices), len(every), float(np.mean(every)), means[worst], min(every), worst)
+
+
+def write_agreement(found: MaskAgreement, folder: Path) -> None:
+    """Write what was measured into a bundle that is being made."""
+    path = folder / report_name(found.precision)
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def report_name(precision: str) -> str:
+    """Where a bundle keeps how far a precision's masks are from FP32's."""
+    return f"reports/{precision}.masks.json"
 
 
 def evaluation_pictures(paths: Sequence[Path]) -> list[tuple[Path, tuple[str, ...]]]:

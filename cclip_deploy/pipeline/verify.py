@@ -95,7 +95,7 @@ def _base_names(bundle: Bundle) -> list[str]:
 
 def _can_chain(bundle: Bundle, precision: str) -> bool:
     """Whether a quantised image encoder has the two other graphs in what the rest runs in."""
-    rest = REST[precision]  # type: ignore[index]
+    rest = REST[precision]
     others = (graph_key(name, rest) in bundle.manifest.graphs for name in CHAIN[1:])
     return graph_key(CHAIN[0], precision) in bundle.manifest.graphs and all(others)
 
