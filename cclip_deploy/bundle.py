@@ -172,7 +172,7 @@ class Bundle:
             raise UsageError(f"{self.path} has no graph {name!r}; it has {have}. Build or export it first.") from None
 
     def graph_in(self, name: str, precision: str) -> GraphEntry:
-        """The entry of a graph in a precision; where nothing of it is quantised, in what the rest of the network runs in.
+        """The entry of a graph in a precision; where nothing of it is quantised, in what the rest of it all runs in.
 
         UsageError lists what there is.
         """

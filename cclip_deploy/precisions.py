@@ -19,7 +19,7 @@ def product_type(precision: str) -> str:
 
 def rest_type(precision: str) -> str:
     """The type of the products that are kept out of it on purpose."""
-    return REST[precision] if precision in REST else "fp32"
+    return REST.get(precision, "fp32")
 
 
 def is_quantised(precision: str) -> bool:

@@ -84,8 +84,8 @@ def build_engine(
     _show(bundle, entries)
     if agreement:
         stdout.print(
-            f"Masks in {precision} against FP32, {agreement['masks']} on {agreement['pictures']} pictures that were not "
-            f"calibrated on: mean Dice {agreement['mean']:.4f}, worst picture {agreement['worst']:.4f}"
+            f"Masks in {precision} against FP32, {agreement['masks']} on {agreement['pictures']} pictures that were "
+            f"not calibrated on: mean Dice {agreement['mean']:.4f}, worst picture {agreement['worst']:.4f}"
         )
     elif calibrating is not None:
         stdout.print("Masks not judged: name pictures that were not calibrated on with --evaluation-set.")

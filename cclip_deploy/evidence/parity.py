@@ -48,8 +48,8 @@ LIMITS = {
 }
 """What every graph is held to on the recorded references.
 
-Those of INT8 and FP8 are wide enough for untrained weights, whose logits lie close to zero everywhere, and tell a broken
-graph only. Whether a trained network's masks survive is judged on an evaluation set, when the graph is made:
+Those of INT8 and FP8 are wide enough for untrained weights, whose logits lie close to zero everywhere, and tell a
+broken graph only. Whether a trained network's masks survive is judged on an evaluation set, when the graph is made:
 `pipeline.mask_agreement` holds them to a mean Dice of 0.99 and a worst picture of 0.95.
 """
 

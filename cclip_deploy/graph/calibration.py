@@ -1,4 +1,4 @@
-"""From activations to ranges: what every tensor of a graph held over a set of pictures, and how much of it to represent.
+"""From activations to ranges: what the tensors of a graph held over a set of pictures, and how much of it to represent.
 
 A range is the largest absolute value that a tensor's codes stand for; what lies beyond is cut off.
 """
@@ -77,7 +77,7 @@ def ranges_of(
     """The range of each tensor.
 
     `min-max` represents everything seen; `percentile` that share of the values; `entropy` cuts where 128 levels say the
-    most about the histogram, by the least Kullback-Leibler divergence (Migacz, "8-bit inference with TensorRT", GTC 2017).
+    most about the histogram, by the least Kullback-Leibler divergence (Migacz, "8-bit inference with TensorRT", 2017).
 
     Raises:
         UsageError: an unknown method or a percentile outside (50, 100].
@@ -114,7 +114,7 @@ def _least_divergence(counts: Counts) -> int:
     shaped[0] = shaped[1]
     occupied = int(np.flatnonzero(counts)[-1]) + 1
     candidates = [*range(LEVELS, occupied, _CANDIDATE_STEP), max(occupied, LEVELS)]
-    return min(candidates, key=lambda bins: _divergence(shaped, bins))
+    return int(min(candidates, key=lambda bins: _divergence(shaped, bins)))
 
 
 def _divergence(shaped: NDArray[np.float64], bins: int) -> float:

@@ -36,8 +36,8 @@ def lower(
         model: FP32 graph.
         precision: fp16, bf16, or a quantised one.
         ranges: for a quantised precision, the range of each tensor that `tensors_to_calibrate` names.
-        keep: nodes, or blocks such as "neck.masker4" (all products whose weight's name begins so), that stay in what the
-            rest of the network runs in.
+        keep: nodes, or blocks such as "neck.masker4" (all products whose weight's name begins so), that stay in what
+            the rest of the network runs in.
         io: the type of the graph's float inputs and outputs.
 
     Raises:
@@ -74,8 +74,8 @@ def named_products(model: ModelProto, keep: Collection[str]) -> frozenset[str]:
     """
     if unknown := sorted(set(keep) - matching(model, keep)):
         raise UsageError(
-            f"The graph has no convolution, matrix product or block of them named {', '.join(map(repr, unknown))}, so it "
-            "cannot be kept in a higher precision."
+            f"The graph has no convolution, matrix product or block of them named {', '.join(map(repr, unknown))}, so "
+            "it cannot be kept in a higher precision."
         )
     return frozenset(node.name for node in _products(model) if any(_names(name, node) for name in keep))
 
@@ -110,7 +110,7 @@ def _quantised(
     plan = plan_quantisation(model, named_products(model, keep))
     if not plan.products:
         raise UsageError(
-            f"Nothing of this graph can be quantised, so there is no {precision} form of it. Leave it in {REST[precision]}."
+            f"Nothing of this graph can be quantised, so it has no {precision} form. Leave it in {REST[precision]}."
         )
     kind = product_type(precision)
     quantised = quantise(model, plan, ranges, kind)  # type: ignore[arg-type]  # int8 or fp8

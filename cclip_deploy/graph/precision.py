@@ -323,7 +323,7 @@ def _narrow_weight(
             f"({readers[0].op_type}). "
             f"Keep that node in FP32 (fp32_nodes=[{readers[0].name!r}]) or scale the weight."
         )
-    narrowed = values.astype(kind)
+    narrowed: np.ndarray[Any, Any] = values.astype(kind)
     lost = (narrowed == 0) & (values != 0)
     if lost.any():
         narrowed[lost] = np.copysign(narrow.smallest, values[lost]).astype(kind)

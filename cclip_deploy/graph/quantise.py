@@ -4,8 +4,8 @@ What is quantised is found by structure, never by name: convolutions and matrix 
 learned constant. Left as they are: products of two activations (attention, CARAFE, the prompt's kernel), products with
 an interpolation matrix (a constant whose entries all lie in [0, 1]), and whatever depends on the prompt's tokens.
 Everything is signed and symmetric with zero point 0: activations have one scale a tensor, weights one a channel and lie
-in the file as INT8 or FP8 behind a DequantizeLinear alone; biases stay float. The skip branch of every residual sum gets
-a pair of its own, so that the sum can be fused into the convolution before it.
+in the file as INT8 or FP8 behind a DequantizeLinear alone; biases stay float. The skip branch of every residual sum
+gets a pair, so that the sum can be fused into the convolution before it.
 
 onnxruntime's quantizer was tried first: it has no pair for skips, and quantises biases unless told otherwise.
 """
@@ -47,7 +47,7 @@ _SMALLEST_NORMAL_HALF, _HALF_STEP = 2.0**-14, 2.0**-24
 
 @dataclass(frozen=True)
 class QuantisedProduct:
-    """A convolution or product that is quantised: the inputs that hold data and weights, and the weights' channel axis."""
+    """A convolution or product to quantise: which inputs hold data and weights, and the weights' channel axis."""
 
     node: str
     data_input: int
@@ -195,7 +195,7 @@ def _interpolates(weight: TensorProto) -> bool:
 
 
 class _Quantisation:
-    """One walk over the nodes: each tensor's pair stands right after what gives the tensor, each weight's at the top."""
+    """One walk over the nodes: a tensor's pair stands right after what gives it, a weight's before its first reader."""
 
     def __init__(self, model: ModelProto, plan: QuantisationPlan, ranges: Mapping[str, float], kind: Quantised) -> None:
         self.model, self.plan, self.ranges, self.kind = model, plan, ranges, kind

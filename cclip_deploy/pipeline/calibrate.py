@@ -98,6 +98,7 @@ def choose_pictures(options: CalibrationOptions) -> CalibrationSet:
 def calibrate(
     bundle: Bundle,
     graph: str,
+    model: onnx.ModelProto,
     chosen: CalibrationSet,
     options: CalibrationOptions,
     threads: int | None = None,
@@ -105,11 +106,11 @@ def calibrate(
 ) -> CalibrationRecord:
     """The ranges of a graph's tensors over these pictures, from the cache where they are known already.
 
+    `model` is that FP32 graph, loaded from the bundle.
+
     Raises:
         ParityError: a tensor is not finite on a picture; both are named.
     """
-    import onnx
-
     from cclip_deploy.graph.lower import tensors_to_calibrate
 
     record = CalibrationRecord(
@@ -121,7 +122,6 @@ def calibrate(
         evaluation_pictures=chosen.evaluation_pictures,
         ranges={},
     )
-    model = onnx.load(bundle.file(bundle.graph(graph).file))
     tensors = tensors_to_calibrate(model)
     key = _cache_key(bundle, record, tensors)
     known = read_entry(options.cache, key, on_progress) if options.cache else None
@@ -138,7 +138,7 @@ def calibrate(
 def collect_statistics(
     bundle: Bundle, graph: str, paths: Sequence[Path], threads: int | None = None
 ) -> dict[str, TensorStatistics]:
-    """What each tensor of a graph that is to be quantised held over the pictures; for the curve in the documentation."""
+    """What each tensor of a graph that is to be quantised held over the pictures; for the documentation's curve."""
     import onnx
 
     from cclip_deploy.graph.lower import tensors_to_calibrate
@@ -180,7 +180,7 @@ def _count(statistics: TensorStatistics, values: NDArray[np.float32], name: str,
         statistics.add(values)
     except ParityError as error:
         raise ParityError(
-            f"Tensor {name!r} of the FP32 {graph} is not finite on {path}: {error}. Check the picture and the checkpoint."
+            f"Tensor {name!r} of the FP32 {graph} is not finite on {path}: {error}. Check picture and checkpoint."
         ) from error
 
 
@@ -196,7 +196,7 @@ def _check_options(options: CalibrationOptions) -> None:
 
 
 def _pictures(paths: Sequence[Path], split: str) -> list[Path]:
-    """The pictures that files and folders name; of a data-set folder those of the split, or all where it has no other."""
+    """The pictures that files and folders name; of a data-set folder those of the split, or all if it has one split."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir() and any(path.glob("*.csv")):
@@ -222,7 +222,7 @@ def _refuse_overlap(pictures: Sequence[CalibrationPicture], evaluation: Sequence
     shared = [p.name for p in pictures if p.sha256 in files or p.pixels_sha256 in pixels]
     if shared:
         raise DataError(
-            f"{len(shared)} of {len(pictures)} calibration pictures are in the evaluation set too (first: {shared[0]}). "
+            f"{len(shared)} of {len(pictures)} calibration pictures are in the evaluation set too (first {shared[0]}). "
             "What is judged on them would be judged on what it was fitted to: calibrate with others."
         )
 

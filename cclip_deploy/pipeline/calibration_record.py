@@ -1,4 +1,4 @@
-"""The calibration record: which pictures, which method and what ranges came of them; part of a bundle's chain of hashes."""
+"""The calibration record: which pictures, which method, what ranges; a link in a bundle's chain of hashes."""
 
 from __future__ import annotations
 

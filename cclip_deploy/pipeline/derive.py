@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle, CalibrationEntry, GraphEntry, Manifest, graph_key
 from cclip_deploy.errors import EnvironmentProblem, UsageError
@@ -17,6 +18,8 @@ from cclip_deploy.pipeline.calibration_record import write_record
 from cclip_deploy.precisions import REST, Precision, is_quantised, product_type
 
 if TYPE_CHECKING:
+    import onnx
+
     from cclip_deploy.evidence.parity import Check
     from cclip_deploy.evidence.reference import Reference
 
@@ -37,7 +40,7 @@ class DeriveOptions:
 
 @dataclass(frozen=True)
 class Derived:
-    """A manifest with the new graphs, the precision that each graph asked for came in, and what each keeps out of it."""
+    """A manifest with the new graphs, the precision that each graph came in, and what each keeps out of it."""
 
     manifest: Manifest
     precisions: Mapping[str, Precision]
@@ -47,8 +50,8 @@ class Derived:
 def derive_graphs(bundle: Bundle, options: DeriveOptions, folder: Path, on_progress: Progress) -> Derived:
     """Write the precision's graphs, and their calibration, into a folder that `edited_bundle` gave, and compare them.
 
-    The FP32 graphs are the bundle's own. In a quantised precision, a graph of which nothing can be quantised (the prompt
-    encoder, the mask decoder) comes in what the rest of the network runs in.
+    The FP32 graphs are the bundle's own. In a quantised precision, a graph of which nothing can be quantised (the
+    prompt encoder, the mask decoder) comes in what the rest of the network runs in.
 
     Raises:
         UsageError: no calibration for a quantised precision or one for another; `keep` names nothing.
@@ -99,7 +102,7 @@ class _Work:
             return
         keep = matching(model, self.options.keep)
         self.found |= keep
-        ranges, calibration = self._calibrated(name) if is_quantised(precision) else (None, None)
+        ranges, calibration = self._calibrated(name, model) if is_quantised(precision) else (None, None)
         self.on_progress(f"Converting {name} to {precision}")
         lowered = lower(model, precision, ranges, keep, self.options.io)
         self.kept[name] = lowered.kept
@@ -114,11 +117,11 @@ class _Work:
         share = share_of(model, product_names(model) - kept, {"batch": 1, "prompts": 1})
         self.on_progress(f"{name}: {share:.1%} of the multiply-adds in {product_type(precision)}")
 
-    def _calibrated(self, name: str) -> tuple[dict[str, float], CalibrationEntry]:
+    def _calibrated(self, name: str, model: onnx.ModelProto) -> tuple[dict[str, float], CalibrationEntry]:
         options = self.options.calibration
         if options is None or self.chosen is None:
             raise UsageError(f"{self.options.precision} needs pictures to calibrate with: give --calibration DIR.")
-        record = calibrate(self.bundle, name, self.chosen, options, self.options.threads, self.on_progress)
+        record = calibrate(self.bundle, name, model, self.chosen, options, self.options.threads, self.on_progress)
         entry = write_record(record, f"calibration/{graph_key(name, self.options.precision)}.json", self.folder)
         return record.ranges, entry
 
@@ -143,8 +146,8 @@ class _Work:
             )
         if unknown := sorted(set(self.options.keep) - self.found):
             raise UsageError(
-                f"No graph that is converted has a convolution, product or block named {', '.join(map(repr, unknown))}, "
-                "so it cannot be kept in a higher precision."
+                f"No graph that is converted has a convolution, product or block named {', '.join(map(repr, unknown))},"
+                " so it cannot be kept in a higher precision."
             )
 
 
@@ -194,7 +197,7 @@ def _name_what_is_not_finite(bundle: Bundle, checks: list[Check], references: li
             continue
         reference = next(r for r in references if r.name == check.name.split("/")[1])
         images, tokens = reference.pairs()
-        inputs = {"image": images, "tokens": tokens, **expand(reference.decoder_inputs)}
+        inputs: dict[str, NDArray[np.generic]] = {"image": images, "tokens": tokens, **expand(reference.decoder_inputs)}
         if check.graph == "image_encoder":
             inputs["image"] = reference.image
         models = [bundle.graph(check.graph), bundle.graph_in(check.graph, check.precision)]

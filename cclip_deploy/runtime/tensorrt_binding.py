@@ -80,7 +80,7 @@ def check_target(precision: Precision, compute_capability: str | None) -> None:
 
 
 def aim_at(config: Any, compute_capability: str | None, binding: ModuleType) -> None:
-    """Set the GPU that an engine is built for, where the binding can; UsageError where it cannot, or not for that one."""
+    """Set the GPU that an engine is built for; UsageError where the binding cannot, or not for that one."""
     if compute_capability is None:
         return
     name, version = binding_label(binding)
