@@ -13,7 +13,7 @@ from cclip_deploy.errors import ParityError
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-_FLOATS = (1, 10)  # TensorProto.FLOAT, TensorProto.FLOAT16
+_FLOATS = (1, 10, 16)  # TensorProto.FLOAT, FLOAT16, BFLOAT16
 
 
 def refuse_non_finite(
@@ -71,11 +71,11 @@ def _run(
     import onnx
 
     from cclip_deploy.graph.flat import tensor_types
-    from cclip_deploy.graph.widen import holds_bf16, widen_bf16
+    from cclip_deploy.graph.widen import is_narrow, widen
     from cclip_deploy.runtime.onnx_runtime import load_onnxruntime, make_session
 
     shown = onnx.ModelProto()
-    shown.CopyFrom(widen_bf16(model) if holds_bf16(model) else model)
+    shown.CopyFrom(widen(model) if is_narrow(model) else model)
     types = tensor_types(shown, {})
     known = {value.name for value in shown.graph.output}
     shown.graph.output.extend(onnx.helper.make_tensor_value_info(n, types[n], None) for n in tensors if n not in known)

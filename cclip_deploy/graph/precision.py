@@ -313,7 +313,8 @@ def _narrow_weight(
     kind = np.dtype(ml_dtypes.bfloat16 if narrow.name == "bf16" else np.float16)
     masked = values <= -LARGEST_HALF
     if masked.any() and not values[~masked].any() and {node.op_type for node in readers} <= {"Add", "Where"}:
-        return np.where(masked, kind.type(MASKED), kind.type(0))
+        finite: np.ndarray[Any, Any] = np.where(masked, kind.type(MASKED), kind.type(0))
+        return finite
     outside = ~(np.abs(values) < narrow.rounds_to_largest)  # NaN too; what is nearer rounds to the largest
     if outside.any():
         worst = values[outside][0]

@@ -91,11 +91,21 @@ def plan_quantisation(model: ModelProto, keep: Collection[str] = ()) -> Quantisa
             f"The graph has no convolution or matrix product named {', '.join(map(repr, unknown))}, so none can be "
             "kept in a higher precision."
         )
-    skips = find_residual_skips(model, {product.node for product in products})
+    skips = _skips(model, {product.node for product in products})
     read = {by_name[product.node].input[product.data_input] for product in products}
     read |= {by_name[name].input[index] for name, index in skips}
     order = [*(value.name for value in model.graph.input), *(o for node in model.graph.node for o in node.output)]
     return QuantisationPlan(products, skips, kept, tuple(name for name in order if name in read))
+
+
+def _skips(model: ModelProto, quantised: set[str]) -> tuple[tuple[str, int], ...]:
+    """The skips of sums whose main branch a quantised product gives.
+
+    Which branch is the skip does not depend on what is kept out, so that one calibration serves every choice of that.
+    """
+    possible, _ = _sort_products(model, frozenset())
+    found = find_residual_skips(model, {product.node for product in possible})
+    return tuple((node, index) for node, index, product in found if product in quantised)
 
 
 def quantise(model: ModelProto, plan: QuantisationPlan, ranges: Mapping[str, float], kind: Quantised) -> ModelProto:

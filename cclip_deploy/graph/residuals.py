@@ -11,25 +11,28 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 
-def find_residual_skips(model: ModelProto, products: Collection[str]) -> tuple[tuple[str, int], ...]:
-    """Node name and input index of the skip of each sum of two activations, one of which a named product gives.
+def find_residual_skips(model: ModelProto, products: Collection[str]) -> tuple[tuple[str, int, str], ...]:
+    """Sum, input index of its skip and main branch's product, for each sum of two activations, one given by a product.
 
     The skip is the branch with fewer products behind it (an identity, or the block's downsampling); of two alike the
     second. A product's own bias, added as a node of its own, belongs to the product.
     """
     varying = varying_tensors(model)
     depth: dict[str, int] = {}
-    direct: set[str] = set()
+    direct: dict[str, str] = {}
     skips = []
     for node in model.graph.node:
         behind = max((depth.get(name, 0) for name in node.input), default=0)
         depth.update(dict.fromkeys(node.output, behind + (node.name in products)))
         varies = [name in varying for name in node.input]
-        is_bias = node.op_type == "Add" and sum(varies) == 1 and not direct.isdisjoint(node.input)
-        if node.name in products or is_bias:
-            direct.update(node.output)
-        elif node.op_type == "Add" and all(varies) and not direct.isdisjoint(node.input):
-            skips.append((node.name, _skip_of(node, direct, depth)))
+        given_by = [direct[name] for name in node.input if name in direct]
+        if node.name in products:
+            direct[node.output[0]] = node.name
+        elif node.op_type == "Add" and given_by and all(varies):
+            skip = _skip_of(node, direct, depth)
+            skips.append((node.name, skip, direct[node.input[1 - skip]]))
+        elif node.op_type == "Add" and given_by:
+            direct[node.output[0]] = given_by[0]
     return tuple(skips)
 
 

@@ -179,7 +179,7 @@ def _compare(bundle: Bundle, folder: Path, manifest: Manifest, work: _Work, on_p
         on_progress(f"Comparing the {precision} graphs with PyTorch's answers")
         graphs = [name for name, given in work.precisions.items() if given == precision]
         with_chain = precision == work.options.precision and all(name in work.precisions for name in CHAIN)
-        backend = OnnxRuntimeBackend(unsealed, precision, "cpu", work.options.threads)
+        backend = OnnxRuntimeBackend(unsealed, precision, "cpu", work.options.threads, rounds_as_written=True)
         checks += check_graphs(backend, graphs, references, with_chain=with_chain)
     _name_what_is_not_finite(unsealed, checks, references)
     refuse_failures(checks)

@@ -51,7 +51,10 @@ def measure_masks(
         pictures: each with its prompts.
         threads: of ONNX Runtime on the CPU.
     """
-    full, low = (Segmenter(bundle, OnnxRuntimeBackend(bundle, kind, "cpu", threads)) for kind in ("fp32", precision))
+    full, low = (
+        Segmenter(bundle, OnnxRuntimeBackend(bundle, kind, "cpu", threads, rounds_as_written=True))
+        for kind in ("fp32", precision)
+    )
     dices: dict[str, list[float]] = {}
     for path, prompts in pictures:
         pixels = read_picture(path).pixels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,14 +73,23 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     strays = bundle.check_all()
     references, notes = _references(bundle, options, on_progress)
     checks: list[Check] = []
+    has_onnx = importlib.util.find_spec("onnx") is not None
     for precision in bundle.precisions():
         graphs = [name for name in _base_names(bundle) if graph_key(name, precision) in bundle.manifest.graphs]
         on_progress(f"Comparing {precision} graphs: {', '.join(graphs)}")
-        backend = OnnxRuntimeBackend(bundle, precision, options.device, options.threads)
+        backend = OnnxRuntimeBackend(bundle, precision, options.device, options.threads, has_onnx)
         with_chain = None if precision not in REST else _can_chain(bundle, precision)
         checks += check_graphs(backend, graphs, references, plain_batch(bundle.manifest), with_chain)
     checks += _engine_checks(bundle)
     notes += _calibration_notes(bundle)
+    narrow = [name for name, graph in bundle.manifest.graphs.items() if "16" in graph.precision]
+    if narrow and options.device == "cpu":
+        told = (
+            "ran in FP32 arithmetic with every result rounded as the graph says: no CPU kernel does so"
+            if has_onnx
+            else "ran without the roundings between operators, which a CPU makes only with the package onnx"
+        )
+        notes.append(f"{', '.join(narrow)} {told}.")
     if strays:
         notes.append(f"No checksum covers {', '.join(strays)}; nothing of it is loaded.")
     for name in degenerate_masks(references):
@@ -154,10 +164,6 @@ def _calibration_notes(bundle: Bundle) -> list[str]:
             apart = f"none of them among {record.evaluation_pictures} evaluation pictures"
             told = apart if record.evaluation_pictures else "no evaluation set was named to keep apart from them"
             notes.append(f"{name} was calibrated on {len(record.pictures)} pictures ({record.method}); {told}.")
-        if graph.precision == "bf16":
-            notes.append(
-                f"{name} ran in FP32 arithmetic rounded to BF16 at every tensor: no CPU kernel runs it as it is."
-            )
     return notes
 
 

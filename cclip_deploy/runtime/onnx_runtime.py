@@ -20,17 +20,27 @@ _TYPES = {"float32": "float", "float16": "float16"}
 
 
 class OnnxRuntimeBackend:
-    """A bundle's graphs of one precision in ONNX Runtime; sessions are made when a graph is first asked for."""
+    """A bundle's graphs of one precision in ONNX Runtime; sessions are made when a graph is first asked for.
+
+    On a CPU, ONNX Runtime leaves out the roundings between FP16 operators. With `rounds_as_written` they are all made,
+    as a GPU makes them, which needs onnx and time: for parity, not for speed. BF16 runs in no other way.
+    """
 
     name = "onnxruntime"
 
     def __init__(
-        self, bundle: Bundle, precision: str = "fp32", device: Device = "cpu", threads: int | None = None
+        self,
+        bundle: Bundle,
+        precision: str = "fp32",
+        device: Device = "cpu",
+        threads: int | None = None,
+        rounds_as_written: bool = False,
     ) -> None:
         self.bundle = bundle
         self.precision = precision
         self.device = device
         self.threads = threads
+        self.rounds_as_written = rounds_as_written
         self._runtime = load_onnxruntime(device)
         self._sessions: dict[str, Any] = {}
 
@@ -49,7 +59,9 @@ class OnnxRuntimeBackend:
         if graph not in self._sessions:
             entry = self.bundle.graph_in(graph, self.precision)
             path = self.bundle.file(entry.file)
-            model = _widened(path) if entry.precision == "bf16" and self.device == "cpu" else str(path)
+            is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
+            widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
+            model = _widened(path) if widens else str(path)
             session = make_session(self._runtime, model, self.device, self.threads, entry.precision)
             _check_tensors(session, entry, path)
             self._sessions[graph] = session
@@ -62,17 +74,16 @@ def _as_taken(value: NDArray[np.generic], half: bool) -> NDArray[np.generic]:
 
 
 def _widened(path: Path) -> bytes:
-    """A BF16 graph as FP32 arithmetic with the same roundings: ONNX Runtime's CPU has no BF16 convolution."""
+    """A graph of 16 bits as FP32 arithmetic with the same roundings."""
     try:
         import onnx
     except ImportError as error:
         raise EnvironmentProblem(
-            f"A BF16 graph runs on a CPU in widened form only, which needs onnx ({error}). "
-            "Install: pip install 'cclip-deploy[export]'"
+            f"Rounding as BF16 or FP16 does on a CPU needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
         ) from error
-    from cclip_deploy.graph.widen import widen_bf16
+    from cclip_deploy.graph.widen import widen
 
-    return bytes(widen_bf16(onnx.load(path)).SerializeToString())
+    return bytes(widen(onnx.load(path)).SerializeToString())
 
 
 def _check_tensors(session: Any, entry: GraphEntry, path: Path) -> None:
