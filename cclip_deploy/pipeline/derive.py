@@ -168,7 +168,7 @@ def _require_onnx(precision: str) -> None:
 
 
 def _compare(bundle: Bundle, folder: Path, manifest: Manifest, work: _Work, on_progress: Progress) -> None:
-    from cclip_deploy.evidence.parity import CHAIN, check_graphs, refuse_failures
+    from cclip_deploy.evidence.parity import can_chain, check_graphs, refuse_failures
     from cclip_deploy.evidence.reference import load_references
     from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 
@@ -178,7 +178,7 @@ def _compare(bundle: Bundle, folder: Path, manifest: Manifest, work: _Work, on_p
     for precision in dict.fromkeys(given for given in work.precisions.values() if given != "fp32"):
         on_progress(f"Comparing the {precision} graphs with PyTorch's answers")
         graphs = [name for name, given in work.precisions.items() if given == precision]
-        with_chain = precision == work.options.precision and all(name in work.precisions for name in CHAIN)
+        with_chain = precision == work.options.precision and can_chain(manifest, precision)
         backend = OnnxRuntimeBackend(unsealed, precision, "cpu", work.options.threads, rounds_as_written=True)
         checks += check_graphs(backend, graphs, references, with_chain=with_chain)
     _name_what_is_not_finite(unsealed, checks, references)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cclip_deploy.bundle import Bundle, graph_key
 from cclip_deploy.data.images import find_pictures
 from cclip_deploy.errors import BundleError, ParityError, UsageError
-from cclip_deploy.evidence.parity import CHAIN, Check, check_graphs, degenerate_masks, plain_batch
+from cclip_deploy.evidence.parity import Check, can_chain, check_graphs, degenerate_masks, plain_batch
 from cclip_deploy.evidence.reference import (
     Reference,
     load_references,
@@ -21,7 +21,7 @@ from cclip_deploy.evidence.reference import (
     seeded_inputs,
 )
 from cclip_deploy.pipeline.calibration_record import read_record
-from cclip_deploy.precisions import REST, Precision
+from cclip_deploy.precisions import Precision
 from cclip_deploy.runtime.layer_table import LayerTable, prove_precision
 from cclip_deploy.runtime.onnx_runtime import Device, OnnxRuntimeBackend
 
@@ -78,7 +78,7 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
         graphs = [name for name in _base_names(bundle) if graph_key(name, precision) in bundle.manifest.graphs]
         on_progress(f"Comparing {precision} graphs: {', '.join(graphs)}")
         backend = OnnxRuntimeBackend(bundle, precision, options.device, options.threads, has_onnx)
-        with_chain = None if precision not in REST else _can_chain(bundle, precision)
+        with_chain = can_chain(bundle.manifest, precision)
         checks += check_graphs(backend, graphs, references, plain_batch(bundle.manifest), with_chain)
     checks += _engine_checks(bundle)
     notes += _calibration_notes(bundle)
@@ -101,13 +101,6 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
 
 def _base_names(bundle: Bundle) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in bundle.manifest.graphs))
-
-
-def _can_chain(bundle: Bundle, precision: str) -> bool:
-    """Whether a quantised image encoder has the two other graphs in what the rest runs in."""
-    rest = REST[precision]
-    others = (graph_key(name, rest) in bundle.manifest.graphs for name in CHAIN[1:])
-    return graph_key(CHAIN[0], precision) in bundle.manifest.graphs and all(others)
 
 
 def _references(bundle: Bundle, options: VerifyOptions, on_progress: Progress) -> tuple[list[Reference], list[str]]:

@@ -57,7 +57,7 @@ def test_a_widened_graph_rounds_where_bf16_does() -> None:
 
 
 def test_a_widened_fp16_graph_overflows_where_fp16_does() -> None:
-    """ONNX Runtime's CPU leaves the casts between FP16 operators out, and the product of 4 × 100 × 200 would be 80000."""
+    """ONNX Runtime's CPU leaves the casts between FP16 operators out, and would go on from 4 × 100 × 200 = 80000."""
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"], name="one"),
         helper.make_node("Mul", ["a", "small"], ["y"], name="two"),

@@ -1,4 +1,4 @@
-"""Calibration: which pictures are taken and which refused, what the record says, and a cache that is not believed blindly."""
+"""Calibration: which pictures are taken or refused, what the record says, and a cache that is not believed blindly."""
 
 from __future__ import annotations
 
