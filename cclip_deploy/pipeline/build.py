@@ -12,17 +12,21 @@ from cclip_deploy.bundle import (
     Bundle,
     EngineEntry,
     GraphEntry,
-    Manifest,
     TensorSpec,
     edited_bundle,
     graph_key,
     write_manifest,
 )
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import UsageError
 from cclip_deploy.files import sha256_file
+from cclip_deploy.graph.lower import InputsAndOutputs
+from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.derive import Derived, DeriveOptions, derive_graphs
+from cclip_deploy.pipeline.mask_agreement import hold_masks_to_fp32, write_agreement
+from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
-from cclip_deploy.runtime.layer_table import Precision, check_precision
-from cclip_deploy.runtime.tensorrt_binding import BindingName, load_binding
+from cclip_deploy.runtime.layer_table import check_precision
+from cclip_deploy.runtime.tensorrt_binding import BindingName, check_target, load_binding
 
 Progress = Callable[[str], None]
 SERVED = ("image_encoder", "prompt_encoder", "mask_decoder")
@@ -30,7 +34,10 @@ SERVED = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Which engines. The maxima bound the dynamic dimensions; engines are tuned for one picture and one prompt."""
+    """Which engines. The maxima bound the dynamic dimensions; engines are tuned for one picture and one prompt.
+
+    `calibration` belongs to the quantised precisions, `keep` names nodes and blocks that stay in a higher one.
+    """
 
     precision: Precision = "fp16"
     backend: BindingName = "tensorrt-rtx"
@@ -39,6 +46,10 @@ class BuildOptions:
     max_prompts: int = 16
     workspace_bytes: int | None = None
     threads: int | None = None
+    calibration: CalibrationOptions | None = None
+    keep: tuple[str, ...] = ()
+    io: InputsAndOutputs = "fp32"
+    compute_capability: str | None = None
 
 
 def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress = lambda _: None) -> list[EngineEntry]:
@@ -47,20 +58,32 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
     Either everything is added or the bundle stays as it was.
 
     Raises:
-        UsageError: a graph that the bundle does not have, or a precision that is not offered.
+        UsageError: a graph that the bundle does not have, a precision that is none or that the target does not have, or
+            a calibration that cannot be.
+        DataError: a calibration picture cannot be read or belongs to the evaluation set.
         EnvironmentProblem: the binding or the onnx package is missing.
         ParityError: a graph of this precision strays from the reference, or an engine does not run in the precision.
     """
     check_precision(options.precision)
+    check_target(options.precision, options.compute_capability)
     _check_plan(bundle, options)
     binding = load_binding(options.backend)
+    wanted = DeriveOptions(
+        options.precision, options.graphs, options.calibration, options.keep, options.io, options.threads
+    )
     with edited_bundle(bundle) as folder:
-        manifest = _add_precision_graphs(bundle, options, folder, on_progress)
+        derived = derive_graphs(bundle, wanted, folder, on_progress)
+        manifest = derived.manifest
+        if is_quantised(options.precision) and options.calibration and options.calibration.evaluation_set:
+            on_progress(f"Comparing {options.precision} masks with FP32's on the evaluation set")
+            unsealed, evaluation = Bundle.unsealed(folder, manifest), options.calibration.evaluation_set
+            agreement = hold_masks_to_fp32(unsealed, options.precision, evaluation, options.threads)
+            write_agreement(agreement, folder)
         entries = []
         for graph in options.graphs:
-            source = manifest.graphs[graph_key(graph, options.precision)]
-            on_progress(f"Building {graph} {options.precision} for {options.backend}")
-            chosen = EngineOptions(_shapes(source.inputs, options), options.workspace_bytes, options.precision)
+            source = manifest.graphs[graph_key(graph, derived.precisions[graph])]
+            on_progress(f"Building {graph} {source.precision} for {options.backend}")
+            chosen = _engine_options(graph, source, derived, options)
             built = build_engine(folder / source.file, chosen, binding, partial(_tell, on_progress, graph))
             entries.append(_write_engine(folder, graph, source, built, chosen))
         names = {(entry.graph, entry.precision, entry.backend) for entry in entries}
@@ -71,6 +94,16 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
 
 def _tell(on_progress: Progress, graph: str, phase: str) -> None:
     on_progress(f"{graph}: {phase}")
+
+
+def _engine_options(graph: str, source: GraphEntry, derived: Derived, options: BuildOptions) -> EngineOptions:
+    return EngineOptions(
+        _shapes(source.inputs, options),
+        options.workspace_bytes,
+        source.precision,
+        derived.kept.get(graph, frozenset()),
+        options.compute_capability,
+    )
 
 
 def _check_plan(bundle: Bundle, options: BuildOptions) -> None:
@@ -85,51 +118,6 @@ def _check_plan(bundle: Bundle, options: BuildOptions) -> None:
         raise UsageError(f"A graph is named twice: {', '.join(options.graphs)}. Name each once.")
     if options.max_batch < 1 or options.max_prompts < 1:
         raise UsageError("The largest batch and the largest number of prompts must be 1 or more.")
-
-
-def _add_precision_graphs(bundle: Bundle, options: BuildOptions, folder: Path, on_progress: Progress) -> Manifest:
-    """The FP32 graphs are the bundle's own; graphs of another precision are derived, compared, and kept beside them."""
-    for name in options.graphs:
-        bundle.file(bundle.graph(name).file)
-    if options.precision == "fp32":
-        return bundle.manifest
-    added = {
-        graph_key(name, options.precision): _derive(bundle, name, folder, options.precision, on_progress)
-        for name in options.graphs
-    }
-    manifest = bundle.manifest.model_copy(update={"graphs": {**bundle.manifest.graphs, **added}})
-    _compare(bundle, folder, manifest, options, on_progress)
-    return manifest
-
-
-def _derive(bundle: Bundle, name: str, folder: Path, precision: str, on_progress: Progress) -> GraphEntry:
-    try:
-        import onnx
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"Making {precision} graphs needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
-        ) from error
-    from cclip_deploy.graph.describe import describe_graph, save_graph
-    from cclip_deploy.graph.precision import to_fp16
-
-    on_progress(f"Converting {name} to {precision}")
-    source = bundle.graph(name)
-    converted = to_fp16(onnx.load(bundle.file(source.file)))
-    file = f"graphs/{graph_key(name, precision)}.onnx"
-    (folder / file).unlink(missing_ok=True)
-    save_graph(converted, folder / file)
-    return describe_graph(converted, file, folder, source.sha256, precision)
-
-
-def _compare(bundle: Bundle, folder: Path, manifest: Manifest, options: BuildOptions, on_progress: Progress) -> None:
-    from cclip_deploy.evidence.parity import check_graphs, refuse_failures
-    from cclip_deploy.evidence.reference import load_references
-    from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-
-    on_progress(f"Comparing the {options.precision} graphs with PyTorch's answers")
-    references = load_references(bundle)
-    backend = OnnxRuntimeBackend(Bundle.unsealed(folder, manifest), options.precision, "cpu", options.threads)
-    refuse_failures(list(check_graphs(backend, options.graphs, references)))
 
 
 def _shapes(
@@ -157,7 +145,12 @@ def _write_engine(
     (folder / "engines").mkdir(exist_ok=True)
     stem = f"engines/{graph}.{options.precision}.{built.binding}"
     file, layers = f"{stem}.engine", f"{stem}.layers.json"
-    proof = {"asked": options.precision, "products": sorted(built.products), **built.layers.to_dict()}
+    proof = {
+        "asked": options.precision,
+        "products": sorted(built.products),
+        "kept": sorted(built.kept),
+        **built.layers.to_dict(),
+    }
     for name, content in ((file, built.engine), (layers, json.dumps(proof).encode())):
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(content)
@@ -165,12 +158,18 @@ def _write_engine(
         graph=graph,
         backend=built.binding,
         backend_version=built.binding_version,
-        precision=options.precision,  # type: ignore[arg-type]  # pydantic checks it
+        precision=options.precision,
         file=file,
         sha256=sha256_file(folder / file),
         graph_sha256=source.sha256,
         layers=layers,
         shapes=dict(options.shapes),
-        target="portable (Ampere and later)" if built.binding == "tensorrt-rtx" else "this machine's GPU",
+        target=_target(built.binding, options.compute_capability),
         build_seconds=round(built.build_seconds, 3),
     )
+
+
+def _target(binding: str, compute_capability: str | None) -> str:
+    if compute_capability is not None:
+        return f"compute capability {compute_capability}"
+    return "portable (Ampere and later)" if binding == "tensorrt-rtx" else "this machine's GPU"

@@ -15,8 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
-from cclip_deploy.runtime.layer_table import LayerTable, Precision, check_precision, prove_precision, read_layer_table
-from cclip_deploy.runtime.tensorrt_binding import binding_label, listening_logger, listening_monitor, network_flags
+from cclip_deploy.precisions import Precision
+from cclip_deploy.runtime.layer_table import LayerTable, check_precision, prove_precision, read_layer_table
+from cclip_deploy.runtime.tensorrt_binding import (
+    aim_at,
+    binding_label,
+    check_target,
+    listening_logger,
+    listening_monitor,
+    network_flags,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,16 +43,19 @@ class EngineOptions:
         shapes: for each input with dynamic sizes the smallest, the usual and the largest shape.
         workspace_bytes: upper limit of scratch memory; None leaves it to the binding.
         precision: what the graph is in, and what the engine must prove to run in.
-        fp32_nodes: names of products that the FP16 graph keeps in FP32 on purpose.
+        kept_nodes: names of products that the graph keeps out of the precision on purpose; they must run in the rest's.
+        compute_capability: the GPU to build for, such as "8.9"; None is the binding's own choice.
     """
 
     shapes: Mapping[str, tuple[Dims, Dims, Dims]] = field(default_factory=dict)
     workspace_bytes: int | None = None
     precision: Precision = "fp32"
-    fp32_nodes: frozenset[str] = frozenset()
+    kept_nodes: frozenset[str] = frozenset()
+    compute_capability: str | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
+        check_target(self.precision, self.compute_capability)
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
             raise UsageError(f"workspace_bytes is {self.workspace_bytes}; give a positive number of bytes, or None.")
         for name, (least, usual, most) in self.shapes.items():
@@ -64,6 +75,7 @@ class BuiltEngine:
     engine: bytes = field(repr=False)
     layers: LayerTable = field(repr=False)
     products: frozenset[str] = field(repr=False)
+    kept: frozenset[str] = field(repr=False)
     build_seconds: float
     binding: str
     binding_version: str
@@ -108,12 +120,13 @@ def build_engine(
         raise EnvironmentProblem(f"{' '.join(binding_label(binding))} built no engine. It says: {watch.complaints()}")
     del network, config, builder, parser
     layers = read_layer_table(watch.messages)
-    prove_precision(layers, options.precision, products, options.fp32_nodes)
+    prove_precision(layers, options.precision, products, options.kept_nodes)
     name, version = binding_label(binding)
     return BuiltEngine(
         engine=bytes(memory),
         layers=layers,
-        products=products - options.fp32_nodes,
+        products=products,
+        kept=products & options.kept_nodes,
         build_seconds=time.perf_counter() - started,
         binding=name,
         binding_version=version,
@@ -218,6 +231,7 @@ def _configure(builder: Any, network: Any, options: EngineOptions, binding: Modu
     config.profiling_verbosity = binding.ProfilingVerbosity.DETAILED
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(binding.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    aim_at(config, options.compute_capability, binding)
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     _check_shapes(inputs, options.shapes)
     if options.shapes:

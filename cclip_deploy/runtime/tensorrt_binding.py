@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.precisions import Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +20,7 @@ BindingName = Literal["tensorrt", "tensorrt-rtx"]
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_LEAST_CAPABILITY = {"fp8": (8, 9), "bf16": (8, 0)}
 
 
 def load_binding(name: BindingName) -> ModuleType:
@@ -57,6 +59,40 @@ def network_flags(binding: ModuleType) -> int:
     if name == "tensorrt" and int(version.split(".")[0]) < 10:
         raise EnvironmentProblem(f"TensorRT {version} has no strongly typed networks. Install TensorRT 10 or later.")
     return 0
+
+
+def check_target(precision: Precision, compute_capability: str | None) -> None:
+    """Raise UsageError where a GPU of this compute capability cannot compute in the precision, or is none."""
+    if compute_capability is None:
+        return
+    least = next((needed for part, needed in _LEAST_CAPABILITY.items() if part in precision.split("-")), (0, 0))
+    try:
+        major, minor = (int(part) for part in compute_capability.split("."))
+    except ValueError:
+        raise UsageError(
+            f"Compute capability {compute_capability!r} is not a number such as 8.9. Look the GPU's up."
+        ) from None
+    if (major, minor) < least:
+        raise UsageError(
+            f"{precision.upper()} needs a GPU of compute capability {least[0]}.{least[1]} or newer; "
+            f"{compute_capability} was asked for. Build in fp16 or int8 for it."
+        )
+
+
+def aim_at(config: Any, compute_capability: str | None, binding: ModuleType) -> None:
+    """Set the GPU that an engine is built for; UsageError where the binding cannot, or not for that one."""
+    if compute_capability is None:
+        return
+    name, version = binding_label(binding)
+    if not hasattr(config, "set_compute_capability"):
+        raise UsageError(f"{name} {version} builds for the GPU of this machine only. Leave --compute-capability out.")
+    known = {kind[2:-1] + "." + kind[-1]: kind for kind in binding.ComputeCapability.__members__ if kind[:2] == "SM"}
+    if compute_capability not in known:
+        raise UsageError(
+            f"{name} {version} does not build for compute capability {compute_capability}; it has {', '.join(known)}."
+        )
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(binding.ComputeCapability, known[compute_capability]), 0)
 
 
 def listening_logger(binding: Any, listen: Callable[[str, str], None]) -> Any:
