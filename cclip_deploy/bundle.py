@@ -16,6 +16,7 @@ from cclip_deploy.data.preprocess import Preprocessing
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, UsageError
 from cclip_deploy.files import link_or_copy, sha256_file, whole_folder
+from cclip_deploy.precisions import REST, Precision, is_quantised
 
 SCHEMA_VERSION = 2
 MANIFEST, SUMS, TOKENIZER = "manifest.json", "SHA256SUMS", "tokenizer.json"
@@ -50,16 +51,24 @@ class TensorSpec(_Entry):
     shape: tuple[int | str, ...]
 
 
+class CalibrationEntry(_Entry):
+    """The calibration record that a quantised graph took its scales from."""
+
+    file: RelativePath
+    sha256: str
+
+
 class GraphEntry(_Entry):
     """One ONNX graph, and the hash of what it was made from: the checkpoint, or the FP32 graph."""
 
     file: RelativePath
     sha256: str
     made_from_sha256: str
-    precision: Literal["fp32", "fp16"]
+    precision: Precision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     multiply_adds: int
+    calibration: CalibrationEntry | None = None
 
     def dynamic(self) -> bool:
         """Whether any input has a dynamic dimension."""
@@ -67,7 +76,7 @@ class GraphEntry(_Entry):
 
 
 class EngineTarget(_Entry):
-    """The GPUs an engine runs on: of these compute capabilities or, `and_later`, from the least on; of one name, if any."""
+    """The GPUs of an engine: of these compute capabilities or, `and_later`, from the least on; of one name, if any."""
 
     compute_capabilities: tuple[str, ...]
     and_later: bool = False
@@ -83,7 +92,7 @@ class EngineEntry(_Entry):
     graph: str
     backend: str
     backend_version: str
-    precision: Literal["fp32", "fp16"]
+    precision: Precision
     file: RelativePath
     sha256: str
     graph_sha256: str
@@ -192,6 +201,16 @@ class Bundle:
         except KeyError:
             have = ", ".join(self.manifest.graphs)
             raise UsageError(f"{self.path} has no graph {name!r}; it has {have}. Build or export it first.") from None
+
+    def graph_in(self, name: str, precision: str) -> GraphEntry:
+        """The entry of a graph in a precision; where nothing of it is quantised, in what the rest of it all runs in.
+
+        UsageError lists what there is.
+        """
+        key = graph_key(name, precision)
+        if key not in self.manifest.graphs and is_quantised(precision):
+            return self.graph(graph_key(name, REST[precision]))
+        return self.graph(key)
 
     def tokenizer(self) -> PromptTokenizer:
         """The tokenizer that the prompts of this bundle go through."""
@@ -335,6 +354,9 @@ def _check_chain(path: Path, manifest: Manifest, sums: Mapping[str, str]) -> Non
     """Raise BundleError where the manifest speaks of other files, origins or sizes than the bundle has."""
     told = [(graph.file, graph.sha256) for graph in manifest.graphs.values()]
     told += [(engine.file, engine.sha256) for engine in manifest.engines]
+    told += [
+        (graph.calibration.file, graph.calibration.sha256) for graph in manifest.graphs.values() if graph.calibration
+    ]
     for file, sha256 in told:
         if sums.get(file) != sha256:
             raise BundleError(
@@ -344,6 +366,8 @@ def _check_chain(path: Path, manifest: Manifest, sums: Mapping[str, str]) -> Non
     for name, graph in manifest.graphs.items():
         source = manifest.graphs.get(name.removesuffix(f".{graph.precision}"))
         origin = manifest.checkpoint.sha256 if graph.precision == "fp32" else source and source.sha256
+        if is_quantised(graph.precision) and graph.calibration is None:
+            raise BundleError(f"{path}: graph {name} does not say what it was calibrated with. Build it again.")
         if graph.made_from_sha256 != origin:
             raise BundleError(f"{path}: graph {name} was not made from what lies in this bundle. Build it again.")
         for tensor in graph.inputs:

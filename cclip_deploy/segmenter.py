@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import TOKENIZER, Bundle, graph_key
+from cclip_deploy.bundle import TOKENIZER, Bundle
 from cclip_deploy.data.preprocess import to_input, to_source
 from cclip_deploy.errors import BundleError, ParityError, UsageError
 from cclip_deploy.prompt_cache import CacheCounts, KernelFolder, KernelOrigin, PromptCache, PromptKernels, Tokens
@@ -139,12 +139,12 @@ def sigmoid(logits: Floats) -> Floats:
 
 def kernel_origin(bundle: Bundle, precision: str) -> KernelOrigin:
     """What decides the prompt kernels of a bundle; UsageError where it has no prompt encoder of that precision."""
-    entry = bundle.graph(graph_key("prompt_encoder", precision))
+    entry = bundle.graph_in("prompt_encoder", precision)
     channels = [tensor.shape[-1] for tensor in entry.outputs if tensor.name == "kernel"]
     if len(channels) != 1 or not isinstance(channels[0], int):
         raise BundleError(f"{bundle.path} has a prompt encoder without a kernel of fixed width. Export it again.")
     length = bundle.manifest.prompt_length
-    return KernelOrigin(entry.sha256, precision, bundle.sums[TOKENIZER], length, channels[0])
+    return KernelOrigin(entry.sha256, entry.precision, bundle.sums[TOKENIZER], length, channels[0])
 
 
 def _parts(kernels: PromptKernels) -> Iterator[PromptKernels]:

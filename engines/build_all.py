@@ -1,4 +1,4 @@
-"""Build a bundle's engines in every precision that is offered, and print what their layers run in."""
+"""Build a bundle's engines in every precision, the quantised ones if there are pictures to calibrate with."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
+from cclip_deploy.pipeline.calibrate import CalibrationOptions, default_cache
 from cclip_deploy.pipeline.inspect import describe_bundle
-from cclip_deploy.runtime.layer_table import AVAILABLE_PRECISIONS
+from cclip_deploy.precisions import PRECISIONS, is_quantised
 
 
 def main() -> None:
@@ -16,13 +17,19 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx")
     parser.add_argument("--graph", action="append", help="may be repeated; the three that serve unless given")
+    parser.add_argument("--calibration", type=Path, help="pictures, or a data set: for the quantised precisions")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
-    for precision in AVAILABLE_PRECISIONS:
+    pictures = arguments.calibration
+    calibration = CalibrationOptions((pictures,), cache=default_cache()) if pictures else None
+    for precision in PRECISIONS:
+        if is_quantised(precision) and not pictures:
+            continue
         options = BuildOptions(
-            precision, arguments.backend, tuple(arguments.graph or SERVED), threads=arguments.threads
-        )
+            precision, arguments.backend, tuple(arguments.graph or SERVED), threads=arguments.threads,
+            calibration=calibration if is_quantised(precision) else None,
+        )  # fmt: skip
         build_engines(Bundle.open(arguments.bundle), options, print)
     for engine in describe_bundle(arguments.bundle)["engines"]:
         layers = ", ".join(f"{count} {precision}" for precision, count in engine["product_layers"].items())

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cclip_deploy.data.synthetic import write_dataset
+from tests.conftest import TINY_HW
+
 ROOT = Path(__file__).parent.parent
 STAGES = ("training", "export", "engines", "benchmarks")
 
@@ -35,12 +38,25 @@ def test_trace_graphs_writes_every_graph(tiny_checkpoint: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_build_all_builds_both_precisions(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_build_all_builds_every_precision_that_needs_no_pictures(tiny_bundle_path: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "copy.cclip"
     shutil.copytree(tiny_bundle_path, bundle)
     said = run_script("engines/build_all.py", bundle, "--graph", "mask_decoder")
     assert "mask_decoder.fp32.tensorrt-rtx.engine" in said
     assert "products: 1 fp16" in said
+    assert "products: 1 bf16" in said
+
+
+@pytest.mark.slow
+def test_calibration_curve_prints_a_row_a_method(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "films", {"train": 1, "test": 1}, TINY_HW, 7)
+    said = run_script(
+        "engines/calibration_curve.py", tiny_bundle_path, tmp_path / "films", "--counts", "1", "--threads", "2",
+        "--json", tmp_path / "curve.json",
+    )  # fmt: skip
+    told = json.loads((tmp_path / "curve.json").read_text())
+    assert [point["method"] for point in told] == ["min-max", "entropy", "percentile"]
+    assert f"| min-max | 1 | {told[0]['mean']:.4f} |" in said
 
 
 @pytest.mark.slow

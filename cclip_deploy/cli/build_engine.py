@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import json as jsonlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table
+from cclip_deploy.errors import UsageError
+from cclip_deploy.precisions import PRECISIONS, Precision
+
+if TYPE_CHECKING:
+    from cclip_deploy.bundle import EngineEntry
+    from cclip_deploy.pipeline.calibrate import CalibrationOptions
 
 
 @reports_errors
 def build_engine(
     bundle: options.Bundle,
-    fp16: Annotated[bool, typer.Option("--fp16/--fp32", help="The precision that the engine must prove.")] = True,
+    fp32: Annotated[bool, typer.Option("--fp32", help="FP32 engines.")] = False,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="FP16 engines, the default; beside --int8 or --fp8, what the rest runs in.")
+    ] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="BF16 engines.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="INT8 engines; needs --calibration.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 (E4M3) engines; needs --calibration.")] = False,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Pictures, or a data set's training split, to take ranges from.")
+    ] = None,
+    calibration_method: Annotated[
+        Literal["percentile", "min-max", "entropy"], typer.Option(help="How a range is chosen.")
+    ] = "percentile",
+    calibration_pictures: Annotated[int, typer.Option(help="Use at most so many of them.", min=1)] = 64,
+    evaluation_set: Annotated[
+        list[Path] | None,
+        typer.Option(help="Pictures, or a data set's test split: kept apart, and the masks judged on them."),
+    ] = None,
+    allow_few: Annotated[bool, typer.Option(help="Calibrate on fewer than 8 pictures.")] = False,
+    calibration_cache: Annotated[
+        bool, typer.Option("--calibration-cache/--no-calibration-cache", help="Keep ranges between runs.")
+    ] = True,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Node or block, such as tower.layer1, kept in the higher precision.")
+    ] = None,
+    io: Annotated[Literal["fp32", "fp16"], typer.Option(help="Type of float inputs and outputs.")] = "fp32",
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="GPU to build for, such as 8.9; may be repeated; tensorrt-rtx only.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Take everything but the calibration from this file, as in engines/profiles/.")
+    ] = None,
     backend: Annotated[Literal["tensorrt-rtx", "tensorrt"], typer.Option(help="What builds it.")] = "tensorrt-rtx",
     graph: Annotated[
         list[str] | None, typer.Option(help="Graph to build; may be repeated. The three that serve unless given.")
@@ -28,19 +67,88 @@ def build_engine(
     """Build [bold]engines[/] into a bundle and prove from the build what precision their layers run in."""
     from cclip_deploy.bundle import Bundle
     from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
+    from cclip_deploy.pipeline.engine_profile import read_profile
+    from cclip_deploy.runtime.engine_settings import EngineSettings
 
+    precision = _precision({"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8})
+    calibrating = _calibration(
+        calibration, calibration_method, calibration_pictures, evaluation_set, allow_few, calibration_cache
+    )
     chosen = BuildOptions(
-        precision="fp16" if fp16 else "fp32", backend=backend, graphs=tuple(graph or SERVED), max_batch=max_batch,
+        precision=precision, backend=backend, graphs=tuple(graph or SERVED), max_batch=max_batch,
         max_prompts=max_prompts, workspace_bytes=workspace_mib and workspace_mib * 2**20, threads=threads,
+        calibration=calibrating, keep=tuple(keep or ()), io=io,
+        settings=EngineSettings(compute_capabilities=tuple(compute_capability or ())),
     )  # fmt: skip
+    if profile is not None:
+        if graph or keep or compute_capability or any((fp32, fp16, bf16, int8, fp8)):
+            raise UsageError("--profile names the precision, the graphs and the target: give it alone.")
+        chosen = read_profile(profile).build_options(threads=threads, calibration=calibrating)
+        precision = chosen.precision
     with progress(quiet=json) as tell:
         entries = build_engines(Bundle.open(Path(bundle)), chosen, tell)
+    agreement = _agreement(bundle, precision) if evaluation_set else None
     if json:
-        print_json({"bundle": str(bundle), "engines": [entry.model_dump() for entry in entries]})
+        engines = [entry.model_dump() for entry in entries]
+        print_json({"bundle": str(bundle), "engines": engines, "mask_agreement": agreement})
         return
+    _show(bundle, entries)
+    if agreement:
+        stdout.print(
+            f"Masks in {precision} against FP32, {agreement['masks']} on {agreement['pictures']} pictures that were "
+            f"not calibrated on: mean Dice {agreement['mean']:.4f}, worst picture {agreement['worst']:.4f}"
+        )
+    elif calibrating is not None:
+        stdout.print("Masks not judged: name pictures that were not calibrated on with --evaluation-set.")
+    stdout.print("Not run: an engine runs on a GPU only. Its graph was compared with PyTorch on this CPU.")
+
+
+def _precision(asked: dict[str, bool]) -> Precision:
+    """The one precision that the flags name together; FP16 where none is given."""
+    name = "-".join(kind for kind in ("fp32", "bf16", "int8", "fp8", "fp16") if asked[kind]) or "fp16"
+    for precision in PRECISIONS:
+        if precision == name:
+            return precision
+    raise UsageError(
+        f"--{name.replace('-', ' --')} name no precision together. Give one; --fp16 may stand beside --int8 or --fp8."
+    )
+
+
+def _calibration(
+    pictures: list[Path] | None,
+    method: Literal["percentile", "min-max", "entropy"],
+    limit: int,
+    evaluation_set: list[Path] | None,
+    allow_few: bool,
+    cached: bool,
+) -> CalibrationOptions | None:
+    from cclip_deploy.pipeline.calibrate import CalibrationOptions, default_cache
+
+    if pictures is None:
+        if evaluation_set:
+            raise UsageError("--evaluation-set is compared with --calibration DIR, which was not given.")
+        return None
+    cache = default_cache() if cached else None
+    return CalibrationOptions(
+        tuple(pictures),
+        method,
+        limit=limit,
+        evaluation_set=tuple(evaluation_set or ()),
+        allow_few=allow_few,
+        cache=cache,
+    )
+
+
+def _agreement(bundle: Path, precision: str) -> dict[str, float]:
+    from cclip_deploy.pipeline.mask_agreement import report_name
+
+    found: dict[str, float] = jsonlib.loads((bundle / report_name(precision)).read_bytes())
+    return found
+
+
+def _show(bundle: Path, entries: Sequence[EngineEntry]) -> None:
     shown = table("Engines, precision proved from the build log", "engine of", "precision", "size ", "build ", "target")
     for entry in entries:
         size = (bundle / entry.file).stat().st_size
         shown.add_row(entry.graph, entry.precision, si(size, "B"), f"{entry.build_seconds:.1f} s", entry.target)
     stdout.print(shown)
-    stdout.print("Not run: an engine runs on a GPU only. Its graph was compared with PyTorch on this CPU.")

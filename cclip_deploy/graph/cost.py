@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -59,14 +59,26 @@ def count_multiply_adds(model: onnx.ModelProto, sizes: Mapping[str, int]) -> Cos
         DataError: shapes or types contradict each other, a counted node's shape cannot be inferred, or the graph does
             arithmetic that has no rule here. Each names the node.
     """
-    skeleton = _inline_functions(_without_weights(model, sizes))
-    shapes = _infer_shapes(skeleton)
-    counted = [cost for node in skeleton.graph.node if (cost := _cost_of(_Node(node, shapes))) is not None]
+    counted = cost_of_nodes(model, sizes)
     by_op: Counter[str] = Counter()
     for cost in counted:
         by_op[cost.op] += cost.multiply_adds
     dearest = sorted(counted, key=lambda cost: cost.multiply_adds, reverse=True)
     return Cost(sum(by_op.values()), dict(by_op.most_common()), tuple(dearest[:TOP_NODES]))
+
+
+def cost_of_nodes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> list[NodeCost]:
+    """Every counted node in the graph's order; arguments, rules and errors are those of `count_multiply_adds`."""
+    skeleton = _inline_functions(_without_weights(model, sizes))
+    shapes = _infer_shapes(skeleton)
+    return [cost for node in skeleton.graph.node if (cost := _cost_of(_Node(node, shapes))) is not None]
+
+
+def share_of(model: onnx.ModelProto, nodes: Collection[str], sizes: Mapping[str, int]) -> float:
+    """The part of a graph's multiply-adds that the named nodes do, 0 to 1."""
+    counted = cost_of_nodes(model, sizes)
+    named = sum(cost.multiply_adds for cost in counted if cost.name in nodes)
+    return named / max(1, sum(cost.multiply_adds for cost in counted))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""An FP32 graph as an FP16 graph: precision is written into the ONNX file, and engines are built strongly typed.
+"""An FP32 graph as an FP16 or BF16 one: precision is written into the ONNX file, and engines are built strongly typed.
 
 Every node runs in one type. A node's float inputs are cast where they are held in the other type, and each cast is made
 once and shared; weights are converted, not cast, and a weight that both types read is stored in both. Which inputs may
-be half at all is read from the operators' ONNX schemas, so a resize keeps its FP32 scales.
+be narrow at all is read from the operators' ONNX schemas, so a resize keeps its FP32 scales.
 
 onnxruntime's and onnxconverter_common's converters were tried first: they round a resize's scales (600 rows became 799
 instead of 800), leave `value_float` constants FP32 in a half sum, and append casts out of order, which onnx.checker
@@ -13,9 +13,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import ParityError, UsageError
+from cclip_deploy.graph.flat import (
+    float_constants,
+    is_lifted,
+    raise_opset,
+    refuse_what_has_no_flat_form,
+    tensor_types,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -39,10 +47,30 @@ FP32_ISLANDS = frozenset(
 
 LARGEST_HALF = 65504.0
 SMALLEST_HALF = 2.0**-24
+LARGEST_BFLOAT = 3.3895313892515355e38
 MASKED = -30000.0
 """Stands for minus infinity in an additive mask: exp() of it is 0 beside any unmasked score; two stay finite."""
 
-_FLOAT, _HALF = 1, 10  # TensorProto.FLOAT, TensorProto.FLOAT16
+_FLOAT = 1  # TensorProto.FLOAT
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """A type of 16 bits: its ONNX number, its names, the largest value that rounds into it, its smallest step."""
+
+    name: str
+    kind: int
+    numpy_name: str
+    schema_type: str
+    largest: float
+    rounds_to_largest: float
+    smallest: float
+    opset: int
+
+
+_HALF = _Narrow("fp16", 10, "float16", "tensor(float16)", LARGEST_HALF, LARGEST_HALF + 16, SMALLEST_HALF, 1)
+# Convolutions and poolings take bfloat16 from opset 22 on.
+_BFLOAT = _Narrow("bf16", 16, "bfloat16", "tensor(bfloat16)", LARGEST_BFLOAT, LARGEST_BFLOAT, 2.0**-133, 22)
 _TYPED_BY_ATTRIBUTE = frozenset(
     {
         "Bernoulli",
@@ -74,18 +102,34 @@ def to_fp16(model: ModelProto, islands: Collection[str] = FP32_ISLANDS, fp32_nod
             convert faithfully.
         UsageError: a name in `fp32_nodes` that the graph does not have.
     """
+    return _convert(model, _HALF, islands, fp32_nodes)
+
+
+def to_bf16(model: ModelProto, islands: Collection[str] = FP32_ISLANDS, fp32_nodes: Collection[str] = ()) -> ModelProto:
+    """A new graph that computes in bfloat16, of opset 22 or newer; arguments, masks and errors are those of `to_fp16`.
+
+    bfloat16 has float32's range, so only a weight that is not finite is refused.
+    """
+    return _convert(model, _BFLOAT, islands, fp32_nodes)
+
+
+def _convert(model: ModelProto, narrow: _Narrow, islands: Collection[str], fp32_nodes: Collection[str]) -> ModelProto:
     import onnx
 
-    _refuse_what_has_no_flat_form(model)
+    refuse_what_has_no_flat_form(model)
     unknown = sorted(set(fp32_nodes) - {node.name for node in model.graph.node})
     if unknown:
         raise UsageError(f"The graph has no node named {', '.join(map(repr, unknown))}; it cannot be kept in FP32.")
-    half = _Conversion(model, frozenset(islands), frozenset(fp32_nodes)).convert()
+    if narrow.opset > 1:
+        model = raise_opset(model, narrow.opset)
+    converted = _Conversion(model, narrow, frozenset(islands), frozenset(fp32_nodes)).convert()
     try:
-        onnx.checker.check_model(half, full_check=True)
+        onnx.checker.check_model(converted, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ParityError(f"The FP16 graph is not valid ONNX: {error}. Please report this graph.") from error
-    return half
+        raise ParityError(
+            f"The {narrow.name.upper()} graph is not valid ONNX: {error}. Please report this graph."
+        ) from error
+    return converted
 
 
 def precision_share(model: ModelProto) -> dict[str, int]:
@@ -102,11 +146,12 @@ def precision_share(model: ModelProto) -> dict[str, int]:
 class _Conversion:
     """One walk over the nodes, in their order; casts are placed before their first reader, so the order stays valid."""
 
-    def __init__(self, model: ModelProto, islands: frozenset[str], fp32_nodes: frozenset[str]) -> None:
+    def __init__(self, model: ModelProto, narrow: _Narrow, islands: frozenset[str], fp32_nodes: frozenset[str]) -> None:
         self.model = model
-        self.constants = dict(_float_constants(model.graph))
-        self.nodes = [node for node in model.graph.node if not _is_lifted(node, self.constants)]
-        self.types = _tensor_types(model, self.constants)
+        self.narrow = narrow
+        self.constants = dict(float_constants(model.graph))
+        self.nodes = [node for node in model.graph.node if not is_lifted(node, self.constants)]
+        self.types = tensor_types(model, self.constants)
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
         weights = {tensor.name for tensor in model.graph.initializer}
         self.inputs = [value for value in model.graph.input if value.name not in weights]
@@ -147,20 +192,21 @@ class _Conversion:
         return self.types.get(name) == _FLOAT
 
     def _run_type(self, node: NodeProto, islands: frozenset[str], fp32_nodes: frozenset[str]) -> int:
-        """FLOAT16 unless the node is an island, or its schema (or the lack of one) forbids half."""
+        """The narrow type unless the node is an island, or its schema (or the lack of one) forbids it."""
         if node.op_type in islands or node.name in fp32_nodes or node.op_type in _TYPED_BY_ATTRIBUTE:
             return _FLOAT
         schema = self._schema(node)
         if schema is None:
             return _FLOAT
-        half_free = {c.type_param_str for c in schema.type_constraints if "tensor(float16)" not in c.allowed_type_strs}
+        allowed = self.narrow.schema_type
+        without = {c.type_param_str for c in schema.type_constraints if allowed not in c.allowed_type_strs}
         floats = [
             _formal(formals, index).type_str
             for names, formals in ((node.input, schema.inputs), (node.output, schema.outputs))
             for index, name in enumerate(names)
             if self._is_float(name)
         ]
-        return _FLOAT if half_free.intersection(floats) else _HALF
+        return _FLOAT if without.intersection(floats) else self.narrow.kind
 
     def _schema(self, node: NodeProto) -> Any:
         import onnx
@@ -202,11 +248,12 @@ class _Conversion:
             if _FLOAT in kinds:
                 self.names[name, _FLOAT] = tensor.name
                 yield tensor
-            if _HALF in kinds:
-                readers = [node for node, kind in self.readers[name] if kind == _HALF]
-                halved = _halve(name, numpy_helper.to_array(tensor), readers)
-                self.names[name, _HALF] = self._fresh(f"{name}/fp16") if _FLOAT in kinds else name
-                yield numpy_helper.from_array(halved, self.names[name, _HALF])
+            if self.narrow.kind in kinds:
+                readers = [node for node, kind in self.readers[name] if kind == self.narrow.kind]
+                narrowed = _narrow_weight(name, numpy_helper.to_array(tensor), readers, self.narrow)
+                stored_as = self._fresh(f"{name}/{self.narrow.name}") if _FLOAT in kinds else name
+                self.names[name, self.narrow.kind] = stored_as
+                yield numpy_helper.from_array(narrowed, stored_as)
 
     def _add_node(self, graph: GraphProto, node: NodeProto, run: int, index: int) -> None:
         reads = self._input_types(node, run)
@@ -221,7 +268,7 @@ class _Conversion:
         if node.op_type == "Cast" and self._is_float(node.output[0]):
             next(attribute for attribute in new.attribute if attribute.name == "to").i = run
         for name in node.output:
-            if name in self.outputs and self.held.get(name) == _HALF:
+            if name in self.outputs and self.held.get(name) == self.narrow.kind:
                 self._cast(graph, name, _FLOAT, name)
 
     def _read(self, graph: GraphProto, name: str, kind: int) -> str:
@@ -229,14 +276,17 @@ class _Conversion:
         if not self._is_float(name):
             return name
         if (name, kind) not in self.names:
-            self._cast(graph, name, kind, self._fresh(f"{name}/{'fp16' if kind == _HALF else 'fp32'}"))
+            self._cast(
+                graph, name, kind, self._fresh(f"{name}/{self.narrow.name if kind == self.narrow.kind else 'fp32'}")
+            )
         return self.names[name, kind]
 
     def _write_name(self, name: str, kind: int) -> str:
         if not self._is_float(name):
             return name
         self.held[name] = kind
-        self.names[name, kind] = self._fresh(f"{name}/fp16") if name in self.outputs and kind == _HALF else name
+        renamed = name in self.outputs and kind == self.narrow.kind
+        self.names[name, kind] = self._fresh(f"{name}/{self.narrow.name}") if renamed else name
         return self.names[name, kind]
 
     def _cast(self, graph: GraphProto, name: str, kind: int, target: str) -> None:
@@ -253,88 +303,32 @@ class _Conversion:
         return name
 
 
-def _halve(name: str, values: np.ndarray[Any, Any], readers: list[NodeProto]) -> np.ndarray[Any, Any]:
-    """The float32 values as float16; see `to_fp16` for masks and for what is refused."""
+def _narrow_weight(
+    name: str, values: np.ndarray[Any, Any], readers: list[NodeProto], narrow: _Narrow
+) -> np.ndarray[Any, Any]:
+    """The float32 values in the narrow type; see `to_fp16` for masks and for what is refused."""
+    import ml_dtypes
     import numpy as np
 
+    kind = np.dtype(ml_dtypes.bfloat16 if narrow.name == "bf16" else np.float16)
     masked = values <= -LARGEST_HALF
     if masked.any() and not values[~masked].any() and {node.op_type for node in readers} <= {"Add", "Where"}:
-        return np.where(masked, np.float16(MASKED), np.float16(0))
-    outside = ~(np.abs(values) < LARGEST_HALF + 16)  # NaN too; what is nearer rounds to 65504
+        finite: np.ndarray[Any, Any] = np.where(masked, kind.type(MASKED), kind.type(0))
+        return finite
+    outside = ~(np.abs(values) < narrow.rounds_to_largest)  # NaN too; what is nearer rounds to the largest
     if outside.any():
         worst = values[outside][0]
         raise ParityError(
-            f"Weight {name!r} has {int(outside.sum())} of {values.size} values that float16 cannot hold (the first is "
-            f"{worst:g}, the limit 65504), read by node {readers[0].name!r} ({readers[0].op_type}). "
+            f"Weight {name!r} has {int(outside.sum())} of {values.size} values that {narrow.numpy_name} cannot hold "
+            f"(the first is {worst:g}, the limit {narrow.largest:g}), read by node {readers[0].name!r} "
+            f"({readers[0].op_type}). "
             f"Keep that node in FP32 (fp32_nodes=[{readers[0].name!r}]) or scale the weight."
         )
-    halved = values.astype(np.float16)
-    lost = (halved == 0) & (values != 0)
+    narrowed: np.ndarray[Any, Any] = values.astype(kind)
+    lost = (narrowed == 0) & (values != 0)
     if lost.any():
-        halved[lost] = np.copysign(SMALLEST_HALF, values[lost]).astype(np.float16)
-    return halved
-
-
-def _float_constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
-    """Name and tensor of every float32 initializer and Constant node."""
-    import numpy as np
-    from onnx import numpy_helper
-
-    for tensor in graph.initializer:
-        if tensor.data_type == _FLOAT:
-            yield tensor.name, tensor
-    for node in graph.node:
-        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-            continue
-        attribute = node.attribute[0]
-        if attribute.name == "value" and attribute.t.data_type == _FLOAT:
-            yield node.output[0], numpy_helper.from_array(numpy_helper.to_array(attribute.t), node.output[0])
-        elif attribute.name == "value_float":
-            yield node.output[0], numpy_helper.from_array(np.array(attribute.f, np.float32), node.output[0])
-        elif attribute.name == "value_floats":
-            yield node.output[0], numpy_helper.from_array(np.array(attribute.floats, np.float32), node.output[0])
-
-
-def _is_lifted(node: NodeProto, constants: dict[str, TensorProto]) -> bool:
-    return node.op_type == "Constant" and node.output[0] in constants
-
-
-def _tensor_types(model: ModelProto, constants: dict[str, TensorProto]) -> dict[str, int]:
-    """Element type of every tensor, by ONNX's own inference on the graph without its weights."""
-    import onnx
-
-    bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    bare.graph.name = model.graph.name
-    bare.graph.node.extend(model.graph.node)
-    bare.graph.output.extend(model.graph.output)
-    bare.graph.value_info.extend(model.graph.value_info)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    bare.graph.input.extend(value for value in model.graph.input if value.name not in weights)
-    bare.graph.input.extend(
-        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-        for tensor in model.graph.initializer
-    )
-    graph = onnx.shape_inference.infer_shapes(bare).graph
-    values = [*graph.input, *graph.value_info, *graph.output]
-    types = {value.name: value.type.tensor_type.elem_type for value in values} | dict.fromkeys(constants, _FLOAT)
-    for name in (name for node in model.graph.node for name in node.output if name):
-        if not types.get(name):
-            raise ParityError(f"The type of tensor {name!r} cannot be inferred, so the graph cannot be made FP16.")
-    return types
-
-
-def _refuse_what_has_no_flat_form(model: ModelProto) -> None:
-    for node in model.graph.node:
-        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-            raise ParityError(
-                f"Node {node.name!r} ({node.op_type}) has a subgraph, which the FP16 conversion does not follow. "
-                "Export the graph without control flow."
-            )
-    if model.functions or model.graph.sparse_initializer:
-        raise ParityError("The graph has local functions or sparse weights. Inline or densify them before FP16.")
-    for tensor in model.graph.initializer:
-        if tensor.data_location == tensor.EXTERNAL:
-            raise ParityError(f"Weight {tensor.name!r} lies in another file. Load the graph with its external data.")
+        narrowed[lost] = np.copysign(narrow.smallest, values[lost]).astype(kind)
+    return narrowed
 
 
 def _types_by_schema(formals: Any, count: int, run: int) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 from cclip_deploy.bundle import Bundle, graph_key
 from cclip_deploy.errors import EnvironmentProblem
 from cclip_deploy.evidence.latency import Candidate
-from cclip_deploy.evidence.parity import CHAIN
+from cclip_deploy.evidence.parity import can_chain
 from cclip_deploy.pipeline.bench_plan import (
     DECODE,
     IMAGE,
@@ -22,9 +22,10 @@ from cclip_deploy.pipeline.bench_plan import (
     LeftOut,
     workload_stage,
 )
+from cclip_deploy.prompt_cache import PromptKernels
 from cclip_deploy.runtime.backend import Arrays, Backend
 from cclip_deploy.runtime.choice import open_backend
-from cclip_deploy.segmenter import PROMPTS_AT_ONCE, PromptKernels, Segmenter
+from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter
 
 LABELS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 HALF = ("fp16", "bf16")
@@ -40,9 +41,11 @@ def our_candidates(bundle: Bundle, inputs: BenchInputs, options: BenchOptions, l
     found: list[Candidate] = []
     for backend_name in options.backends():
         for precision in bundle.precisions():
-            missing = [name for name in CHAIN if graph_key(name, precision) not in bundle.manifest.graphs]
-            if missing:
-                reason = f"the bundle has no {precision} {missing[0]}"
+            if precision == "bf16" and options.device == "cpu":
+                reason = "no CPU kernel runs BF16; its widened form is no timing"
+                left_out.append({"name": name_of("graphs", precision, backend_name), "reason": reason})
+            elif not can_chain(bundle.manifest, precision):
+                reason = f"the bundle has no {precision} graphs of all three parts"
                 left_out.append({"name": name_of("graphs", precision, backend_name), "reason": reason})
             elif options.peers and precision in HALF:
                 reason = "half precision is for GPUs; the peers run in FP32"

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from cclip_deploy.bundle import (
     Bundle,
     EngineEntry,
+    EngineTarget,
     GraphEntry,
-    Manifest,
     TensorSpec,
     edited_bundle,
     graph_key,
     write_manifest,
 )
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import UsageError
 from cclip_deploy.files import sha256_file
+from cclip_deploy.graph.lower import InputsAndOutputs
+from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.derive import Derived, DeriveOptions, derive_graphs
+from cclip_deploy.pipeline.mask_agreement import hold_masks_to_fp32, write_agreement
+from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
-from cclip_deploy.runtime.layer_table import Precision, check_precision
-from cclip_deploy.runtime.tensorrt_binding import BindingName, load_binding
+from cclip_deploy.runtime.engine_settings import EngineSettings, engine_target, is_rtx
+from cclip_deploy.runtime.gpu import GpuInterface, open_gpu
+from cclip_deploy.runtime.layer_table import check_precision
+from cclip_deploy.runtime.tensorrt_binding import BindingName, check_targets, load_binding
 
 Progress = Callable[[str], None]
 SERVED = ("image_encoder", "prompt_encoder", "mask_decoder")
@@ -30,15 +37,27 @@ SERVED = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Which engines. The maxima bound the dynamic dimensions; engines are tuned for one picture and one prompt."""
+    """Which engines. The maxima bound the dynamic dimensions; engines are tuned for the usual numbers.
+
+    `one_alone` adds a second optimisation profile, of one picture and one prompt alone, which doubles an engine's size.
+    `calibration` belongs to the quantised precisions, `keep` names nodes and blocks that stay in a higher one.
+    """
 
     precision: Precision = "fp16"
     backend: BindingName = "tensorrt-rtx"
     graphs: tuple[str, ...] = SERVED
     max_batch: int = 8
     max_prompts: int = 16
+    usual_batch: int = 1
+    usual_prompts: int = 1
+    one_alone: bool = False
     workspace_bytes: int | None = None
     threads: int | None = None
+    calibration: CalibrationOptions | None = None
+    keep: tuple[str, ...] = ()
+    io: InputsAndOutputs = "fp32"
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    gpu_interface: GpuInterface = "cuda-python"
 
 
 def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress = lambda _: None) -> list[EngineEntry]:
@@ -47,22 +66,36 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
     Either everything is added or the bundle stays as it was.
 
     Raises:
-        UsageError: a graph that the bundle does not have, or a precision that is not offered.
+        UsageError: a graph that the bundle does not have, a precision that is none or that the target does not have, or
+            a calibration that cannot be.
+        DataError: a calibration picture cannot be read or belongs to the evaluation set.
         EnvironmentProblem: the binding or the onnx package is missing.
         ParityError: a graph of this precision strays from the reference, or an engine does not run in the precision.
     """
     check_precision(options.precision)
+    check_targets(options.precision, options.settings.compute_capabilities)
     _check_plan(bundle, options)
     binding = load_binding(options.backend)
+    own_gpu = None if is_rtx(binding) else _own_gpu(options)
+    wanted = DeriveOptions(
+        options.precision, options.graphs, options.calibration, options.keep, options.io, options.threads
+    )
     with edited_bundle(bundle) as folder:
-        manifest = _add_precision_graphs(bundle, options, folder, on_progress)
+        derived = derive_graphs(bundle, wanted, folder, on_progress)
+        manifest = derived.manifest
+        if is_quantised(options.precision) and options.calibration and options.calibration.evaluation_set:
+            on_progress(f"Comparing {options.precision} masks with FP32's on the evaluation set")
+            unsealed, evaluation = Bundle.unsealed(folder, manifest), options.calibration.evaluation_set
+            agreement = hold_masks_to_fp32(unsealed, options.precision, evaluation, options.threads)
+            write_agreement(agreement, folder)
         entries = []
         for graph in options.graphs:
-            source = manifest.graphs[graph_key(graph, options.precision)]
-            on_progress(f"Building {graph} {options.precision} for {options.backend}")
-            chosen = EngineOptions(_shapes(source.inputs, options), options.workspace_bytes, options.precision)
+            source = manifest.graphs[graph_key(graph, derived.precisions[graph])]
+            on_progress(f"Building {graph} {source.precision} for {options.backend}")
+            chosen = _engine_options(graph, source, derived, options)
             built = build_engine(folder / source.file, chosen, binding, partial(_tell, on_progress, graph))
-            entries.append(_write_engine(folder, graph, source, built, chosen))
+            runs_on = engine_target(options.settings, binding, own_gpu)
+            entries.append(_write_engine(folder, graph, source, built, chosen, runs_on))
         names = {(entry.graph, entry.precision, entry.backend) for entry in entries}
         kept = [e for e in manifest.engines if (e.graph, e.precision, e.backend) not in names]
         write_manifest(folder, manifest.model_copy(update={"engines": (*kept, *entries)}))
@@ -71,6 +104,18 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
 
 def _tell(on_progress: Progress, graph: str, phase: str) -> None:
     on_progress(f"{graph}: {phase}")
+
+
+def _engine_options(graph: str, source: GraphEntry, derived: Derived, options: BuildOptions) -> EngineOptions:
+    one = _shapes(source.inputs, replace(options, max_batch=1, max_prompts=1, usual_batch=1, usual_prompts=1))
+    return EngineOptions(
+        _shapes(source.inputs, options),
+        options.workspace_bytes,
+        source.precision,
+        derived.kept.get(graph, frozenset()),
+        (one,) if options.one_alone else (),
+        options.settings,
+    )
 
 
 def _check_plan(bundle: Bundle, options: BuildOptions) -> None:
@@ -85,61 +130,19 @@ def _check_plan(bundle: Bundle, options: BuildOptions) -> None:
         raise UsageError(f"A graph is named twice: {', '.join(options.graphs)}. Name each once.")
     if options.max_batch < 1 or options.max_prompts < 1:
         raise UsageError("The largest batch and the largest number of prompts must be 1 or more.")
-
-
-def _add_precision_graphs(bundle: Bundle, options: BuildOptions, folder: Path, on_progress: Progress) -> Manifest:
-    """The FP32 graphs are the bundle's own; graphs of another precision are derived, compared, and kept beside them."""
-    for name in options.graphs:
-        bundle.file(bundle.graph(name).file)
-    if options.precision == "fp32":
-        return bundle.manifest
-    added = {
-        graph_key(name, options.precision): _derive(bundle, name, folder, options.precision, on_progress)
-        for name in options.graphs
-    }
-    manifest = bundle.manifest.model_copy(update={"graphs": {**bundle.manifest.graphs, **added}})
-    _compare(bundle, folder, manifest, options, on_progress)
-    return manifest
-
-
-def _derive(bundle: Bundle, name: str, folder: Path, precision: str, on_progress: Progress) -> GraphEntry:
-    try:
-        import onnx
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"Making {precision} graphs needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
-        ) from error
-    from cclip_deploy.graph.describe import describe_graph, save_graph
-    from cclip_deploy.graph.precision import to_fp16
-
-    on_progress(f"Converting {name} to {precision}")
-    source = bundle.graph(name)
-    converted = to_fp16(onnx.load(bundle.file(source.file)))
-    file = f"graphs/{graph_key(name, precision)}.onnx"
-    (folder / file).unlink(missing_ok=True)
-    save_graph(converted, folder / file)
-    return describe_graph(converted, file, folder, source.sha256, precision)
-
-
-def _compare(bundle: Bundle, folder: Path, manifest: Manifest, options: BuildOptions, on_progress: Progress) -> None:
-    from cclip_deploy.evidence.parity import check_graphs, refuse_failures
-    from cclip_deploy.evidence.reference import load_references
-    from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-
-    on_progress(f"Comparing the {options.precision} graphs with PyTorch's answers")
-    references = load_references(bundle)
-    backend = OnnxRuntimeBackend(Bundle.unsealed(folder, manifest), options.precision, "cpu", options.threads)
-    refuse_failures(list(check_graphs(backend, options.graphs, references)))
+    if not (1 <= options.usual_batch <= options.max_batch and 1 <= options.usual_prompts <= options.max_prompts):
+        raise UsageError("The usual batch and number of prompts must be 1 or more, and no more than the largest.")
 
 
 def _shapes(
     inputs: Sequence[TensorSpec], options: BuildOptions
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     largest = {"batch": options.max_batch, "prompts": options.max_prompts}
+    usual = {"batch": options.usual_batch, "prompts": options.usual_prompts}
     return {
         tensor.name: (
             _bind(tensor, dict.fromkeys(largest, 1)),
-            _bind(tensor, dict.fromkeys(largest, 1)),
+            _bind(tensor, usual),
             _bind(tensor, largest),
         )
         for tensor in inputs
@@ -152,12 +155,22 @@ def _bind(tensor: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def _write_engine(
-    folder: Path, graph: str, source: GraphEntry, built: BuiltEngine, options: EngineOptions
+    folder: Path,
+    graph: str,
+    source: GraphEntry,
+    built: BuiltEngine,
+    options: EngineOptions,
+    runs_on: EngineTarget | None,
 ) -> EngineEntry:
     (folder / "engines").mkdir(exist_ok=True)
     stem = f"engines/{graph}.{options.precision}.{built.binding}"
     file, layers = f"{stem}.engine", f"{stem}.layers.json"
-    proof = {"asked": options.precision, "products": sorted(built.products), **built.layers.to_dict()}
+    proof = {
+        "asked": options.precision,
+        "products": sorted(built.products),
+        "kept": sorted(built.kept),
+        **built.layers.to_dict(),
+    }
     for name, content in ((file, built.engine), (layers, json.dumps(proof).encode())):
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(content)
@@ -165,12 +178,34 @@ def _write_engine(
         graph=graph,
         backend=built.binding,
         backend_version=built.binding_version,
-        precision=options.precision,  # type: ignore[arg-type]  # pydantic checks it
+        precision=options.precision,
         file=file,
         sha256=sha256_file(folder / file),
         graph_sha256=source.sha256,
         layers=layers,
         shapes=dict(options.shapes),
-        target="portable (Ampere and later)" if built.binding == "tensorrt-rtx" else "this machine's GPU",
+        target=_told(runs_on, options.settings),
         build_seconds=round(built.build_seconds, 3),
+        runs_on=runs_on,
+        stripped=options.settings.strip_weights,
+        timing_cache_sha256=None if built.timing_cache is None else built.timing_cache.given_sha256,
     )
+
+
+def _own_gpu(options: BuildOptions) -> tuple[str, str]:
+    """Name and compute capability of this machine's GPU, for which plain TensorRT builds."""
+    gpu = open_gpu(options.gpu_interface)
+    try:
+        return gpu.facts.name, gpu.facts.compute_capability
+    finally:
+        gpu.close()
+
+
+def _told(target: EngineTarget | None, settings: EngineSettings) -> str:
+    if target is None:
+        return "unknown"
+    if target.gpu is not None:
+        return target.gpu
+    if target.and_later or (settings.compatibility == "none" and not settings.compute_capabilities):
+        return "portable (Ampere and later)"
+    return f"compute capability {', '.join(target.compute_capabilities)}"

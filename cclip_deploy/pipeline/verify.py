@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cclip_deploy.bundle import Bundle, graph_key
 from cclip_deploy.data.images import find_pictures
 from cclip_deploy.errors import BundleError, ParityError, UsageError
-from cclip_deploy.evidence.parity import Check, check_graphs, degenerate_masks, plain_batch
+from cclip_deploy.evidence.parity import Check, can_chain, check_graphs, degenerate_masks, plain_batch
 from cclip_deploy.evidence.reference import (
     Reference,
     load_references,
@@ -19,8 +20,10 @@ from cclip_deploy.evidence.reference import (
     record,
     seeded_inputs,
 )
+from cclip_deploy.pipeline.calibration_record import read_record
+from cclip_deploy.precisions import Precision
 from cclip_deploy.runtime.choice import BackendName, open_backend
-from cclip_deploy.runtime.layer_table import LayerTable, Precision, prove_precision
+from cclip_deploy.runtime.layer_table import LayerTable, prove_precision
 from cclip_deploy.runtime.onnx_runtime import Device
 
 if TYPE_CHECKING:
@@ -72,12 +75,23 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     strays = bundle.check_all()
     references, notes = _references(bundle, options, on_progress)
     checks: list[Check] = []
+    has_onnx = importlib.util.find_spec("onnx") is not None
     for precision in bundle.precisions():
         graphs = [name for name in _base_names(bundle) if graph_key(name, precision) in bundle.manifest.graphs]
         on_progress(f"Comparing {precision} graphs: {', '.join(graphs)}")
-        backend = open_backend(options.backend, bundle, precision, options.device, options.threads)
-        checks += check_graphs(backend, graphs, references, plain_batch(bundle.manifest))
+        backend = open_backend(options.backend, bundle, precision, options.device, options.threads, has_onnx)
+        with_chain = can_chain(bundle.manifest, precision)
+        checks += check_graphs(backend, graphs, references, plain_batch(bundle.manifest), with_chain)
     checks += _engine_checks(bundle)
+    notes += _calibration_notes(bundle)
+    narrow = [name for name, graph in bundle.manifest.graphs.items() if "16" in graph.precision]
+    if narrow and options.device == "cpu":
+        told = (
+            "ran in FP32 arithmetic with every result rounded as the graph says: no CPU kernel does so"
+            if has_onnx
+            else "ran without the roundings between operators, which a CPU makes only with the package onnx"
+        )
+        notes.append(f"{', '.join(narrow)} {told}.")
     if strays:
         notes.append(f"No checksum covers {', '.join(strays)}; nothing of it is loaded.")
     for name in degenerate_masks(references):
@@ -136,6 +150,18 @@ def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOpti
     return [record(name, reference, image, tokens, graphs) for name, (image, tokens) in inputs.items()]
 
 
+def _calibration_notes(bundle: Bundle) -> list[str]:
+    """What each quantised graph was calibrated with; BundleError where its record is none or another graph's."""
+    notes = []
+    for name, graph in bundle.manifest.graphs.items():
+        if graph.calibration is not None:
+            record = read_record(bundle, graph)
+            apart = f"none of them among {record.evaluation_pictures} evaluation pictures"
+            told = apart if record.evaluation_pictures else "no evaluation set was named to keep apart from them"
+            notes.append(f"{name} was calibrated on {len(record.pictures)} pictures ({record.method}); {told}.")
+    return notes
+
+
 def _engine_checks(bundle: Bundle) -> list[Check]:
     """An engine that cannot run here is still held to its layer table, and to the graph that it was built from."""
     checks = []
@@ -156,7 +182,7 @@ def _honours(path: Path, asked: Precision) -> bool:
     """Whether the layer table stored beside an engine proves its precision, judged anew."""
     try:
         proof = json.loads(path.read_bytes())
-        prove_precision(LayerTable.from_dict(proof), asked, proof["products"])
+        prove_precision(LayerTable.from_dict(proof), asked, proof["products"], proof.get("kept", ()))
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is no layer table: {error!r}. Build the engine again.") from error
     except ParityError:

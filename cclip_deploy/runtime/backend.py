@@ -36,7 +36,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class Kept(Protocol):
-    """An output that stayed where it was computed, for the next graph; it is freed when the last reference to it goes."""
+    """An output that stayed where it was computed, for the next graph; freed when the last reference to it goes."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

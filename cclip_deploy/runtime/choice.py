@@ -19,15 +19,16 @@ def open_backend(
     precision: str = "fp32",
     device: Device = "cpu",
     threads: int | None = None,
+    rounds_as_written: bool = False,
 ) -> Backend:
-    """The backend that was asked for and no other.
+    """The backend that was asked for and no other; `rounds_as_written` is ONNX Runtime's.
 
     Raises:
         UsageError: there is no such backend, or not on this device.
         EnvironmentProblem: it is not installed, or cannot use the device.
     """
     if name == "onnxruntime":
-        return OnnxRuntimeBackend(bundle, precision, device, threads)
+        return OnnxRuntimeBackend(bundle, precision, device, threads, rounds_as_written)
     if name != "openvino":
         raise UsageError(f"Backend {name!r} is none of {', '.join(get_args(BackendName))}.")
     if device != "cpu":

@@ -16,9 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
-from cclip_deploy.runtime.engine_settings import EngineSettings, TimingCache, TimingCacheUse, apply_settings
-from cclip_deploy.runtime.layer_table import LayerTable, Precision, check_precision, prove_precision, read_layer_table
-from cclip_deploy.runtime.tensorrt_binding import binding_label, listening_logger, listening_monitor, network_flags
+from cclip_deploy.precisions import Precision
+from cclip_deploy.runtime.engine_settings import (
+    EngineSettings,
+    TimingCache,
+    TimingCacheUse,
+    apply_settings,
+    needs_gpu_to_build,
+)
+from cclip_deploy.runtime.layer_table import LayerTable, check_precision, prove_precision, read_layer_table
+from cclip_deploy.runtime.tensorrt_binding import (
+    binding_label,
+    check_targets,
+    listening_logger,
+    listening_monitor,
+    network_flags,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +51,7 @@ class EngineOptions:
         shapes: for each input with dynamic sizes the smallest, the usual and the largest shape.
         workspace_bytes: upper limit of scratch memory; None leaves it to the binding.
         precision: what the graph is in, and what the engine must prove to run in.
-        fp32_nodes: names of products that the FP16 graph keeps in FP32 on purpose.
+        kept_nodes: names of products that the graph keeps out of the precision on purpose; they must run in the rest's.
         further_shapes: one more optimisation profile each, for shapes that are to be tuned by themselves.
         settings: targets, caches and the like.
     """
@@ -46,12 +59,13 @@ class EngineOptions:
     shapes: ShapeRanges = field(default_factory=dict)
     workspace_bytes: int | None = None
     precision: Precision = "fp32"
-    fp32_nodes: frozenset[str] = frozenset()
+    kept_nodes: frozenset[str] = frozenset()
     further_shapes: tuple[ShapeRanges, ...] = ()
-    settings: EngineSettings = EngineSettings()
+    settings: EngineSettings = field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
+        check_targets(self.precision, self.settings.compute_capabilities)
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
             raise UsageError(f"workspace_bytes is {self.workspace_bytes}; give a positive number of bytes, or None.")
         for name, (least, usual, most) in (pair for shapes in self.profiles() for pair in shapes.items()):
@@ -75,6 +89,7 @@ class BuiltEngine:
     engine: bytes = field(repr=False)
     layers: LayerTable = field(repr=False)
     products: frozenset[str] = field(repr=False)
+    kept: frozenset[str] = field(repr=False)
     build_seconds: float
     binding: str
     binding_version: str
@@ -119,16 +134,20 @@ def build_engine(
         memory = builder.build_serialized_network(network, config)
         watch.raise_if_cancelled()
     if memory is None:
-        raise EnvironmentProblem(f"{' '.join(binding_label(binding))} built no engine. It says: {watch.complaints()}")
+        hint = needs_gpu_to_build(options.settings, binding)
+        raise EnvironmentProblem(
+            f"{' '.join(binding_label(binding))} built no engine. {hint}It says: {watch.complaints()}"
+        )
     cache_use = None if cache is None else cache.write()
     del network, cache, config, builder, parser
     layers = read_layer_table(watch.messages)
-    prove_precision(layers, options.precision, products, options.fp32_nodes)
+    prove_precision(layers, options.precision, products, options.kept_nodes)
     name, version = binding_label(binding)
     return BuiltEngine(
         engine=bytes(memory),
         layers=layers,
-        products=products - options.fp32_nodes,
+        products=products,
+        kept=products & options.kept_nodes,
         build_seconds=time.perf_counter() - started,
         binding=name,
         binding_version=version,

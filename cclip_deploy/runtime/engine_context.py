@@ -171,8 +171,8 @@ class EngineContext:
         )
         given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise UsageError(
-            f"The engine of {self.loaded.graph} was built for {ranges}; {given} is outside. Send less at once, or build "
-            "it with a larger --max-batch or --max-prompts."
+            f"The engine of {self.loaded.graph} was built for {ranges}; {given} is outside. Send less at once, or "
+            "build it with a larger --max-batch or --max-prompts."
         )
 
     def _require(self, is_done: bool, what: str) -> None:

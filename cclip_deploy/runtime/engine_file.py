@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle import Bundle, EngineEntry, EngineTarget, GraphEntry, TensorSpec
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.precisions import REST
 from cclip_deploy.runtime.backend import check_tensors
 from cclip_deploy.runtime.engine_context import LoadedEngine
 from cclip_deploy.runtime.gpu import GpuFacts
@@ -21,15 +22,19 @@ if TYPE_CHECKING:
 
 
 def engines_of(bundle: Bundle, backend: str, precision: str) -> dict[str, EngineEntry]:
-    """The engines of a bundle for one binding in one precision, by graph; UsageError where there is none."""
-    built = bundle.manifest.engines
-    found = {entry.graph: entry for entry in built if (entry.backend, entry.precision) == (backend, precision)}
+    """The engines of a bundle for one binding in one precision, by graph; UsageError where there is none.
+
+    In a quantised precision, a graph of which nothing is quantised has its engine in what the rest of it runs in.
+    """
+    built = [entry for entry in bundle.manifest.engines if entry.backend == backend]
+    found = {entry.graph: entry for entry in built if entry.precision == precision}
     if not found:
-        have = ", ".join(f"{entry.graph} {entry.precision} {entry.backend}" for entry in built) or "none"
+        have = ", ".join(f"{e.graph} {e.precision} {e.backend}" for e in bundle.manifest.engines) or "none"
         raise UsageError(
-            f"{bundle.path} has no {precision} engine for {backend}; it has {have}. Build them: {_remedy(backend, precision)}"
+            f"{bundle.path} has no {precision} engine for {backend}; it has {have}. "
+            f"Build them: {_remedy(backend, precision)}"
         )
-    return found
+    return {entry.graph: entry for entry in built if entry.precision == REST.get(precision)} | found
 
 
 def check_engine(entry: EngineEntry, binding: ModuleType, facts: GpuFacts) -> None:

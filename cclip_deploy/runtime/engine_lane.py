@@ -98,7 +98,7 @@ class Lane:
     def run(
         self, graph: str, inputs: KeptOrArrays, keep: Sequence[str] | None = None
     ) -> tuple[dict[str, Floats], dict[str, Kept]]:
-        """One run. Without `keep` all outputs come to the host; with it, those are left on the device, and no others."""
+        """One run. Without `keep` all outputs come to the host; with it, those stay on the device, and no others."""
         context = self._contexts[graph]
         if context.is_busy:
             self.wait()

@@ -81,6 +81,13 @@ def rtx_targets(binding: ModuleType) -> dict[str, Any]:
     return {f"{name[2:-1]}.{name[-1]}": member for name, member in members.items() if name.startswith("SM")}
 
 
+def needs_gpu_to_build(settings: EngineSettings, binding: ModuleType) -> str:
+    """The likely reason of a build that failed, as a sentence; empty where there is none."""
+    if is_rtx(binding) and (settings.refit or settings.strip_weights):
+        return "TensorRT-RTX needs a GPU to build an engine that is refitted or stripped. "
+    return ""
+
+
 def engine_target(settings: EngineSettings, binding: ModuleType, gpu: tuple[str, str] | None) -> EngineTarget | None:
     """The GPUs that an engine built so runs on; None where nobody can say.
 
@@ -148,7 +155,7 @@ def _aim(config: Any, capabilities: tuple[str, ...], binding: ModuleType) -> Non
         return
     label = " ".join(binding_label(binding))
     if not is_rtx(binding):
-        raise UsageError(f"{label} builds for the GPU of this machine only. Leave the compute capabilities out.")
+        raise UsageError(f"{label} builds for the GPU of this machine only. Leave --compute-capability out.")
     known = rtx_targets(binding)
     strangers = [name for name in capabilities if name not in known]
     if strangers:
@@ -172,7 +179,9 @@ def _widen(config: Any, compatibility: Compatibility, binding: ModuleType) -> No
 
 def _flag(binding: ModuleType, name: str) -> Any:
     if not hasattr(binding.BuilderFlag, name):
-        raise UsageError(f"{' '.join(binding_label(binding))} has no {name}. Leave it out, or use TensorRT 10 or later.")
+        raise UsageError(
+            f"{' '.join(binding_label(binding))} has no {name}. Leave it out, or use TensorRT 10 or later."
+        )
     return getattr(binding.BuilderFlag, name)
 
 

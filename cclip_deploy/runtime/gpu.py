@@ -24,7 +24,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """The device that is used: `compute_capability` as "8.9", memory in bytes, the CUDA version of its driver as "13.0"."""
+    """The device that is used: its compute capability as "8.9", the CUDA version of its driver as "13.0"."""
 
     name: str
     compute_capability: str

@@ -1,4 +1,4 @@
-"""The GPU through pycuda. Written against its documentation: it has no wheel and did not build here, so never run yet."""
+"""The GPU through pycuda, which has no wheel and did not build here: written against its documentation, never run."""
 
 from __future__ import annotations
 

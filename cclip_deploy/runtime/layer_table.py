@@ -12,17 +12,15 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import DataError, ParityError, UsageError
+from cclip_deploy.precisions import PRECISIONS, Precision, is_quantised, product_type, rest_type
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from onnx import ModelProto
-
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
-AVAILABLE_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 
 PRODUCT_OPERATORS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 """ONNX operators that are convolutions or matrix products: what a precision is asked for."""
@@ -58,12 +56,8 @@ _COMPUTE_TYPES = frozenset({"fp32", "fp16", "bf16", "fp8", "fp4", "int8", "uint8
 
 def check_precision(precision: str) -> None:
     """Raise UsageError unless engines can be built, and proved, in this precision."""
-    if precision in AVAILABLE_PRECISIONS:
-        return
-    usable = " or ".join(AVAILABLE_PRECISIONS)
-    if precision in get_args(Precision):
-        raise UsageError(f"Precision {precision!r} is not available yet. Use {usable}.")
-    raise UsageError(f"There is no precision {precision!r}. Use {usable}.")
+    if precision not in PRECISIONS:
+        raise UsageError(f"There is no precision {precision!r}. Use {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}.")
 
 
 @dataclass(frozen=True)
@@ -192,24 +186,24 @@ def product_nodes(graph: ModelProto) -> frozenset[str]:
 
 
 def prove_precision(
-    table: LayerTable, asked: Precision, products: Collection[str], fp32_nodes: Collection[str] = ()
+    table: LayerTable, asked: Precision, products: Collection[str], kept_nodes: Collection[str] = ()
 ) -> None:
     """Raise ParityError unless every convolution and matrix product of the graph runs in the precision asked for.
 
-    Each product has to be found in the table. For FP32 no layer may hold a narrower type at all (TF32 inside an FP32
-    kernel does not show in the table).
+    Each product has to be found in the table; those kept out of the precision on purpose are proved to run in the
+    rest's. For FP32 no layer may hold a narrower type at all (TF32 inside an FP32 kernel does not show in the table).
 
     Args:
         table: the engine's layers.
-        asked: fp32 or fp16.
+        asked: the precision.
         products: node names, from `product_nodes`.
-        fp32_nodes: the products that were kept in FP32 on purpose.
+        kept_nodes: the products that the graph keeps in the rest's precision on purpose.
     """
     check_precision(asked)
-    if not products:
+    expected = {node: rest_type(asked) if node in kept_nodes else product_type(asked) for node in sorted(products)}
+    if not set(products) - set(kept_nodes):
         raise ParityError("The graph has no convolution or matrix product, so no precision can be proved.")
-    expected = sorted(set(products) - set(fp32_nodes))
-    faults = [fault for node in expected if (fault := _fault_of(node, table.rows_of(node), asked))]
+    faults = [fault for node, kind in expected.items() if (fault := _fault_of(node, table.rows_of(node), kind))]
     strays = [
         f"{row.name} ({row.kind}, {'+'.join(sorted(row.types))})"
         for row in table.rows
@@ -223,12 +217,12 @@ def prove_precision(
         )
 
 
-def _fault_of(node: str, rows: tuple[LayerRow, ...], asked: Precision) -> str | None:
+def _fault_of(node: str, rows: tuple[LayerRow, ...], expected: str) -> str | None:
     if not rows:
         return f"{node} (in no layer)"
     for row in rows:
-        fused_in = not row.is_product and asked in row.types
-        if row.precision != asked and not fused_in:
+        fused_in = not row.is_product and expected in row.types
+        if row.precision != expected and not fused_in:
             return f"{node} ({row.kind}, {row.precision})"
     return None
 
@@ -239,7 +233,8 @@ def _is_stray(row: LayerRow, asked: Precision, products: Collection[str]) -> boo
         return False
     if asked == "fp32":
         return bool(row.types - {"fp32"})
-    return row.is_product and row.precision not in (asked, "none")
+    fitting = {product_type(asked), "none"} | ({rest_type(asked)} if is_quantised(asked) else set())
+    return row.is_product and row.precision not in fitting
 
 
 def _first_few(faults: list[str]) -> str:

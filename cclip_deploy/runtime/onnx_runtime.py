@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, TensorSpec, graph_key
+from cclip_deploy.bundle import Bundle, TensorSpec
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.precisions import is_quantised
 from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -19,17 +21,27 @@ _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int6
 
 
 class OnnxRuntimeBackend:
-    """A bundle's graphs of one precision in ONNX Runtime; sessions are made when a graph is first asked for."""
+    """A bundle's graphs of one precision in ONNX Runtime; sessions are made when a graph is first asked for.
+
+    On a CPU, ONNX Runtime leaves out the roundings between FP16 operators. With `rounds_as_written` they are all made,
+    as a GPU makes them, which needs onnx and time: for parity, not for speed. BF16 runs in no other way.
+    """
 
     name = "onnxruntime"
 
     def __init__(
-        self, bundle: Bundle, precision: str = "fp32", device: Device = "cpu", threads: int | None = None
+        self,
+        bundle: Bundle,
+        precision: str = "fp32",
+        device: Device = "cpu",
+        threads: int | None = None,
+        rounds_as_written: bool = False,
     ) -> None:
         self.bundle = bundle
         self.precision = precision
         self.device = device
         self.threads = threads
+        self.rounds_as_written = rounds_as_written
         self._runtime = load_onnxruntime(device)
         self._sessions: dict[str, Any] = {}
 
@@ -42,14 +54,19 @@ class OnnxRuntimeBackend:
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         session = self._session(graph)
         names = [output.name for output in session.get_outputs()]
-        values = session.run(names, {name: np.ascontiguousarray(value) for name, value in inputs.items()})
-        return dict(zip(names, values, strict=True))
+        halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
+        given = {name: _as_taken(value, name in halves) for name, value in inputs.items()}
+        values = session.run(names, given)
+        return {name: value.astype(np.float32, copy=False) for name, value in zip(names, values, strict=True)}
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
-            entry = self.bundle.graph(graph_key(graph, self.precision))
+            entry = self.bundle.graph_in(graph, self.precision)
             path = self.bundle.file(entry.file)
-            session = make_session(self._runtime, str(path), self.device, self.threads)
+            is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
+            widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
+            model = _widened(path) if widens else str(path)
+            session = make_session(self._runtime, model, self.device, self.threads, entry.precision)
             check_tensors(path, entry, _specs(session.get_inputs()), _specs(session.get_outputs()))
             self._sessions[graph] = session
         return self._sessions[graph]
@@ -65,6 +82,24 @@ def _specs(tensors: Iterable[Any]) -> list[TensorSpec]:
         )
         for tensor in tensors
     ]
+
+
+def _as_taken(value: NDArray[np.generic], half: bool) -> NDArray[np.generic]:
+    """An input as a graph takes it, whose inputs may be float16 on request."""
+    return np.ascontiguousarray(value, np.float16 if half else None)
+
+
+def _widened(path: Path) -> bytes:
+    """A graph of 16 bits as FP32 arithmetic with the same roundings."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"Rounding as BF16 or FP16 does on a CPU needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
+        ) from error
+    from cclip_deploy.graph.widen import widen
+
+    return bytes(widen(onnx.load(path)).SerializeToString())
 
 
 def load_onnxruntime(device: Device) -> Any:
@@ -84,9 +119,25 @@ def load_onnxruntime(device: Device) -> Any:
     return onnxruntime
 
 
-def make_session(runtime: Any, model: str | bytes, device: Device = "cpu", threads: int | None = None) -> Any:
-    """A session of a graph that really runs on `device`, with as many threads as given."""
+def make_session(
+    runtime: Any,
+    model: str | bytes,
+    device: Device = "cpu",
+    threads: int | None = None,
+    precision: str = "fp32",
+) -> Any:
+    """A session of a graph that really runs on `device`, with as many threads as given.
+
+    Two of ONNX Runtime 1.32's rewrites change what a graph computes, so they are off where they would: it takes the
+    zero point 0 of an FP8 pair for the least value of its type and drops the ReLU before it, and it quantises biases
+    with a scale that underflows where scales are float16.
+    """
     options = runtime.SessionOptions()
+    disabled = []
+    if precision.startswith("fp8"):
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if is_quantised(precision) and precision != "int8":
+        disabled.append("WeightBiasQuantization")
     options.log_severity_level = 3
     # Idle threads would spin for tens of milliseconds after a run, at the expense of whatever runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -95,7 +146,7 @@ def make_session(runtime: Any, model: str | bytes, device: Device = "cpu", threa
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     try:
-        session = runtime.InferenceSession(model, options, providers=[PROVIDERS[device]])
+        session = runtime.InferenceSession(model, options, providers=[PROVIDERS[device]], disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime's exceptions have no common public base
         what = model if isinstance(model, str) else "a graph"
         raise BundleError(f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0][:200]}") from error

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, TensorSpec, graph_key
+from cclip_deploy.bundle import Bundle, TensorSpec
 from cclip_deploy.errors import BundleError, EnvironmentProblem
 from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
 
@@ -43,7 +43,7 @@ class OpenVinoBackend:
         arrays = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
         # A request of its own keeps its output's memory: nothing is copied, and no later run overwrites it.
         answers = compiled.create_infer_request().infer(arrays, share_inputs=True, share_outputs=True)
-        names = [output.name for output in self.bundle.graph(graph_key(graph, self.precision)).outputs]
+        names = [output.name for output in self.bundle.graph_in(graph, self.precision).outputs]
         return {name: answers[compiled.output(name)] for name in names}
 
     def arithmetic(self, graph: str) -> str:
@@ -53,7 +53,7 @@ class OpenVinoBackend:
 
     def _graph(self, graph: str) -> Any:
         if graph not in self._compiled:
-            entry = self.bundle.graph(graph_key(graph, self.precision))
+            entry = self.bundle.graph_in(graph, self.precision)
             path = self.bundle.file(entry.file)
             model = read_graph(self._core, path)
             inputs, outputs = ({t.name for t in told} for told in (entry.inputs, entry.outputs))

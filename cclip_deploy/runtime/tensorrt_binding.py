@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.precisions import Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import ModuleType
 
 BindingName = Literal["tensorrt", "tensorrt-rtx"]
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_LEAST_CAPABILITY = {"fp8": (8, 9), "bf16": (8, 0)}
 
 
 def load_binding(name: BindingName) -> ModuleType:
@@ -59,6 +61,23 @@ def network_flags(binding: ModuleType) -> int:
     if name == "tensorrt" and int(version.split(".")[0]) < 10:
         raise EnvironmentProblem(f"TensorRT {version} has no strongly typed networks. Install TensorRT 10 or later.")
     return 0
+
+
+def check_targets(precision: Precision, compute_capabilities: Sequence[str]) -> None:
+    """Raise UsageError where a GPU of one of these compute capabilities cannot compute in the precision, or is none."""
+    least = next((needed for part, needed in _LEAST_CAPABILITY.items() if part in precision.split("-")), (0, 0))
+    for capability in compute_capabilities:
+        try:
+            major, minor = (int(part) for part in capability.split("."))
+        except ValueError:
+            raise UsageError(
+                f"Compute capability {capability!r} is not a number such as 8.9. Look the GPU's up."
+            ) from None
+        if (major, minor) < least:
+            raise UsageError(
+                f"{precision.upper()} needs a GPU of compute capability {least[0]}.{least[1]} or newer; "
+                f"{capability} was asked for. Build in fp16 or int8 for it."
+            )
 
 
 def listening_logger(binding: Any, listen: Callable[[str, str], None]) -> Any:

@@ -16,6 +16,8 @@ from cclip_deploy.errors import BundleError, EnvironmentProblem, ParityError, Us
 from cclip_deploy.graph import precision as graph_precision
 from cclip_deploy.pipeline import build
 from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
+from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.runtime.engine_settings import EngineSettings
 from cclip_deploy.runtime.layer_table import LayerTable
 from tests.bundles import copy_of, digests, flip_byte
 from tests.conftest import THREADS
@@ -162,7 +164,7 @@ def test_ctrl_c_inside_the_builder_changes_no_byte_of_the_bundle(copy: Path) -> 
 
 def test_an_engine_that_is_not_in_the_precision_is_not_added(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An FP32 graph, passed off as an FP16 one, makes an engine that the real proof refuses."""
-    monkeypatch.setattr(graph_precision, "to_fp16", lambda model: model)
+    monkeypatch.setattr(graph_precision, "to_fp16", lambda model, fp32_nodes: model)
     before = digests(copy)
     with pytest.raises(ParityError, match="FP16 was asked for"):
         build_engines(Bundle.open(copy), BuildOptions(graphs=("mask_decoder",), threads=THREADS))
@@ -173,7 +175,7 @@ def test_an_engine_that_is_not_in_the_precision_is_not_added(copy: Path, monkeyp
 def test_a_precision_that_strays_from_the_reference_is_not_built(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = graph_precision.to_fp16
 
-    def coarse(model: onnx.ModelProto) -> onnx.ModelProto:
+    def coarse(model: onnx.ModelProto, fp32_nodes: frozenset[str]) -> onnx.ModelProto:
         converted = real(model)
         for tensor in converted.graph.initializer:
             if tensor.data_type == onnx.TensorProto.FLOAT16 and len(tensor.dims) > 1:
@@ -209,7 +211,18 @@ def test_nothing_is_built_into_an_altered_bundle(copy: Path, name: str) -> None:
         (BuildOptions(graphs=("fused", "fused")), "named twice"),
         (BuildOptions(max_batch=0), "must be 1 or more"),
         (BuildOptions(max_prompts=0), "must be 1 or more"),
-        (BuildOptions("int8"), "not available yet"),
+        (BuildOptions("half"), "no precision 'half'"),  # type: ignore[arg-type]
+        (BuildOptions("int8"), "give --calibration DIR"),
+        (BuildOptions("fp8", settings=EngineSettings(("8.0",))), r"FP8 needs a GPU of compute capability 8\.9"),
+        (BuildOptions("bf16", settings=EngineSettings(("7.5",))), r"BF16 needs a GPU of compute capability 8\.0"),
+        (BuildOptions("fp16", settings=EngineSettings(("ada",))), "'ada' is not a number such as 8.9"),
+        (
+            BuildOptions("fp32", graphs=("mask_decoder",), settings=EngineSettings(("9.0",))),
+            r"does not build for .* 9\.0",
+        ),
+        (BuildOptions("fp32", io="fp16"), "--io fp16 belongs to a lower precision"),
+        (BuildOptions("fp16", calibration=CalibrationOptions((Path("x"),))), "fp16 has no scales to calibrate"),
+        (BuildOptions("fp16", graphs=("mask_decoder",), keep=("neck",)), "block named 'neck'"),
         (BuildOptions("fp32", graphs=("mask_decoder",), workspace_bytes=0), "workspace_bytes is 0"),
     ],
 )

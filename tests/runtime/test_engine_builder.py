@@ -134,7 +134,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
     """The products that each build asks a proof for."""
     asked: list[frozenset[str]] = []
 
-    def note(table: LayerTable, precision: str, products: frozenset[str], fp32_nodes: frozenset[str]) -> None:
+    def note(table: LayerTable, precision: str, products: frozenset[str], kept_nodes: frozenset[str]) -> None:
         asked.append(products)
 
     monkeypatch.setattr(engine_builder, "prove_precision", note)
@@ -175,7 +175,7 @@ def test_one_node_left_in_fp32_is_found_unless_named(fp32_model: onnx.ModelProto
     graph = to_fp16(fp32_model, fp32_nodes=["head"]).SerializeToString()
     with pytest.raises(ParityError, match=r"1 of 5 .*head"):
         build_engine(graph, EngineOptions(SHAPES, precision="fp16"), rtx)
-    built = build_engine(graph, EngineOptions(SHAPES, precision="fp16", fp32_nodes=frozenset({"head"})), rtx)
+    built = build_engine(graph, EngineOptions(SHAPES, precision="fp16", kept_nodes=frozenset({"head"})), rtx)
     assert built.layers.rows_of("head")[0].precision == "fp32"
 
 
@@ -243,7 +243,7 @@ def test_shapes_that_do_not_fit_are_refused(
         ({"shapes": {"image": ((0, 3), (1, 3), (8, 3))}}, "must be positive"),
         ({"shapes": {"image": ((1, 3), (1, 3), (8,))}}, "differ in length"),
         ({"workspace_bytes": 0}, "workspace_bytes is 0"),
-        ({"precision": "int8"}, "not available yet"),
+        ({"precision": "half"}, "no precision 'half'"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:

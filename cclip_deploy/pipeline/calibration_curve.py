@@ -1,0 +1,88 @@
+"""How many calibration pictures are enough: damage to the masks against their number, for each method."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cclip_deploy.bundle import Bundle, graph_key
+from cclip_deploy.files import link_or_copy
+from cclip_deploy.graph.calibration import METHODS, Method, ranges_of
+from cclip_deploy.graph.lower import lower
+from cclip_deploy.pipeline.calibrate import CalibrationOptions, choose_pictures, collect_statistics
+from cclip_deploy.pipeline.mask_agreement import MaskAgreement, evaluation_pictures, measure_masks
+from cclip_deploy.precisions import Precision
+
+IMAGE = "image_encoder"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The masks of one calibration, beside FP32's."""
+
+    method: Method
+    pictures: int
+    agreement: MaskAgreement
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON form."""
+        return {"method": self.method, "calibration_pictures": self.pictures, **asdict(self.agreement)}
+
+
+def measure_curve(
+    bundle: Bundle,
+    options: CalibrationOptions,
+    counts: Sequence[int],
+    precision: Precision = "int8",
+    methods: Sequence[Method] = METHODS,
+    threads: int | None = None,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> list[CurvePoint]:
+    """Quantise the image encoder with the first pictures of a calibration set, and judge it on the evaluation set.
+
+    The smaller sets are parts of the larger ones. The bundle is not changed; its other graphs have to exist in what the
+    rest of the precision runs in.
+
+    Raises:
+        UsageError, ImageError, DataError: as `choose_pictures`.
+    """
+    chosen = choose_pictures(replace(options, limit=max(counts), allow_few=True))
+    evaluation = evaluation_pictures(options.evaluation_set)
+    points = []
+    for count in sorted({min(count, len(chosen.paths)) for count in counts}):
+        statistics = collect_statistics(bundle, IMAGE, chosen.paths[:count], threads)
+        for method in methods:
+            on_progress(f"{method}, {count} pictures")
+            ranges = ranges_of(statistics, method, options.percentile)
+            points.append(CurvePoint(method, count, _judge(bundle, precision, ranges, evaluation, threads)))
+    return points
+
+
+def _judge(
+    bundle: Bundle,
+    precision: Precision,
+    ranges: dict[str, float],
+    evaluation: Sequence[tuple[Path, Sequence[str]]],
+    threads: int | None,
+) -> MaskAgreement:
+    """Masks of the bundle with an image encoder of these ranges, in a copy that is thrown away."""
+    import onnx
+
+    from cclip_deploy.graph.describe import describe_graph, save_graph
+
+    source = bundle.graph(IMAGE)
+    with tempfile.TemporaryDirectory(dir=bundle.path.parent, prefix=".curve.") as name:
+        folder = Path(name)
+        for file in bundle.sums:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(bundle.file(file), folder / file)
+        file, model = f"graphs/{graph_key(IMAGE, precision)}.onnx", onnx.load(bundle.file(source.file))
+        (folder / file).unlink(missing_ok=True)
+        lowered = lower(model, precision, ranges).model
+        save_graph(lowered, folder / file)
+        entry = describe_graph(lowered, file, folder, source.sha256, precision)
+        graphs = {**bundle.manifest.graphs, graph_key(IMAGE, precision): entry}
+        unsealed = Bundle.unsealed(folder, bundle.manifest.model_copy(update={"graphs": graphs}))
+        return measure_masks(unsealed, precision, evaluation, threads)

@@ -1,0 +1,38 @@
+"""Damage to the masks against the number of calibration pictures: the table of docs/precision.md.
+
+python engines/calibration_curve.py BUNDLE DATA_SET --counts 1 2 4 8 16 32 64 --json curve.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.calibration_curve import measure_curve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("data", type=Path, help="data set: its training split calibrates, its test split judges")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--precision", choices=["int8", "fp8"], default="int8")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="where to write every number")
+    given = parser.parse_args()
+    options = CalibrationOptions((given.data,), evaluation_set=(given.data,))
+    points = measure_curve(
+        Bundle.open(given.bundle), options, given.counts, given.precision, threads=given.threads, on_progress=print
+    )
+    print("| method | pictures | mean Dice to FP32 | worst picture |\n|---|---:|---:|---:|")
+    for point in points:
+        print(f"| {point.method} | {point.pictures} | {point.agreement.mean:.4f} | {point.agreement.worst:.4f} |")
+    if given.json:
+        given.json.write_text(json.dumps([point.to_dict() for point in points], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Calibration: which pictures are taken or refused, what the record says, and a cache that is not believed blindly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.preprocess import to_input
+from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.errors import DataError, ImageError, UsageError
+from cclip_deploy.pipeline import calibrate as calibrating
+from cclip_deploy.pipeline.calibrate import CalibrationOptions, calibrate, choose_pictures, default_cache
+from cclip_deploy.pipeline.calibration_record import CalibrationRecord
+from tests.conftest import THREADS, TINY_HW
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of ten training films and three test films."""
+    folder = tmp_path_factory.mktemp("films") / "data"
+    write_dataset(folder, {"train": 10, "test": 3}, TINY_HW, 5)
+    return folder
+
+
+def calibrated(bundle: Bundle, options: CalibrationOptions, said: list[str] | None = None) -> CalibrationRecord:
+    model = onnx.load(bundle.file("graphs/image_encoder.onnx"))
+    tell = (lambda line: None) if said is None else said.append
+    return calibrate(bundle, "image_encoder", model, choose_pictures(options), options, THREADS, tell)
+
+
+def test_a_data_set_gives_its_training_split_and_keeps_its_test_split_apart(films: Path) -> None:
+    chosen = choose_pictures(CalibrationOptions((films,), evaluation_set=(films,)))
+    assert sorted(path.name for path in chosen.paths) == [f"train-{n:05d}.png" for n in range(10)]
+    assert chosen.evaluation_pictures == 3
+    for path, picture in zip(chosen.paths, chosen.pictures, strict=True):
+        assert picture.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert picture.name == path.name
+
+
+def test_a_limit_takes_the_same_pictures_whatever_they_are_called(films: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for number, path in enumerate(sorted((films / "images").glob("train-*"), reverse=True)):
+        shutil.copy(path, renamed / f"{number}.png")
+    first = choose_pictures(CalibrationOptions((films,), limit=8))
+    second = choose_pictures(CalibrationOptions((renamed,), limit=8))
+    assert len(first.pictures) == 8
+    assert [p.sha256 for p in first.pictures] == [p.sha256 for p in second.pictures]
+
+
+@pytest.mark.parametrize("copies", [0, 1, 20])
+def test_one_picture_is_too_few_however_often_it_lies_there(copies: int, films: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for number in range(copies):
+        shutil.copy(films / "images" / "train-00000.png", folder / f"{number}.png")
+    options = CalibrationOptions((folder,))
+    if copies == 0:
+        with pytest.raises(ImageError, match="has no picture"):
+            choose_pictures(options)
+        return
+    with pytest.raises(UsageError, match="There is 1 picture to calibrate with; below 8"):
+        choose_pictures(options)
+    assert len(choose_pictures(replace(options, allow_few=True)).paths) == 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp"])
+def test_a_picture_of_the_evaluation_set_is_found_by_its_bytes_and_by_its_pixels(
+    suffix: str, films: Path, tmp_path: Path
+) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(films / "images", mixed, ignore=shutil.ignore_patterns("test-*"))
+    Image.open(films / "images" / "test-00001.png").save(mixed / f"innocent.{suffix}")
+    with pytest.raises(DataError, match=r"1 of 11 calibration pictures are in the evaluation set too .first innocent"):
+        choose_pictures(CalibrationOptions((mixed,), evaluation_set=(films,)))
+    assert choose_pictures(CalibrationOptions((mixed,))).evaluation_pictures == 0
+
+
+def test_an_unreadable_picture_is_named(films: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(films / "images", folder)
+    (folder / "torn.png").write_bytes((films / "images" / "train-00000.png").read_bytes()[:200])
+    with pytest.raises(ImageError, match=r"torn\.png"):
+        choose_pictures(CalibrationOptions((folder,)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (CalibrationOptions(()), "give --calibration DIR"),
+        (CalibrationOptions((Path("."),), "median"), "no calibration method 'median'"),  # type: ignore[arg-type]
+        (CalibrationOptions((Path("."),), percentile=0.999), "percentile of 0.999 makes no sense"),
+        (CalibrationOptions((Path("."),), limit=0), "limit of 0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: CalibrationOptions, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        choose_pictures(options)
+
+
+def test_min_max_ranges_are_the_largest_values_that_the_graph_gives(tiny_bundle: Bundle, films: Path) -> None:
+    record = calibrated(tiny_bundle, CalibrationOptions((films,), "min-max"))
+    assert record.graph_sha256 == tiny_bundle.graph("image_encoder").sha256
+    assert (record.method, record.percentile, len(record.pictures)) == ("min-max", None, 10)
+    model = onnx.load(tiny_bundle.file("graphs/image_encoder.onnx"))
+    tensor = next(node.output[0] for node in model.graph.node if node.op_type == "Relu")
+    model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, 1, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = [np.asarray(Image.open(p), np.float32) / 255 for p in sorted((films / "images").glob("train-*"))]
+    inputs = [to_input(pixels, TINY_HW, tiny_bundle.manifest.preprocessing) for pixels in images]
+    largest = max(np.abs(session.run([tensor], {"image": image})[0]).max() for image in inputs)
+    assert record.ranges[tensor] == pytest.approx(largest, rel=1e-5)
+    assert record.ranges["image"] == pytest.approx(max(np.abs(i).max() for i in inputs), rel=1e-6)
+
+
+def test_the_cache_answers_for_the_same_pictures_and_method_only(
+    tiny_bundle: Bundle, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = CalibrationOptions((films,), "min-max", cache=tmp_path / "cache")
+    first = calibrated(tiny_bundle, options)
+    real, asked = calibrating._statistics, []
+    monkeypatch.setattr(calibrating, "_statistics", lambda *a: asked.append(1) or real(*a))
+    assert calibrated(tiny_bundle, options) == first
+    assert not asked
+    calibrated(tiny_bundle, replace(options, method="percentile"))
+    calibrated(tiny_bundle, replace(options, limit=9))
+    assert len(asked) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["range", "bytes", "shape"])
+def test_an_altered_cache_entry_is_computed_again_and_said_so(
+    damage: str, tiny_bundle: Bundle, films: Path, tmp_path: Path
+) -> None:
+    options = CalibrationOptions((films,), "min-max", cache=tmp_path)
+    first = calibrated(tiny_bundle, options)
+    (entry,) = tmp_path.iterdir()
+    content = json.loads(entry.read_text())
+    content["ranges"]["image"] = 99.0
+    entry.write_text({"range": json.dumps(content), "bytes": "{torn", "shape": "[1]"}[damage])
+    said: list[str] = []
+    assert calibrated(tiny_bundle, options, said) == first
+    assert any("was altered; calibrating again" in line for line in said)
+    assert calibrated(tiny_bundle, options) == first
+
+
+def test_the_cache_lies_where_the_desktop_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache() == Path("/somewhere/cclip-deploy/calibration")
