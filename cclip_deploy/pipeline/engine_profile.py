@@ -42,6 +42,7 @@ class Builder(_Part):
     compatibility: Compatibility = "none"
     refit: bool = False
     strip_weights: bool = False
+    tf32: bool = False
     effort: Annotated[int, Field(ge=0, le=5)] | None = None
     timing_cache: Path | None = None
 
@@ -87,7 +88,7 @@ class EngineProfile(_Part):
                 compatibility=builder.compatibility,
                 refit=builder.refit,
                 strip_weights=builder.strip_weights,
-                capturable=True,
+                tf32=builder.tf32,
                 effort=builder.effort,
                 timing_cache=builder.timing_cache,
             ),

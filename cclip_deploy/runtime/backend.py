@@ -45,6 +45,10 @@ class Kept(Protocol):
         """A copy in host memory."""
         ...
 
+    def wait(self) -> None:
+        """Until it is computed."""
+        ...
+
     def close(self) -> None:
         """Free it now."""
         ...

@@ -47,6 +47,9 @@ class DeviceArray:
     def numpy(self) -> Floats:
         return self.lane.read(self)
 
+    def wait(self) -> None:
+        self.lane.wait()
+
     def close(self) -> None:
         self._release()
 

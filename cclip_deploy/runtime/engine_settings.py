@@ -30,6 +30,7 @@ class EngineSettings:
         strip_weights: the engine holds no weights; the runner takes them from the graph beside it.
         capturable: the engine takes all its memory from the caller, which TensorRT-RTX asks of one that goes into a
             CUDA graph.
+        tf32: FP32 products may round their factors to 10 bits, as TensorRT does unless it is told not to.
         effort: the builder's optimisation level, 0 to 5; None is the binding's own.
         timing_cache: TensorRT: a file of measured kernel times, read if it is there, and written.
     """
@@ -39,6 +40,7 @@ class EngineSettings:
     refit: bool = False
     strip_weights: bool = False
     capturable: bool = True
+    tf32: bool = False
     effort: int | None = None
     timing_cache: Path | None = None
 
@@ -64,6 +66,8 @@ def apply_settings(config: Any, settings: EngineSettings, binding: ModuleType) -
     for wanted, flag in ((settings.refit, "REFIT"), (settings.strip_weights, "STRIP_PLAN")):
         if wanted:
             config.set_flag(_flag(binding, flag))
+    if not settings.tf32:
+        config.clear_flag(binding.BuilderFlag.TF32)
     if settings.capturable and hasattr(binding.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(binding.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if settings.effort is not None:

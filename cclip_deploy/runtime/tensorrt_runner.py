@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle import Bundle, EngineEntry
 from cclip_deploy.errors import UsageError
 from cclip_deploy.runtime.backend import Kept, KeptOrArrays
 from cclip_deploy.runtime.engine_context import LoadedEngine
@@ -104,6 +104,11 @@ class TensorRtBackend:
     def graphs(self) -> tuple[str, ...]:
         """The graphs that there are engines of."""
         return tuple(self._entries)
+
+    @property
+    def entries(self) -> tuple[EngineEntry, ...]:
+        """The engines that are run."""
+        return tuple(self._entries.values())
 
     @property
     def device_bytes(self) -> int:
