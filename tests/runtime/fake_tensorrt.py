@@ -31,7 +31,7 @@ def engine_bundle(bundle: Path, folder: Path, **changes: Any) -> Bundle:
     (path / "engines").mkdir()
     for graph in SCRATCH:
         (path / f"engines/{graph}.engine").write_bytes(f"engine of {graph}".encode())
-        (path / f"engines/{graph}.layers.json").write_text("{}")
+        (path / f"engines/{graph}.layers.json").write_text(json.dumps({"layers": [], "products": []}))
         manifest["engines"].append(
             {
                 "graph": graph, "backend": "tensorrt-rtx", "backend_version": VERSION, "precision": "fp32",
