@@ -61,7 +61,8 @@ class EngineContext:
         self.inputs = tuple(name for name in names if is_input[name])
         self.outputs = tuple(name for name in names if not is_input[name])
         self._profiles = [self._profile(index) for index in range(engine.num_optimization_profiles)]
-        self._active_profile = 0
+        # A second context of an engine begins with none (-1) in some versions.
+        self._active_profile = int(self._context.active_optimization_profile)
         self._graph: Handle | None = None
         self._graph_of: Hashable = None
         self.last_key: Hashable = None

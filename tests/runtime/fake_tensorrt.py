@@ -87,7 +87,7 @@ class FakeEngine:
 class FakeContext:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
-        self.profile = 0
+        self.profile = self.active_optimization_profile = -1 if engine.binding.contexts else 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch: tuple[int, int] | None = None
@@ -98,7 +98,7 @@ class FakeContext:
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self._stream(stream)
-        self.profile = index
+        self.profile = self.active_optimization_profile = index
         self.profiles_taken.append(index)
         return True
 
@@ -129,6 +129,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         binding, gpu = self.engine.binding, self.engine.binding.gpu
+        assert self.profile >= 0, "no optimisation profile"
         binding.runs.append(self.engine.graph)
         if len(binding.runs) == binding.fail_at_run:
             binding.logger.log("ILogger.Severity.ERROR", "no luck")
