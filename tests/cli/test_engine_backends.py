@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from cclip_deploy.bundle import Bundle
+from tests.bundles import copy_of
 from tests.cli.run import invoke
 from tests.gpu.machine import gpu_reason
 from tests.runtime.fake_tensorrt import engine_bundle
@@ -86,3 +87,18 @@ def test_verify_names_what_ran_instead(tiny_bundle_path: Path) -> None:
     told = json.loads(done.stdout)
     assert [(row["asked"], row["ran"]) for row in told["ran"]] == [("onnxruntime on cuda", "onnxruntime on cpu")]
     assert any("ran, not onnxruntime on cuda as asked" in note for note in told["notes"])
+
+
+def test_a_profile_is_built_as_it_says_and_stands_alone(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    copy, profile = copy_of(tiny_bundle_path, tmp_path), tmp_path / "mine.toml"
+    profile.write_text(
+        'name = "mine"\nwhy = "a test"\nbackend = "tensorrt-rtx"\nprecision = "fp32"\ngraphs = ["mask_decoder"]\n'
+        "[shapes]\nmax_prompts = 5\n"
+    )
+    done = invoke("build-engine", copy, "--profile", profile, "--threads", "1", "--json")
+    assert done.exit_code == 0, done.stderr
+    (engine,) = json.loads(done.stdout)["engines"]
+    assert (engine["graph"], engine["precision"], engine["shapes"]["bias"]) == ("mask_decoder", "fp32", [[1], [1], [5]])
+    refused = invoke("build-engine", copy, "--profile", profile, "--fp16")
+    assert refused.exit_code == 2
+    assert "give it alone" in refused.stderr

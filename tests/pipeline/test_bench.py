@@ -139,7 +139,7 @@ def test_a_precision_that_only_some_graphs_have_is_named_as_left_out(engine_bund
     result = bench_bundle(Bundle.open(copy), quick())
     assert {row["precision"] for row in result["results"]} == {"fp32"}
     left_out = {row["name"]: row["reason"] for row in result["not_measured"]}
-    assert left_out["graphs fp16"] == "the bundle has no fp16 prompt_encoder"
+    assert left_out["graphs fp16"] == "the bundle has no fp16 graphs of all three parts"
 
 
 def test_every_candidate_really_computes_its_graph(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
