@@ -34,7 +34,7 @@ def test_a_folder_and_two_prompts_print_their_contract(tiny_bundle_path: Path, f
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
-    assert told.keys() == {"predictions", "failed", "prompt_kernels"}
+    assert told.keys() == {"predictions", "failed", "prompt_kernels", "ran"}
     assert told["failed"] == []
     assert [(Path(row["image"]).name, row["prompt"]) for row in told["predictions"]] == [
         (name, prompt) for name in ("deep.png", "film", "photo.jpg") for prompt in ("left lung", "heart")
