@@ -20,7 +20,7 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/installed $(RUNTIME)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
