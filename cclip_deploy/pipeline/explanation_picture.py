@@ -101,7 +101,7 @@ def _draw(pixels: Floats, mask: NDArray[np.bool_], prompt: str, panels: list[Pan
     rows = -(-(len(panels) + 1) // COLUMNS)
     height, width = pixels.shape[:2]
     panel_height = PANEL_INCHES * min(max(height / width, 0.5), 1.6)
-    figure = Figure(figsize=(COLUMNS * PANEL_INCHES, rows * (panel_height + 0.55) + 0.5), layout="constrained")
+    figure = Figure(figsize=(COLUMNS * PANEL_INCHES, rows * (0.84 * panel_height + 0.62) + 0.4), layout="constrained")
     figure.set_facecolor("white")
     figure.suptitle(_shorten(prompt), color=INK, fontsize=12, parse_math=False)
     every = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
