@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from cclip_deploy.errors import CheckpointError, UsageError
 from cclip_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cclip_deploy.pipeline.explain import BundleExplainer, CheckpointExplainer, open_explainer
 from cclip_deploy.pipeline.explanation_picture import write_explanation
-from cclip_deploy.pipeline.export import ExportOptions, export_bundle
 from cclip_deploy.pipeline.predict import predict
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.segmenter import Segmenter
+from tests.bundles import copy_of, reseal
 from tests.conftest import THREADS, TINY_HW, random_network
 
 PROMPT = "lower left lung"
@@ -74,14 +75,20 @@ def test_the_confounding_answer_is_the_networks_second_output(by_checkpoint: Che
     np.testing.assert_allclose(answer, expected, atol=1e-5)
 
 
-def test_a_bundle_without_further_outputs_says_how_to_get_them(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    path = tmp_path / "bare.cclip"
-    export_bundle(tiny_checkpoint, path, ExportOptions((32, 32), 8, threads=THREADS), "test")
+def test_a_bundle_without_further_outputs_says_how_to_get_them(
+    tiny_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    bare = copy_of(tiny_bundle_path, tmp_path)
+    reseal(bare, _forget_masks)
     with pytest.raises(UsageError, match="--with-masks --with-confounding") as caught:
-        open_explainer(segmenter_of(path), None)
+        open_explainer(segmenter_of(bare), None)
     assert "--checkpoint" in str(caught.value)
-    seen = open_explainer(segmenter_of(path), tiny_checkpoint).look(PIXELS)
-    assert len(seen.masks) == 3
+    assert len(open_explainer(segmenter_of(bare), tiny_checkpoint).look(PIXELS).masks) == 3
+
+
+def _forget_masks(manifest: dict[str, Any]) -> None:
+    encoder = manifest["graphs"]["image_encoder"]
+    encoder["outputs"] = [output for output in encoder["outputs"] if not output["name"].startswith("mask")]
 
 
 def test_another_checkpoint_is_refused(segmenter: Segmenter, tmp_path: Path) -> None:
