@@ -13,7 +13,7 @@ from cclip_deploy.data.preprocess import Preprocessing, to_input, to_source
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import CheckpointError
 from cclip_deploy.prompt_cache import PromptCache, PromptKernels, Tokens
-from cclip_deploy.segmenter import Segmenter, sigmoid
+from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter, sigmoid
 
 if TYPE_CHECKING:
     from cclip_deploy.model.checkpoint import LoadedCheckpoint
@@ -87,18 +87,14 @@ class CheckpointNetwork:
     def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
         image = to_input(pixels, self.form.image_hw, Preprocessing())
         features = self._backend.run("image_encoder", {"image": image})["features"]
-        for row in rows:
-            kernels = self._cache.kernels([row], self._encode_prompts)
-            inputs = {
-                "features": features,
-                "kernel": kernels.kernel,
-                "tap_bias": kernels.tap_bias,
-                "bias": kernels.bias,
-            }
-            logits = self._backend.run("mask_decoder", inputs)["logits"][0, 0]
-            if not np.isfinite(logits).all():
+        for start in range(0, len(rows), PROMPTS_AT_ONCE):
+            part = self._cache.kernels(rows[start : start + PROMPTS_AT_ONCE], self._encode_prompts)
+            inputs = {"features": features, "kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
+            every = self._backend.run("mask_decoder", inputs)["logits"][0]
+            if not np.isfinite(every).all():
                 raise CheckpointError(f"{self.loaded.path} gives logits that are not finite, so no mask. Train again.")
-            yield to_source(sigmoid(logits), (pixels.shape[0], pixels.shape[1]))
+            for logits in every:
+                yield to_source(sigmoid(logits), (pixels.shape[0], pixels.shape[1]))
 
     def describe(self) -> dict[str, Any]:
         return {
