@@ -24,7 +24,7 @@ figcaption { padding: .55rem .8rem; font-size: .9rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
 .tile { background: #fff; border: 1px solid var(--line); padding: .8rem 1rem; }
 figure img[src^="data:image/svg"] { padding: .6rem .5rem 0; box-sizing: border-box; }
-.tile span:first-child { min-height: 2.9em; } .tile b { font-size: 1.55rem; display: block; }
+.tile span:first-child { min-height: 3.2em; } .tile b { font-size: 1.55rem; display: block; }
 .tile span { color: var(--soft); font-size: .85rem; display: block; font-variant-numeric: tabular-nums; }
 code { background: #eceff2; padding: .1rem .3rem; }
 """
