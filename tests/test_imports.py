@@ -47,6 +47,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 COMMANDS = [
     "demo", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt", "synth",
+    "evaluate",
 ]  # fmt: skip
 
 

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from cclip_deploy import __version__
-from cclip_deploy.cli import bench, build_engine, data, demo, doctor, export, inspect, predict, prompt, synth, verify
+from cclip_deploy.cli import (
+    bench,
+    build_engine,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    predict,
+    prompt,
+    synth,
+    verify,
+)
 
 app = typer.Typer(
     name="cclip-deploy",
@@ -36,6 +49,7 @@ def cclip_deploy(
 
 
 app.command("demo")(demo.demo)
+app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("build-engine")(build_engine.build_engine)
 app.command("verify")(verify.verify)
