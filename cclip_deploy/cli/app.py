@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cclip_deploy import __version__
-from cclip_deploy.cli import bench, build_engine, data, demo, doctor, export, inspect, predict, prompt, synth, verify
+from cclip_deploy.cli import bench, build_engine, data, demo, doctor, export, inspect, predict, prompt, synth, train, verify
 
 app = typer.Typer(
     name="cclip-deploy",
@@ -43,6 +43,7 @@ app.command("bench")(bench.bench)
 app.command("predict")(predict.predict)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
+app.command("train")(train.train)
 app.command("data")(data.data)
 app.command("prompt")(prompt.prompt)
 app.command("synth")(synth.synth)
