@@ -28,8 +28,11 @@ def launch(devices: Devices) -> Fabric:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
     except ImportError as error:
         raise EnvironmentProblem("Training needs Lightning. Install it: pip install 'cclip-deploy[train]'") from error
-    if devices.accelerator == "cuda" and not torch.cuda.is_available():
+    on_gpu = devices.accelerator != "cpu" and torch.cuda.is_available()
+    if devices.accelerator == "cuda" and not on_gpu:
         raise EnvironmentProblem("The recipe asks for CUDA and PyTorch finds no GPU. Set devices.accelerator = 'cpu'.")
+    if devices.precision == "16-mixed" and not on_gpu:
+        raise EnvironmentProblem("Mixed precision in float16 needs a GPU. Set devices.precision = 'bf16-mixed'.")
     try:
         fabric = Fabric(
             accelerator=devices.accelerator, devices=devices.count, num_nodes=devices.nodes,

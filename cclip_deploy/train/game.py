@@ -140,7 +140,7 @@ def _mix(neck: CausalNeck, levels: Levels, shares: Levels) -> Tensor:
 
 
 def _means(masks: Levels) -> Tensor:
-    return torch.stack([mask.float().mean() for mask in masks])
+    return torch.stack([mask.to(torch.promote_types(mask.dtype, torch.float32)).mean() for mask in masks])
 
 
 def _budget(means: Tensor, config: TrainConfig) -> Tensor:
