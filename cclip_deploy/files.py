@@ -40,7 +40,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file at; it takes that name, in place of what was there, when the block ends well.
+    """A path beside `path` to write a file at; it takes that name, in place of what was there, if the block ends well.
 
     Parents that are missing are made.
 

@@ -48,7 +48,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 COMMANDS = [
-    "demo", "train", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt", "synth",
+    "demo", "train", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt",
+    "synth",
 ]  # fmt: skip
 
 

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from cclip_deploy import __version__
-from cclip_deploy.cli import bench, build_engine, data, demo, doctor, export, inspect, predict, prompt, synth, train, verify
+from cclip_deploy.cli import (
+    bench,
+    build_engine,
+    data,
+    demo,
+    doctor,
+    export,
+    inspect,
+    predict,
+    prompt,
+    synth,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     name="cclip-deploy",

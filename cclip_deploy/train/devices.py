@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cclip_deploy.errors import EnvironmentProblem
-from cclip_deploy.train.config import Devices
 from cclip_deploy.train.batches import Share
+from cclip_deploy.train.config import Devices
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -57,9 +57,9 @@ def move_to_device(model: nn.Module, fabric: Fabric, precision: str) -> None:
 
 
 def join_batch_norms(model: nn.Module) -> None:
-    """Batch norms that see the batch of every process: PyTorch's own on GPUs, which is all it runs on, ours elsewhere."""
+    """Batch norms that see the batch of every process: PyTorch's own on GPUs, where alone it runs, else ours."""
     if any(parameter.is_cuda for parameter in model.parameters()):
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
@@ -78,10 +78,13 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
         variance = _SumOverProcesses.apply(centred.square().mean(dim=(0, 2, 3))) / world
         self._follow(mean.detach(), variance.detach(), world * x.numel() // x.shape[1])
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        normalised: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        return normalised
 
     def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = float(self.momentum or 0.0)
         self.running_mean.lerp_(mean, momentum)
@@ -94,7 +97,7 @@ def average_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> Non
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat: Tensor = fabric.all_reduce(torch.cat([g.flatten() for g in gradients]), reduce_op="mean")
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 

@@ -1,11 +1,11 @@
 """The min-max game between the maskers and the rest of the network, one objective a player (Chen et al., MICCAI 2024).
 
-    off          L_causal                                   everything but the confounding head
-    joint        w_c L_causal + w_f L_confounding           everything
-    alternating  w_c L_causal + w_f L_confounding           everything but the maskers, whose masks are held
-                 w_c L_causal - w_f L_confounding           the maskers alone, in steps of their own
-    reversal     w_c L_causal + w_f L_confounding           everything, in one step: the maskers see only detached
-                                                            features and get L_confounding's gradient with its sign turned
+off          L_causal                                   everything but the confounding head
+joint        w_c L_causal + w_f L_confounding           everything
+alternating  w_c L_causal + w_f L_confounding           everything but the maskers, whose masks are held
+             w_c L_causal - w_f L_confounding           the maskers alone, in steps of their own
+reversal     w_c L_causal + w_f L_confounding           everything, in one step: the maskers see only detached
+                                                        features and get L_confounding's gradient with its sign turned
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.neck import CausalNeck
+from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.grouped import head_logits, prompt_states
 from cclip_deploy.train.losses import dice_bce

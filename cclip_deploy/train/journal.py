@@ -29,25 +29,27 @@ class Journal:
         except ImportError as error:
             raise EnvironmentProblem("Logs need TensorBoard. Install it: pip install 'cclip-deploy[train]'") from error
         # Steps after the one that training goes on from were lost; TensorBoard is not to show them twice.
-        self._writer = SummaryWriter(str(folder / LOG_FOLDER), purge_step=step or None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder / LOG_FOLDER), purge_step=step or None)
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
     def tell(self, values: dict[str, float], step: int) -> None:
         """Numbers by name, as "loss/causal"."""
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, step)
 
     def show(self, name: str, picture: NDArray[np.float32], step: int) -> None:
         """A picture (3, H, W) in [0, 1]."""
         if self._writer is not None:
-            self._writer.add_image(name, picture, step)  # type: ignore[no-untyped-call]
+            self._writer.add_image(name, picture, step)
 
     @property
     def kept(self) -> bool:

@@ -188,16 +188,14 @@ def _save_stopped_batch(training: Training, path: Path, batch: Batch, step: int)
     from safetensors.numpy import save_file
 
     data, rows = training.train_set, batch.rows.flatten().tolist()
-    source = {
-        "step": step,
-        "rows": [
-            {"image": str(data.images.paths[data.image_of_row[row]]), "mask": str(data.masks.paths[row]), "text": data.texts[row]}
-            for row in rows
-        ],
-    }  # fmt: skip
+    images = [str(data.images.paths[data.image_of_row[row]]) for row in rows]
+    sources = [
+        {"image": image, "mask": str(data.masks.paths[row]), "text": data.texts[row]}
+        for image, row in zip(images, rows, strict=True)
+    ]
     tensors = {"images": batch.images, "tokens": batch.tokens, "masks": batch.masks, "rows": batch.rows}
     with whole_file(path) as unfinished:
-        save_file(tensors, unfinished, {"source": json.dumps(source)})
+        save_file(tensors, unfinished, {"source": json.dumps({"step": step, "rows": sources})})
 
 
 def _tell_step(training: Training, step: int, steps: int, rate_share: float) -> None:

@@ -15,13 +15,11 @@ from cclip_deploy.train.game import has_adversary, maskers_of, parameters_of
 
 
 def freeze(model: CausalCLIPSeg, config: TrainConfig) -> list[nn.Module]:
-    """Take out of training what the recipe freezes, and the head that its mode does not use; returns the frozen parts."""
+    """Take out of training what the recipe freezes, and the head its mode does not use; returns the frozen parts."""
     frozen = [module for stage in config.frozen for module in _stage(model, stage)]
     unused = [model.confounding_head] if config.mode == "off" else []
     for module in [*frozen, *unused]:
         module.requires_grad_(False)
-    if "text_tower" in config.frozen:
-        model.text_tower.requires_grad_(False)
     return frozen
 
 
@@ -69,7 +67,8 @@ def make_average(model: CausalCLIPSeg, config: TrainConfig) -> AveragedModel | N
     """The exponential moving average of weights and batch-norm statistics; None where the recipe wants none."""
     if not config.average_decay:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay), use_buffers=True)
+    average = get_ema_multi_avg_fn(config.average_decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 def _stage(model: CausalCLIPSeg, stage: str) -> list[nn.Module]:

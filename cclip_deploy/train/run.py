@@ -80,7 +80,7 @@ def train(
     data_folder: Path,
     run_folder: Path,
     on_progress: OnProgress = lambda progress: None,
-    options: RunOptions = RunOptions(),  # noqa: B008
+    options: RunOptions = RunOptions(),
     tell: Tell = lambda message: None,
 ) -> TrainReport:
     """Train on a data set of any layout and keep networks, state, logs and record in a folder.

@@ -65,16 +65,16 @@ def open_training_set(referrals: Sequence[Referral], tokenizer: PromptTokenizer,
     for row, referral in enumerate(referrals):
         rows_of_path.setdefault(referral.image, []).append(row)
     numbers = {path: number for number, path in enumerate(rows_of_path)}
-    room_bytes = config.cache_gib * GIB
+    hw, room_bytes = config.image_hw, config.cache_gib * GIB
     return TrainingSet(
-        images=Kept(list(rows_of_path), lambda path: _read_image(path, config.image_hw), 0.8 * room_bytes),
-        masks=Kept([r.mask for r in referrals], lambda path: fit_mask(read_mask(path), config.image_hw), 0.2 * room_bytes),
+        images=Kept(list(rows_of_path), lambda path: _read_image(path, hw), 0.8 * room_bytes),
+        masks=Kept([r.mask for r in referrals], lambda path: fit_mask(read_mask(path), hw), 0.2 * room_bytes),
         tokens=np.stack([tokenizer.encode_cut(referral.text, config.prompt_length) for referral in referrals]),
         texts=tuple(referral.text for referral in referrals),
         image_of_row=np.array([numbers[referral.image] for referral in referrals], np.int64),
         rows_of_image=tuple(np.array(rows, np.int64) for rows in rows_of_path.values()),
         cut_prompts=sum(len(tokenizer.ids(referral.text)) > config.prompt_length for referral in referrals),
-    )  # fmt: skip
+    )
 
 
 def fingerprint(referrals: Sequence[Referral]) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def plain_losses(model: CausalCLIPSeg, batch: TensorBatch, *, detach: bool = Fal
     levels = model.neck.levels(model.image_tower(batch.images))
     masks = model.neck.masks(tuple(q.detach() for q in levels) if detach else levels)  # type: ignore[arg-type]
     state = model.text_tower(batch.tokens[:, 0])
-    features = [torch.cat([q * m for q, m in zip(levels, shares, strict=True)], 1) for shares in (masks, [1 - m for m in masks])]
+    features = [
+        torch.cat([q * m for q, m in zip(levels, shares, strict=True)], 1) for shares in (masks, [1 - m for m in masks])
+    ]
     logits = (
         head(model.neck.aggregate(mixed), state)
         for head, mixed in zip((model.head, model.confounding_head), features, strict=True)

@@ -65,7 +65,11 @@ def test_towers_move_by_their_share_of_the_rate() -> None:
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
     optimisers[0].step()
     moved = model.state_dict()
-    for name, share in (("image_tower.conv1.weight", 0.1), ("neck.project4.0.weight", 1.0), ("confounding_head.mix.bias", 0)):
+    for name, share in (
+        ("image_tower.conv1.weight", 0.1),
+        ("neck.project4.0.weight", 1.0),
+        ("confounding_head.mix.bias", 0),
+    ):
         step = (moved[name] - start[name]).abs().median().item()
         assert step == pytest.approx(share * config.learning_rate, rel=0.01)
 

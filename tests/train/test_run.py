@@ -108,7 +108,10 @@ def test_a_training_repeats_itself_bit_for_bit_and_leaves_the_callers_state_alon
     assert not torch.equal(once.head.prompt.weight, other.head.prompt.weight)
 
 
-@pytest.mark.parametrize("save_minutes", [1e-9, 10.0], ids=["saved each step", "saved each epoch"])
+@pytest.mark.parametrize(
+    "save_minutes",
+    [pytest.param(1e-9, id="saved each step"), pytest.param(10.0, id="saved each epoch", marks=pytest.mark.slow)],
+)
 def test_a_stopped_training_goes_on_bit_for_bit(validated_folder: Path, tmp_path: Path, save_minutes: float) -> None:
     config = THOROUGH.model_copy(update={"save_minutes": save_minutes})
     straight = train(config, validated_folder, tmp_path / "straight", options=QUIET)
@@ -175,7 +178,9 @@ def test_a_full_disk_leaves_the_checkpoint_and_state_before(
 
 def test_a_loss_that_is_no_number_stops_and_saves_the_batch(data_folder: Path, tmp_path: Path) -> None:
     wild = SMALL.model_copy(update={"learning_rate": 1e30, "epochs": 4, "warmup": 0.0})
-    with pytest.raises(UsageError, match=r"loss became nan at step 2 .*stopped_batch\.safetensors.*Lower learning_rate"):
+    with pytest.raises(
+        UsageError, match=r"loss became nan at step 2 .*stopped_batch\.safetensors.*Lower learning_rate"
+    ):
         train(wild, data_folder, tmp_path / "run", options=QUIET)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [STOPPED_BATCH]
     with safe_open(tmp_path / "run" / STOPPED_BATCH, framework="np") as file:
@@ -203,10 +208,10 @@ def test_patience_needs_a_split_to_validate_on(data_folder: Path, tmp_path: Path
 
 def test_another_training_in_the_folder_is_refused_with_what_differs(data_folder: Path, tmp_path: Path) -> None:
     train(SMALL, data_folder, tmp_path / "run", options=QUIET)
-    with pytest.raises(UsageError, match="is not empty. Go on with --resume"):
+    with pytest.raises(UsageError, match="Go on with --resume"):
         train(SMALL, data_folder, tmp_path / "run", options=QUIET)
     game = SMALL.model_copy(update={"learning_rate": 0.5, "game": Game(masker_steps=3), "loader_threads": 2})
-    with pytest.raises(UsageError, match=r"differs in learning_rate \(0.001 then, 0.5 now\); game.masker_steps \(1 then"):
+    with pytest.raises(UsageError, match=r"differs in learning_rate \(0.001 then, 0.5 now\); game.masker_steps \(1"):
         train(game, data_folder, tmp_path / "run", options=GO_ON)
     write_dataset(tmp_path / "data", {"train": 4, "test": 3}, (64, 64), seed=9, prompts_per_film=2)
     with pytest.raises(UsageError, match=r"data set.train.pictures \(.{12}… then, .{12}… now\)"):
@@ -271,7 +276,7 @@ def test_synthetic_films_are_drawn_where_the_folder_is_not_there(tmp_path: Path)
     assert find_data(config) == tmp_path / "films"
     assert {row.split for row in read_flat(tmp_path / "films")} == {"train", "val", "test"}
     assert find_data(config) == tmp_path / "films"
-    with pytest.raises(UsageError, match="names no data set. Give --data"):
+    with pytest.raises(UsageError, match="names no data set"):
         find_data(SMALL)
 
 
@@ -284,7 +289,9 @@ def test_half_precision_trains_and_float16_needs_a_gpu(data_folder: Path, tmp_pa
     assert half.first_loss == pytest.approx(full.first_loss, rel=0.02)
     with pytest.raises(EnvironmentProblem, match="float16 needs a GPU"):
         train(
-            SMALL.model_copy(update={"devices": CPU.model_copy(update={"precision": "16-mixed"})}), data_folder, tmp_path / "x"
+            SMALL.model_copy(update={"devices": CPU.model_copy(update={"precision": "16-mixed"})}),
+            data_folder,
+            tmp_path / "x",
         )
 
 
