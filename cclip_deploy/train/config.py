@@ -89,6 +89,8 @@ class TrainConfig(_Table):
     prompt_length: Annotated[int, Field(ge=3, le=CONTEXT_LENGTH)] = 32
     clip_weights: str | None = None
     """Where the towers start: open_clip's name of weights for RN101, or a file; at random unless given."""
+    start_checkpoint: Path | None = None
+    """Where the whole network starts, to fine-tune it: a checkpoint of ours or of the published layout."""
     frozen: tuple[Stage, ...] = ()
     """Parts of the towers that stay as they start, batch-norm statistics too."""
     epochs: _Count = 12
@@ -138,6 +140,12 @@ class TrainConfig(_Table):
         """A batch norm over one map of one pixel has no variance; smaller batches are legal from 64 pixels on."""
         if self.images_per_batch * self.devices.count * self.devices.nodes < 2 and min(self.image_hw) < 64:
             raise ValueError("images_per_batch 1 needs an image_size of at least 64, for the batch norms")
+        return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> TrainConfig:
+        if self.clip_weights is not None and self.start_checkpoint is not None:
+            raise ValueError("clip_weights and start_checkpoint both say where the towers start; give one")
         return self
 
     @property

@@ -68,7 +68,7 @@ def main_losses(model: CausalCLIPSeg, batch: TensorBatch, config: TrainConfig, e
     against = tuple(_Reversed.apply(mask) for mask in masks) if config.mode == "reversal" and not at_one else masks
     # With both masks at one the confounding branch sees everything too, so its share is not one minus the mask.
     shares = masks if at_one else tuple(1 - mask for mask in against)
-    return _both_heads(model, levels, masks, shares, states, batch, config, sign=1.0)  # type: ignore[arg-type]
+    return _both_heads(model, levels, masks, shares, states, batch, config, sign=1.0)
 
 
 def masker_losses(model: CausalCLIPSeg, batch: TensorBatch, config: TrainConfig) -> Losses:

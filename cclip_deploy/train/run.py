@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from cclip_deploy.model.clip_start import ClipStart
+    from cclip_deploy.model.network import CausalCLIPSeg
     from cclip_deploy.train.loop import OnProgress, Training
     from cclip_deploy.train.state import Learner
 
@@ -132,7 +133,9 @@ def _train(
         open_training_set(splits[split], tokenizer, config) if split in splits else None for split in ("train", "val")
     )
     assert train_set is not None
-    with _own_settings(config):
+    if fabric.is_global_zero:
+        _clear_unfinished(folder)
+    with _own_settings(config, fabric):
         learner, clip = _make_learner(config, fabric, tell)
         resumed = options.resume and (folder / STATE).exists()
         progress = load_state(folder, learner, identity) if resumed else Progress()
@@ -159,6 +162,12 @@ def _check_folder(folder: Path, options: RunOptions) -> None:
         raise UsageError(f"{folder} is not empty. Go on with --resume, or choose another folder.")
 
 
+def _clear_unfinished(folder: Path) -> None:
+    """Take away what a killed process was writing."""
+    for unfinished in folder.glob(".*.unfinished"):
+        unfinished.unlink(missing_ok=True)
+
+
 def _read_splits(data_set: DataSet, config: TrainConfig, options: RunOptions) -> dict[str, list[Referral]]:
     """The rows to train on, and those to validate on where there are any."""
     splits = {"train": of_split(data_set.referrals, "train")}
@@ -178,14 +187,14 @@ def _of_first_images(referrals: list[Referral], count: int) -> list[Referral]:
 
 
 @contextmanager
-def _own_settings(config: TrainConfig) -> Iterator[None]:
+def _own_settings(config: TrainConfig, fabric: Fabric) -> Iterator[None]:
     """The recipe's threads and random numbers within, the caller's afterwards."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             yield
     finally:
@@ -204,11 +213,26 @@ def _make_learner(config: TrainConfig, fabric: Fabric, tell: Tell) -> tuple[Lear
     if config.clip_weights is not None:
         tell(f"Starting both towers from CLIP, {config.clip_weights}")
         clip = load_clip_weights(model, config.clip_weights)
+    if config.start_checkpoint is not None:
+        tell(f"Starting from {config.start_checkpoint}")
+        _start_from(model, config.start_checkpoint)
     move_to_device(model, fabric, config.devices.precision)
     frozen = freeze(model, config)
     wrapped = fabric.setup_optimizers(*make_optimisers(model, config))
     optimisers = list(wrapped) if isinstance(wrapped, tuple) else [wrapped]
     return Learner(fabric, model, frozen, optimisers, make_average(model, config)), clip
+
+
+def _start_from(model: CausalCLIPSeg, path: Path) -> None:
+    from cclip_deploy.model.checkpoint import load_checkpoint
+
+    start = load_checkpoint(path).model
+    if start.config != model.config:
+        raise UsageError(
+            f"{path} is a network of config {start.config.name!r}, and the recipe trains {model.config.name!r}. "
+            "Change one of them."
+        )
+    model.load_state_dict(start.state_dict())
 
 
 def _describe(

@@ -37,7 +37,7 @@ GO_ON = RunOptions(resume=True, tensorboard=False)
 THOROUGH = SMALL.model_copy(
     update={
         "mode": "alternating", "epochs": 2, "images_per_batch": 1, "accumulate": 2, "average_decay": 0.5,
-        "augmentation": Augmentation(gain=0.2, flip_share=0.5), "game": Game(masker_steps=2, mask_budget=0.5),
+        "augmentation": Augmentation(gain=0.2, flip_share=0.5), "game": Game(mask_budget=0.5),
     }
 )  # fmt: skip
 """Every part that has a state."""
@@ -142,8 +142,10 @@ train(TrainConfig.model_validate_json(Path(config).read_text()), Path(data), Pat
     arguments = [tmp_path / "recipe.json", data_folder, tmp_path / "killed"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    (tmp_path / "killed" / f".{STATE}.1.unfinished").write_bytes(b"half")
     resumed = train(config, data_folder, tmp_path / "killed", options=GO_ON)
     assert (resumed.resumed_at_step, resumed.steps) == (5, 8)
+    assert not list((tmp_path / "killed").glob(".*"))
     train(config, data_folder, tmp_path / "straight", options=QUIET)
     assert (tmp_path / "killed" / LAST).read_bytes() == (tmp_path / "straight" / LAST).read_bytes()
 
@@ -245,6 +247,16 @@ def test_clip_starts_the_towers_and_frozen_stages_stay(data_folder: Path, tmp_pa
     start = json.loads((tmp_path / "run" / "run.json").read_text())["clip_start"]
     assert (tuple(start["found"]), tuple(start["missing"])) == (report.clip.found, report.clip.missing)
     assert all(name.startswith("image_tower.attnpool.connect.") for name in start["missing"])
+
+
+def test_a_checkpoint_is_fine_tuned(data_folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    still = {"start_checkpoint": tiny_checkpoint, "learning_rate": 1e-12}
+    report = train(SMALL.model_copy(update=still), data_folder, tmp_path / "run", options=QUIET)
+    start, end = (load_checkpoint(path).model.head.mix.weight for path in (tiny_checkpoint, report.checkpoint))
+    assert torch.allclose(start, end, atol=1e-9)
+    other = SMALL.model_copy(update={**still, "model": "rn101"})
+    with pytest.raises(UsageError, match=r"config 'tiny', and the recipe trains 'rn101'"):
+        train(other, data_folder, tmp_path / "other", options=QUIET)
 
 
 @pytest.mark.parametrize("layout", ["languidemedseg", "medvlsm", "jsonl"])
