@@ -20,6 +20,7 @@ from cclip_deploy.cli import (
     predict,
     prompt,
     synth,
+    train,
     verify,
 )
 
@@ -57,6 +58,7 @@ app.command("bench")(bench.bench)
 app.command("predict")(predict.predict)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
+app.command("train")(train.train)
 app.command("data")(data.data)
 app.command("prompt")(prompt.prompt)
 app.command("synth")(synth.synth)
