@@ -4,7 +4,7 @@ VENV := .venv
 RUNTIME := .venv-runtime
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint format pytest clean
+.PHONY: demo test test-gpu check lint format pytest clean
 
 demo: $(VENV)/installed
 	$(BIN)/cclip-deploy demo
@@ -21,6 +21,11 @@ lint: $(VENV)/installed
 
 pytest: $(VENV)/installed $(RUNTIME)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# On a machine with an NVIDIA GPU: everything that was never run on one, and a results file to commit. A bundle of your own
+# is timed too: make test-gpu BUNDLE=rn101.cclip. Elsewhere every test is skipped, with the reason.
+test-gpu: $(VENV)/installed
+	CCLIP_GPU_RESULTS=docs/measurements/gpu CCLIP_GPU_BUNDLE=$(BUNDLE) $(BIN)/python -m pytest tests/gpu -m gpu -v
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -75,8 +75,19 @@ class GraphEntry(_Entry):
         return any(isinstance(side, str) for tensor in self.inputs for side in tensor.shape)
 
 
+class EngineTarget(_Entry):
+    """The GPUs of an engine: of these compute capabilities or, `and_later`, from the least on; of one name, if any."""
+
+    compute_capabilities: tuple[str, ...]
+    and_later: bool = False
+    gpu: str | None = None
+
+
 class EngineEntry(_Entry):
-    """One built engine, the graph it was built from, and where its layer table lies."""
+    """One built engine, the graph it was built from, and where its layer table lies.
+
+    `timing_cache_sha256` is the cache that the build began with: the same one again may choose other kernels.
+    """
 
     graph: str
     backend: str
@@ -89,6 +100,9 @@ class EngineEntry(_Entry):
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     target: str
     build_seconds: float
+    runs_on: EngineTarget | None = None
+    stripped: bool = False
+    timing_cache_sha256: str | None = None
 
 
 class CheckpointOrigin(_Entry):

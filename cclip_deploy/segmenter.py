@@ -12,11 +12,13 @@ from cclip_deploy.bundle import TOKENIZER, Bundle
 from cclip_deploy.data.preprocess import to_input, to_source
 from cclip_deploy.errors import BundleError, ParityError, UsageError
 from cclip_deploy.prompt_cache import CacheCounts, KernelFolder, KernelOrigin, PromptCache, PromptKernels, Tokens
-from cclip_deploy.runtime.backend import Backend
+from cclip_deploy.runtime.backend import Backend, KeepsOutputs, Kept, KeptOrArrays
 
 PROMPTS_AT_ONCE = 16
 
 Floats = NDArray[np.float32]
+Features = NDArray[np.float32] | Kept
+"""A picture's features; a backend with memory of its own keeps them there."""
 
 
 class Segmenter:
@@ -47,15 +49,20 @@ class Segmenter:
         """How many prompts were found in memory, found on disk, computed, and computed again for a damaged file."""
         return self._cache.counts
 
-    def encode_image(self, pixels: Floats) -> Floats:
+    def encode_image(self, pixels: Floats) -> Features:
         """Pixels (H, W) or (H, W, 3) in [0, 1], any size -> features (1, h, w, 256) of the bundle's image size."""
-        return self.image_outputs(pixels)["features"]
+        image = self._network_input(pixels)
+        if isinstance(self.backend, KeepsOutputs):
+            return self.backend.run_kept("image_encoder", {"image": image}, ["features"])["features"]
+        return self.backend.run("image_encoder", {"image": image})["features"]
 
     def image_outputs(self, pixels: Floats) -> dict[str, Floats]:
         """All that the image encoder gives: features, and causal masks where it was exported with them."""
+        return self.backend.run("image_encoder", {"image": self._network_input(pixels)})
+
+    def _network_input(self, pixels: Floats) -> Floats:
         manifest = self.bundle.manifest
-        image = to_input(pixels, manifest.image_hw, manifest.preprocessing)
-        return self.backend.run("image_encoder", {"image": image})
+        return to_input(pixels, manifest.image_hw, manifest.preprocessing)
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptKernels:
         """Kernels of the prompts, in order; 9 kB a prompt, all at once.
@@ -79,12 +86,14 @@ class Segmenter:
                 pass
             self.backend.unload("prompt_encoder")
 
-    def decode(self, features: Floats, kernels: PromptKernels) -> Floats:
+    def decode(self, features: Features, kernels: PromptKernels) -> Floats:
         """Features (B, h, w, 256) x P prompts -> logits (B, P, h, w)."""
         parts = [self._decode_part(features, part) for part in _parts(kernels)]
         return np.concatenate(parts, axis=1)
 
-    def probabilities(self, pixels: Floats, prompts: Sequence[str], features: Floats | None = None) -> Iterator[Floats]:
+    def probabilities(
+        self, pixels: Floats, prompts: Sequence[str], features: Features | None = None
+    ) -> Iterator[Floats]:
         """For each prompt, in order, the probability (H, W) of every pixel of the source; one image pass in all.
 
         Lazy, and a few prompts at a time, so that ten thousand prompts need no more memory than sixteen. Raises as
@@ -92,7 +101,7 @@ class Segmenter:
         """
         yield from self.answer(pixels, self._token_rows(prompts), features)
 
-    def answer(self, pixels: Floats, rows: Sequence[Tokens], features: Floats | None = None) -> Iterator[Floats]:
+    def answer(self, pixels: Floats, rows: Sequence[Tokens], features: Features | None = None) -> Iterator[Floats]:
         """As `probabilities`, for token rows (L,) that are made already, such as an empty sentence's."""
         source_hw = (pixels.shape[0], pixels.shape[1])
         for part in self._kernel_parts(rows):
@@ -119,9 +128,13 @@ class Segmenter:
         outputs = self.backend.run("prompt_encoder", {"tokens": tokens})
         return PromptKernels(outputs["kernel"], outputs["tap_bias"], outputs["bias"])
 
-    def _decode_part(self, features: Floats, part: PromptKernels) -> Floats:
-        inputs = {"features": features, "kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
-        logits = self.backend.run("mask_decoder", inputs)["logits"]
+    def _decode_part(self, features: Features, part: PromptKernels) -> Floats:
+        prompt = {"kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
+        if isinstance(self.backend, KeepsOutputs):
+            inputs: KeptOrArrays = {"features": features, **prompt}
+            logits = self.backend.run("mask_decoder", inputs)["logits"]
+        else:
+            logits = self.backend.run("mask_decoder", {"features": np.asarray(features), **prompt})["logits"]
         if not np.isfinite(logits).all():
             raise ParityError(
                 f"{self.bundle.path} gave logits that are not finite, so no mask. Check it: cclip-deploy verify BUNDLE."

@@ -60,6 +60,18 @@ def test_calibration_curve_prints_a_row_a_method(tiny_bundle_path: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_build_profile_builds_what_the_profile_says(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "copy.cclip"
+    shutil.copytree(tiny_bundle_path, bundle)
+    said = run_script(
+        "engines/build_profile.py", "engines/profiles/workstation.toml", bundle, "--graph", "mask_decoder"
+    )
+    assert "mask_decoder.fp16.tensorrt-rtx.engine: " in said
+    assert "for compute capability 8.6, 8.9, 12.0" in said
+    assert "--precision fp16 --backend tensorrt-rtx --gpu-interface cuda-python --cuda-graphs" in said
+
+
+@pytest.mark.slow
 def test_compare_keeps_its_result(tiny_bundle_path: Path, tmp_path: Path) -> None:
     said = run_script("benchmarks/compare.py", tiny_bundle_path, "-o", tmp_path / "bench.json", "--rounds", "3")
     assert (tmp_path / "bench.json").is_file()

@@ -27,6 +27,10 @@ def bench(
     device: options.Device = "cpu",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the JSON in this file, too.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of every candidate.", min=1)] = 2,
+    allow_fallback: options.AllowFallback = False,
+    gpu_interface: options.GpuInterface = "cuda-python",
+    cuda_graphs: options.CudaGraphs = False,
+    engine_cache: options.EngineCache = None,
     json: options.Json = False,
 ) -> None:
     """Time a bundle against PyTorch and the plain export, [bold]interleaved[/], with paired ratios."""
@@ -34,8 +38,9 @@ def bench(
     from cclip_deploy.pipeline.bench import bench_bundle
     from cclip_deploy.pipeline.bench_plan import BenchOptions
 
+    choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
     chosen = BenchOptions(
-        checkpoint, plain, compile, device, threads, rounds, warmup, budget, backend=backend, peers=peers
+        checkpoint, plain, compile, device, threads, rounds, warmup, budget, backend=backend, peers=peers, choice=choice
     )
     with progress(quiet=json) as tell:
         result = bench_bundle(Bundle.open(bundle), chosen, tell)

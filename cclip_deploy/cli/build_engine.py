@@ -49,7 +49,10 @@ def build_engine(
     ] = None,
     io: Annotated[Literal["fp32", "fp16"], typer.Option(help="Type of float inputs and outputs.")] = "fp32",
     compute_capability: Annotated[
-        str | None, typer.Option(help="GPU to build for, such as 8.9; tensorrt-rtx only.")
+        list[str] | None, typer.Option(help="GPU to build for, such as 8.9; may be repeated; tensorrt-rtx only.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Take everything but the calibration from this file, as in engines/profiles/.")
     ] = None,
     backend: Annotated[Literal["tensorrt-rtx", "tensorrt"], typer.Option(help="What builds it.")] = "tensorrt-rtx",
     graph: Annotated[
@@ -64,6 +67,8 @@ def build_engine(
     """Build [bold]engines[/] into a bundle and prove from the build what precision their layers run in."""
     from cclip_deploy.bundle import Bundle
     from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
+    from cclip_deploy.pipeline.engine_profile import read_profile
+    from cclip_deploy.runtime.engine_settings import EngineSettings
 
     precision = _precision({"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8})
     calibrating = _calibration(
@@ -72,8 +77,14 @@ def build_engine(
     chosen = BuildOptions(
         precision=precision, backend=backend, graphs=tuple(graph or SERVED), max_batch=max_batch,
         max_prompts=max_prompts, workspace_bytes=workspace_mib and workspace_mib * 2**20, threads=threads,
-        calibration=calibrating, keep=tuple(keep or ()), io=io, compute_capability=compute_capability,
+        calibration=calibrating, keep=tuple(keep or ()), io=io,
+        settings=EngineSettings(compute_capabilities=tuple(compute_capability or ())),
     )  # fmt: skip
+    if profile is not None:
+        if graph or keep or compute_capability or any((fp32, fp16, bf16, int8, fp8)):
+            raise UsageError("--profile names the precision, the graphs and the target: give it alone.")
+        chosen = read_profile(profile).build_options(threads=threads, calibration=calibrating)
+        precision = chosen.precision
     with progress(quiet=json) as tell:
         entries = build_engines(Bundle.open(Path(bundle)), chosen, tell)
     agreement = _agreement(bundle, precision) if evaluation_set else None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from cclip_deploy.runtime.choice import Choice
 
 Bundle = Annotated[Path, typer.Argument(help="The folder that export wrote.", show_default=False)]
 TokenizerBundle = Annotated[
@@ -19,8 +22,40 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads; as many as the runtime likes unless given.", min=1)
 ]
-Device = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where ONNX Runtime runs.")]
-Backend = Annotated[Literal["onnxruntime", "openvino"], typer.Option("--backend", help="What runs the graphs.")]
+Device = Annotated[
+    Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"], typer.Option("--device", help="ONNX Runtime's provider.")
+]
+Backend = Annotated[
+    Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
+    typer.Option("--backend", help="What runs: graphs in ONNX Runtime or OpenVINO, or the bundle's engines."),
+]
+AllowFallback = Annotated[
+    bool, typer.Option("--allow-fallback", help="ONNX Runtime on the CPU may stand in; the report says what ran.")
+]
+GpuInterface = Annotated[
+    Literal["cuda-python", "pycuda"], typer.Option("--gpu-interface", help="Engines: package for device memory.")
+]
+CudaGraphs = Annotated[bool, typer.Option("--cuda-graphs", help="Engines: capture each like run, and replay it.")]
+EngineCache = Annotated[
+    Path | None, typer.Option("--engine-cache", help="Folder of your own for what ONNX Runtime's providers compile.")
+]
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", help="The checkpoint, where PyTorch itself is to answer.")
 ]
+
+
+def choice(
+    backend: Backend,
+    device: Device,
+    threads: int | None,
+    allow_fallback: bool,
+    gpu_interface: GpuInterface,
+    cuda_graphs: bool,
+    engine_cache: Path | None = None,
+) -> Choice:
+    """The options about what runs, as the library takes them."""
+    from cclip_deploy.runtime.choice import Choice
+    from cclip_deploy.runtime.tensorrt_runner import GpuOptions
+
+    gpu = GpuOptions(gpu_interface, cuda_graphs)
+    return Choice(backend, device, threads, gpu, engine_cache, allow_fallback)

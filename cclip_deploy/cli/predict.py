@@ -11,6 +11,7 @@ from rich.markup import escape
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table
 from cclip_deploy.errors import UsageError
+from cclip_deploy.precisions import Precision
 
 if TYPE_CHECKING:
     from cclip_deploy.pipeline.explain import Explainer
@@ -37,7 +38,12 @@ def predict(
     ] = None,
     backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
+    precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = "fp32",
     threads: options.Threads = None,
+    allow_fallback: options.AllowFallback = False,
+    gpu_interface: options.GpuInterface = "cuda-python",
+    cuda_graphs: options.CudaGraphs = False,
+    engine_cache: options.EngineCache = None,
     json: options.Json = False,
 ) -> None:
     """Segment what the prompts name: [bold]mask, probability and overlay[/] in the picture's own size."""
@@ -50,17 +56,25 @@ def predict(
 
     from cclip_deploy.pipeline.predict import predict as run
     from cclip_deploy.pipeline.predict import refuse_failures
-    from cclip_deploy.runtime.choice import open_backend
+    from cclip_deploy.runtime.choice import opened as open_choice
     from cclip_deploy.segmenter import Segmenter
 
-    segmenter = Segmenter(opened, open_backend(backend, opened, "fp32", device, threads), prompt_cache)
-    explainer = _open_explainer(segmenter, checkpoint) if explain else None
-    with picture_progress(quiet=json) as on_picture:
+    choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
+    with open_choice(choice, opened, precision) as runs, picture_progress(quiet=json) as on_picture:
+        segmenter = Segmenter(opened, runs.backend, prompt_cache)
+        explainer = _open_explainer(segmenter, checkpoint) if explain else None
         found = run(segmenter, images, prompt, output, threshold, on_picture, explainer)
     if json:
         failed = [{"image": str(path), "error": reason} for path, reason in found.failed]
         counts = found.prompt_counts.to_dict()
-        print_json({"predictions": [row.to_dict() for row in found.done], "failed": failed, "prompt_kernels": counts})
+        print_json(
+            {
+                "predictions": [row.to_dict() for row in found.done],
+                "failed": failed,
+                "prompt_kernels": counts,
+                "ran": runs.to_dict(),
+            }
+        )
     else:
         shown = table("Predictions", "picture", "prompt", "area ", "mean probability ", "mask")
         for row in found.done:
@@ -68,6 +82,8 @@ def predict(
             shown.add_row(escape(row.image.name), escape(row.prompt), *numbers, escape(str(row.written.mask)))
         stdout.print(shown)
         stdout.print(found.prompt_counts.describe())
+        if told := runs.told():
+            stdout.print(f"Note: {told}", markup=False)
     refuse_failures(found)
 
 

@@ -29,13 +29,18 @@ def verify(
     backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    allow_fallback: options.AllowFallback = False,
+    gpu_interface: options.GpuInterface = "cuda-python",
+    cuda_graphs: options.CudaGraphs = False,
+    engine_cache: options.EngineCache = None,
     json: options.Json = False,
 ) -> None:
     """Compare every graph of a bundle with [bold]PyTorch[/]; exit code 4 where a limit is broken."""
     from cclip_deploy.bundle import Bundle
     from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 
-    chosen = VerifyOptions(checkpoint, tuple(image or ()), tuple(prompt or ()), device, threads, backend)
+    choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
+    chosen = VerifyOptions(checkpoint, tuple(image or ()), tuple(prompt or ()), threads, choice)
     with progress(quiet=json) as tell:
         result = verify_bundle(Bundle.open(bundle), chosen, tell)
     if json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
     left_out: LeftOut = [
         {"name": f"{engine.graph} {engine.precision} on {engine.backend}", "reason": "engines run on a GPU only"}
         for engine in bundle.manifest.engines
+        if engine.backend not in options.backends()
     ]
     processes = _predict_alone(bundle, options, left_out, on_progress) if options.peers else {}
     with _candidates(bundle, options, left_out, on_progress) as candidates:
@@ -81,8 +82,8 @@ def _beside_peers(
 def _candidates(bundle: Bundle, options: BenchOptions, left_out: LeftOut, tell: Progress) -> Iterator[list[Candidate]]:
     inputs = BenchInputs.for_bundle(bundle, options)
     peers = Peers(inputs, options, left_out, tell)
-    candidates = our_candidates(bundle, inputs, options, left_out)
-    with tempfile.TemporaryDirectory(prefix="cclip-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="cclip-bench-") as scratch, ExitStack() as stack:
+        candidates = our_candidates(bundle, inputs, options, left_out, stack)
         network = None
         if options.checkpoint is None:
             left_out += [{"name": name, "reason": "needs --checkpoint"} for name in (EAGER, "torch.compile")]

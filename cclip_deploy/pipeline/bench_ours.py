@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from cclip_deploy.bundle import Bundle, graph_key
 from cclip_deploy.errors import EnvironmentProblem
 from cclip_deploy.evidence.latency import Candidate
-from cclip_deploy.evidence.parity import can_chain
+from cclip_deploy.evidence.parity import CHAIN, can_chain
 from cclip_deploy.pipeline.bench_plan import (
     DECODE,
     IMAGE,
@@ -23,11 +24,17 @@ from cclip_deploy.pipeline.bench_plan import (
     workload_stage,
 )
 from cclip_deploy.prompt_cache import PromptKernels
-from cclip_deploy.runtime.backend import Arrays, Backend
-from cclip_deploy.runtime.choice import open_backend
-from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter
+from cclip_deploy.runtime.backend import Arrays, Backend, KeepsOutputs, Kept, KeptOrArrays
+from cclip_deploy.runtime.choice import Opened, engine_precisions, opened
+from cclip_deploy.runtime.tensorrt_runner import TensorRtBackend
+from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Features, Segmenter
 
-LABELS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+LABELS = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+}
 HALF = ("fp16", "bf16")
 
 
@@ -36,12 +43,18 @@ def name_of(stage: str, precision: str, backend: str) -> str:
     return f"{stage} {precision}" if backend == "onnxruntime" else f"{stage} {precision}, {LABELS[backend]}"
 
 
-def our_candidates(bundle: Bundle, inputs: BenchInputs, options: BenchOptions, left_out: LeftOut) -> list[Candidate]:
-    """Every precision of the bundle on every backend asked for; what is missing goes to `left_out`."""
+def our_candidates(
+    bundle: Bundle, inputs: BenchInputs, options: BenchOptions, left_out: LeftOut, stack: ExitStack
+) -> list[Candidate]:
+    """Every precision of the bundle on every backend asked for; what is missing goes to `left_out`.
+
+    The backends are open until `stack` is closed.
+    """
     found: list[Candidate] = []
     for backend_name in options.backends():
-        for precision in bundle.precisions():
-            if precision == "bf16" and options.device == "cpu":
+        choice = options.choice_of(backend_name)
+        for precision in engine_precisions(bundle, backend_name) if choice.runs_engines else bundle.precisions():
+            if precision == "bf16" and not choice.on_gpu:
                 reason = "no CPU kernel runs BF16; its widened form is no timing"
                 left_out.append({"name": name_of("graphs", precision, backend_name), "reason": reason})
             elif not can_chain(bundle.manifest, precision):
@@ -52,14 +65,23 @@ def our_candidates(bundle: Bundle, inputs: BenchInputs, options: BenchOptions, l
                 left_out.append({"name": name_of("graphs", precision, backend_name), "reason": reason})
             else:
                 try:
-                    backend = open_backend(backend_name, bundle, precision, options.device, options.threads)
+                    ours = stack.enter_context(opened(choice, bundle, precision))
                 except EnvironmentProblem as error:
                     if not options.peers:
                         raise
                     left_out.append({"name": name_of("graphs", precision, backend_name), "reason": str(error)})
                     continue
-                found += _OnBackend(bundle, backend, inputs, options).candidates()
+                missing = _missing_engines(ours.backend)
+                if missing:
+                    reason = f"the bundle has no engine of {', '.join(missing)}"
+                    left_out.append({"name": name_of("engines", precision, backend_name), "reason": reason})
+                else:
+                    found += _OnBackend(bundle, ours, inputs, options).candidates()
     return found
+
+
+def _missing_engines(backend: Backend) -> list[str]:
+    return [g for g in CHAIN if g not in backend.graphs] if isinstance(backend, TensorRtBackend) else []
 
 
 @dataclass(frozen=True)
@@ -67,9 +89,13 @@ class _OnBackend:
     """The candidates of one backend in one precision; the prompts' kernels and one picture's features are kept."""
 
     bundle: Bundle
-    backend: Backend
+    ours: Opened
     inputs: BenchInputs
     options: BenchOptions
+
+    @property
+    def backend(self) -> Backend:
+        return self.ours.backend
 
     def candidates(self) -> list[Candidate]:
         kernels = self._encode_prompts()
@@ -80,16 +106,18 @@ class _OnBackend:
             self._named("prompt", PROMPT, lambda: self.backend.run("prompt_encoder", {"tokens": self.inputs.prompt})),
             self._named("one more prompt", DECODE, lambda: self._decode(features, one)),
         ]
-        if graph_key("fused", self.backend.precision) in self.bundle.manifest.graphs:
+        if self._has_fused():
             found.insert(0, self._named("fused", WHOLE, self._fused))
         if self.options.peers:
-            found.append(self._named("image pass", IMAGE, lambda: self._features(self.inputs.image)))
+            found.append(self._named("image pass", IMAGE, self._image_pass))
             found += list(self._workloads(kernels))
         return found
 
     def _named(self, name: str, stage: str, run: Callable[[], object], **facts: object) -> Candidate:
         full_name = name_of(name, self.backend.precision, self.backend.name)
-        extra = {**self.options.extra(), "ours": True, **facts}
+        extra = {**self.options.extra(), "ours": True, "ran": self.ours.ran, **facts}
+        if self.ours.why is not None:
+            extra |= {"asked": self.ours.asked, "fallback_reason": self.ours.why}
         return Candidate(full_name, self.backend.name, self.backend.precision, stage, run, extra)
 
     def _workloads(self, kernels: PromptKernels) -> Iterator[Candidate]:
@@ -110,12 +138,28 @@ class _OnBackend:
         names = ("kernel", "tap_bias", "bias")
         return PromptKernels(**{name: np.concatenate([answer[name] for answer in answers]) for name in names})
 
-    def _features(self, image: Floats) -> Floats:
+    def _has_fused(self) -> bool:
+        if isinstance(self.backend, TensorRtBackend):
+            return "fused" in self.backend.graphs
+        return graph_key("fused", self.backend.precision) in self.bundle.manifest.graphs
+
+    def _image_pass(self) -> None:
+        """Until the features are there, wherever they are."""
+        features = self._features(self.inputs.image)
+        if isinstance(features, Kept):
+            features.wait()
+
+    def _features(self, image: Floats) -> Features:
+        if isinstance(self.backend, KeepsOutputs):
+            return self.backend.run_kept("image_encoder", {"image": image}, ["features"])["features"]
         return self.backend.run("image_encoder", {"image": image})["features"]
 
-    def _decode(self, features: Floats, kernels: PromptKernels) -> Floats:
+    def _decode(self, features: Features, kernels: PromptKernels) -> Floats:
         prompt = {"kernel": kernels.kernel, "tap_bias": kernels.tap_bias, "bias": kernels.bias}
-        return self.backend.run("mask_decoder", {"features": features, **prompt})["logits"]
+        if isinstance(self.backend, KeepsOutputs):
+            inputs: KeptOrArrays = {"features": features, **prompt}
+            return self.backend.run("mask_decoder", inputs)["logits"]
+        return self.backend.run("mask_decoder", {"features": np.asarray(features), **prompt})["logits"]
 
     def _fused(self) -> Floats:
         pair: Arrays = {"image": self.inputs.image, "tokens": self.inputs.prompt}

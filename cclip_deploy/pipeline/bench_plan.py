@@ -14,7 +14,7 @@ from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.evidence.latency import Candidate
 from cclip_deploy.evidence.parity import LIMITS, relative_error
 from cclip_deploy.evidence.reference import END_ID, FIRST_WORD, LAST_WORD, SEED, START_ID, seeded_inputs
-from cclip_deploy.runtime.choice import BackendName
+from cclip_deploy.runtime.choice import BackendName, Choice
 from cclip_deploy.runtime.onnx_runtime import Device
 
 Progress = Callable[[str], None]
@@ -47,6 +47,7 @@ class BenchOptions:
     seed: int = 0
     backend: BackendName = "onnxruntime"
     peers: bool = False
+    choice: Choice | None = None
     workloads: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (8, 1))
 
     def __post_init__(self) -> None:
@@ -58,6 +59,10 @@ class BenchOptions:
     def extra(self) -> dict[str, object]:
         """What every row of the results says of its run."""
         return {"threads": self.threads, "device": self.device}
+
+    def choice_of(self, backend: BackendName) -> Choice:
+        """How a backend is opened; `choice` has the options of GPUs, and whether another may stand in."""
+        return replace(self.choice or Choice(), backend=backend, device=self.device, threads=self.threads)
 
     def backends(self) -> tuple[BackendName, ...]:
         """Ours to be timed: the one that was chosen, both beside the peers."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from cclip_deploy.bundle import (
     Bundle,
     EngineEntry,
+    EngineTarget,
     GraphEntry,
     TensorSpec,
     edited_bundle,
@@ -25,8 +26,10 @@ from cclip_deploy.pipeline.derive import Derived, DeriveOptions, derive_graphs
 from cclip_deploy.pipeline.mask_agreement import hold_masks_to_fp32, write_agreement
 from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
+from cclip_deploy.runtime.engine_settings import EngineSettings, engine_target, is_rtx
+from cclip_deploy.runtime.gpu import GpuInterface, open_gpu
 from cclip_deploy.runtime.layer_table import check_precision
-from cclip_deploy.runtime.tensorrt_binding import BindingName, check_target, load_binding
+from cclip_deploy.runtime.tensorrt_binding import BindingName, check_targets, load_binding
 
 Progress = Callable[[str], None]
 SERVED = ("image_encoder", "prompt_encoder", "mask_decoder")
@@ -34,8 +37,9 @@ SERVED = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Which engines. The maxima bound the dynamic dimensions; engines are tuned for one picture and one prompt.
+    """Which engines. The maxima bound the dynamic dimensions; engines are tuned for the usual numbers.
 
+    `one_alone` adds a second optimisation profile, of one picture and one prompt alone, which doubles an engine's size.
     `calibration` belongs to the quantised precisions, `keep` names nodes and blocks that stay in a higher one.
     """
 
@@ -44,12 +48,16 @@ class BuildOptions:
     graphs: tuple[str, ...] = SERVED
     max_batch: int = 8
     max_prompts: int = 16
+    usual_batch: int = 1
+    usual_prompts: int = 1
+    one_alone: bool = False
     workspace_bytes: int | None = None
     threads: int | None = None
     calibration: CalibrationOptions | None = None
     keep: tuple[str, ...] = ()
     io: InputsAndOutputs = "fp32"
-    compute_capability: str | None = None
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    gpu_interface: GpuInterface = "cuda-python"
 
 
 def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress = lambda _: None) -> list[EngineEntry]:
@@ -65,9 +73,10 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
         ParityError: a graph of this precision strays from the reference, or an engine does not run in the precision.
     """
     check_precision(options.precision)
-    check_target(options.precision, options.compute_capability)
+    check_targets(options.precision, options.settings.compute_capabilities)
     _check_plan(bundle, options)
     binding = load_binding(options.backend)
+    own_gpu = None if is_rtx(binding) else _own_gpu(options)
     wanted = DeriveOptions(
         options.precision, options.graphs, options.calibration, options.keep, options.io, options.threads
     )
@@ -85,7 +94,8 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
             on_progress(f"Building {graph} {source.precision} for {options.backend}")
             chosen = _engine_options(graph, source, derived, options)
             built = build_engine(folder / source.file, chosen, binding, partial(_tell, on_progress, graph))
-            entries.append(_write_engine(folder, graph, source, built, chosen))
+            runs_on = engine_target(options.settings, binding, own_gpu)
+            entries.append(_write_engine(folder, graph, source, built, chosen, runs_on))
         names = {(entry.graph, entry.precision, entry.backend) for entry in entries}
         kept = [e for e in manifest.engines if (e.graph, e.precision, e.backend) not in names]
         write_manifest(folder, manifest.model_copy(update={"engines": (*kept, *entries)}))
@@ -97,12 +107,14 @@ def _tell(on_progress: Progress, graph: str, phase: str) -> None:
 
 
 def _engine_options(graph: str, source: GraphEntry, derived: Derived, options: BuildOptions) -> EngineOptions:
+    one = _shapes(source.inputs, replace(options, max_batch=1, max_prompts=1, usual_batch=1, usual_prompts=1))
     return EngineOptions(
         _shapes(source.inputs, options),
         options.workspace_bytes,
         source.precision,
         derived.kept.get(graph, frozenset()),
-        options.compute_capability,
+        (one,) if options.one_alone else (),
+        options.settings,
     )
 
 
@@ -118,16 +130,19 @@ def _check_plan(bundle: Bundle, options: BuildOptions) -> None:
         raise UsageError(f"A graph is named twice: {', '.join(options.graphs)}. Name each once.")
     if options.max_batch < 1 or options.max_prompts < 1:
         raise UsageError("The largest batch and the largest number of prompts must be 1 or more.")
+    if not (1 <= options.usual_batch <= options.max_batch and 1 <= options.usual_prompts <= options.max_prompts):
+        raise UsageError("The usual batch and number of prompts must be 1 or more, and no more than the largest.")
 
 
 def _shapes(
     inputs: Sequence[TensorSpec], options: BuildOptions
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     largest = {"batch": options.max_batch, "prompts": options.max_prompts}
+    usual = {"batch": options.usual_batch, "prompts": options.usual_prompts}
     return {
         tensor.name: (
             _bind(tensor, dict.fromkeys(largest, 1)),
-            _bind(tensor, dict.fromkeys(largest, 1)),
+            _bind(tensor, usual),
             _bind(tensor, largest),
         )
         for tensor in inputs
@@ -140,7 +155,12 @@ def _bind(tensor: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def _write_engine(
-    folder: Path, graph: str, source: GraphEntry, built: BuiltEngine, options: EngineOptions
+    folder: Path,
+    graph: str,
+    source: GraphEntry,
+    built: BuiltEngine,
+    options: EngineOptions,
+    runs_on: EngineTarget | None,
 ) -> EngineEntry:
     (folder / "engines").mkdir(exist_ok=True)
     stem = f"engines/{graph}.{options.precision}.{built.binding}"
@@ -164,12 +184,28 @@ def _write_engine(
         graph_sha256=source.sha256,
         layers=layers,
         shapes=dict(options.shapes),
-        target=_target(built.binding, options.compute_capability),
+        target=_told(runs_on, options.settings),
         build_seconds=round(built.build_seconds, 3),
+        runs_on=runs_on,
+        stripped=options.settings.strip_weights,
+        timing_cache_sha256=None if built.timing_cache is None else built.timing_cache.given_sha256,
     )
 
 
-def _target(binding: str, compute_capability: str | None) -> str:
-    if compute_capability is not None:
-        return f"compute capability {compute_capability}"
-    return "portable (Ampere and later)" if binding == "tensorrt-rtx" else "this machine's GPU"
+def _own_gpu(options: BuildOptions) -> tuple[str, str]:
+    """Name and compute capability of this machine's GPU, for which plain TensorRT builds."""
+    gpu = open_gpu(options.gpu_interface)
+    try:
+        return gpu.facts.name, gpu.facts.compute_capability
+    finally:
+        gpu.close()
+
+
+def _told(target: EngineTarget | None, settings: EngineSettings) -> str:
+    if target is None:
+        return "unknown"
+    if target.gpu is not None:
+        return target.gpu
+    if target.and_later or (settings.compatibility == "none" and not settings.compute_capabilities):
+        return "portable (Ampere and later)"
+    return f"compute capability {', '.join(target.compute_capabilities)}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle import Bundle, graph_key
 from cclip_deploy.data.images import find_pictures
 from cclip_deploy.errors import BundleError, ParityError, UsageError
-from cclip_deploy.evidence.parity import Check, can_chain, check_graphs, degenerate_masks, plain_batch
+from cclip_deploy.evidence.parity import CHAIN, Check, can_chain, check_graphs, degenerate_masks, plain_batch
 from cclip_deploy.evidence.reference import (
     Reference,
     load_references,
@@ -22,9 +22,9 @@ from cclip_deploy.evidence.reference import (
 )
 from cclip_deploy.pipeline.calibration_record import read_record
 from cclip_deploy.precisions import Precision
-from cclip_deploy.runtime.choice import BackendName, open_backend
+from cclip_deploy.runtime.choice import Choice, Opened, engine_precisions, opened
 from cclip_deploy.runtime.layer_table import LayerTable, prove_precision
-from cclip_deploy.runtime.onnx_runtime import Device
+from cclip_deploy.runtime.tensorrt_runner import TensorRtBackend
 
 if TYPE_CHECKING:
     from cclip_deploy.model.checkpoint import LoadedCheckpoint
@@ -34,10 +34,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks, and what a reader must know beside them."""
+    """All checks, what a reader must know beside them, and what ran in each precision."""
 
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
+    ran: tuple[dict[str, str | None], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -49,6 +50,7 @@ class Verification:
             "passed": self.passed,
             "checks": [check.to_dict() for check in self.checks],
             "notes": list(self.notes),
+            "ran": list(self.ran),
         }
 
 
@@ -59,9 +61,8 @@ class VerifyOptions:
     checkpoint: Path | None = None
     pictures: tuple[Path, ...] = ()
     prompts: tuple[str, ...] = ()
-    device: Device = "cpu"
     threads: int | None = None
-    backend: BackendName = "onnxruntime"
+    choice: Choice = field(default_factory=Choice)
 
 
 def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress = lambda _: None) -> Verification:
@@ -76,16 +77,21 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     references, notes = _references(bundle, options, on_progress)
     checks: list[Check] = []
     has_onnx = importlib.util.find_spec("onnx") is not None
-    for precision in bundle.precisions():
-        graphs = [name for name in _base_names(bundle) if graph_key(name, precision) in bundle.manifest.graphs]
-        on_progress(f"Comparing {precision} graphs: {', '.join(graphs)}")
-        backend = open_backend(options.backend, bundle, precision, options.device, options.threads, has_onnx)
-        with_chain = can_chain(bundle.manifest, precision)
-        checks += check_graphs(backend, graphs, references, plain_batch(bundle.manifest), with_chain)
+    choice, ran, run_engines = replace(options.choice, threads=options.threads), [], set[str]()
+    for precision in engine_precisions(bundle, choice.backend) if choice.runs_engines else bundle.precisions():
+        with opened(choice, bundle, precision, has_onnx) as found:
+            graphs = _graphs_of(bundle, found)
+            on_progress(f"Comparing {precision} graphs on {found.ran}: {', '.join(graphs)}")
+            with_chain = can_chain(bundle.manifest, precision) and _runs_chain(found)
+            checks += check_graphs(found.backend, graphs, references, plain_batch(bundle.manifest), with_chain)
+            ran.append(found.to_dict())
+            notes += [told for told in [found.told()] if told]
+            if isinstance(found.backend, TensorRtBackend):
+                run_engines |= {entry.file for entry in found.backend.entries}
     checks += _engine_checks(bundle)
     notes += _calibration_notes(bundle)
     narrow = [name for name, graph in bundle.manifest.graphs.items() if "16" in graph.precision]
-    if narrow and options.device == "cpu":
+    if narrow and not choice.on_gpu:
         told = (
             "ran in FP32 arithmetic with every result rounded as the graph says: no CPU kernel does so"
             if has_onnx
@@ -97,8 +103,22 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     for name in degenerate_masks(references):
         notes.append(f"Every {name} reference mask is full or empty: there, only the tensor errors prove anything.")
     for engine in bundle.manifest.engines:
-        notes.append(f"{engine.file} was built and its precision proved from the build log; not run: that needs a GPU.")
-    return Verification(tuple(checks), tuple(notes))
+        if engine.file not in run_engines:
+            proved = "was built and its precision proved from the build log; not run: that needs a GPU"
+            notes.append(f"{engine.file} {proved} and --backend {engine.backend}.")
+    return Verification(tuple(checks), tuple(notes), tuple(ran))
+
+
+def _graphs_of(bundle: Bundle, found: Opened) -> list[str]:
+    """The graphs of this precision that the backend can run: an engine backend those that were built in it."""
+    backend = found.backend
+    if isinstance(backend, TensorRtBackend):
+        return [entry.graph for entry in backend.entries if entry.precision == backend.precision]
+    return [name for name in _base_names(bundle) if graph_key(name, backend.precision) in bundle.manifest.graphs]
+
+
+def _runs_chain(found: Opened) -> bool:
+    return not isinstance(found.backend, TensorRtBackend) or set(CHAIN) <= set(found.backend.graphs)
 
 
 def _base_names(bundle: Bundle) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,42 @@ class Backend(Protocol):
 
     def unload(self, graph: str) -> None:
         """Free what a graph takes; the next run loads it again. Nothing happens where it is not loaded."""
+        ...
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """An output that stayed where it was computed, for the next graph; freed when the last reference to it goes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def numpy(self) -> NDArray[np.float32]:
+        """A copy in host memory."""
+        ...
+
+    def wait(self) -> None:
+        """Until it is computed."""
+        ...
+
+    def close(self) -> None:
+        """Free it now."""
+        ...
+
+
+KeptOrArrays = Mapping[str, NDArray[np.generic] | Kept]
+
+
+@runtime_checkable
+class KeepsOutputs(Protocol):
+    """A backend with memory of its own: what one graph computes need not leave it before the next reads it."""
+
+    def run_kept(self, graph: str, inputs: KeptOrArrays, names: Sequence[str]) -> dict[str, Kept]:
+        """Compute one graph and keep these of its outputs; the others are dropped."""
+        ...
+
+    def run(self, graph: str, inputs: KeptOrArrays) -> dict[str, NDArray[np.float32]]:
+        """As `Backend.run`; inputs may be what `run_kept` of the same backend gave."""
         ...
 
 

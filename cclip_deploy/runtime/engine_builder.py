@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
 from cclip_deploy.precisions import Precision
+from cclip_deploy.runtime.engine_settings import (
+    EngineSettings,
+    TimingCache,
+    TimingCacheUse,
+    apply_settings,
+    needs_gpu_to_build,
+)
 from cclip_deploy.runtime.layer_table import LayerTable, check_precision, prove_precision, read_layer_table
 from cclip_deploy.runtime.tensorrt_binding import (
-    aim_at,
     binding_label,
-    check_target,
+    check_targets,
     listening_logger,
     listening_monitor,
     network_flags,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 Dims = tuple[int, ...]
+ShapeRanges = Mapping[str, tuple[Dims, Dims, Dims]]
 
 _PRODUCT_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "EINSUM", "MATRIX_MULTIPLY")
 
@@ -44,21 +52,23 @@ class EngineOptions:
         workspace_bytes: upper limit of scratch memory; None leaves it to the binding.
         precision: what the graph is in, and what the engine must prove to run in.
         kept_nodes: names of products that the graph keeps out of the precision on purpose; they must run in the rest's.
-        compute_capability: the GPU to build for, such as "8.9"; None is the binding's own choice.
+        further_shapes: one more optimisation profile each, for shapes that are to be tuned by themselves.
+        settings: targets, caches and the like.
     """
 
-    shapes: Mapping[str, tuple[Dims, Dims, Dims]] = field(default_factory=dict)
+    shapes: ShapeRanges = field(default_factory=dict)
     workspace_bytes: int | None = None
     precision: Precision = "fp32"
     kept_nodes: frozenset[str] = frozenset()
-    compute_capability: str | None = None
+    further_shapes: tuple[ShapeRanges, ...] = ()
+    settings: EngineSettings = field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
-        check_target(self.precision, self.compute_capability)
+        check_targets(self.precision, self.settings.compute_capabilities)
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
             raise UsageError(f"workspace_bytes is {self.workspace_bytes}; give a positive number of bytes, or None.")
-        for name, (least, usual, most) in self.shapes.items():
+        for name, (least, usual, most) in (pair for shapes in self.profiles() for pair in shapes.items()):
             if not len(least) == len(usual) == len(most):
                 raise UsageError(f"Shapes of input {name!r} differ in length: {least}, {usual}, {most}.")
             if not all(0 < a <= b <= c for a, b, c in zip(least, usual, most, strict=True)):
@@ -66,6 +76,10 @@ class EngineOptions:
                     f"Shapes of input {name!r} must be positive and ordered smallest, usual, largest: "
                     f"{least}, {usual}, {most}."
                 )
+
+    def profiles(self) -> tuple[ShapeRanges, ...]:
+        """The shapes of every optimisation profile; a graph without dynamic sizes needs none."""
+        return tuple(shapes for shapes in (self.shapes, *self.further_shapes) if shapes)
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,7 @@ class BuiltEngine:
     binding: str
     binding_version: str
     log: tuple[str, ...] = field(repr=False)
+    timing_cache: TimingCacheUse | None = None
 
 
 def build_engine(
@@ -113,12 +128,18 @@ def build_engine(
         watch.raise_if_cancelled()
         products = _product_names(network, binding)
         config = _configure(builder, network, options, binding)
+        cache_file = options.settings.timing_cache
+        cache = None if cache_file is None else TimingCache(cache_file, config, binding)
         config.progress_monitor = listening_monitor(binding, watch.phase_starts, watch.may_go_on)
         memory = builder.build_serialized_network(network, config)
         watch.raise_if_cancelled()
     if memory is None:
-        raise EnvironmentProblem(f"{' '.join(binding_label(binding))} built no engine. It says: {watch.complaints()}")
-    del network, config, builder, parser
+        hint = needs_gpu_to_build(options.settings, binding)
+        raise EnvironmentProblem(
+            f"{' '.join(binding_label(binding))} built no engine. {hint}It says: {watch.complaints()}"
+        )
+    cache_use = None if cache is None else cache.write()
+    del network, cache, config, builder, parser
     layers = read_layer_table(watch.messages)
     prove_precision(layers, options.precision, products, options.kept_nodes)
     name, version = binding_label(binding)
@@ -131,6 +152,7 @@ def build_engine(
         binding=name,
         binding_version=version,
         log=tuple(watch.lines()),
+        timing_cache=cache_use,
     )
 
 
@@ -231,18 +253,19 @@ def _configure(builder: Any, network: Any, options: EngineOptions, binding: Modu
     config.profiling_verbosity = binding.ProfilingVerbosity.DETAILED
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(binding.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-    aim_at(config, options.compute_capability, binding)
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
-    _check_shapes(inputs, options.shapes)
-    if options.shapes:
+    apply_settings(config, options.settings, binding)
+    for ranges in options.profiles() or ({},):
+        _check_shapes(inputs, ranges)
+    for ranges in options.profiles():
         profile = builder.create_optimization_profile()
-        for name, shapes in options.shapes.items():
+        for name, shapes in ranges.items():
             profile.set_shape(name, *shapes)
         config.add_optimization_profile(profile)
     return config
 
 
-def _check_shapes(inputs: Mapping[str, Dims], shapes: Mapping[str, tuple[Dims, Dims, Dims]]) -> None:
+def _check_shapes(inputs: Mapping[str, Dims], shapes: ShapeRanges) -> None:
     unknown = sorted(shapes.keys() - inputs.keys())
     if unknown:
         raise UsageError(f"Shapes were given for {', '.join(unknown)}, but the inputs are {', '.join(inputs)}.")

@@ -1,22 +1,34 @@
-"""ONNX Runtime on a CPU, or on an NVIDIA GPU through its CUDA provider, never quietly on the other."""
+"""ONNX Runtime on a CPU; and what it shares with its GPU providers: a session that runs where it was asked to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, TensorSpec
+from cclip_deploy.bundle import Bundle, GraphEntry, TensorSpec
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
 from cclip_deploy.precisions import is_quantised
 from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-INSTALL = {"cpu": "pip install 'cclip-deploy[cpu]'", "cuda": "pip install 'cclip-deploy[gpu]'"}
-Device = Literal["cpu", "cuda"]
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+INSTALL = {
+    "cpu": "pip install 'cclip-deploy[cpu]'",
+    "cuda": "pip install 'cclip-deploy[gpu]'",
+    "tensorrt": "pip install 'cclip-deploy[gpu,tensorrt]'",
+    "tensorrt-rtx": "pip install onnxruntime onnxruntime-ep-nv-tensorrt-rtx",
+}
+Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+Provider = tuple[str, dict[str, str]]
+_BAD_GRAPH = ("InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NoModel", "InvalidArgument")
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
@@ -66,10 +78,15 @@ class OnnxRuntimeBackend:
             is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
             widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
             model = _widened(path) if widens else str(path)
-            session = make_session(self._runtime, model, self.device, self.threads, entry.precision)
+            providers = self._providers(entry)
+            session = make_session(self._runtime, model, self.device, self.threads, entry.precision, providers)
             check_tensors(path, entry, _specs(session.get_inputs()), _specs(session.get_outputs()))
             self._sessions[graph] = session
         return self._sessions[graph]
+
+    def _providers(self, entry: GraphEntry) -> list[Provider]:
+        """The providers that may run a graph, in order, with their options."""
+        return [(PROVIDERS[self.device], {})]
 
 
 def _specs(tensors: Iterable[Any]) -> list[TensorSpec]:
@@ -111,7 +128,11 @@ def load_onnxruntime(device: Device) -> Any:
     except ImportError as error:
         raise EnvironmentProblem(f"onnxruntime cannot be imported ({error}). Install it: {INSTALL[device]}") from error
     have = onnxruntime.get_available_providers()
-    if PROVIDERS[device] not in have:
+    if device == "tensorrt-rtx":
+        from cclip_deploy.runtime.onnx_runtime_gpu import register_rtx_plugin
+
+        register_rtx_plugin(onnxruntime)
+    elif PROVIDERS[device] not in have:
         raise EnvironmentProblem(
             f"This onnxruntime has no {PROVIDERS[device]} (it has {', '.join(have)}). "
             f"Replace it: pip uninstall onnxruntime; {INSTALL[device]}"
@@ -125,8 +146,11 @@ def make_session(
     device: Device = "cpu",
     threads: int | None = None,
     precision: str = "fp32",
+    providers: Sequence[Provider] = (),
 ) -> Any:
     """A session of a graph that really runs on `device`, with as many threads as given.
+
+    `providers` are those that may run it, in order, instead of the device's own without options.
 
     Two of ONNX Runtime 1.32's rewrites change what a graph computes, so they are off where they would: it takes the
     zero point 0 of an FP8 pair for the least value of its type and drops the ReLU before it, and it quantises biases
@@ -145,10 +169,26 @@ def make_session(
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+    wanted = list(providers) or [(PROVIDERS[device], {})]
+    plugged = _plugged_devices(runtime, device)
     try:
-        session = runtime.InferenceSession(model, options, providers=[PROVIDERS[device]], disabled_optimizers=disabled)
+        if plugged:
+            options.add_provider_for_devices(plugged, wanted[0][1])
+        # Without `enable_fallback`, a provider that fails is an error instead of a session on the CPU.
+        session = runtime.InferenceSession(
+            model,
+            options,
+            **({} if plugged else {"providers": wanted}),
+            disabled_optimizers=disabled,
+            enable_fallback=0,
+        )
     except Exception as error:  # onnxruntime's exceptions have no common public base
         what = model if isinstance(model, str) else "a graph"
+        if device != "cpu" and type(error).__name__ not in _BAD_GRAPH:
+            raise EnvironmentProblem(
+                f"ONNX Runtime cannot run {what} on {device}: {str(error).splitlines()[0][:200]}. "
+                "Run cclip-deploy doctor, or ask for --device cpu."
+            ) from error
         raise BundleError(f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0][:200]}") from error
     if PROVIDERS[device] not in session.get_providers():
         raise EnvironmentProblem(
@@ -156,3 +196,13 @@ def make_session(
             "CUDA library. Run cclip-deploy doctor, or ask for --device cpu."
         )
     return session
+
+
+def _plugged_devices(runtime: Any, device: Device) -> list[Any]:
+    """The devices of providers that were registered as libraries, as TensorRT-RTX is unless it was compiled in."""
+    if device != "tensorrt-rtx" or PROVIDERS[device] in runtime.get_available_providers():
+        return []
+    found = [d for d in runtime.get_ep_devices() if d.ep_name == PROVIDERS[device]]
+    if not found:
+        raise EnvironmentProblem("ONNX Runtime's TensorRT-RTX provider finds no GPU. Run cclip-deploy doctor.")
+    return found

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.precisions import Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import ModuleType
 
 BindingName = Literal["tensorrt", "tensorrt-rtx"]
@@ -61,38 +63,21 @@ def network_flags(binding: ModuleType) -> int:
     return 0
 
 
-def check_target(precision: Precision, compute_capability: str | None) -> None:
-    """Raise UsageError where a GPU of this compute capability cannot compute in the precision, or is none."""
-    if compute_capability is None:
-        return
+def check_targets(precision: Precision, compute_capabilities: Sequence[str]) -> None:
+    """Raise UsageError where a GPU of one of these compute capabilities cannot compute in the precision, or is none."""
     least = next((needed for part, needed in _LEAST_CAPABILITY.items() if part in precision.split("-")), (0, 0))
-    try:
-        major, minor = (int(part) for part in compute_capability.split("."))
-    except ValueError:
-        raise UsageError(
-            f"Compute capability {compute_capability!r} is not a number such as 8.9. Look the GPU's up."
-        ) from None
-    if (major, minor) < least:
-        raise UsageError(
-            f"{precision.upper()} needs a GPU of compute capability {least[0]}.{least[1]} or newer; "
-            f"{compute_capability} was asked for. Build in fp16 or int8 for it."
-        )
-
-
-def aim_at(config: Any, compute_capability: str | None, binding: ModuleType) -> None:
-    """Set the GPU that an engine is built for; UsageError where the binding cannot, or not for that one."""
-    if compute_capability is None:
-        return
-    name, version = binding_label(binding)
-    if not hasattr(config, "set_compute_capability"):
-        raise UsageError(f"{name} {version} builds for the GPU of this machine only. Leave --compute-capability out.")
-    known = {kind[2:-1] + "." + kind[-1]: kind for kind in binding.ComputeCapability.__members__ if kind[:2] == "SM"}
-    if compute_capability not in known:
-        raise UsageError(
-            f"{name} {version} does not build for compute capability {compute_capability}; it has {', '.join(known)}."
-        )
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(binding.ComputeCapability, known[compute_capability]), 0)
+    for capability in compute_capabilities:
+        try:
+            major, minor = (int(part) for part in capability.split("."))
+        except ValueError:
+            raise UsageError(
+                f"Compute capability {capability!r} is not a number such as 8.9. Look the GPU's up."
+            ) from None
+        if (major, minor) < least:
+            raise UsageError(
+                f"{precision.upper()} needs a GPU of compute capability {least[0]}.{least[1]} or newer; "
+                f"{capability} was asked for. Build in fp16 or int8 for it."
+            )
 
 
 def listening_logger(binding: Any, listen: Callable[[str, str], None]) -> Any:
@@ -127,3 +112,36 @@ def listening_monitor(
             return may_go_on()
 
     return ListeningMonitor()
+
+
+def numpy_type(binding: Any, dtype: Any) -> np.dtype[Any]:
+    """The numpy type of an engine's input or output; UsageError for one that numpy does not have."""
+    names = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "BOOL": "bool"}
+    for name, known in names.items():
+        if getattr(binding.DataType, name, None) == dtype:
+            return np.dtype(known)
+    raise UsageError(f"numpy has no type {dtype} to hand to an engine. Build it with --io fp32.")
+
+
+def create_context(binding: Any, engine: Any, for_graphs: bool) -> tuple[Any, int]:
+    """An execution context, and how many bytes of activation memory it has to be given.
+
+    0 bytes where the binding is too old to take them from the caller: the context then has its own. `for_graphs`:
+    TensorRT-RTX compiles kernels for a new shape in the background and changes over to them later, which a captured
+    graph would not notice, so for one it compiles at once.
+    """
+    strategies = getattr(binding, "ExecutionContextAllocationStrategy", None)
+    managed = getattr(strategies, "USER_MANAGED", None) if hasattr(engine, "device_memory_size_v2") else None
+    kernels = getattr(binding, "DynamicShapesKernelSpecializationStrategy", None)
+    if kernels is not None:
+        config = engine.create_runtime_config()
+        if managed is not None:
+            config.set_execution_context_allocation_strategy(managed)
+        if for_graphs:
+            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        context = engine.create_execution_context(config)
+    elif managed is not None:
+        context = engine.create_execution_context(managed)
+    else:
+        context = engine.create_execution_context()
+    return context, 0 if managed is None else int(engine.device_memory_size_v2)

@@ -17,6 +17,7 @@ from cclip_deploy.graph import precision as graph_precision
 from cclip_deploy.pipeline import build
 from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.runtime.engine_settings import EngineSettings
 from cclip_deploy.runtime.layer_table import LayerTable
 from tests.bundles import copy_of, digests, flip_byte
 from tests.conftest import THREADS
@@ -212,10 +213,13 @@ def test_nothing_is_built_into_an_altered_bundle(copy: Path, name: str) -> None:
         (BuildOptions(max_prompts=0), "must be 1 or more"),
         (BuildOptions("half"), "no precision 'half'"),  # type: ignore[arg-type]
         (BuildOptions("int8"), "give --calibration DIR"),
-        (BuildOptions("fp8", compute_capability="8.0"), r"FP8 needs a GPU of compute capability 8\.9"),
-        (BuildOptions("bf16", compute_capability="7.5"), r"BF16 needs a GPU of compute capability 8\.0"),
-        (BuildOptions("fp16", compute_capability="ada"), "'ada' is not a number such as 8.9"),
-        (BuildOptions("fp32", graphs=("mask_decoder",), compute_capability="9.0"), r"does not build for .* 9\.0"),
+        (BuildOptions("fp8", settings=EngineSettings(("8.0",))), r"FP8 needs a GPU of compute capability 8\.9"),
+        (BuildOptions("bf16", settings=EngineSettings(("7.5",))), r"BF16 needs a GPU of compute capability 8\.0"),
+        (BuildOptions("fp16", settings=EngineSettings(("ada",))), "'ada' is not a number such as 8.9"),
+        (
+            BuildOptions("fp32", graphs=("mask_decoder",), settings=EngineSettings(("9.0",))),
+            r"does not build for .* 9\.0",
+        ),
         (BuildOptions("fp32", io="fp16"), "--io fp16 belongs to a lower precision"),
         (BuildOptions("fp16", calibration=CalibrationOptions((Path("x"),))), "fp16 has no scales to calibrate"),
         (BuildOptions("fp16", graphs=("mask_decoder",), keep=("neck",)), "block named 'neck'"),

@@ -1,0 +1,41 @@
+"""Build the engines of a bundle as a profile says, and print how they are to be run.
+
+python engines/build_profile.py engines/profiles/workstation.toml BUNDLE
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.pipeline.build import build_engines
+from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.engine_profile import read_profile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", type=Path)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--calibration", type=Path, nargs="+", help="pictures, for a quantised precision")
+    parser.add_argument("--graph", action="append", help="may be repeated; the profile's own unless given")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+
+    profile = read_profile(given.profile)
+    print(f"{profile.name}: {profile.why}")
+    calibration = CalibrationOptions(tuple(given.calibration)) if given.calibration else None
+    options = profile.build_options(given.threads, calibration, tuple(given.graph or ()))
+    for engine in build_engines(Bundle.open(given.bundle), options, print):
+        size = (given.bundle / engine.file).stat().st_size
+        print(f"{engine.file}: {size / 1e6:.1f} MB for {engine.target}, {engine.build_seconds:.1f} s")
+    graphs = " --cuda-graphs" if profile.run.cuda_graphs else ""
+    print(
+        f"Run them: cclip-deploy predict {given.bundle} IMAGES --prompt TEXT --precision {profile.precision} "
+        f"--backend {profile.backend} --gpu-interface {profile.run.gpu_interface}{graphs}"
+    )
+
+
+if __name__ == "__main__":
+    main()

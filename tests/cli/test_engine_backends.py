@@ -1,0 +1,88 @@
+"""Engines by `--backend`: run on a GPU, refused without one, and replaced only where that was allowed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cclip_deploy.bundle import Bundle
+from tests.cli.run import invoke
+from tests.gpu.machine import gpu_reason
+from tests.runtime.fake_tensorrt import engine_bundle
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+pytestmark = pytest.mark.skipif(gpu_reason() is None, reason="this machine has a GPU: see tests/gpu")
+
+RTX = ("--backend", "tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return engine_bundle(tiny_bundle_path, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    path = tmp_path / "film.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50), np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_without_a_gpu_the_exit_code_is_that_of_the_environment(bundle: Bundle, command: str) -> None:
+    done = invoke(command, bundle.path, *RTX, "--threads", "2")
+    assert done.exit_code == 3
+    assert "There is no NVIDIA driver here" in done.stderr
+    assert "docker run --gpus all" in done.stderr
+
+
+def test_predict_without_a_gpu_writes_nothing(bundle: Bundle, film: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = invoke("predict", bundle.path, film, "--prompt", "left lung", "-o", out, *RTX, "--gpu-interface", "pycuda")
+    assert done.exit_code == 3
+    assert "pycuda cannot be imported" in done.stderr
+    assert not out.exists()
+
+
+def test_predict_names_what_ran_instead(bundle: Bundle, film: Path, tmp_path: Path) -> None:
+    arguments = (bundle.path, film, "--prompt", "left lung", "-o", tmp_path / "out", *RTX, "--allow-fallback")
+    done = invoke("predict", *arguments, "--threads", "2", "--json")
+    assert done.exit_code == 0, done.stderr
+    ran = json.loads(done.stdout)["ran"]
+    assert (ran["asked"], ran["ran"], ran["precision"]) == ("tensorrt-rtx", "onnxruntime on cpu", "fp32")
+    assert "no NVIDIA driver" in ran["fallback_reason"]
+    told = invoke("predict", *arguments, "--threads", "2").stdout
+    assert "onnxruntime on cpu ran, not tensorrt-rtx as asked" in told
+
+
+def test_bench_names_what_ran_instead(bundle: Bundle) -> None:
+    done = invoke("bench", bundle.path, *RTX, "--allow-fallback", "--rounds", "3", "--warmup", "0", "--json")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    assert rows
+    assert {(row["backend"], row["ran"], row["asked"]) for row in rows} == {
+        ("onnxruntime", "onnxruntime on cpu", "tensorrt-rtx")
+    }
+
+
+def test_a_bundle_without_engines_is_a_usage_error(tiny_bundle_path: Path) -> None:
+    done = invoke("verify", tiny_bundle_path, *RTX, "--allow-fallback")
+    assert done.exit_code == 2
+    assert "has no fp16 engine for tensorrt-rtx" in done.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt", "tensorrt-rtx"])
+def test_a_provider_that_is_not_there_is_an_error_or_replaced(tiny_bundle_path: Path, device: str) -> None:
+    done = invoke("verify", tiny_bundle_path, "--device", device)
+    assert done.exit_code == 3
+
+
+def test_verify_names_what_ran_instead(tiny_bundle_path: Path) -> None:
+    done = invoke("verify", tiny_bundle_path, "--device", "cuda", "--allow-fallback", "--threads", "2", "--json")
+    told = json.loads(done.stdout)
+    assert [(row["asked"], row["ran"]) for row in told["ran"]] == [("onnxruntime on cuda", "onnxruntime on cpu")]
+    assert any("ran, not onnxruntime on cuda as asked" in note for note in told["notes"])
