@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -36,6 +36,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             for parent in missing_parents:
                 parent.rmdir()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file at; it takes that name, in place of what was there, if the block ends well.
+
+    Parents that are missing are made.
+
+    Raises:
+        EnvironmentProblem: the disk is full or cannot be written; what was at `path` is still there.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        raise disk_problem(path, error) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def disk_problem(path: Path, error: OSError) -> EnvironmentProblem:

@@ -51,11 +51,18 @@ class Segmenter:
 
     def encode_image(self, pixels: Floats) -> Features:
         """Pixels (H, W) or (H, W, 3) in [0, 1], any size -> features (1, h, w, 256) of the bundle's image size."""
-        manifest = self.bundle.manifest
-        image = to_input(pixels, manifest.image_hw, manifest.preprocessing)
+        image = self._network_input(pixels)
         if isinstance(self.backend, KeepsOutputs):
             return self.backend.run_kept("image_encoder", {"image": image}, ["features"])["features"]
         return self.backend.run("image_encoder", {"image": image})["features"]
+
+    def image_outputs(self, pixels: Floats) -> dict[str, Floats]:
+        """All that the image encoder gives: features, and causal masks where it was exported with them."""
+        return self.backend.run("image_encoder", {"image": self._network_input(pixels)})
+
+    def _network_input(self, pixels: Floats) -> Floats:
+        manifest = self.bundle.manifest
+        return to_input(pixels, manifest.image_hw, manifest.preprocessing)
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptKernels:
         """Kernels of the prompts, in order; 9 kB a prompt, all at once.
@@ -84,14 +91,18 @@ class Segmenter:
         parts = [self._decode_part(features, part) for part in _parts(kernels)]
         return np.concatenate(parts, axis=1)
 
-    def probabilities(self, pixels: Floats, prompts: Sequence[str]) -> Iterator[Floats]:
+    def probabilities(
+        self, pixels: Floats, prompts: Sequence[str], features: Features | None = None
+    ) -> Iterator[Floats]:
         """For each prompt, in order, the probability (H, W) of every pixel of the source; one image pass in all.
 
         Lazy, and a few prompts at a time, so that ten thousand prompts need no more memory than sixteen. Raises as
-        `encode_prompts` does.
+        `encode_prompts` does. `features` are those of `pixels`, where the caller has run the image pass.
         """
-        rows = self._token_rows(prompts)
-        features = None
+        yield from self.answer(pixels, self._token_rows(prompts), features)
+
+    def answer(self, pixels: Floats, rows: Sequence[Tokens], features: Features | None = None) -> Iterator[Floats]:
+        """As `probabilities`, for token rows (L,) that are made already, such as an empty sentence's."""
         source_hw = (pixels.shape[0], pixels.shape[1])
         for part in self._kernel_parts(rows):
             features = self.encode_image(pixels) if features is None else features

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before numpy and torch load: spinning threads of a busy machine make tests slow and times meaningless.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Workers of pytest-xdist share the cores between them. Set before numpy and torch load: spinning threads of a busy
+# machine make tests slow and times meaningless.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from cclip_deploy.pipeline.export import ExportOptions, export_bundle
 from tests.published.checkpoint import state_dict
 
 TINY_HW = (64, 96)
-THREADS = 2
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 @pytest.fixture(scope="session", autouse=True)

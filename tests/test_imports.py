@@ -23,6 +23,8 @@ HEAVY = (
     "tensorrt",
     "tensorrt_rtx",
     "pydicom",
+    "lightning",
+    "monai",
 )
 REPORT = f"""
 import json as _json, sys as _sys
@@ -46,7 +48,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 COMMANDS = [
-    "demo", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt", "synth",
+    "demo", "train", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt",
+    "synth", "evaluate",
 ]  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_suite_measures_and_draw_draws(tiny_bundle_path: Path, tiny_checkpoint: 
 @pytest.mark.slow
 def test_train_synthetic_trains_and_scores(tmp_path: Path) -> None:
     said = run_script("training/train_synthetic.py", "-o", tmp_path, "--films", "8", "--epochs", "1")
-    assert (tmp_path / "tiny.safetensors").is_file()
+    assert (tmp_path / "training" / "last.safetensors").is_file()
     assert "shuffled prompts" in said
 
 

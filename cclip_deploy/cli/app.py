@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from cclip_deploy import __version__
-from cclip_deploy.cli import bench, build_engine, data, demo, doctor, export, inspect, predict, prompt, synth, verify
+from cclip_deploy.cli import (
+    bench,
+    build_engine,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    predict,
+    prompt,
+    synth,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     name="cclip-deploy",
@@ -36,6 +50,7 @@ def cclip_deploy(
 
 
 app.command("demo")(demo.demo)
+app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("build-engine")(build_engine.build_engine)
 app.command("verify")(verify.verify)
@@ -43,6 +58,7 @@ app.command("bench")(bench.bench)
 app.command("predict")(predict.predict)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
+app.command("train")(train.train)
 app.command("data")(data.data)
 app.command("prompt")(prompt.prompt)
 app.command("synth")(synth.synth)

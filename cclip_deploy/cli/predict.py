@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table
+from cclip_deploy.errors import UsageError
 from cclip_deploy.precisions import Precision
+
+if TYPE_CHECKING:
+    from cclip_deploy.pipeline.explain import Explainer
+    from cclip_deploy.segmenter import Segmenter
 
 
 @reports_errors
@@ -25,6 +30,12 @@ def predict(
     prompt_cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps what was computed of each prompt, for the next time.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Draw the causal masks and the confounding branch, a picture a mask.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="With --explain: the bundle's checkpoint, where its own outputs do not suffice.")
+    ] = None,
     backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
     precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = "fp32",
@@ -38,6 +49,8 @@ def predict(
     """Segment what the prompts name: [bold]mask, probability and overlay[/] in the picture's own size."""
     from cclip_deploy.bundle import Bundle
 
+    if checkpoint is not None and not explain:
+        raise UsageError("--checkpoint is for --explain; masks come from the bundle. Give both, or neither.")
     opened = Bundle.open(bundle)
     opened.check_ahead(*(() if prompt_cache else ("prompt_encoder",)), "image_encoder", "mask_decoder")
 
@@ -49,7 +62,8 @@ def predict(
     choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
     with open_choice(choice, opened, precision) as runs, picture_progress(quiet=json) as on_picture:
         segmenter = Segmenter(opened, runs.backend, prompt_cache)
-        found = run(segmenter, images, prompt, output, threshold, on_picture)
+        explainer = _open_explainer(segmenter, checkpoint) if explain else None
+        found = run(segmenter, images, prompt, output, threshold, on_picture, explainer)
     if json:
         failed = [{"image": str(path), "error": reason} for path, reason in found.failed]
         counts = found.prompt_counts.to_dict()
@@ -71,3 +85,11 @@ def predict(
         if told := runs.told():
             stdout.print(f"Note: {told}", markup=False)
     refuse_failures(found)
+
+
+def _open_explainer(segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
+    from cclip_deploy.pipeline.explain import open_explainer
+    from cclip_deploy.pipeline.explanation_picture import require_matplotlib
+
+    require_matplotlib()
+    return open_explainer(segmenter, checkpoint)

@@ -38,15 +38,24 @@ def to_input(pixels: NDArray[Any], image_hw: tuple[int, int], preprocessing: Pre
     The resize is in float, so 16-bit depth survives; where the size is right already, it changes nothing. What a
     bicubic filter overshoots is cut to [0, 1] before the normalisation.
     """
+    return normalise(resize_pixels(pixels, image_hw, preprocessing), preprocessing)[None]
+
+
+def resize_pixels(pixels: NDArray[Any], image_hw: tuple[int, int], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """The first half of `to_input`: (H, W) or (H, W, 3) in [0, 1] to (1 or 3, *image_hw) float32 in [0, 1]."""
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
         raise UsageError(f"Pixels have shape {pixels.shape}; (H, W) or (H, W, 3) is expected.")
     check_unit_range("Pixels", pixels)
     channels = [pixels] if pixels.ndim == 2 else [pixels[..., index] for index in range(3)]
     resample = _FILTERS[preprocessing.resize_filter]
-    resized = np.stack([_resize(channel, image_hw, resample) for channel in channels])  # (1 or 3, h, w)
+    return np.stack([_resize(channel, image_hw, resample) for channel in channels])
+
+
+def normalise(resized: NDArray[np.float32], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """The second half of `to_input`: (1 or 3, h, w) in [0, 1] to (3, h, w) of CLIP's mean and deviation."""
     mean = np.array(preprocessing.mean, dtype=np.float32)[:, None, None]
     std = np.array(preprocessing.std, dtype=np.float32)[:, None, None]
-    normalised: NDArray[np.float32] = ((resized - mean) / std)[None]  # (1, 3, h, w)
+    normalised: NDArray[np.float32] = (resized - mean) / std  # (3, h, w)
     return normalised
 
 

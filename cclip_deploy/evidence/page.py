@@ -1,4 +1,4 @@
-"""A report as one HTML page: sections of text, tables and pictures; the pictures lie beside it."""
+"""A report as one HTML page: sections of text, tables and pictures; pictures lie beside it or, as data URIs, in it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ p { margin: .4rem 0; max-width: 52rem; } .soft { color: var(--soft); }
 table { border-collapse: collapse; background: #fff; border: 1px solid var(--line); width: 100%; }
 th, td { padding: .45rem .8rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; color: var(--soft); background: #fbfcfd; border-top: 0; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.number { text-align: right; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.1rem; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); } figure img { width: 100%; display: block; }
-figcaption { padding: .55rem .8rem; font-size: .9rem; } code { background: #eceff2; padding: .1rem .3rem; }
+figcaption { padding: .55rem .8rem; font-size: .9rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
+.tile { background: #fff; border: 1px solid var(--line); padding: .8rem 1rem; }
+figure img[src^="data:image/svg"] { padding: .6rem .5rem 0; box-sizing: border-box; }
+.tile span:first-child { min-height: 3.2em; } .tile b { font-size: 1.55rem; display: block; }
+.tile span { color: var(--soft); font-size: .85rem; display: block; font-variant-numeric: tabular-nums; }
+code { background: #eceff2; padding: .1rem .3rem; }
 """
 
 
@@ -34,18 +41,34 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture by its path relative to the page, and what it shows."""
+    """A picture by its path relative to the page, or as a data URI, and what it shows."""
 
     source: str
     caption: str
 
 
 @dataclass(frozen=True)
+class Tile:
+    """One number to see first: its name, its value, and what stands small below, such as an interval."""
+
+    name: str
+    value: str
+    below: str = ""
+
+    @staticmethod
+    def of(name: str, shown: str) -> Tile:
+        """A tile of a value with its interval, `0.85 [0.84, 0.86]`."""
+        value, _, below = shown.partition(" ")
+        return Tile(name, value, below)
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it, in this order."""
+    """A heading, unless empty, and what stands below it, in this order."""
 
     title: str
     text: tuple[str, ...] = ()
+    tiles: tuple[Tile, ...] = ()
     table: Table | None = None
     figures: tuple[Figure, ...] = ()
 
@@ -61,7 +84,10 @@ def write_page(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 
 def _section(section: Section) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>", *(f"<p>{escape(text)}</p>" for text in section.text)]
+    parts = [f"<h2>{escape(section.title)}</h2>"] if section.title else []
+    parts += [f"<p>{escape(text)}</p>" for text in section.text]
+    if section.tiles:
+        parts.append(f'<div class="tiles">{"".join(_tile(tile) for tile in section.tiles)}</div>')
     if section.table is not None:
         parts.append(_table(section.table))
     if section.figures:
@@ -74,8 +100,14 @@ def _section(section: Section) -> str:
     return "\n".join(parts)
 
 
+def _tile(tile: Tile) -> str:
+    name, value, below = escape(tile.name), escape(tile.value), escape(tile.below)
+    return f'<div class="tile"><span>{name}</span><b>{value}</b><span>{below}</span></div>'
+
+
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
+    numbers = [' class="number"' if index in table.numbers else "" for index in range(len(table.head))]
+    head = "".join(f"<th{number}>{escape(cell)}</th>" for cell, number in zip(table.head, numbers, strict=True))
     rows = "\n".join(
         "<tr>" + "".join(_cell(cell, index in table.numbers) for index, cell in enumerate(row)) + "</tr>"
         for row in table.rows

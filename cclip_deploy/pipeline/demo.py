@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.layouts import Referral, of_split, read_flat
@@ -22,15 +22,20 @@ from cclip_deploy.pipeline.predict import Prediction, predict
 from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.segmenter import Segmenter
-from cclip_deploy.train.loop import TrainConfig, TrainProgress, train
+from cclip_deploy.train.config import Devices, TrainConfig
+from cclip_deploy.train.run import RunOptions, train
 from cclip_deploy.train.scores import DiceScores, evaluate_dice
+
+if TYPE_CHECKING:
+    from cclip_deploy.train.loop import TrainProgress
 
 Progress = Callable[[str], None]
 
 BUNDLE, REPORT, FACTS = "demo.cclip", "report.html", "report.json"
 RECIPE = TrainConfig(
-    image_size=96, epochs=6, images_per_batch=4, prompts_per_image=8, learning_rate=4e-3, tower_rate=0.3, threads=2
-)
+    image_size=96, epochs=6, images_per_batch=4, prompts_per_image=8, learning_rate=4e-3, tower_rate=0.3, threads=2,
+    devices=Devices(accelerator="cpu"),
+)  # fmt: skip
 FILM_PROMPTS = (
     "Unilateral pulmonary infection, one infected area, lower left lung.",
     "Bilateral pulmonary infection, two infected areas, upper left lung and upper right lung.",
@@ -74,8 +79,9 @@ def _run_stages(folder: Path, options: DemoOptions, command: str, tell: Progress
     tell(f"Drawing {options.train_films + options.test_films} synthetic films")
     counts = {"train": options.train_films, "test": options.test_films}
     write_dataset(data, counts, recipe.image_hw, recipe.seed, prompts_per_film=recipe.prompts_per_image)
-    checkpoint = folder / "tiny.safetensors"
-    trained = train(recipe, data, checkpoint, lambda p: _tell_step(tell, p))
+    running = RunOptions(tensorboard=False)
+    trained = train(recipe, data, folder / "training", lambda p: _tell_step(tell, p), running)
+    checkpoint = trained.checkpoint
     held_out = of_split(read_flat(data), "test")
     film = find_real_film()
     pictures = _first_pictures(held_out, 2) + ([film] if film else [])

@@ -11,7 +11,7 @@ from typing import Any
 from cclip_deploy.evidence.page import Figure, Section, Table, write_page
 from cclip_deploy.pipeline.predict import Prediction
 from cclip_deploy.pipeline.verify import Verification
-from cclip_deploy.train.loop import TrainReport
+from cclip_deploy.train.run import TrainReport
 from cclip_deploy.train.scores import DiceScores, Score
 
 DICE_GOAL = 0.75

@@ -19,6 +19,8 @@ from cclip_deploy.data.images import Picture, find_pictures, read_picture
 from cclip_deploy.data.masks import WrittenMask, file_stem, write_segmentation
 from cclip_deploy.errors import ImageError, UsageError
 from cclip_deploy.files import disk_problem
+from cclip_deploy.pipeline.explain import Explainer
+from cclip_deploy.pipeline.explanation_picture import write_explanation
 from cclip_deploy.prompt_cache import CacheCounts
 from cclip_deploy.segmenter import Segmenter
 
@@ -36,17 +38,17 @@ class Prediction:
     mean_probability: float
     mean_probability_inside: float | None
     written: WrittenMask
+    explanation: Path | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The form of `predict --json`."""
+        files = {"mask": self.written.mask, "probability": self.written.probability, "overlay": self.written.overlay}
+        if self.explanation is not None:
+            files["explanation"] = self.explanation
         return {
             "image": str(self.image),
             "prompt": self.prompt,
-            "files": {
-                "mask": str(self.written.mask),
-                "probability": str(self.written.probability),
-                "overlay": str(self.written.overlay),
-            },
+            "files": {what: str(path) for what, path in files.items()},
             "area_share": self.area_share,
             "mean_probability": self.mean_probability,
             "mean_probability_inside": self.mean_probability_inside,
@@ -69,13 +71,14 @@ def predict(
     output: Path,
     threshold: float | None = None,
     on_picture: Callable[[Path, int, int], None] = lambda path, number, total: None,
+    explainer: Explainer | None = None,
 ) -> Predictions:
     """Segment every prompt on every picture; a picture that cannot be read is reported and the rest go on.
 
     One thread reads a few pictures ahead and two write behind, while this one runs the network. At most
     `READ_AHEAD` pictures wait to be segmented and `WRITE_BEHIND` masks to be written, whatever the number of pictures
     and prompts. Results have the order of the pictures and prompts. `on_picture` is told each picture, its number and
-    how many there are, when its turn comes.
+    how many there are, when its turn comes. With an `explainer`, every mask has its explanation beside it.
 
     Raises:
         UsageError: no prompt, or an output that is a file.
@@ -102,9 +105,18 @@ def predict(
             except ImageError as error:
                 failed.append((path, str(error)))
                 continue
-            for prompt, probability in zip(prompts, segmenter.probabilities(picture.pixels, prompts), strict=True):
+            seen = None if explainer is None else explainer.look(picture.pixels)
+            features = None if seen is None else seen.features
+            probabilities = segmenter.probabilities(picture.pixels, prompts, features)
+            for prompt, probability in zip(prompts, probabilities, strict=True):
                 stem = file_stem(path, prompt, used_stems)
-                writing.append(writers.submit(_write, picture, prompt, probability, output, stem, limit))
+                explanation = None
+                if explainer is not None and seen is not None:
+                    answer = explainer.confounding_answer(prompt)
+                    explanation = write_explanation(
+                        output / f"{stem}-explanation.png", picture.pixels, probability >= limit, prompt, seen, answer
+                    )
+                writing.append(writers.submit(_write, picture, prompt, probability, output, stem, limit, explanation))
                 done += _results(writing, WRITE_BEHIND)
         done += _results(writing, 0)
     return Predictions(tuple(done), tuple(failed), segmenter.prompt_counts.since(counted_before))
@@ -165,7 +177,13 @@ def _results(writing: deque[Future[Prediction]], most: int) -> list[Prediction]:
 
 
 def _write(
-    picture: Picture, prompt: str, probability: NDArray[np.float32], output: Path, stem: str, threshold: float
+    picture: Picture,
+    prompt: str,
+    probability: NDArray[np.float32],
+    output: Path,
+    stem: str,
+    threshold: float,
+    explanation: Path | None = None,
 ) -> Prediction:
     inside = probability >= threshold
     return Prediction(
@@ -175,4 +193,5 @@ def _write(
         mean_probability=float(probability.mean()),
         mean_probability_inside=float(probability[inside].mean()) if inside.any() else None,
         written=write_segmentation(picture, prompt, probability, output, stem, threshold),
+        explanation=explanation,
     )

@@ -1,4 +1,4 @@
-"""The causal branch for training: one pass over an image for all its prompts, and a mask head of less arithmetic.
+"""The training form: one pass over an image for all its prompts, and mask heads of less arithmetic.
 
 The numbers, gradients and batch-norm statistics are the published form's, by the exact rewrites that
 `graph.rewrites.interpolation` and `graph.rewrites.prompt_kernel` explain; but here every weight stays the module's own,
@@ -24,10 +24,15 @@ def grouped_logits(model: CausalCLIPSeg, images: Tensor, tokens: Tensor) -> Tens
 
     Row by row they are `model.causal_logits`; in training mode a batch norm counts each image once, not P times.
     """
-    batch, prompts, length = tokens.shape
     features = model.neck.causal_features(model.image_tower(images))
-    states = model.text_tower(tokens.reshape(batch * prompts, length)).reshape(batch, prompts, -1)
-    return head_logits(model.head, features, states)
+    return head_logits(model.head, features, prompt_states(model, tokens))
+
+
+def prompt_states(model: CausalCLIPSeg, tokens: Tensor) -> Tensor:
+    """The text tower on P prompts for each image: (B, P, L) -> (B, P, 512)."""
+    batch, prompts, _ = tokens.shape
+    states: Tensor = model.text_tower(tokens.flatten(0, 1)).reshape(batch, prompts, -1)
+    return states
 
 
 def head_logits(head: MaskHead, features: Tensor, states: Tensor) -> Tensor:

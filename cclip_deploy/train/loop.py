@@ -1,91 +1,35 @@
-"""The training loop: referrals in, a checkpoint out, the same one for the same seed and thread count."""
+"""Steps and epochs: batches in, losses down, a state saved, until the recipe's end or no better Dice."""
 
 from __future__ import annotations
 
+import json
 import math
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import torch
+from torch.optim import Optimizer
 
-from cclip_deploy.data.augment import Augmentation
-from cclip_deploy.data.images import read_picture
-from cclip_deploy.data.layouts import Referral, of_split, read_data_set, read_mask
-from cclip_deploy.data.preprocess import Preprocessing, to_input
 from cclip_deploy.data.tokens import PromptTokenizer
-from cclip_deploy.errors import DataError, UsageError
-from cclip_deploy.model.config import CONFIGS, CONTEXT_LENGTH, image_hw
-from cclip_deploy.train.augmented import augment_batch
-from cclip_deploy.train.grouped import grouped_logits
-from cclip_deploy.train.losses import dice_bce
-from cclip_deploy.train.scores import Predict
+from cclip_deploy.errors import UsageError
+from cclip_deploy.files import whole_file
+from cclip_deploy.model.checkpoint import save_checkpoint
+from cclip_deploy.train.batches import Batch, Share, make_batch, passes_per_epoch, plan_epoch, read_ahead
+from cclip_deploy.train.config import TrainConfig
+from cclip_deploy.train.devices import average_gradients, mean_over_processes
+from cclip_deploy.train.game import Losses, TensorBatch, main_losses, masker_losses, only_maskers_learn
+from cclip_deploy.train.journal import LEVELS, Journal, write_record
+from cclip_deploy.train.optimisers import learning_rate_share, set_rates, start_training_mode
+from cclip_deploy.train.state import Identity, Learner, Progress, save_state
+from cclip_deploy.train.training_set import TrainingSet
+from cclip_deploy.train.validation import draw_examples, measure_dice
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from cclip_deploy.model.network import CausalCLIPSeg
-
-_Share = Annotated[float, Field(ge=0, le=1)]
-_Count = Annotated[int, Field(gt=0)]
-
-
-class TrainConfig(BaseModel):
-    """A training recipe; training/configs/ holds examples. No value here is the paper's: it gives none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: Literal["tiny", "rn101"] = "tiny"
-    mode: Literal["off"] = "off"
-    """Which branches train. off: the causal head alone."""
-    image_size: int | str = 96
-    prompt_length: Annotated[int, Field(ge=3, le=CONTEXT_LENGTH)] = 32
-    epochs: _Count = 12
-    images_per_batch: Annotated[int, Field(ge=2)] = 8
-    prompts_per_image: _Count = 1
-    """Rows of the same image that share its one pass through tower and neck."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    tower_rate: Annotated[float, Field(gt=0)] = 1.0
-    """The towers' share of the learning rate; 0.1 where they start from CLIP."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    schedule: Literal["cosine", "step"] = "cosine"
-    """cosine: down to zero; step: a tenth after 70 % of the steps."""
-    warmup: _Share = 0.05
-    """Share of the steps in which the rate rises from zero."""
-    dice_weight: _Share = 0.5
-    max_gradient_norm: Annotated[float, Field(gt=0)] = 5.0
-    augmentation: Augmentation = Augmentation()
-    """Random changes to films, with their masks and words."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    threads: _Count = 2
-
-    @field_validator("image_size")
-    @classmethod
-    def _check_image_size(cls, value: int | str) -> int | str:
-        image_hw(value)
-        return value
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width of the network's input in pixels."""
-        return image_hw(self.image_size)
-
-    @staticmethod
-    def from_toml(path: Path) -> TrainConfig:
-        """Read a recipe; UsageError names every key that is unknown or out of range."""
-        try:
-            return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UsageError(f"Recipe {path} cannot be read: {error}. Correct it.") from error
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise UsageError(f"Recipe {path}: {problems}. Keys are {', '.join(TrainConfig.model_fields)}.") from error
+LAST, BEST, STOPPED_BATCH = "last.safetensors", "best.safetensors", "stopped_batch.safetensors"
+EXAMPLES = 4
+TELL_EVERY_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -98,202 +42,221 @@ class TrainProgress:
     loss: float
     learning_rate: float
     elapsed_s: float
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a training did."""
-
-    checkpoint: Path
-    images: int
-    rows: int
-    cut_prompts: int
-    steps: int
-    first_loss: float
-    last_loss: float
-    """Mean over the last tenth of the steps."""
-    loading_s: float
-    training_s: float
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """All of a split in memory, ready for the network."""
-
-    images: NDArray[np.float32]  # (N, 3, H, W), normalised
-    tokens: NDArray[np.int64]  # (R, L)
-    masks: NDArray[np.bool_]  # (R, H, W)
-    texts: tuple[str, ...]  # R
-    rows_of_image: tuple[NDArray[np.int64], ...]  # N arrays of row numbers
-    cut_prompts: int
+    dice: float | None = None
+    """Of the last validation, where there was one."""
 
 
 OnProgress = Callable[[TrainProgress], None]
 
 
-def train(
-    config: TrainConfig, data_folder: Path, out_checkpoint: Path, on_progress: OnProgress = lambda progress: None
-) -> TrainReport:
-    """Train on the "train" split of a data set of any layout and save the network; a stopped run leaves no checkpoint.
+@dataclass
+class Training:
+    """A training under way."""
+
+    config: TrainConfig
+    folder: Path
+    train_set: TrainingSet
+    validation_set: TrainingSet | None
+    tokenizer: PromptTokenizer
+    learner: Learner
+    progress: Progress
+    identity: Identity
+    journal: Journal
+    record: dict[str, object]
+    on_progress: OnProgress
+
+    @property
+    def share(self) -> Share:
+        """This process among those that train together."""
+        return Share(self.learner.fabric.global_rank, self.learner.fabric.world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of all processes together."""
+        images = len(self.train_set.images)
+        return passes_per_epoch(images, self.config, self.share.processes) // self.config.accumulate
+
+
+def run_epochs(training: Training) -> None:
+    """From where the progress is to the recipe's end.
 
     Raises:
-        DataError: the data set is not what it should be.
-        UsageError: the loss stopped being a number.
-        EnvironmentProblem: the checkpoint could not be written.
+        UsageError: the loss stopped being a number; the batch is in the run's folder.
+        EnvironmentProblem: a state or a checkpoint could not be written; the ones before are still there.
     """
-    import torch
+    while training.progress.epoch < training.config.epochs and not training.progress.stopped_early:
+        _run_epoch(training)
+        _end_epoch(training)
 
-    from cclip_deploy.model.checkpoint import save_checkpoint
-    from cclip_deploy.model.network import CausalCLIPSeg
 
-    started_s = time.perf_counter()
-    tokenizer = PromptTokenizer.from_open_clip()
-    data = load_training_set(of_split(read_data_set(data_folder).referrals, "train"), tokenizer, config)
-    loaded_s = time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = CausalCLIPSeg(CONFIGS[config.model])
-            losses = _run_steps(model, data, tokenizer, config, on_progress)
-    finally:
-        torch.set_num_threads(threads)
-    save_checkpoint(model, out_checkpoint)
-    return TrainReport(
-        checkpoint=out_checkpoint,
-        images=len(data.images),
-        rows=len(data.tokens),
-        cut_prompts=data.cut_prompts,
-        steps=len(losses),
-        first_loss=losses[0],
-        last_loss=float(np.mean(losses[-math.ceil(len(losses) / 10) :])),
-        loading_s=loaded_s - started_s,
-        training_s=time.perf_counter() - loaded_s,
+def _run_epoch(training: Training) -> None:
+    config, progress = training.config, training.progress
+    start_training_mode(training.learner.model, training.learner.frozen)
+    steps, done = config.epochs * training.steps_per_epoch, progress.epoch * training.steps_per_epoch
+    saved_at_s = looked_at_s = time.perf_counter()
+    for batches, waited_s in _draw_steps(training):
+        step = done + progress.steps_in_epoch
+        rate_share = learning_rate_share(step, steps, config)
+        set_rates(training.learner.optimisers, rate_share)
+        progress.told.append(_take_step(training, batches))
+        progress.steps_in_epoch += 1
+        now_s = time.perf_counter()
+        progress.stepping_s += now_s - looked_at_s
+        progress.waiting_s += waited_s
+        looked_at_s = now_s
+        _tell_step(training, step, steps, rate_share)
+        if now_s - saved_at_s > 60 * config.save_minutes:
+            _save(training)
+            saved_at_s = now_s
+
+
+def _draw_steps(training: Training) -> Iterator[tuple[list[Batch], float]]:
+    """The rest of the epoch's steps: `accumulate` batches each, and the seconds that were waited for them."""
+    config, data, tokenizer, epoch = training.config, training.train_set, training.tokenizer, training.progress.epoch
+    plan = plan_epoch(data, config, epoch, training.share)
+    numbers = range(training.progress.steps_in_epoch * config.accumulate, len(plan))
+    batches = read_ahead(
+        lambda number: make_batch(data, plan[number], tokenizer, config, epoch), numbers, config.loader_threads
     )
+    for _ in range(len(numbers) // config.accumulate):
+        started_s = time.perf_counter()
+        chosen = [next(batches) for _ in range(config.accumulate)]
+        yield chosen, time.perf_counter() - started_s
+    batches.close()  # type: ignore[attr-defined]
 
 
-def load_training_set(referrals: Sequence[Referral], tokenizer: PromptTokenizer, config: TrainConfig) -> TrainingSet:
-    """Read every picture, mask and prompt once; a prompt that is too long is cut, and counted."""
-    rows_of_path: dict[Path, list[int]] = {}
-    for row, referral in enumerate(referrals):
-        rows_of_path.setdefault(referral.image, []).append(row)
-    if len(rows_of_path) < config.images_per_batch:
-        raise DataError(
-            f"The train split has {len(rows_of_path)} images, fewer than images_per_batch = {config.images_per_batch}. "
-            "Add images or lower it."
-        )
-    inputs = [to_input(read_picture(path).pixels, config.image_hw, Preprocessing()) for path in rows_of_path]
-    return TrainingSet(
-        images=np.concatenate(inputs),
-        tokens=np.stack([tokenizer.encode_cut(referral.text, config.prompt_length) for referral in referrals]),
-        masks=np.stack([_fit_mask(read_mask(referral.mask), config.image_hw) for referral in referrals]),
-        texts=tuple(referral.text for referral in referrals),
-        rows_of_image=tuple(np.array(rows, np.int64) for rows in rows_of_path.values()),
-        cut_prompts=sum(len(tokenizer.ids(referral.text)) > config.prompt_length for referral in referrals),
-    )
+def _take_step(training: Training, batches: Sequence[Batch]) -> list[float]:
+    """One step of every player; returns what `Progress.told` keeps, of the main one."""
+    config, learner, epoch = training.config, training.learner, training.progress.epoch
+    model = learner.model
+    main, *adversaries = learner.optimisers
+    told = _descend(training, main, batches, lambda batch: main_losses(model, batch, config, epoch))
+    for adversary in adversaries:
+        with only_maskers_learn(model):
+            for _ in range(config.game.masker_steps):
+                means = _descend(training, adversary, batches, lambda batch: masker_losses(model, batch, config))[3:]
+                told = [*told[:3], *means]
+    if learner.average is not None:
+        learner.average.update_parameters(model)
+    return told
 
 
-def torch_predictor(model: CausalCLIPSeg, tokenizer: PromptTokenizer, config: TrainConfig) -> Predict:
-    """How `evaluate_dice` asks a network in PyTorch; it is put into evaluation mode."""
-    import torch
-
-    from cclip_deploy.data.preprocess import to_source
-
-    model.eval()
-
-    def predict(pixels: NDArray[np.float32], prompt: str) -> NDArray[np.float32]:
-        image = torch.from_numpy(to_input(pixels, config.image_hw, Preprocessing()))
-        tokens = torch.from_numpy(tokenizer.encode(prompt, config.prompt_length))[None]
-        with torch.inference_mode():
-            probability = model.causal_logits(image, tokens).sigmoid()[0, 0].numpy()
-        return to_source(probability, (pixels.shape[0], pixels.shape[1]))
-
-    return predict
-
-
-def learning_rate_share(step: int, steps: int, config: TrainConfig) -> float:
-    """The share of the full rate at a step, counted from 0: a linear rise, then the schedule."""
-    warmup_steps = round(config.warmup * steps)
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if config.schedule == "step":
-        return 0.1 if step >= 0.7 * steps else 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
-
-
-def _run_steps(
-    model: CausalCLIPSeg, data: TrainingSet, tokenizer: PromptTokenizer, config: TrainConfig, on_progress: OnProgress
+def _descend(
+    training: Training, optimiser: Optimizer, batches: Sequence[Batch], losses_of: Callable[[TensorBatch], Losses]
 ) -> list[float]:
-    """All steps; returns the loss of each."""
-    import torch
-
-    optimiser = _make_optimiser(model, config)
-    steps_per_epoch = len(data.images) // config.images_per_batch
-    steps = config.epochs * steps_per_epoch
-    losses: list[float] = []
-    started_s = time.perf_counter()
-    model.train()
-    for step, (images, tokens, masks) in enumerate(_draw_batches(data, tokenizer, config)):
-        share = learning_rate_share(step, steps, config)
-        for group in optimiser.param_groups:
-            group["lr"] = share * group["full_rate"]
-        loss = dice_bce(grouped_logits(model, images, tokens), masks, config.dice_weight)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise UsageError(f"The loss became {losses[-1]} at step {step + 1} of {steps}. Lower learning_rate.")
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-        optimiser.step()
-        elapsed_s = time.perf_counter() - started_s
-        rate = share * config.learning_rate
-        on_progress(TrainProgress(step + 1, steps, step // steps_per_epoch + 1, losses[-1], rate, elapsed_s))
-    return losses
+    """One step down the mean loss of some batches; returns the means of what the losses are made of."""
+    fabric, model = training.learner.fabric, training.learner.model
+    dtype = next(model.parameters()).dtype
+    optimiser.zero_grad(set_to_none=True)
+    told = []
+    for batch in batches:
+        on_device = TensorBatch(
+            torch.from_numpy(batch.images).to(fabric.device, dtype),
+            torch.from_numpy(batch.tokens).to(fabric.device),
+            torch.from_numpy(batch.masks).to(fabric.device, dtype),
+        )
+        with fabric.autocast():
+            losses = losses_of(on_device)
+        told.append(_check_losses(training, batch, losses))
+        fabric.backward(losses.total / len(batches))
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    average_gradients(fabric, parameters)
+    fabric.clip_gradients(model, optimiser, max_norm=training.config.max_gradient_norm, error_if_nonfinite=False)
+    optimiser.step()
+    return np.mean(told, axis=0).tolist()  # type: ignore[no-any-return]
 
 
-def _make_optimiser(model: CausalCLIPSeg, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with the towers at their own rate; what mode "off" does not train gets no gradient and stays."""
-    import torch
+def _check_losses(training: Training, batch: Batch, losses: Losses) -> list[float]:
+    """The losses as numbers, means over all processes; UsageError, the batch saved, if they are none."""
+    confounding = torch.full_like(losses.causal, math.nan) if losses.confounding is None else losses.confounding
+    own = torch.stack([losses.total.detach(), losses.causal, confounding, *losses.mask_means]).double()
+    told: list[float] = mean_over_processes(training.learner.fabric, own).tolist()
+    if math.isfinite(told[0]):
+        return told
+    path = training.folder / STOPPED_BATCH
+    step = len(training.progress.told) + 1
+    if not math.isfinite(float(own[0])):
+        _save_stopped_batch(training, path, batch, step)
+    raise UsageError(
+        f"The loss became {told[0]} at step {step} (epoch {training.progress.epoch + 1}). The batch is in {path}, the "
+        "state before is kept. Lower learning_rate, or look at that batch."
+    )
 
-    towers = [*model.image_tower.parameters(), *model.text_tower.parameters()]
-    rest = [*model.neck.parameters(), *model.head.parameters()]
-    groups = [
-        {"params": towers, "full_rate": config.learning_rate * config.tower_rate},
-        {"params": rest, "full_rate": config.learning_rate},
+
+def _save_stopped_batch(training: Training, path: Path, batch: Batch, step: int) -> None:
+    """What the network was given when the loss stopped being a number, and from which files it came."""
+    from safetensors.numpy import save_file
+
+    data, rows = training.train_set, batch.rows.flatten().tolist()
+    images = [str(data.images.paths[data.image_of_row[row]]) for row in rows]
+    sources = [
+        {"image": image, "mask": str(data.masks.paths[row]), "text": data.texts[row]}
+        for image, row in zip(images, rows, strict=True)
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    tensors = {"images": batch.images, "tokens": batch.tokens, "masks": batch.masks, "rows": batch.rows}
+    with whole_file(path) as unfinished:
+        save_file(tensors, unfinished, {"source": json.dumps({"step": step, "rows": sources})})
 
 
-def _draw_batches(
-    data: TrainingSet, tokenizer: PromptTokenizer, config: TrainConfig
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every epoch all images in a new order, an incomplete batch left out: (B, 3, H, W), (B, P, L), (B, P, H, W)."""
-    import torch
-
-    rng = np.random.default_rng(config.seed)
-    # A generator of its own: what is drawn for a change must not change the order of the films.
-    changes_rng = np.random.default_rng([config.seed, 1])
-    size, prompts = config.images_per_batch, config.prompts_per_image
-    for _ in range(config.epochs):
-        order = rng.permutation(len(data.images))
-        for start in range(0, len(order) - size + 1, size):
-            chosen = order[start : start + size]
-            rows = np.stack([np.resize(rng.permutation(data.rows_of_image[i]), prompts) for i in chosen])  # (B, P)
-            images, tokens, masks = data.images[chosen], data.tokens[rows], data.masks[rows]
-            if config.augmentation != Augmentation():
-                texts = [tuple(data.texts[row] for row in of_image) for of_image in rows]
-                images, masks, tokens = augment_batch(
-                    changes_rng, config.augmentation, images, masks, texts, tokenizer, config.prompt_length
-                )
-            yield torch.from_numpy(images), torch.from_numpy(tokens), torch.from_numpy(masks.astype(np.float32))
+def _tell_step(training: Training, step: int, steps: int, rate_share: float) -> None:
+    progress, rate = training.progress, rate_share * training.config.learning_rate
+    total, causal, confounding, *means = progress.told[-1]
+    if step % TELL_EVERY_STEPS == 0 or step + 1 == steps:
+        values = {"loss/total": total, "loss/causal": causal, "learning_rate": rate}
+        if not math.isnan(confounding):
+            values["loss/confounding"] = confounding
+        values |= {f"mask_mean/level_{level}": mean for level, mean in zip(LEVELS, means, strict=True)}
+        training.journal.tell(values, step + 1)
+    if training.share.rank == 0:
+        dice = progress.history[-1]["dice"] if progress.history else None
+        told = TrainProgress(step + 1, steps, progress.epoch + 1, total, rate, progress.stepping_s, dice)
+        training.on_progress(told)
 
 
-def _fit_mask(mask: NDArray[np.bool_], hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """A mask in the network's size: a pixel is inside where more than half of it is."""
-    from PIL import Image
+def _end_epoch(training: Training) -> None:
+    """Validate, tell, keep: the last network, the best one, the state, and the record of it all."""
+    progress, config = training.progress, training.config
+    told = np.array(progress.told[-training.steps_per_epoch :])
+    due = (progress.epoch + 1) % config.validate_every == 0 or progress.epoch + 1 == config.epochs
+    dice = _validate(training) if due else None
+    total, causal, confounding, *means = np.mean(told, axis=0).tolist()
+    waiting_share = progress.waiting_s / max(progress.stepping_s, 1e-9)
+    progress.history.append({
+        "epoch": progress.epoch + 1, "loss": total, "causal_loss": causal,
+        "confounding_loss": None if math.isnan(confounding) else confounding, "mask_means": means, "dice": dice,
+        "stepping_s": progress.stepping_s, "waiting_share": waiting_share,
+    })  # fmt: skip
+    training.journal.tell({"loading/waiting_share": waiting_share}, len(progress.told))
+    _show_examples(training)
+    is_best = dice is not None and (progress.best_dice is None or dice > progress.best_dice)
+    if dice is not None:
+        training.journal.tell({"dice/val": dice}, len(progress.told))
+        progress.validations_since_best = 0 if is_best else progress.validations_since_best + 1
+        progress.stopped_early = config.patience is not None and progress.validations_since_best >= config.patience
+    progress.epoch, progress.steps_in_epoch = progress.epoch + 1, 0
+    if is_best:
+        progress.best_dice, progress.best_epoch = dice, progress.epoch
+    if training.share.rank == 0:
+        for name in (LAST, BEST) if is_best else (LAST,):
+            save_checkpoint(training.learner.shown, training.folder / name)
+    _save(training)
 
-    if mask.shape == hw:
-        return mask
-    share = Image.fromarray(mask.astype(np.float32)).resize((hw[1], hw[0]), Image.Resampling.BOX)
-    return np.asarray(share) > 0.5
+
+def _validate(training: Training) -> float | None:
+    if training.validation_set is None:
+        return None
+    learner = training.learner
+    return measure_dice(learner.fabric, learner.shown, training.validation_set, training.tokenizer, training.config)
+
+
+def _show_examples(training: Training) -> None:
+    if training.journal.kept:
+        learner, data = training.learner, training.validation_set or training.train_set
+        drawn = draw_examples(learner.fabric, learner.shown, data, training.tokenizer, training.config, EXAMPLES)
+        training.journal.show("films/truth_green_found_red_mask_below", drawn, len(training.progress.told))
+
+
+def _save(training: Training) -> None:
+    if training.share.rank == 0:
+        save_state(training.folder, training.learner, training.progress, training.identity)
+        write_record(training.folder, {**training.record, "epochs": training.progress.history})

@@ -29,7 +29,9 @@ def dice_bce(logits: Tensor, target: Tensor, dice_weight: float = 0.5) -> Tensor
 
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """The Dice part of `dice_bce`: a scalar in [0, 1]."""
-    probability = logits.sigmoid()
-    overlap = (probability * target).sum(dim=(-2, -1))
-    total = probability.sum(dim=(-2, -1)) + target.sum(dim=(-2, -1))
-    return (1 - (2 * overlap + SMOOTHING_PX) / (total + SMOOTHING_PX)).mean()
+    from monai.losses import DiceLoss
+
+    dice = DiceLoss(sigmoid=True, smooth_nr=SMOOTHING_PX, smooth_dr=SMOOTHING_PX)
+    maps = logits.flatten(0, -3).unsqueeze(1)  # (maps, 1, H, W)
+    loss: Tensor = dice(maps, target.flatten(0, -3).unsqueeze(1))
+    return loss

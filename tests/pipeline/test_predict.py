@@ -310,7 +310,7 @@ def test_a_writer_that_fails_stops_the_run_and_leaves_no_thread(
 def test_a_network_that_fails_leaves_no_thread(
     fast: Segmenter, fake: Brightness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(pixels: np.ndarray, prompts: Sequence[str]) -> Iterator[np.ndarray]:
+    def interrupted(pixels: np.ndarray, prompts: Sequence[str], *_: object) -> Iterator[np.ndarray]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fast, "probabilities", interrupted)
@@ -326,7 +326,7 @@ def test_ten_thousand_prompts_keep_few_arrays_alive(
     most = 0
     real = fast.probabilities
 
-    def counted(pixels: np.ndarray, prompts: Sequence[str]) -> Iterator[np.ndarray]:
+    def counted(pixels: np.ndarray, prompts: Sequence[str], *_: object) -> Iterator[np.ndarray]:
         nonlocal most
         for probability in real(pixels, prompts):
             handed = probability.view(Tracked)

@@ -1,0 +1,97 @@
+"""`cclip-deploy evaluate`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cclip_deploy.cli import options
+from cclip_deploy.cli.console import command_line, picture_progress, print_json, progress, reports_errors, stdout, table
+
+if TYPE_CHECKING:
+    from cclip_deploy.pipeline.evaluate import EvaluationResult
+
+
+@reports_errors
+def evaluate(
+    network: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT_OR_BUNDLE", help="A bundle's folder, or a checkpoint's file.")
+    ],
+    dataset: Annotated[Path, typer.Argument(help="The data set's folder, in any layout.")],
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="The rows to evaluate.")] = "test",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the report: a page, JSON, a row a prompt as CSV.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace a report that is there already.")] = False,
+    layout: Annotated[
+        Literal["lvit", "languidemedseg", "medvlsm", "flat"] | None,
+        typer.Option(help="Read the folder as this layout; found from the folder unless given."),
+    ] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="Regular expression for the patient in an image's name, as 'sub-S\\d+'.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Probability from which a pixel counts.")] = None,
+    empty_masks: Annotated[
+        Literal["one", "leave-out"],
+        typer.Option(help="Rows with an empty reference: Dice 1 where nothing is found, else 0; or left out of means."),
+    ] = "one",
+    tolerance: Annotated[float, typer.Option(help="Of the boundary Dice, in pixels of the picture.", min=0)] = 2.0,
+    worst: Annotated[int, typer.Option(help="How many of the worst cases to draw.", min=0, max=100)] = 8,
+    seed: Annotated[int, typer.Option(help="Of the shuffled prompts and of the bootstrap.", min=0)] = 0,
+    image_size: Annotated[
+        str | None, typer.Option(help="Of a checkpoint: N or HxW, multiples of 32; 224 unless given.")
+    ] = None,
+    prompt_length: Annotated[
+        int | None, typer.Option(help="Of a checkpoint: tokens before a prompt is cut; 32 unless given.", min=3, max=77)
+    ] = None,
+    backend: Annotated[
+        Literal["onnxruntime", "openvino"] | None, typer.Option(help="Of a bundle: onnxruntime unless given.")
+    ] = None,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Measure a network on a data set: [bold]Dice, outlines, calibration, prompt controls[/], with intervals."""
+    from cclip_deploy.model.config import image_hw
+    from cclip_deploy.pipeline.evaluate import EvaluationOptions, NetworkChoice
+    from cclip_deploy.pipeline.evaluate import evaluate as run
+    from cclip_deploy.pipeline.evaluation_report import check_report_folder, write_report
+
+    if output is not None:
+        check_report_folder(output, force)
+    size = None if image_size is None else image_hw(image_size)
+    choice = NetworkChoice(network, backend, device, threads, size, prompt_length)
+    chosen = EvaluationOptions(split, layout, subject, threshold, empty_masks, tolerance, worst, seed)
+    with progress(quiet=json or stdout.is_terminal) as tell, picture_progress(quiet=json) as on_picture:
+        result = run(choice, dataset, chosen, command_line(), tell, on_picture)
+        if output is not None:
+            write_report(output, result, force)
+    if json:
+        print_json(result.to_dict())
+    else:
+        _show(result, output)
+
+
+def _show(result: EvaluationResult, output: Path | None) -> None:
+    from cclip_deploy.pipeline.evaluation_report import control_rows, remarks, score_rows
+
+    data = result.data
+    title = (
+        f"{result.network['name']} on {data.split}: {data.rows} prompts, {data.images} images, {data.patients} patients"
+    )
+    scores = table(title, "score", "value [95 % interval] ", "rows ")
+    for row in score_rows(result):
+        scores.add_row(*row)
+    stdout.print(scores)
+    controls = table(
+        "Prompt controls: Dice per image", "prompt", "rows ", "true prompt ", "this prompt ", "difference "
+    )
+    for name, _, *numbers in control_rows(result):
+        controls.add_row(name, *numbers[:4])
+    stdout.print(controls)
+    for remark in remarks(result):
+        stdout.print(remark, markup=False)
+    if output is not None:
+        stdout.print(f"Report: {output / 'index.html'}", markup=False)

@@ -1,0 +1,99 @@
+"""`cclip-deploy train`"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cclip_deploy.cli import options
+from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+
+if TYPE_CHECKING:
+    from cclip_deploy.model.clip_start import ClipStart
+    from cclip_deploy.train.config import TrainConfig
+    from cclip_deploy.train.loop import TrainProgress
+    from cclip_deploy.train.run import TrainReport
+
+
+@reports_errors
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file; training/configs/ has some.", show_default=False)],
+    data: Annotated[Path | None, typer.Option(help="Data set; the recipe's own unless given.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the run; runs/RECIPE unless given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in the output folder.")] = False,
+    clip_weights: Annotated[
+        str | None, typer.Option(help="Start the towers from open_clip's name of RN101 weights, or a file.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="One step and one validation on the first images; nothing is kept.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Train a network as a [bold]recipe[/] says; keeps its last and best state, logs, and a record of the run."""
+    from cclip_deploy.train.config import TrainConfig
+    from cclip_deploy.train.run import RunOptions, find_data
+    from cclip_deploy.train.run import train as run
+
+    config = _override(TrainConfig.from_toml(recipe), data, clip_weights)
+    with progress(quiet=json) as tell:
+        report = run(
+            config, find_data(config, tell), output or Path("runs") / recipe.stem, _teller(tell),
+            RunOptions(resume, dry_run=dry_run), tell,
+        )  # fmt: skip
+    if report.rank == 0:
+        print_json(_to_json(report)) if json else _show(report)
+
+
+def _override(config: TrainConfig, data: Path | None, clip_weights: str | None) -> TrainConfig:
+    source = config.data.model_copy(update={"folder": data, "synthetic": None}) if data else config.data
+    return config.model_copy(update={"data": source, "clip_weights": clip_weights or config.clip_weights})
+
+
+def _teller(tell: Callable[[str], None]) -> Callable[[TrainProgress], None]:
+    def told(p: TrainProgress) -> None:
+        if p.step % 10 == 0 or p.step == p.steps:
+            dice = "" if p.dice is None else f", Dice {p.dice:.3f}"
+            tell(f"Epoch {p.epoch}, step {p.step} of {p.steps}, loss {p.loss:.3f}{dice}, {p.elapsed_s:.0f} s")
+
+    return told
+
+
+def _to_json(report: TrainReport) -> dict[str, Any]:
+    clip = None if report.clip is None else {"found": list(report.clip.found), "missing": list(report.clip.missing)}
+    values = {**report.__dict__, "folder": str(report.folder), "checkpoint": str(report.checkpoint), "clip": clip}
+    return {key: value for key, value in values.items() if key != "rank"}
+
+
+def _show(report: TrainReport) -> None:
+    shown = table(f"{report.folder}, {report.epochs} epochs, {report.steps} steps", "what", "value ")
+    rows = {
+        "images, prompts": f"{report.images}, {report.rows}",
+        "prompts cut": str(report.cut_prompts),
+        "loss, first step and last tenth": f"{report.first_loss:.3f}, {report.last_loss:.3f}",
+        "best Dice on val": "no val split" if report.best_dice is None else f"{report.best_dice:.3f}",
+        "in epoch": str(report.best_epoch or "") + (", stopped early" if report.stopped_early else ""),
+        "means of the causal masks": ", ".join(f"{mean:.2f}" for mean in report.mask_means),
+        "training": f"{report.training_s:.0f} s, {report.waiting_share:.1%} of it waiting for data",
+    }
+    for name, value in rows.items():
+        shown.add_row(name, value)
+    stdout.print(shown)
+    if report.clip is not None:
+        _show_clip(report.clip)
+    stdout.print(f"Network: {report.checkpoint}", markup=False)
+
+
+def _show_clip(clip: ClipStart) -> None:
+    """Tensors by part of the towers; those that CLIP has not got by name. All names are in run.json."""
+    found, missing = (Counter(".".join(name.split(".")[:2]) for name in names) for names in (clip.found, clip.missing))
+    shown = table("Start from CLIP", "part", "found ", "not found ")
+    for part in sorted({*found, *missing}):
+        shown.add_row(part, str(found[part]), str(missing[part]))
+    stdout.print(shown)
+    stdout.print("Not found in CLIP, so at random: " + ", ".join(clip.missing), markup=False)

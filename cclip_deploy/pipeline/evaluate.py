@@ -1,0 +1,215 @@
+"""Evaluate: a checkpoint, or a bundle on any backend, on one split of a data set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cclip_deploy.bundle import Bundle, installed_versions, utc_now
+from cclip_deploy.data.layouts import Referral, of_split, read_data_set
+from cclip_deploy.errors import BundleError, UsageError
+from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.train.controls import make_controls
+from cclip_deploy.train.evaluation import EmptyPolicy, Evaluation, summarise
+from cclip_deploy.train.measures import BOUNDARY_TOLERANCE_PX
+from cclip_deploy.train.measuring import Measurements, MeasuringOptions, OnImage, ShownCase, measure_split
+
+if TYPE_CHECKING:
+    from cclip_deploy.runtime.choice import BackendName
+    from cclip_deploy.runtime.onnx_runtime import Device
+    from cclip_deploy.train.asked_network import AskedNetwork
+
+USUAL_SIZE, USUAL_LENGTH = (224, 224), 32
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """What answers. `image_hw` and `prompt_length` belong to a checkpoint, `backend` and `device` to a bundle."""
+
+    path: Path
+    backend: BackendName | None = None
+    device: Device = "cpu"
+    threads: int | None = None
+    image_hw: tuple[int, int] | None = None
+    prompt_length: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured of which rows."""
+
+    split: str = "test"
+    layout: str | None = None
+    subject_pattern: str | None = None
+    threshold: float | None = None
+    empty: EmptyPolicy = "one"
+    tolerance_px: float = BOUNDARY_TOLERANCE_PX
+    worst: int = 8
+    seed: int = 0
+
+    def check(self) -> None:
+        """UsageError where a number means nothing."""
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise UsageError(f"A threshold of {self.threshold} is not between 0 and 1. Leave it out for the usual one.")
+        if not self.tolerance_px >= 0:
+            raise UsageError(f"A boundary tolerance of {self.tolerance_px} pixels means nothing. Use 0 or more.")
+        if self.worst < 0 or self.seed < 0:
+            raise UsageError("Neither the number of worst cases nor the seed can be negative.")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What was evaluated on."""
+
+    folder: str
+    layout: str
+    split: str
+    rows: int
+    images: int
+    patients: int
+    patients_known: bool
+    empty_masks: int
+    repaired_prompts: int
+    cut_prompts: int
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """All that a report is made of."""
+
+    network: dict[str, Any]
+    data: DataFacts
+    options: EvaluationOptions
+    threshold: float
+    referrals: tuple[Referral, ...]
+    measurements: Measurements
+    evaluation: Evaluation
+    seconds: float
+    command: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return {
+            "schema": 1,
+            "created": utc_now(),
+            "command": self.command,
+            "versions": installed_versions(),
+            "seconds": round(self.seconds, 1),
+            "network": self.network,
+            "data": self.data.__dict__,
+            "policy": {
+                "threshold": self.threshold,
+                "empty_reference": self.options.empty,
+                "boundary_tolerance_px": self.options.tolerance_px,
+                "interval": "95 % bootstrap over patients, 2000 resamples",
+                "seed": self.options.seed,
+            },
+            **self.evaluation.to_dict(),
+            "worst": [self._show_case(case) for case in self.measurements.worst],
+            "invented": [self._show_case(case) for case in self.measurements.invented],
+        }
+
+    def _show_case(self, case: ShownCase) -> dict[str, Any]:
+        referral, overlap = self.referrals[case.row], self.measurements.rows[case.row].overlap
+        shown = {"image": str(referral.image), "text": referral.text, "dice": overlap.dice}
+        return {**shown, "predicted_pixels": overlap.predicted}
+
+
+def evaluate(
+    choice: NetworkChoice,
+    folder: Path,
+    options: EvaluationOptions,
+    command: str = "",
+    on_progress: Callable[[str], None] = lambda message: None,
+    on_image: OnImage = lambda path, number, total: None,
+) -> EvaluationResult:
+    """Measure a network on a split of a data set, with the prompt controls; one pass over each picture.
+
+    Raises:
+        DataError: the data set lacks the split, a mask, or is otherwise not what its layout has.
+        UsageError: an option that does not belong to what is evaluated.
+        EnvironmentProblem: a package is missing.
+    """
+    options.check()
+    started_s = time.monotonic()
+    on_progress(f"Reading {folder}")
+    data = read_data_set(folder, options.layout, options.subject_pattern)
+    referrals = of_split(data.referrals, options.split)
+    repaired = sum(data.referrals[row].split == options.split for row, _ in data.repaired)
+    on_progress(f"Opening {choice.path}")
+    network = open_network(choice)
+    threshold = network.threshold if options.threshold is None else options.threshold
+    controls = make_controls([referral.text for referral in referrals], options.seed)
+    measuring = MeasuringOptions(threshold, options.tolerance_px, options.worst)
+    measurements = measure_split(network, referrals, controls, measuring, on_image)
+    on_progress("Redrawing patients for the intervals")
+    return EvaluationResult(
+        network=network.describe(),
+        data=_describe(folder, data.layout, options.split, referrals, measurements, repaired),
+        options=options,
+        threshold=threshold,
+        referrals=tuple(referrals),
+        measurements=measurements,
+        evaluation=summarise(measurements, referrals, controls, options.empty, options.seed),
+        seconds=time.monotonic() - started_s,
+        command=command,
+    )
+
+
+def open_network(choice: NetworkChoice) -> AskedNetwork:
+    """A folder is a bundle, a file a checkpoint; an option of the other kind is a UsageError."""
+    if not choice.path.exists():
+        raise BundleError(f"There is no {choice.path}. Give a bundle's folder or a checkpoint's file.")
+    return _open_bundle(choice) if choice.path.is_dir() else _open_checkpoint(choice)
+
+
+def _open_bundle(choice: NetworkChoice) -> AskedNetwork:
+    from cclip_deploy.runtime.choice import open_backend
+    from cclip_deploy.train.asked_network import BundleNetwork
+
+    if choice.image_hw is not None or choice.prompt_length is not None:
+        raise UsageError("A bundle has its image size and prompt length itself; those options are for a checkpoint.")
+    bundle = Bundle.open(choice.path)
+    backend = open_backend(choice.backend or "onnxruntime", bundle, "fp32", choice.device, choice.threads)
+    return BundleNetwork(Segmenter(bundle, backend))
+
+
+def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
+    if choice.backend is not None or choice.device != "cpu":
+        raise UsageError("A checkpoint runs in PyTorch on the CPU. Export it, and give the bundle with that backend.")
+    from cclip_deploy.pipeline.export import require_export_packages
+
+    require_export_packages()
+    import torch
+
+    from cclip_deploy.model.checkpoint import load_checkpoint
+    from cclip_deploy.model.config import check_image_hw
+    from cclip_deploy.pipeline.prompts import open_tokenizer
+    from cclip_deploy.train.asked_network import CheckpointNetwork, InputForm
+
+    image_hw = choice.image_hw or USUAL_SIZE
+    check_image_hw(image_hw)
+    tokenizer, length = open_tokenizer(None, choice.prompt_length or USUAL_LENGTH)
+    if choice.threads is not None:
+        torch.set_num_threads(choice.threads)
+    return CheckpointNetwork(load_checkpoint(choice.path), InputForm(image_hw, length), tokenizer)
+
+
+def _describe(
+    folder: Path, layout: str, split: str, referrals: list[Referral], measurements: Measurements, repaired: int
+) -> DataFacts:
+    return DataFacts(
+        folder=str(folder),
+        layout=layout,
+        split=split,
+        rows=len(referrals),
+        images=len({referral.image for referral in referrals}),
+        patients=len({referral.subject for referral in referrals}),
+        patients_known=any(not referral.subject.endswith(referral.image.name) for referral in referrals),
+        empty_masks=sum(row.overlap.reference == 0 for row in measurements.rows),
+        repaired_prompts=repaired,
+        cut_prompts=sum(row.cut for row in measurements.rows),
+    )

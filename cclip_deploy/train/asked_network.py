@@ -1,0 +1,112 @@
+"""One interface to whatever is evaluated: a bundle on a backend, or a checkpoint in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.data.preprocess import Preprocessing, to_input, to_source
+from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.errors import CheckpointError
+from cclip_deploy.prompt_cache import PromptCache, PromptKernels, Tokens
+from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter, sigmoid
+
+if TYPE_CHECKING:
+    from cclip_deploy.model.checkpoint import LoadedCheckpoint
+
+Floats = NDArray[np.float32]
+THRESHOLD = 0.5
+
+
+class AskedNetwork(Protocol):
+    """A network that answers token rows about pictures."""
+
+    tokenizer: PromptTokenizer
+    prompt_length: int
+    threshold: float
+
+    def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
+        """For each token row (L,), lazily and in order, the probability (H, W) of every pixel; one image pass."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, for reports."""
+        ...
+
+
+class BundleNetwork:
+    """A bundle, on the backend of its segmenter."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter = segmenter
+        manifest = segmenter.bundle.manifest
+        self.tokenizer = segmenter.bundle.tokenizer()
+        self.prompt_length, self.threshold = manifest.prompt_length, manifest.threshold
+
+    def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
+        return self.segmenter.answer(pixels, rows)
+
+    def describe(self) -> dict[str, Any]:
+        bundle, backend = self.segmenter.bundle, self.segmenter.backend
+        manifest = bundle.manifest
+        return {
+            "kind": "bundle",
+            "name": bundle.path.name,
+            "model": manifest.model["name"],
+            "checkpoint_sha256": manifest.checkpoint.sha256,
+            "backend": backend.name,
+            "precision": backend.precision,
+            "image_hw": list(manifest.image_hw),
+            "prompt_length": manifest.prompt_length,
+        }
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """What a checkpoint does not say of itself: the size of its pictures and how many tokens a prompt has."""
+
+    image_hw: tuple[int, int]
+    prompt_length: int
+
+
+class CheckpointNetwork:
+    """A checkpoint in PyTorch on the CPU: no rewrite, no graph, so that it can speak against a bundle."""
+
+    def __init__(self, loaded: LoadedCheckpoint, form: InputForm, tokenizer: PromptTokenizer) -> None:
+        from cclip_deploy.runtime.pytorch import PyTorchBackend
+
+        self.loaded, self.form = loaded, form
+        self.tokenizer, self.prompt_length, self.threshold = tokenizer, form.prompt_length, THRESHOLD
+        self._backend = PyTorchBackend(loaded.model)
+        self._cache = PromptCache(None)
+
+    def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
+        image = to_input(pixels, self.form.image_hw, Preprocessing())
+        features = self._backend.run("image_encoder", {"image": image})["features"]
+        for start in range(0, len(rows), PROMPTS_AT_ONCE):
+            part = self._cache.kernels(rows[start : start + PROMPTS_AT_ONCE], self._encode_prompts)
+            inputs = {"features": features, "kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
+            every = self._backend.run("mask_decoder", inputs)["logits"][0]
+            if not np.isfinite(every).all():
+                raise CheckpointError(f"{self.loaded.path} gives logits that are not finite, so no mask. Train again.")
+            for logits in every:
+                yield to_source(sigmoid(logits), (pixels.shape[0], pixels.shape[1]))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "checkpoint",
+            "name": self.loaded.path.name,
+            "model": self.loaded.config.name,
+            "checkpoint_sha256": self.loaded.sha256,
+            "backend": "pytorch",
+            "precision": "fp32",
+            "image_hw": list(self.form.image_hw),
+            "prompt_length": self.form.prompt_length,
+        }
+
+    def _encode_prompts(self, tokens: Tokens) -> PromptKernels:
+        return PromptKernels(**self._backend.run("prompt_encoder", {"tokens": tokens}))

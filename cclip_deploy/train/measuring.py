@@ -1,0 +1,237 @@
+"""The pass over a split: every picture once, for its own prompts and all controls, and only numbers are kept of it."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.data.images import read_picture
+from cclip_deploy.data.layouts import Referral, read_mask
+from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.errors import DataError
+from cclip_deploy.prompt_cache import Tokens
+from cclip_deploy.train.asked_network import AskedNetwork
+from cclip_deploy.train.controls import Control
+from cclip_deploy.train.measures import (
+    Levels,
+    Mask,
+    Outlines,
+    Overlap,
+    count_levels,
+    measure_outlines,
+    measure_overlap,
+)
+
+READ_AHEAD = 2
+Floats = NDArray[np.float32]
+OnImage = Callable[[Path, int, int], None]
+
+
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """What is measured, and how."""
+
+    threshold: float
+    tolerance_px: float
+    worst: int
+    """How many of the worst predictions are kept as masks."""
+
+
+@dataclass(frozen=True)
+class ControlAnswer:
+    """A row asked with a control's sentence: against its own reference, and against its own prediction."""
+
+    dice: float
+    iou_with_own: float
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """All numbers of one row; `outlines` is None where prediction or reference is empty."""
+
+    overlap: Overlap
+    outlines: Outlines | None
+    levels: Levels
+    pixels: int
+    cut: bool
+    controls: Mapping[str, ControlAnswer]
+
+
+@dataclass(frozen=True)
+class ShownCase:
+    """A prediction that is worth looking at; `packed` is the mask as bits."""
+
+    row: int
+    packed: NDArray[np.uint8]
+    hw: tuple[int, int]
+
+    def mask(self) -> Mask:
+        """The predicted mask (H, W)."""
+        return np.unpackbits(self.packed, count=self.hw[0] * self.hw[1]).reshape(self.hw).astype(np.bool_)
+
+
+class Worst:
+    """The rows of highest badness so far, of equal ones the first; memory for no more than `most` masks."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: list[tuple[float, int, ShownCase]] = []
+
+    def offer(self, row: int, badness: float, mask: Mask) -> None:
+        """Keep a mask if it is among the worst."""
+        key = (badness, -row)
+        full = len(self._kept) >= self._most
+        if self._most and (not full or key > self._kept[0][:2]):
+            push = heapq.heappushpop if full else heapq.heappush
+            push(self._kept, (*key, ShownCase(row, np.packbits(mask), (mask.shape[0], mask.shape[1]))))
+
+    def cases(self) -> tuple[ShownCase, ...]:
+        """Worst first."""
+        return tuple(case for _, _, case in sorted(self._kept, key=lambda kept: kept[:2], reverse=True))
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """A measured split: rows in the order of the referrals, and predictions to look at, the worst first."""
+
+    rows: tuple[MeasuredRow, ...]
+    worst: tuple[ShownCase, ...]
+    """Lowest Dice, of the rows that have a target."""
+    invented: tuple[ShownCase, ...]
+    """Largest predictions, of the rows that have none."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    pixels: Floats
+    references: dict[Path, Mask]
+
+
+def measure_split(
+    network: AskedNetwork,
+    referrals: Sequence[Referral],
+    controls: Sequence[Control],
+    options: MeasuringOptions,
+    on_image: OnImage = lambda path, number, total: None,
+) -> Measurements:
+    """Ask and measure every row; one thread reads a few pictures ahead.
+
+    Memory holds the masks of one picture's rows, `READ_AHEAD` further pictures, and a kilobyte a row.
+
+    Raises:
+        DataError: a text has no word, or a mask more than two values.
+        ImageError: a picture or mask cannot be decoded.
+    """
+    tokens, cut = encode_texts([referral.text for referral in referrals], network.tokenizer, network.prompt_length)
+    others = {c.name: [_encode_or_none(text, network) for text in c.texts] for c in controls}
+    rows_of: dict[Path, list[int]] = defaultdict(list)
+    for row, referral in enumerate(referrals):
+        rows_of[referral.image].append(row)
+    measured: dict[int, MeasuredRow] = {}
+    worst, invented = Worst(options.worst), Worst(options.worst)
+    for number, (image, loading) in enumerate(_read_ahead(referrals, rows_of), 1):
+        on_image(image, number, len(rows_of))
+        picture = _Picture(loading.result(), {row: referrals[row].mask for row in rows_of[image]}, options)
+        own = {row: tokens[row] for row in rows_of[image]}
+        asked = {(row, name): told for name, every in others.items() for row in own if (told := every[row]) is not None}
+        picture.ask(network, own, asked)
+        for row in own:
+            measured[row] = picture.measured(row, cut[row])
+            overlap = measured[row].overlap
+            if overlap.reference:
+                worst.offer(row, -overlap.dice, picture.predicted[row])
+            elif overlap.predicted:
+                invented.offer(row, overlap.predicted, picture.predicted[row])
+    return Measurements(tuple(measured[row] for row in range(len(referrals))), worst.cases(), invented.cases())
+
+
+class _Picture:
+    """One picture while it is measured: the only place where masks of all its rows are in memory."""
+
+    def __init__(self, loaded: _Loaded, masks: Mapping[int, Path], options: MeasuringOptions) -> None:
+        self.pixels, self.options = loaded.pixels, options
+        self.references = {row: loaded.references[mask] for row, mask in masks.items()}
+        self.predicted: dict[int, Mask] = {}
+        self._levels: dict[int, Levels] = {}
+        self._controls: dict[int, dict[str, ControlAnswer]] = {row: {} for row in masks}
+
+    def ask(self, network: AskedNetwork, own: Mapping[int, Tokens], asked: Mapping[tuple[int, str], Tokens]) -> None:
+        """Ask each distinct token row once, the rows' own ones first, as controls are compared with those answers."""
+        distinct = {tokens.tobytes(): tokens for tokens in (*own.values(), *asked.values())}
+        own_answers: dict[bytes, Mask] = {}
+        answers = network.answer(self.pixels, list(distinct.values()))
+        for key in dict.fromkeys(tokens.tobytes() for tokens in own.values()):
+            probability = next(answers)
+            own_answers[key] = probability >= self.options.threshold
+            for row in (row for row, tokens in own.items() if tokens.tobytes() == key):
+                self.predicted[row] = own_answers[key]
+                self._levels[row] = count_levels(probability, self.references[row])
+        self._compare(own_answers, asked)
+        for key, probability in zip(list(distinct)[len(own_answers) :], answers, strict=True):
+            self._compare({key: probability >= self.options.threshold}, asked)
+
+    def _compare(self, answers: Mapping[bytes, Mask], asked: Mapping[tuple[int, str], Tokens]) -> None:
+        for (row, name), tokens in asked.items():
+            mask = answers.get(tokens.tobytes())
+            if mask is not None:
+                dice = measure_overlap(mask, self.references[row]).dice
+                self._controls[row][name] = ControlAnswer(dice, measure_overlap(mask, self.predicted[row]).iou)
+
+    def measured(self, row: int, cut: bool) -> MeasuredRow:
+        mask, reference = self.predicted[row], self.references[row]
+        return MeasuredRow(
+            overlap=measure_overlap(mask, reference),
+            outlines=measure_outlines(mask, reference, self.options.tolerance_px),
+            levels=self._levels[row],
+            pixels=reference.size,
+            cut=cut,
+            controls=self._controls[row],
+        )
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PromptTokenizer, length: int) -> tuple[list[Tokens], list[bool]]:
+    """Token rows (L,), and whether each text had to be cut; DataError where a text has no word."""
+    counts = {text: len(tokenizer.ids(text)) for text in set(texts)}
+    for text in sorted(text for text, count in counts.items() if count == 2):
+        raise DataError(f"The prompt {text!r} holds no word. Fill it in, or remove the row.")
+    rows = {text: tokenizer.encode_cut(text, length) for text in counts}
+    return [rows[text] for text in texts], [counts[text] > length for text in texts]
+
+
+def _encode_or_none(text: str | None, network: AskedNetwork) -> Tokens | None:
+    return None if text is None else network.tokenizer.encode_cut(text, network.prompt_length)
+
+
+def _read_ahead(
+    referrals: Sequence[Referral], rows_of: Mapping[Path, Sequence[int]]
+) -> Iterator[tuple[Path, Future[_Loaded]]]:
+    """Each picture with its masks, which a thread begins a little before it is asked for."""
+    reader = ThreadPoolExecutor(1, "cclip-reader")
+    ahead: deque[tuple[Path, Future[_Loaded]]] = deque()
+    try:
+        for image, rows in rows_of.items():
+            ahead.append((image, reader.submit(_load, image, {referrals[row].mask for row in rows})))
+            if len(ahead) > READ_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+    finally:
+        reader.shutdown(wait=True, cancel_futures=True)
+
+
+def _load(image: Path, masks: set[Path]) -> _Loaded:
+    pixels = read_picture(image).pixels
+    references = {mask: read_mask(mask) for mask in masks}
+    for mask, reference in references.items():
+        if reference.shape != pixels.shape[:2]:
+            raise DataError(
+                f"Mask {mask} is {reference.shape} (H, W) once decoded, its image {pixels.shape[:2]}. "
+                "Give the mask of this very image."
+            )
+    return _Loaded(pixels, references)

@@ -1,0 +1,113 @@
+"""A split as training reads it: pictures and masks in the network's size, read when first asked for, and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.data.images import read_picture
+from cclip_deploy.data.layouts import Referral, read_mask
+from cclip_deploy.data.preprocess import Preprocessing, resize_pixels
+from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.files import sha256_file
+from cclip_deploy.train.config import TrainConfig
+
+GIB = 2**30
+A = TypeVar("A", bound=np.generic)
+
+
+class Kept(Generic[A]):
+    """Arrays read from files, each kept in memory from its first reading on as long as there is room."""
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[Path], NDArray[A]], room_bytes: float) -> None:
+        self.paths = tuple(paths)
+        self._read = read
+        self._room_bytes = room_bytes
+        self._kept: dict[int, NDArray[A]] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> NDArray[A]:
+        """The array of a file; it must not be written into."""
+        found = self._kept.get(index)
+        if found is None:
+            found = self._read(self.paths[index])
+            if self._room_bytes >= found.nbytes:
+                self._room_bytes -= found.nbytes
+                self._kept[index] = found
+        return found
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """One split: N images, R rows, prompts of L tokens."""
+
+    images: Kept[np.float32]  # N of (1 or 3, H, W) in [0, 1]
+    masks: Kept[np.bool_]  # R of (H, W)
+    tokens: NDArray[np.int64]  # (R, L)
+    texts: tuple[str, ...]  # R
+    image_of_row: NDArray[np.int64]  # (R,)
+    rows_of_image: tuple[NDArray[np.int64], ...]  # N arrays of row numbers
+    cut_prompts: int
+
+
+def open_training_set(referrals: Sequence[Referral], tokenizer: PromptTokenizer, config: TrainConfig) -> TrainingSet:
+    """The referrals of a split; a prompt that is too long is cut, and counted."""
+    rows_of_path: dict[Path, list[int]] = {}
+    for row, referral in enumerate(referrals):
+        rows_of_path.setdefault(referral.image, []).append(row)
+    numbers = {path: number for number, path in enumerate(rows_of_path)}
+    hw, room_bytes = config.image_hw, config.cache_gib * GIB
+    return TrainingSet(
+        images=Kept(list(rows_of_path), lambda path: _read_image(path, hw), 0.8 * room_bytes),
+        masks=Kept([r.mask for r in referrals], lambda path: fit_mask(read_mask(path), hw), 0.2 * room_bytes),
+        tokens=np.stack([tokenizer.encode_cut(referral.text, config.prompt_length) for referral in referrals]),
+        texts=tuple(referral.text for referral in referrals),
+        image_of_row=np.array([numbers[referral.image] for referral in referrals], np.int64),
+        rows_of_image=tuple(np.array(rows, np.int64) for rows in rows_of_path.values()),
+        cut_prompts=sum(len(tokenizer.ids(referral.text)) > config.prompt_length for referral in referrals),
+    )
+
+
+def fingerprint(referrals: Sequence[Referral]) -> dict[str, Any]:
+    """What a split is, so that a resumed training can tell another one: counts, and SHA-256 of each part."""
+    images = dict.fromkeys(referral.image for referral in referrals)
+    root = os.path.commonpath([path.parent for r in referrals for path in (r.image, r.mask)])
+    names = [(os.path.relpath(r.image, root), os.path.relpath(r.mask, root), r.subject) for r in referrals]
+    return {
+        "rows": len(referrals),
+        "images": len(images),
+        "file names and patients": _digest(repr(name) for name in names),
+        "prompts": _digest(referral.text for referral in referrals),
+        "pictures": _digest(sha256_file(path) for path in images),
+        "masks": _digest(sha256_file(referral.mask) for referral in referrals),
+    }
+
+
+def fit_mask(mask: NDArray[np.bool_], hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask in the network's size: a pixel is inside where more than half of it is."""
+    from PIL import Image
+
+    if mask.shape == hw:
+        return mask
+    share = Image.fromarray(mask.astype(np.float32)).resize((hw[1], hw[0]), Image.Resampling.BOX)
+    return np.asarray(share) > 0.5
+
+
+def _read_image(path: Path, hw: tuple[int, int]) -> NDArray[np.float32]:
+    return resize_pixels(read_picture(path).pixels, hw, Preprocessing())
+
+
+def _digest(parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8") + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""`evaluate`, and `predict --explain`, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cclip_deploy.data.synthetic import write_dataset
+from tests.cli.run import invoke
+from tests.test_imports import loaded_by
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "films"
+    write_dataset(folder, {"test": 3}, (64, 64), 0, prompts_per_film=2)
+    return folder
+
+
+def test_json_is_one_document_with_intervals(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    done = invoke("evaluate", tiny_bundle_path, films, "--json", "-o", tmp_path / "report", "--threads", 2)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["data"]["images"] == 3
+    dice = told["scores"]["dice_per_image"]
+    assert dice["low"] <= dice["value"] <= dice["high"]
+    assert [control["name"] for control in told["controls"]][:2] == ["shuffled", "fixed"]
+    written = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert written["scores"] == told["scores"]
+
+
+def test_the_tables_name_policy_and_controls(tiny_bundle_path: Path, films: Path) -> None:
+    done = invoke("evaluate", tiny_bundle_path, films, "--threads", 2, "--empty-masks", "leave-out")
+    assert done.exit_code == 0, done.output
+    for part in ("Dice, mean over rows", "Dice, pooled over all pixels", "side-swapped", "are left out of means"):
+        assert part in done.stdout
+    assert "3 of 3" in done.stderr
+
+
+def test_a_report_that_is_there_is_refused_before_the_work(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    done = invoke("evaluate", tiny_bundle_path, films, "-o", tmp_path)
+    assert done.exit_code == 2
+    assert "exists already" in done.stderr
+    assert "Reading" not in done.stderr
+
+
+def test_a_split_without_rows_ends_with_the_code_of_bad_data(tiny_bundle_path: Path, films: Path) -> None:
+    done = invoke("evaluate", tiny_bundle_path, films, "--split", "train")
+    assert done.exit_code == 6
+    assert "no rows of split 'train'" in done.stderr
+
+
+def test_a_bundle_is_evaluated_without_torch(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+from cclip_deploy.cli.app import app
+sys.argv = ["cclip-deploy", "evaluate", sys.argv[1], sys.argv[2], "--json", "--threads", "2"]
+try:
+    app()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert loaded_by(code, str(tiny_bundle_path), str(films)) == ["onnxruntime"]
+
+
+def test_explain_is_drawn_from_the_command_line(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    film = next((films / "images").iterdir())
+    done = invoke("predict", tiny_bundle_path, film, "--prompt", "left", "-o", tmp_path, "--explain", "--json",
+                  "--threads", 2)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)["predictions"]
+    assert Path(row["files"]["explanation"]).is_file()
+
+
+def test_a_checkpoint_without_explain_is_refused(tiny_bundle_path: Path, tiny_checkpoint: Path, films: Path) -> None:
+    done = invoke("predict", tiny_bundle_path, films, "--prompt", "left", "--checkpoint", tiny_checkpoint)
+    assert done.exit_code == 2
+    assert "is for --explain" in done.stderr

@@ -1,0 +1,45 @@
+"""Recipes: the published ones are valid, wrong ones are refused by key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cclip_deploy.errors import UsageError
+from cclip_deploy.train.config import TrainConfig
+
+RECIPES = Path(__file__).parents[2] / "training" / "configs"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_published_recipes_are_valid(recipe: Path) -> None:
+    TrainConfig.from_toml(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat = 1", "learning_rat: Extra inputs"),
+        ("epochs = 0", "epochs: Input should be greater than 0"),
+        ("image_size = 100", "not a positive multiple of 32"),
+        ("mode = 'both'", "mode: Input should be 'off', 'joint', 'alternating' or 'reversal'"),
+        ("epochs 3", "cannot be read"),
+        ("[game]\nmask_budget = 1.0", "game.mask_budget: Input should be less than 1"),
+        ("[game]\nmaskers_steps = 1", "game.maskers_steps: Extra inputs"),
+        ("learning_rate = inf", "learning_rate: Input should be a finite number"),
+        ("frozen = ['layer9']", "frozen.0: Input should be 'stem', 'layer1'"),
+        ("[devices]\nprecision = '8-bit'", "devices.precision: Input should be '32-true'"),
+        ("clip_weights = 'openai'\nstart_checkpoint = 'a.pth'", "both say where the towers start"),
+        ("image_size = 32\nimages_per_batch = 1", "images_per_batch 1 needs an image_size of at least 64"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        TrainConfig.from_toml(tmp_path / "recipe.toml")
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        TrainConfig.from_toml(tmp_path / "none.toml")

@@ -1,0 +1,157 @@
+"""Who gets which gradient in each mode: against the plain forward pass and autograd, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.train.config import Game, TrainConfig
+from cclip_deploy.train.game import TensorBatch, main_losses, masker_losses, maskers_of, only_maskers_learn
+from cclip_deploy.train.losses import dice_bce
+from tests.train.test_grouped import batch_of, network
+
+GAME = Game(causal_weight=0.7, confounding_weight=0.2)
+
+
+@pytest.fixture(scope="module")
+def batch() -> TensorBatch:
+    return batch_of(2, 1)
+
+
+def masker_names(model: CausalCLIPSeg) -> set[str]:
+    return {f"neck.masker{level}.{name}" for level in (3, 4, 5) for name, _ in model.neck.masker3.named_parameters()}
+
+
+def gradients(model: CausalCLIPSeg, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.autograd.backward(loss)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_losses(model: CausalCLIPSeg, batch: TensorBatch, *, detach: bool = False) -> tuple[Tensor, Tensor]:
+    """Both losses by the network's plain modules; with `detach` the maskers see features without history."""
+    levels = model.neck.levels(model.image_tower(batch.images))
+    masks = model.neck.masks(tuple(q.detach() for q in levels) if detach else levels)  # type: ignore[arg-type]
+    state = model.text_tower(batch.tokens[:, 0])
+    features = [
+        torch.cat([q * m for q, m in zip(levels, shares, strict=True)], 1) for shares in (masks, [1 - m for m in masks])
+    ]
+    logits = (
+        head(model.neck.aggregate(mixed), state)
+        for head, mixed in zip((model.head, model.confounding_head), features, strict=True)
+    )
+    causal, confounding = (dice_bce(of_branch, batch.masks) for of_branch in logits)
+    return causal, confounding
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], names: set[str]) -> None:
+    largest = max(float(gradient.norm()) for gradient in expected.values())
+    for name in names:
+        error = float((actual[name] - expected[name]).norm())
+        assert error <= 1e-10 * max(float(expected[name].norm()), 1e-4 * largest), name
+
+
+def test_alternating_holds_the_masks_in_the_main_step(batch: TensorBatch) -> None:
+    model = network()
+    plain = copy.deepcopy(model)
+    got = gradients(model, main_losses(model, batch, TrainConfig(mode="alternating", game=GAME), 0).total)
+    causal, confounding = plain_losses(plain, batch, detach=True)
+    want = gradients(plain, 0.7 * causal + 0.2 * confounding)
+    others = set(want) - masker_names(model)
+    assert set(got) == others
+    assert_close(got, want, others)
+
+
+def test_the_maskers_own_step_turns_the_second_sign_and_moves_nothing_else(batch: TensorBatch) -> None:
+    model = network()
+    plain = copy.deepcopy(model)
+    with only_maskers_learn(model):
+        got = gradients(model, masker_losses(model, batch, TrainConfig(mode="alternating", game=GAME)).total)
+    causal, confounding = plain_losses(plain, batch)
+    want = gradients(plain, 0.7 * causal - 0.2 * confounding)
+    assert set(got) == masker_names(model)
+    assert_close(got, want, masker_names(model))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_reversal_does_both_at_once(batch: TensorBatch) -> None:
+    model = network()
+    plain = copy.deepcopy(model)
+    got = gradients(model, main_losses(model, batch, TrainConfig(mode="reversal", game=GAME), 0).total)
+    causal, confounding = plain_losses(plain, batch, detach=True)
+    everything = gradients(plain, 0.7 * causal + 0.2 * confounding)
+    causal, confounding = plain_losses(plain, batch, detach=True)
+    turned = gradients(plain, 0.7 * causal - 0.2 * confounding)
+    assert_close(got, turned, masker_names(model))
+    assert_close(got, everything, set(everything) - masker_names(model))
+
+
+def test_off_leaves_the_confounding_head_out(batch: TensorBatch) -> None:
+    model = network()
+    losses = main_losses(model, batch, TrainConfig(), 0)
+    got = gradients(model, losses.total)
+    assert losses.confounding is None
+    assert {name.split(".")[0] for name in got} == {"image_tower", "text_tower", "neck", "head"}
+    assert masker_names(model) <= set(got)
+
+
+@pytest.mark.parametrize("mode", ["joint", "alternating", "reversal"])
+def test_with_masks_at_one_both_branches_see_everything(batch: TensorBatch, mode: str) -> None:
+    model = network()
+    model.confounding_head.load_state_dict(model.head.state_dict())
+    config = TrainConfig.model_validate({"mode": mode, "game": {"masks_at_one_epochs": 2}})
+    early, late = main_losses(model, batch, config, 1), main_losses(model, batch, config, 2)
+    assert early.mask_means.tolist() == [1, 1, 1]
+    assert early.confounding is not None
+    assert float(early.causal) == pytest.approx(float(early.confounding), rel=1e-12)
+    assert late.confounding is not None
+    assert float(late.causal) != pytest.approx(float(late.confounding), rel=1e-3)
+    assert all(0 < mean < 1 for mean in late.mask_means.tolist())
+
+
+@pytest.mark.parametrize("mode", ["off", "joint", "reversal"])
+def test_a_mask_budget_adds_its_squared_distances(batch: TensorBatch, mode: str) -> None:
+    model = network().eval()
+    budget = {"mask_budget": 0.25, "mask_budget_weight": 3.0}
+    without, having = (
+        main_losses(model, batch, TrainConfig.model_validate({"mode": mode, "game": game}), 0) for game in ({}, budget)
+    )
+    distance = sum((mean - 0.25) ** 2 for mean in without.mask_means.tolist())
+    assert float((having.total - without.total).detach()) == pytest.approx(3 * distance, rel=1e-9)
+
+
+def test_the_maskers_step_has_the_budget_and_the_held_masks_have_no_gradient_from_it(batch: TensorBatch) -> None:
+    model = network()
+    config = TrainConfig(mode="alternating", game=Game(causal_weight=0, confounding_weight=0, mask_budget=0.9))
+    assert not main_losses(model, batch, config, 0).total.requires_grad or not (
+        set(gradients(model, main_losses(model, batch, config, 0).total)) & masker_names(model)
+    )
+    biases = gradients(model, masker_losses(model, batch, config).total)
+    # The masks' mean is about 0.5: a higher bias of the last norm brings it nearer to 0.9.
+    assert all((biases[f"neck.masker{level}.norm.bias"] < 0).all() for level in (3, 4, 5))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_shared_blocks_statistics_can_follow_the_causal_features_alone(batch: TensorBatch, held: bool) -> None:
+    model = network()
+    plain = copy.deepcopy(model)
+    game = Game(causal_statistics_only=held)
+    losses = main_losses(model, batch, TrainConfig(mode="joint", game=game), 0)
+    if held:
+        plain.neck.causal_features(plain.image_tower(batch.images))
+    else:
+        plain.neck(plain.image_tower(batch.images))
+    for name in ("running_mean", "running_var"):
+        got, want = (getattr(network.neck.aggregate[1], name) for network in (model, plain))
+        assert torch.allclose(got, want, rtol=1e-12)
+    assert model.neck.aggregate[1].momentum == 0.1
+    other = main_losses(copy.deepcopy(plain), batch, TrainConfig(mode="joint"), 0)
+    assert float(losses.total.detach()) == pytest.approx(float(other.total.detach()), rel=1e-10)
+
+
+def test_there_are_three_maskers() -> None:
+    assert len({id(masker) for masker in maskers_of(network())}) == 3
