@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -19,7 +20,7 @@ from cclip_deploy.data.layouts import Referral, of_split, read_flat
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
-from cclip_deploy.model.checkpoint import load_checkpoint
+from cclip_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import DataSource, Devices, Game, SyntheticFilms, TrainConfig
@@ -254,8 +255,10 @@ def test_a_checkpoint_is_fine_tuned(data_folder: Path, tiny_checkpoint: Path, tm
     report = train(SMALL.model_copy(update=still), data_folder, tmp_path / "run", options=QUIET)
     start, end = (load_checkpoint(path).model.head.mix.weight for path in (tiny_checkpoint, report.checkpoint))
     assert torch.allclose(start, end, atol=1e-9)
-    other = SMALL.model_copy(update={**still, "model": "rn101"})
-    with pytest.raises(UsageError, match=r"config 'tiny', and the recipe trains 'rn101'"):
+    smaller = dataclasses.replace(TINY, name="smaller", text_layers=1)
+    save_checkpoint(CausalCLIPSeg(smaller), tmp_path / "smaller.safetensors")
+    other = SMALL.model_copy(update={"start_checkpoint": tmp_path / "smaller.safetensors"})
+    with pytest.raises(UsageError, match=r"config 'smaller', and the recipe trains 'tiny'"):
         train(other, data_folder, tmp_path / "other", options=QUIET)
 
 
