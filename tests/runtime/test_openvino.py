@@ -48,7 +48,7 @@ def test_every_graph_answers_as_the_plain_network_for_any_batch(
     tokens[:, 0], tokens[:, 1:4], tokens[:, 4] = 49406, rng.integers(320, 49000, (rows, 3)), 49407
     plain = PyTorchBackend(tiny_network)
     decoder = {
-        "features": rng.standard_normal((rows, 32, *image_hw)).astype(np.float32),
+        "features": rng.standard_normal((rows, *image_hw, 32)).astype(np.float32),
         **plain.run("prompt_encoder", {"tokens": np.repeat(tokens, 2, axis=0)}),
     }
     inputs: dict[str, dict[str, np.ndarray]] = {
