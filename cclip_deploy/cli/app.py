@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from cclip_deploy import __version__
-from cclip_deploy.cli import bench, build_engine, data, demo, doctor, export, inspect, predict, prompt, synth, verify
+from cclip_deploy.cli import (
+    bench,
+    build_engine,
+    data,
+    demo,
+    doctor,
+    export,
+    inspect,
+    predict,
+    prompt,
+    synth,
+    tune_precision,
+    verify,
+)
 
 app = typer.Typer(
     name="cclip-deploy",
@@ -38,6 +51,7 @@ def cclip_deploy(
 app.command("demo")(demo.demo)
 app.command("export")(export.export)
 app.command("build-engine")(build_engine.build_engine)
+app.command("tune-precision")(tune_precision.tune_precision)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("predict")(predict.predict)
