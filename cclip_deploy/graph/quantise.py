@@ -6,7 +6,8 @@ an interpolation matrix (a constant whose entries all lie in [0, 1]), and whatev
 Everything is signed and symmetric with zero point 0: activations have one scale a tensor, weights one a channel and lie
 in the file as INT8 or FP8 behind a DequantizeLinear alone; biases stay float. The skip branch of every residual sum
 gets a pair, so that the sum can be fused into the convolution before it. What a concatenation gives is quantised before
-it, branch by branch at one scale, and its codes are joined: the same numbers, and the form that OpenVINO gets right.
+it, branch by branch at one scale, and its codes are joined: the same numbers, and the form that OpenVINO gets right
+(INT8 only: ONNX joins no FP8 codes).
 
 onnxruntime's quantizer was tried first: it has no pair for skips, and quantises biases unless told otherwise.
 """
@@ -232,7 +233,7 @@ class _Quantisation:
             self._rewire(new, products.get(node.name), skips.get(node.name))
             self.nodes.append(new)
             for name in node.output:
-                self._pair(name, node.input if node.op_type == "Concat" else ())
+                self._pair(name, node.input if node.op_type == "Concat" and self.kind == "int8" else ())
         return self._assemble()
 
     def _rewire(self, node: NodeProto, product: QuantisedProduct | None, skip: int | None) -> None:
@@ -328,10 +329,10 @@ class _Quantisation:
         graph.name = source.name
         graph.input.extend(source.input)
         graph.output.extend(source.output)
-        graph.value_info.extend(source.value_info)
         read = {name for node in self.nodes for name in node.input} | {value.name for value in source.output}
         graph.node.extend(node for node in self.nodes if node.op_type != "Concat" or node.output[0] in read)
         read = {name for node in graph.node for name in node.input} | {value.name for value in source.output}
+        graph.value_info.extend(value for value in source.value_info if value.name in read)
         graph.initializer.extend(tensor for tensor in source.initializer if tensor.name in read)
         graph.initializer.extend(tensor for tensor in self.stored if tensor.name in read)
         return quantised

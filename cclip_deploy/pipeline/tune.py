@@ -1,8 +1,8 @@
 """Tune: which blocks of the image encoder have to stay in a higher precision for the masks to hold, and no more.
 
-Everything starts in the low precision. Each block's damage is what the masks lose when it alone is low; blocks are moved
-up in the order of damage for their multiply-adds, until the budget holds on the tuning part of the evaluation set.
-The other part has no say in it; on it the result is judged.
+Everything starts in the low precision. Each block's damage is what the masks lose when it alone is low; blocks are
+moved up in the order of damage for their multiply-adds, until the budget holds on the tuning part of the evaluation
+set, by two standard errors of its mean. The other part has no say in it; on it the result is judged.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ Pictures = Sequence[tuple[Path, Sequence[str]]]
 
 IMAGE = "image_encoder"
 FEWEST_EACH = 2
+STANDARD_ERRORS = 2
+"""By which the tuning part's mean has to hold, so that other pictures hold it too."""
 BUDGET = Agreement(mean=LEAST_MEAN_DICE, worst=LEAST_DICE)
 POINTS_BEYOND = 6
 """Forms judged after the budget holds, for the front's sake."""
@@ -128,7 +130,7 @@ class _Search:
         while count < len(order):
             self._tell_step(f"{count} of {len(order)} blocks kept", len(order) - count)
             points.append(self._point(order[:count]))
-            if chosen is None and _holds(points[-1].tuning, self.options.budget):
+            if chosen is None and _holds(points[-1].tuning, self.options.budget, STANDARD_ERRORS):
                 chosen = points[-1]
             count += 1 if chosen is None else max(1, (len(order) - len(chosen.kept)) // POINTS_BEYOND)
         return points, chosen
@@ -217,11 +219,13 @@ def _halves(pictures: Pictures, limit: int) -> tuple[Pictures, Pictures]:
 
 def _agreement(dices: Mapping[int, NDArray[np.float64]]) -> Agreement:
     every = np.concatenate(list(dices.values()))
-    return Agreement(mean=float(every.mean()), worst=min(float(values.mean()) for values in dices.values()))
+    means = np.array([values.mean() for values in dices.values()])
+    error = means.std(ddof=1) / np.sqrt(len(means))
+    return Agreement(mean=float(every.mean()), worst=float(means.min()), standard_error=float(error))
 
 
-def _holds(found: Agreement, budget: Agreement) -> bool:
-    return found.mean >= budget.mean and found.worst >= budget.worst
+def _holds(found: Agreement, budget: Agreement, standard_errors: float = 0) -> bool:
+    return found.mean - standard_errors * found.standard_error >= budget.mean and found.worst >= budget.worst
 
 
 def _profile(

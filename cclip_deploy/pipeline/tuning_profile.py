@@ -28,10 +28,11 @@ class _Part(BaseModel):
 
 
 class Agreement(_Part):
-    """Dice to FP32's masks: the mean over all masks, and the mean of the worst picture's."""
+    """Dice to FP32's masks: the mean over all masks, its standard error by picture, and the worst picture's mean."""
 
     mean: float
     worst: float
+    standard_error: float = 0.0
 
 
 class FrontPoint(_Part):
