@@ -37,7 +37,7 @@ def draw_front(profile: TunedProfile, path: Path) -> None:
         axes.axhline(getattr(tuned.budget, name), color=colour, linestyle=":", linewidth=1.2)
         axes.plot(100 * tuned.share, getattr(tuned.held_out, name), "o", color=colour, markersize=12, fillstyle="none")
     axes.annotate(
-        f"chosen: {tuned.share:.0%}, {tuned.held_out.mean:.4f}", (100 * tuned.share, tuned.held_out.mean), (-10, 12),
+        f"chosen: {tuned.share:.0%}, {tuned.held_out.mean:.4f}", (100 * tuned.share, tuned.held_out.mean), (-14, -24),
         textcoords="offset points", color=INK, fontweight="bold", ha="right",
     )  # fmt: skip
     low = profile.precision.split("-")[0].upper()
