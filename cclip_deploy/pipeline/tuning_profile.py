@@ -55,7 +55,7 @@ class CalibrationUsed(_Part):
     """What the ranges came from; pictures by the SHA-256 of their files."""
 
     method: Method
-    percentile: float | None
+    percentile: float | None = None
     pictures: tuple[str, ...]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.files import sha256_file
 from cclip_deploy.graph.lower import lower
-from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.calibrate import CalibrationOptions, calibrate, choose_pictures
 from cclip_deploy.pipeline.front_picture import draw_front
 from cclip_deploy.pipeline.mask_agreement import evaluation_pictures
 from cclip_deploy.pipeline.mask_trial import MaskTrial
@@ -69,7 +70,7 @@ def test_the_front_begins_with_everything_low_and_loses_share_with_every_block(p
     assert front[0].kept == ()
     shares = [point.share for point in front]
     assert shares == sorted(shares, reverse=True)
-    assert all(set(one.kept) < set(other.kept) for one, other in zip(front, front[1:], strict=False))
+    assert all(set(one.kept) < set(other.kept) for one, other in pairwise(front))
     assert profile.tuned.damage.keys() >= set(front[-1].kept)
 
 
@@ -82,8 +83,6 @@ def test_the_reported_dice_is_that_of_the_kept_blocks(
     trial = MaskTrial(bundle, "int8", held_out, THREADS)
     full = onnx.load(tiny_bundle_path / "graphs/image_encoder.onnx")
     assert np.concatenate(list(trial.judge(full, range(len(held_out))).values())).min() == 1
-    from cclip_deploy.pipeline.calibrate import calibrate, choose_pictures
-
     options = CalibrationOptions((films,), "min-max")
     ranges = calibrate(bundle, "image_encoder", full, choose_pictures(options), options, THREADS).ranges
     found = trial.judge(lower(full, "int8", ranges, profile.keep).model, range(len(held_out)))
@@ -175,5 +174,5 @@ def test_the_command_tunes_and_build_engine_takes_what_it_wrote(
 def test_a_front_is_drawn_as_png_or_svg_only(profile: TunedProfile, tmp_path: Path) -> None:
     draw_front(profile, tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UsageError, match="none of .png, .svg"):
+    with pytest.raises(UsageError, match=r"none of \.png, \.svg"):
         draw_front(profile, tmp_path / "front.jpg")
