@@ -31,7 +31,7 @@ from tests.conftest import THREADS, TINY_HW
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight films to calibrate with, eight to tune and judge on."""
     folder = tmp_path_factory.mktemp("films") / "data"
-    write_dataset(folder, {"train": 8, "test": 8}, TINY_HW, 6)
+    write_dataset(folder, {"train": 8, "test": 8}, TINY_HW, 6, prompts_per_film=2)
     return folder
 
 
@@ -89,6 +89,7 @@ def test_the_reported_dice_is_that_of_the_kept_blocks(
     assert np.concatenate(list(found.values())).mean() == pytest.approx(profile.tuned.held_out.mean, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_hold_writes_nothing(tiny_bundle_path: Path, wanted: TuneOptions) -> None:
     with pytest.raises(ParityError, match="does not hold on the tuning part whatever is kept"):
         tune_precision(Bundle.open(tiny_bundle_path), replace(wanted, budget=Agreement(mean=1, worst=1)))
@@ -143,6 +144,7 @@ def test_a_profile_belongs_to_its_graph_and_its_pictures(
         profile.calibration_options(CalibrationOptions(tuple((films / "images").glob("test-*.png"))))
 
 
+@pytest.mark.slow
 def test_the_command_tunes_and_build_engine_takes_what_it_wrote(
     tiny_bundle_path: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
