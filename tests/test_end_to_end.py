@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.evidence.parity import relative_error
 from cclip_deploy.pipeline.demo import find_real_film
+from cclip_deploy.runtime.layer_table import LayerTable
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from tests.conftest import THREADS
 from tests.published.checkpoint import example, golden
@@ -112,3 +114,26 @@ def run_inspect(bundle: Path) -> dict[str, Any]:
         subprocess.run([executable, "inspect", bundle, "--json"], capture_output=True, text=True, check=True).stdout
     )
     return printed
+
+
+def test_fp16_and_int8_image_engines_are_as_small_as_their_weights_allow(
+    bundle_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """97.2 M convolution weights; the limits leave room for TensorRT-RTX's own kernels and for constant maps."""
+    films = tmp_path_factory.mktemp("films") / "data"
+    write_dataset(films, {"train": 8}, (224, 224), 6)
+    told = run_command(
+        "build-engine", bundle_path, "--int8", "--calibration", films, "--graph", "image_encoder",
+        "--no-calibration-cache",
+    )  # fmt: skip
+    sizes = {
+        precision: (bundle_path / f"engines/image_encoder.{precision}.tensorrt-rtx.engine").stat().st_size
+        for precision in ("fp16", "int8")
+    }
+    assert sizes["fp16"] <= 202e6
+    assert sizes["int8"] <= 126e6
+    proof = json.loads((bundle_path / told["engines"][0]["layers"]).read_text())
+    table = LayerTable.from_dict(proof)
+    convolutions = {node for node in proof["products"] if "conv" in node.lower()} - set(proof["kept"])
+    assert len(convolutions) == 128
+    assert {row.precision for node in convolutions for row in table.rows_of(node)} == {"int8"}

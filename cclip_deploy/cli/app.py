@@ -21,6 +21,7 @@ from cclip_deploy.cli import (
     prompt,
     synth,
     train,
+    tune_precision,
     verify,
 )
 
@@ -53,6 +54,7 @@ app.command("demo")(demo.demo)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("build-engine")(build_engine.build_engine)
+app.command("tune-precision")(tune_precision.tune_precision)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("predict")(predict.predict)

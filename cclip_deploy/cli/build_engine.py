@@ -44,6 +44,9 @@ def build_engine(
     calibration_cache: Annotated[
         bool, typer.Option("--calibration-cache/--no-calibration-cache", help="Keep ranges between runs.")
     ] = True,
+    tuned: Annotated[
+        Path | None, typer.Option(help="What tune-precision wrote: precision, blocks kept, calibration method.")
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Node or block, such as tower.layer1, kept in the higher precision.")
     ] = None,
@@ -70,18 +73,21 @@ def build_engine(
     from cclip_deploy.pipeline.engine_profile import read_profile
     from cclip_deploy.runtime.engine_settings import EngineSettings
 
-    precision = _precision({"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8})
+    asked = {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
     calibrating = _calibration(
         calibration, calibration_method, calibration_pictures, evaluation_set, allow_few, calibration_cache
     )
+    precision, kept = _precision(asked), tuple(keep or ())
+    if tuned is not None:
+        precision, kept, calibrating = _profiled(Path(bundle), tuned, asked, kept, calibrating)
     chosen = BuildOptions(
         precision=precision, backend=backend, graphs=tuple(graph or SERVED), max_batch=max_batch,
         max_prompts=max_prompts, workspace_bytes=workspace_mib and workspace_mib * 2**20, threads=threads,
-        calibration=calibrating, keep=tuple(keep or ()), io=io,
+        calibration=calibrating, keep=kept, io=io,
         settings=EngineSettings(compute_capabilities=tuple(compute_capability or ())),
     )  # fmt: skip
     if profile is not None:
-        if graph or keep or compute_capability or any((fp32, fp16, bf16, int8, fp8)):
+        if tuned or graph or keep or compute_capability or any(asked.values()):
             raise UsageError("--profile names the precision, the graphs and the target: give it alone.")
         chosen = read_profile(profile).build_options(threads=threads, calibration=calibrating)
         precision = chosen.precision
@@ -112,6 +118,26 @@ def _precision(asked: dict[str, bool]) -> Precision:
     raise UsageError(
         f"--{name.replace('-', ' --')} name no precision together. Give one; --fp16 may stand beside --int8 or --fp8."
     )
+
+
+def _profiled(
+    bundle: Path,
+    path: Path,
+    asked: dict[str, bool],
+    keep: tuple[str, ...],
+    calibration: CalibrationOptions | None,
+) -> tuple[Precision, tuple[str, ...], CalibrationOptions | None]:
+    """A tuned profile's precision, blocks and calibration; UsageError where flags say another or pictures differ."""
+    from cclip_deploy.bundle import Bundle
+    from cclip_deploy.pipeline.tuning_profile import read_tuned_profile
+
+    profile = read_tuned_profile(path)
+    profile.check_bundle(Bundle.open(bundle))
+    if keep or (any(asked.values()) and _precision(asked) != profile.precision):
+        raise UsageError(
+            f"{path} says {profile.precision} and what is kept. Leave the precision's flags and --keep out."
+        )
+    return profile.precision, profile.keep, profile.calibration_options(calibration)
 
 
 def _calibration(

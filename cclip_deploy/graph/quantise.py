@@ -5,14 +5,16 @@ learned constant. Left as they are: products of two activations (attention, CARA
 an interpolation matrix (a constant whose entries all lie in [0, 1]), and whatever depends on the prompt's tokens.
 Everything is signed and symmetric with zero point 0: activations have one scale a tensor, weights one a channel and lie
 in the file as INT8 or FP8 behind a DequantizeLinear alone; biases stay float. The skip branch of every residual sum
-gets a pair, so that the sum can be fused into the convolution before it.
+gets a pair, so that the sum can be fused into the convolution before it. What a concatenation gives is quantised before
+it, branch by branch at one scale, and its codes are joined: the same numbers, and the form that OpenVINO gets right
+(INT8 only: ONNX joins no FP8 codes).
 
 onnxruntime's quantizer was tried first: it has no pair for skips, and quantises biases unless told otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -231,7 +233,7 @@ class _Quantisation:
             self._rewire(new, products.get(node.name), skips.get(node.name))
             self.nodes.append(new)
             for name in node.output:
-                self._pair(name)
+                self._pair(name, node.input if node.op_type == "Concat" and self.kind == "int8" else ())
         return self._assemble()
 
     def _rewire(self, node: NodeProto, product: QuantisedProduct | None, skip: int | None) -> None:
@@ -244,7 +246,9 @@ class _Quantisation:
         elif node.op_type in _PASSING and node.input[0] in self.plan.tensors:
             node.input[0] = _dequantised(node.input[0])
 
-    def _pair(self, name: str) -> None:
+    def _pair(self, name: str, branches: Sequence[str] = ()) -> None:
+        """A tensor's codes and their values; of a concatenation, whose branches are given, each branch's codes."""
+        import onnx
         from onnx import helper
 
         if name not in self.plan.tensors:
@@ -256,7 +260,16 @@ class _Quantisation:
             )
         scale, zero, codes = f"{name}/scale", f"{self.kind}/zero_point", f"{name}/{self.kind}"
         self._store(scale, _float32(scale_of(largest, self.kind)))
-        self.nodes.append(helper.make_node("QuantizeLinear", [name, scale, zero], [codes], name=f"quantise {name}"))
+        parts = [f"{codes}/{number}" for number in range(len(branches))] or [codes]
+        for source, target in zip(branches or [name], parts, strict=True):
+            self.nodes.append(
+                helper.make_node("QuantizeLinear", [source, scale, zero], [target], name=f"quantise {target}")
+            )
+        if branches:
+            joined = onnx.NodeProto()
+            joined.CopyFrom(self.nodes[-1 - len(branches)])
+            joined.name, joined.input[:], joined.output[:] = f"{joined.name}/{self.kind}", parts, [codes]
+            self.nodes.append(joined)
         self.nodes.append(
             helper.make_node("DequantizeLinear", [codes, scale, zero], [_dequantised(name)], name=f"dequantise {name}")
         )
@@ -316,9 +329,10 @@ class _Quantisation:
         graph.name = source.name
         graph.input.extend(source.input)
         graph.output.extend(source.output)
-        graph.value_info.extend(source.value_info)
-        graph.node.extend(self.nodes)
         read = {name for node in self.nodes for name in node.input} | {value.name for value in source.output}
+        graph.node.extend(node for node in self.nodes if node.op_type != "Concat" or node.output[0] in read)
+        read = {name for node in graph.node for name in node.input} | {value.name for value in source.output}
+        graph.value_info.extend(value for value in source.value_info if value.name in read)
         graph.initializer.extend(tensor for tensor in source.initializer if tensor.name in read)
         graph.initializer.extend(tensor for tensor in self.stored if tensor.name in read)
         return quantised

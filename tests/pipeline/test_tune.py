@@ -1,0 +1,180 @@
+"""The sensitivity search: what it keeps, on which pictures it decides and judges, and the profile that comes of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.errors import ParityError, UsageError
+from cclip_deploy.files import sha256_file
+from cclip_deploy.graph.lower import lower
+from cclip_deploy.pipeline.calibrate import CalibrationOptions, calibrate, choose_pictures
+from cclip_deploy.pipeline.front_picture import draw_front
+from cclip_deploy.pipeline.mask_agreement import evaluation_pictures
+from cclip_deploy.pipeline.mask_trial import MaskTrial
+from cclip_deploy.pipeline.tune import TuneOptions, blocks_of, tune_precision
+from cclip_deploy.pipeline.tuning_profile import Agreement, TunedProfile, read_tuned_profile, write_tuned_profile
+from tests.bundles import copy_of, reseal
+from tests.cli.run import invoke
+from tests.conftest import THREADS, TINY_HW
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight films to calibrate with, eight to tune and judge on."""
+    folder = tmp_path_factory.mktemp("films") / "data"
+    write_dataset(folder, {"train": 8, "test": 8}, TINY_HW, 6, prompts_per_film=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(films: Path) -> TuneOptions:
+    """The tiny bundle is untrained, so its budget is what its INT8 masks can hold with some blocks kept."""
+    calibration = CalibrationOptions((films,), "min-max", evaluation_set=(films,))
+    return TuneOptions("int8", (films,), calibration, Agreement(mean=0.5, worst=0.2), threads=THREADS)
+
+
+@pytest.fixture(scope="module")
+def profile(tiny_bundle_path: Path, wanted: TuneOptions) -> TunedProfile:
+    return tune_precision(Bundle.open(tiny_bundle_path), wanted)
+
+
+def test_blocks_partition_the_products_that_can_be_quantised(tiny_bundle_path: Path) -> None:
+    model = onnx.load(tiny_bundle_path / "graphs/image_encoder.onnx")
+    blocks = blocks_of(model, "int8")
+    nodes = [node for found in blocks.values() for node in found]
+    assert len(nodes) == len(set(nodes))
+    assert {"tower.conv1", "tower.layer3.1", "neck.masker4", "rise.0"} <= blocks.keys()
+    assert len(blocks["neck.masker4"]) == 4
+
+
+def test_the_same_pictures_never_decide_and_judge(profile: TunedProfile, films: Path) -> None:
+    tuned = profile.tuned
+    assert not set(tuned.tuning_pictures) & set(tuned.held_out_pictures)
+    both = {*tuned.tuning_pictures, *tuned.held_out_pictures}
+    assert both == {sha256_file(path) for path in (films / "images").glob("test-*.png")}
+    assert tuned.calibration is not None
+    assert not both & set(tuned.calibration.pictures)
+
+
+def test_the_front_begins_with_everything_low_and_loses_share_with_every_block(profile: TunedProfile) -> None:
+    front = profile.tuned.front
+    assert front[0].kept == ()
+    shares = [point.share for point in front]
+    assert shares == sorted(shares, reverse=True)
+    assert all(set(one.kept) < set(other.kept) for one, other in pairwise(front))
+    assert profile.tuned.damage.keys() >= set(front[-1].kept)
+
+
+def test_the_reported_dice_is_that_of_the_kept_blocks(
+    profile: TunedProfile, tiny_bundle_path: Path, films: Path
+) -> None:
+    """Measured again from the profile alone, and with nothing low the masks are FP32's own."""
+    bundle = Bundle.open(tiny_bundle_path)
+    held_out = [p for p in evaluation_pictures((films,)) if sha256_file(p[0]) in profile.tuned.held_out_pictures]
+    trial = MaskTrial(bundle, "int8", held_out, THREADS)
+    full = onnx.load(tiny_bundle_path / "graphs/image_encoder.onnx")
+    assert np.concatenate(list(trial.judge(full, range(len(held_out))).values())).min() == 1
+    options = CalibrationOptions((films,), "min-max")
+    ranges = calibrate(bundle, "image_encoder", full, choose_pictures(options), options, THREADS).ranges
+    found = trial.judge(lower(full, "int8", ranges, profile.keep).model, range(len(held_out)))
+    assert np.concatenate(list(found.values())).mean() == pytest.approx(profile.tuned.held_out.mean, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_a_budget_that_cannot_hold_writes_nothing(tiny_bundle_path: Path, wanted: TuneOptions) -> None:
+    with pytest.raises(ParityError, match="does not hold on the tuning part whatever is kept"):
+        tune_precision(Bundle.open(tiny_bundle_path), replace(wanted, budget=Agreement(mean=1, worst=1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"precision": "fp32"}, "FP32 is what is tuned against"),
+        ({"calibration": None}, "needs --calibration"),
+        ({"precision": "fp16"}, "takes no --calibration"),
+        ({"budget": Agreement(mean=1.5, worst=0.5)}, "A budget is a Dice"),
+        ({"limit": 3}, "one half decides and the other judges"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(
+    change: dict[str, object], said: str, tiny_bundle_path: Path, wanted: TuneOptions
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        tune_precision(Bundle.open(tiny_bundle_path), replace(wanted, **change))  # type: ignore[arg-type]
+
+
+def test_a_profile_comes_back_as_it_was_written(profile: TunedProfile, tmp_path: Path) -> None:
+    write_tuned_profile(profile, tmp_path / "p.toml")
+    assert read_tuned_profile(tmp_path / "p.toml") == profile
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("extra = 1", "extra: extra inputs are not permitted"), ("=", "is no TOML file"), ('io = "fp16"', "io: extra")],
+)
+def test_a_profile_with_unknown_keys_is_refused(line: str, said: str, profile: TunedProfile, tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    write_tuned_profile(profile, path)
+    path.write_text(f"{line}\n{path.read_text()}")
+    with pytest.raises(UsageError, match=said):
+        read_tuned_profile(path)
+
+
+def test_a_profile_belongs_to_its_graph_and_its_pictures(
+    profile: TunedProfile, tiny_bundle_path: Path, films: Path, tmp_path: Path
+) -> None:
+    copy = copy_of(tiny_bundle_path, tmp_path)
+    model = onnx.load(copy / "graphs/image_encoder.onnx")
+    model.doc_string = "another"
+    onnx.save(model, copy / "graphs/image_encoder.onnx")
+    reseal(copy)
+    with pytest.raises(UsageError, match="found for another image encoder"):
+        profile.check_bundle(Bundle.open(copy))
+    profile.check_bundle(Bundle.open(tiny_bundle_path))
+    with pytest.raises(UsageError, match="0 of 8 are the same"):
+        profile.calibration_options(CalibrationOptions(tuple((films / "images").glob("test-*.png"))))
+
+
+@pytest.mark.slow
+def test_the_command_tunes_and_build_engine_takes_what_it_wrote(
+    tiny_bundle_path: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an extra: pip install 'cclip-deploy[rtx]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy, path = copy_of(tiny_bundle_path, tmp_path), tmp_path / "p.toml"
+    done = invoke(
+        "tune-precision", copy, "--calibration", films, "--evaluation-set", films, "--budget-mean", "0.5",
+        "--budget-worst", "0.2", "--picture", tmp_path / "front.svg", "-o", path, "--threads", "2", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["keep"] == list(read_tuned_profile(path).keep)
+    assert (tmp_path / "front.svg").read_text().startswith("<?xml")
+    # One more block, so that the engine has something to keep.
+    profile = read_tuned_profile(path).model_copy(update={"keep": ("tower.conv1", "neck.aggregate.0")})
+    write_tuned_profile(profile, path)
+    built = invoke(
+        "build-engine", copy, "--tuned", path, "--calibration", films, "--graph", "image_encoder", "--threads", "2",
+        "--json",
+    )  # fmt: skip
+    assert built.exit_code == 0, built.stderr
+    proof = json.loads((copy / json.loads(built.stdout)["engines"][0]["layers"]).read_text())
+    assert {"node_conv2d"} <= set(proof["kept"])
+    refused = invoke("build-engine", copy, "--tuned", path, "--fp8", "--calibration", films)
+    assert refused.exit_code == 2
+    assert "Leave the precision's flags" in " ".join(refused.stderr.split())
+
+
+def test_a_front_is_drawn_as_png_or_svg_only(profile: TunedProfile, tmp_path: Path) -> None:
+    draw_front(profile, tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match=r"none of \.png, \.svg"):
+        draw_front(profile, tmp_path / "front.jpg")
