@@ -51,6 +51,7 @@ def cclip_deploy(
 
 
 app.command("demo")(demo.demo)
+app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("build-engine")(build_engine.build_engine)
@@ -60,7 +61,6 @@ app.command("bench")(bench.bench)
 app.command("predict")(predict.predict)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
-app.command("train")(train.train)
 app.command("data")(data.data)
 app.command("prompt")(prompt.prompt)
 app.command("synth")(synth.synth)
