@@ -17,7 +17,8 @@ from cclip_deploy.cli.console import command_line, print_json, progress, reports
 from tests.cli.run import PROGRAM, invoke, run
 
 COMMANDS = [
-    "demo", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt", "synth",
+    "demo", "train", "evaluate", "export", "build-engine", "tune-precision", "verify", "bench", "predict", "inspect",
+    "doctor", "data", "prompt", "synth",
 ]  # fmt: skip
 
 
