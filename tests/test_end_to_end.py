@@ -130,7 +130,7 @@ def test_fp16_and_int8_image_engines_are_as_small_as_their_weights_allow(
         precision: (bundle_path / f"engines/image_encoder.{precision}.tensorrt-rtx.engine").stat().st_size
         for precision in ("fp16", "int8")
     }
-    assert sizes["fp16"] <= 202e6
+    assert sizes["fp16"] <= 204e6
     assert sizes["int8"] <= 126e6
     proof = json.loads((bundle_path / told["engines"][0]["layers"]).read_text())
     table = LayerTable.from_dict(proof)
