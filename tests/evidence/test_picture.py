@@ -61,6 +61,6 @@ def test_what_cannot_be_drawn_is_told(tmp_path: Path) -> None:
 
 def test_the_committed_picture_is_of_the_committed_result() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    assert (docs / "pictures" / "benchmark.png").stat().st_size < 150_000
+    assert (docs / "images" / "benchmark.png").stat().st_size < 150_000
     told = json.loads((docs / "measurements" / "rn101_224x224.json").read_text())
     assert told["network"] == {"name": "rn101", "image_hw": [224, 224]}
