@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -14,13 +14,8 @@ from cclip_deploy.cli.console import print_json, progress, reports_errors, stdou
 @reports_errors
 def data(
     folder: Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)],
-    layout: Annotated[
-        Literal["lvit", "languidemedseg", "medvlsm", "flat"] | None,
-        typer.Option(help="Read the folder as this layout; found from the folder unless given."),
-    ] = None,
-    subject: Annotated[
-        str | None, typer.Option(help="Regular expression for the patient in an image's name, as 'sub-S\\d+'.")
-    ] = None,
+    layout: options.DataLayout = None,
+    subject: options.Subject = None,
     bundle: options.TokenizerBundle = None,
     prompt_length: options.PromptLength = None,
     json: options.Json = False,

@@ -25,13 +25,8 @@ def evaluate(
         Path | None, typer.Option("-o", "--output", help="Folder for the report: a page, JSON, a row a prompt as CSV.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace a report that is there already.")] = False,
-    layout: Annotated[
-        Literal["lvit", "languidemedseg", "medvlsm", "flat"] | None,
-        typer.Option(help="Read the folder as this layout; found from the folder unless given."),
-    ] = None,
-    subject: Annotated[
-        str | None, typer.Option(help="Regular expression for the patient in an image's name, as 'sub-S\\d+'.")
-    ] = None,
+    layout: options.DataLayout = None,
+    subject: options.Subject = None,
     threshold: Annotated[float | None, typer.Option(help="Probability from which a pixel counts.")] = None,
     empty_masks: Annotated[
         Literal["one", "leave-out"],

@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from cclip_deploy.runtime.choice import Choice
 
 Bundle = Annotated[Path, typer.Argument(help="The folder that export wrote.", show_default=False)]
+DataLayout = Annotated[
+    Literal["lvit", "languidemedseg", "medvlsm", "flat"] | None,
+    typer.Option("--layout", help="Read the folder as this layout; found from the folder unless given."),
+]
+Subject = Annotated[
+    str | None,
+    typer.Option("--subject", help="Regular expression for the patient in an image's name, as 'sub-S\\d+'."),
+]
 TokenizerBundle = Annotated[
     Path | None, typer.Option("--bundle", help="Count tokens as this bundle does; as open_clip does unless given.")
 ]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from cclip_deploy.errors import UsageError
-from cclip_deploy.files import disk_problem
 from cclip_deploy.graph.lower import InputsAndOutputs
 from cclip_deploy.pipeline.build import SERVED, BuildOptions
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.toml_file import read_toml
 from cclip_deploy.precisions import Precision
 from cclip_deploy.runtime.engine_settings import Compatibility, EngineSettings
 from cclip_deploy.runtime.gpu import GpuInterface
@@ -103,18 +101,5 @@ class EngineProfile(_Part):
 
 def read_profile(path: Path) -> EngineProfile:
     """Read a profile; UsageError names the key that is unknown, missing or wrong."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"There is no engine profile {path}. Those that come along are in engines/profiles/."
-        ) from None
-    except OSError as error:
-        raise disk_problem(path, error) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML file: {error}.") from error
-    try:
-        return EngineProfile.model_validate(values)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-        raise UsageError(f"{path}: {faults}.") from error
+    absent = f"There is no engine profile {path}. Those that come along are in engines/profiles/."
+    return read_toml(path, EngineProfile, absent)

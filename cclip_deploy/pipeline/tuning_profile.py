@@ -6,19 +6,19 @@ Its first keys are those of the profiles in engines/profiles/; the section `tune
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import UsageError
-from cclip_deploy.files import disk_problem
+from cclip_deploy.files import whole_file
 from cclip_deploy.graph.calibration import Method
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, choose_pictures
+from cclip_deploy.pipeline.toml_file import read_toml
 from cclip_deploy.precisions import Precision
 from cclip_deploy.runtime.tensorrt_binding import BindingName
 
@@ -119,34 +119,15 @@ class TunedProfile(_Part):
 
 def read_tuned_profile(path: Path) -> TunedProfile:
     """Read a profile; UsageError names the key that is unknown, missing or wrong."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"There is no profile {path}. Make one: cclip-deploy tune-precision BUNDLE -o {path}"
-        ) from None
-    except OSError as error:
-        raise disk_problem(path, error) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML file: {error}.") from error
-    try:
-        return TunedProfile.model_validate(values)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-        raise UsageError(f"{path}: {faults}. Run tune-precision again.") from error
+    absent = f"There is no profile {path}. Make one: cclip-deploy tune-precision BUNDLE -o {path}"
+    return read_toml(path, TunedProfile, absent, " Run tune-precision again.")
 
 
 def write_tuned_profile(profile: TunedProfile, path: Path) -> None:
     """Write a profile as TOML, whole or not at all."""
     text = "\n".join(_lines(profile.model_dump(mode="json", exclude_none=True), "")) + "\n"
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise disk_problem(path, error) from error
 
 
 def _lines(values: Mapping[str, Any], prefix: str) -> Iterator[str]:

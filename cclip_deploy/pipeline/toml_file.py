@@ -1,0 +1,31 @@
+"""A TOML file read strictly into a pydantic model: whatever is wrong with it is said in one sentence."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from cclip_deploy.errors import UsageError
+from cclip_deploy.files import disk_problem
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_toml(path: Path, model: type[Model], absent: str, remedy: str = "") -> Model:
+    """The file as `model`; UsageError names the key that is unknown, missing or wrong, or says `absent` of no file."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(absent) from None
+    except OSError as error:
+        raise disk_problem(path, error) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML file: {error}.") from error
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
+        raise UsageError(f"{path}: {faults}.{remedy}") from error
