@@ -49,14 +49,17 @@ class SyntheticSample:
     prompt: str
     zones: Zones
     present_zones: Zones
+    lungs: Mask
+    """(H, W) bool, both lungs as they lie behind everything else."""
 
 
 @dataclass(frozen=True)
 class Film:
-    """A picture and the mask of each of its lesions, before anything is asked about it."""
+    """A picture, its lungs, and the mask of each of its lesions, before anything is asked about it."""
 
     image: npt.NDArray[np.float32]  # (H, W) in [0, 1]
     lesions: Mapping[Site, Mask]
+    lungs: Mask
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ def draw_film(
         attenuation += density
     if "marker" in signs:
         attenuation += marker_attenuation(image_hw, signs)
-    return Film(finish_film(expose(rng, attenuation), signs), masks)
+    lungs = np.maximum(chest.lungs["left"], chest.lungs["right"]) > 0.5
+    return Film(finish_film(expose(rng, attenuation), signs), masks, lungs)
 
 
 def _draw_lesion(rng: np.random.Generator, chest: Chest, site: Site) -> tuple[Plane, Mask]:
@@ -152,7 +156,7 @@ def _ask(film: Film, target: Sequence[Site]) -> SyntheticSample:
     for site in target:
         if site in film.lesions:
             mask |= film.lesions[site]
-    return SyntheticSample(film.image, mask, render(zones), zones, Zones.of_sites(tuple(film.lesions)))
+    return SyntheticSample(film.image, mask, render(zones), zones, Zones.of_sites(tuple(film.lesions)), film.lungs)
 
 
 def _name_absent_sites(
@@ -222,14 +226,18 @@ def write_dataset(
         done, films = 0, sum(counts.values())
         for split in SPLITS:
             for number in range(counts.get(split, 0)):
-                rng = np.random.default_rng([seed, SPLITS.index(split), number])
-                samples = make_samples(rng, image_hw, prompts_per_film, asking_of[split])
+                samples = make_samples(film_rng(seed, split, number), image_hw, prompts_per_film, asking_of[split])
                 yield WrittenFilm(split, number, samples[0].image, tuple((s.mask, s.prompt) for s in samples))
                 done += 1
                 on_film(done, films)
 
     with whole_folder(folder) as unfinished:
         write_layout(unfinished, layout, draw())
+
+
+def film_rng(seed: int, split: str, number: int) -> np.random.Generator:
+    """The chance that `write_dataset` draws a film from."""
+    return np.random.default_rng([seed, SPLITS.index(split), number])
 
 
 def share_out_films(films: int) -> dict[str, int]:
