@@ -49,7 +49,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 COMMANDS = [
     "demo", "train", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt",
-    "synth", "evaluate", "tune-precision",
+    "synth", "evaluate", "ablate", "tune-precision",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import typer
 
 from cclip_deploy import __version__
 from cclip_deploy.cli import (
+    ablate,
     bench,
     build_engine,
     data,
@@ -53,6 +54,7 @@ def cclip_deploy(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("ablate")(ablate.ablate)
 app.command("export")(export.export)
 app.command("build-engine")(build_engine.build_engine)
 app.command("tune-precision")(tune_precision.tune_precision)

@@ -87,7 +87,7 @@ def _claim(output: Path, plan: AblationPlan) -> None:
 def _cell(
     plan: AblationPlan, output: Path, arm: str, setting: int, seed: int, tested: bool, tell: Tell
 ) -> Cell:  # fmt: skip
-    config, data = plan.recipe_of(arm, setting, seed), prepare_data(plan, output / "films", arm, seed, tell)
+    config, data = plan.recipe_of(arm, setting, seed), prepare_data(plan, output / "films", arm, seed, tested, tell)
     folder = output / ("grid" if tested else "tuning") / f"{arm}-setting{setting + 1}-seed{seed}"
     return Cell(arm, setting, config, data, folder, tested)
 

@@ -25,7 +25,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Cell:
-    """One training that is asked for; `tested` ones are measured on the test sets, the others on the val split alone."""
+    """One training that is asked for; those not `tested` are judged on the val split alone."""
 
     arm: str
     setting: int

@@ -1,4 +1,4 @@
-"""The data of an ablation: one data set that is there, or synthetic films drawn for a seed, with three tests of them."""
+"""The data of an ablation: a data set that is there, or synthetic films drawn for a seed, with three test sets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cclip_deploy.data.layouts import Referral, of_split, read_data_set
 from cclip_deploy.data.synthetic import PLAIN, Asking, film_rng, make_samples, write_dataset
 from cclip_deploy.pipeline.ablation_plan import AblationPlan, Films, Signs
 from cclip_deploy.train.causal_measures import ToggledFilm
+
+Tell = Callable[[str], None]
 
 TEST_SETS: Mapping[str, Callable[[float], float]] = MappingProxyType(
     {"id": lambda rho: rho, "neutral": lambda rho: 0.5, "anti": lambda rho: 1 - rho}
@@ -51,8 +53,10 @@ class CellData:
             yield ToggledFilm(one[0].image, other[0].image, one[0].lungs, prompts)
 
 
-def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tell: Callable[[str], None]) -> CellData:
-    """The data of one training; films that are not there yet are drawn, each set whole or not at all.
+def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: bool, tell: Tell) -> CellData:
+    """The data of one training, its test sets only if it is to be tested.
+
+    Films that are not there yet are drawn, each set whole or not at all.
 
     Raises:
         UsageError: the films are too small.
@@ -73,7 +77,8 @@ def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tell: Ca
         return target
 
     training = draw(f"train-{signs}", {"train": films.train, "val": films.val}, _training_asking(films, signs))
-    tests = {name: draw(name, {"test": films.test}, _asking(films, rho(films.rho))) for name, rho in TEST_SETS.items()}
+    rho_of = {name: rho(films.rho) for name, rho in TEST_SETS.items()} if tested else {}
+    tests = {name: draw(name, {"test": films.test}, _asking(films, rho)) for name, rho in rho_of.items()}
     return CellData(training, "flat", None, tests, films, hw, seed)
 
 

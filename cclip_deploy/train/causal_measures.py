@@ -1,4 +1,4 @@
-"""What the causal claim can be held to: how far masks are from all-pass, and what a sign on the film does to answers."""
+"""What the causal claim can be held to: what the masks let through, and what a sign on the film does to answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MaskFacts:
 
     mean: Levels
     entropy_bits: Levels
-    """Mean over values m of the masks of -m log2(m) - (1 - m) log2(1 - m): 0 where all are 0 or 1, 1 where all are ½."""
+    """Mean of -m log2(m) - (1 - m) log2(1 - m) over the masks' values m: 0 where all are 0 or 1, 1 where all are ½."""
     sd: Levels
     """Standard deviation over all values: a mask that is the same everywhere selects nothing, whatever its entropy."""
 

@@ -17,8 +17,8 @@ from cclip_deploy.cli.console import command_line, print_json, progress, reports
 from tests.cli.run import PROGRAM, invoke, run
 
 COMMANDS = [
-    "demo", "train", "evaluate", "export", "build-engine", "tune-precision", "verify", "bench", "predict", "inspect",
-    "doctor", "data", "prompt", "synth",
+    "demo", "train", "evaluate", "ablate", "export", "build-engine", "tune-precision", "verify", "bench", "predict",
+    "inspect", "doctor", "data", "prompt", "synth",
 ]  # fmt: skip
 
 

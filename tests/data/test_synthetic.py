@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.data.confounders import Confounding, choose_signs, confound
+from cclip_deploy.data.confounders import CONFOUNDERS, Confounding, choose_signs, confound
 from cclip_deploy.data.layouts import read_flat, read_mask, writing
-from cclip_deploy.data.synthetic import Asking, SyntheticSample, draw_film, make_film, make_samples, write_dataset
+from cclip_deploy.data.synthetic import (
+    Asking,
+    SyntheticSample,
+    draw_film,
+    film_rng,
+    make_film,
+    make_samples,
+    write_dataset,
+)
 from cclip_deploy.data.template import SITES, parse
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 
@@ -262,3 +270,14 @@ def test_counts_that_mean_nothing_are_refused(tmp_path: Path, counts: dict[str, 
     with pytest.raises(UsageError):
         write_dataset(tmp_path / "data", counts, (32, 32), seed=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lungs_of_a_sample_hold_its_lesions_and_do_not_depend_on_signs() -> None:
+    plain, confounded = (
+        make_samples(film_rng(3, "test", 0), (64, 64), 3, asking)
+        for asking in (Asking(), Asking(Confounding(frozenset(CONFOUNDERS), 1.0)))
+    )
+    for sample, other in zip(plain, confounded, strict=True):
+        assert 0.1 < sample.lungs.mean() < 0.6
+        assert (sample.mask & ~sample.lungs).sum() <= 0.1 * sample.mask.sum()
+        assert np.array_equal(sample.lungs, other.lungs)
