@@ -36,10 +36,12 @@ def evaluate(
     worst: Annotated[int, typer.Option(help="How many of the worst cases to draw.", min=0, max=100)] = 8,
     seed: Annotated[int, typer.Option(help="Of the shuffled prompts and of the bootstrap.", min=0)] = 0,
     image_size: Annotated[
-        str | None, typer.Option(help="Of a checkpoint: N or HxW, multiples of 32; 224 unless given.")
+        str | None,
+        typer.Option(help="Of a checkpoint: N or HxW, multiples of 32; as it was trained (else 224) unless given."),
     ] = None,
     prompt_length: Annotated[
-        int | None, typer.Option(help="Of a checkpoint: tokens before a prompt is cut; 32 unless given.", min=3, max=77)
+        int | None,
+        typer.Option(help="Of a checkpoint: tokens before a prompt is cut; as trained (else 32).", min=3, max=77),
     ] = None,
     backend: Annotated[
         Literal["onnxruntime", "openvino"] | None, typer.Option(help="Of a bundle: onnxruntime unless given.")

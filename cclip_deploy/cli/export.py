@@ -15,8 +15,12 @@ from cclip_deploy.cli.console import command_line, print_json, progress, reports
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Ours (.safetensors) or the published layout (.pth).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The bundle to make, a folder.")],
-    image_size: Annotated[str, typer.Option(help="N or HxW, multiples of 32.")] = "224",
-    prompt_length: Annotated[int, typer.Option(help="Tokens a prompt has room for, 3 to 77.")] = 32,
+    image_size: Annotated[
+        str | None, typer.Option(help="N or HxW, multiples of 32; as it was trained (else 224) unless given.")
+    ] = None,
+    prompt_length: Annotated[
+        int | None, typer.Option(help="Tokens a prompt has room for, 3 to 77; as trained (else 32) unless given.")
+    ] = None,
     plain: Annotated[
         bool,
         typer.Option("--plain/--deploy-form", help="The published order of operations, one graph, as a reference."),
@@ -39,7 +43,8 @@ def export(
     from cclip_deploy.pipeline.export import ExportOptions, export_bundle
 
     chosen = ExportOptions(
-        image_hw=image_hw(image_size), prompt_length=prompt_length, plain=plain, batch=batch,
+        image_hw=None if image_size is None else image_hw(image_size),
+        prompt_length=prompt_length, plain=plain, batch=batch,
         with_masks=with_masks, with_confounding=with_confounding, threads=threads, replace=force,
         reference_pictures=tuple(reference_image or ()), reference_prompts=tuple(reference_prompt or ()),
     )  # fmt: skip

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
 from cclip_deploy.files import sha256_file
-from cclip_deploy.model.config import RN101, ModelConfig
+from cclip_deploy.model.config import RN101, InputForm, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import from_published, is_published_layout, list_names, to_published
 
 FORMAT_FAMILY = "cclip-deploy checkpoint "
 FORMAT = FORMAT_FAMILY + "1"
+TRAINED_ON = "trained_on"
 REASON_SHOWN = 90
 # How torch's unpickler words its refusals of whatever is neither a tensor nor a container.
 CODE_REFUSALS = ("GLOBAL", "Can only build", "Can only create", "Trying to call reduce")
@@ -37,15 +38,20 @@ class LoadedCheckpoint:
     path: Path
     sha256: str
     dropped: tuple[str, ...]
+    form: InputForm | None = None
+    """What it was trained on, where the file says so; the published layout does not."""
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
 
 
-def save_checkpoint(model: CausalCLIPSeg, path: Path) -> None:
-    """Write weights and config to one safetensors file; an existing file is replaced whole or not at all."""
-    metadata = {FORMAT: json.dumps(model.config.to_dict())}  # one key: safetensors writes several in any order
+def save_checkpoint(model: CausalCLIPSeg, path: Path, form: InputForm | None = None) -> None:
+    """Write weights, config and input form to one safetensors file; an existing one is replaced whole or not at all."""
+    trained_on = {} if form is None else {TRAINED_ON: form.to_dict()}
+    metadata = {
+        FORMAT: json.dumps({**model.config.to_dict(), **trained_on})
+    }  # one key: safetensors writes several in any order
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -70,9 +76,9 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}. Give the path of a .safetensors or .pth file.")
-    config, tensors, layout, dropped = _read(path)
+    config, form, tensors, layout, dropped = _read(path)
     model = _build(config, tensors, path, layout)
-    return LoadedCheckpoint(model, layout, path, sha256_file(path), dropped)
+    return LoadedCheckpoint(model, layout, path, sha256_file(path), dropped, form)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -84,7 +90,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return _unwrap(_read_torch(path), path), {}
 
 
-def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Literal["ours", "published"], tuple[str, ...]]:
+_Read = tuple[ModelConfig, InputForm | None, dict[str, Tensor], Literal["ours", "published"], tuple[str, ...]]
+
+
+def _read(path: Path) -> _Read:
     tensors, metadata = read_tensors(path)
     written_as = next((key for key in metadata if key.startswith(FORMAT_FAMILY)), None)
     if written_as is not None:
@@ -94,7 +103,7 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Literal["ours", "
                 "Install the cclip-deploy that wrote it, or save it again."
             )
         try:
-            config = ModelConfig.from_dict(json.loads(metadata[FORMAT]))
+            config, form = _parse(json.loads(metadata[FORMAT]))
         except (UsageError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} names a config that this version cannot read: {error}") from error
         blocks = sum(config.vision_layers) + config.text_layers
@@ -102,11 +111,18 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Literal["ours", "
             raise CheckpointError(
                 f"{path} names a config of {blocks} blocks and holds {len(tensors)} tensors. Is it whole?"
             )
-        return config, tensors, "ours", ()
+        return config, form, tensors, "ours", ()
     if is_published_layout(tensors):
         renamed, dropped = from_published(tensors, str(path))
-        return RN101, renamed, "published", dropped
+        return RN101, None, renamed, "published", dropped
     raise CheckpointError(_describe_stranger(path, tensors))
+
+
+def _parse(described: object) -> tuple[ModelConfig, InputForm | None]:
+    if not isinstance(described, dict):
+        raise UsageError("Not a model config: no table.")
+    trained_on = described.pop(TRAINED_ON, None)
+    return ModelConfig.from_dict(described), None if trained_on is None else InputForm.from_dict(trained_on)
 
 
 def _describe_stranger(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -9,6 +9,7 @@ from cclip_deploy.errors import UsageError
 
 STRIDE = 32
 CONTEXT_LENGTH = 77
+SHORTEST_PROMPT = 3
 LARGEST = 65536
 
 
@@ -93,6 +94,35 @@ TINY = ModelConfig(
 )
 
 CONFIGS = {config.name: config for config in (RN101, TINY)}
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """What a network is fed, which its weights do not say: the size of pictures, and how many tokens a prompt has."""
+
+    image_hw: tuple[int, int] = (224, 224)
+    prompt_length: int = 32
+
+    def __post_init__(self) -> None:
+        check_image_hw(self.image_hw)
+        if not SHORTEST_PROMPT <= self.prompt_length <= CONTEXT_LENGTH:
+            raise UsageError(
+                f"A prompt length of {self.prompt_length} is out of range. Use {SHORTEST_PROMPT} to {CONTEXT_LENGTH}; "
+                "32 is usual."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form; `from_dict` reads it back."""
+        return {"image_hw": list(self.image_hw), "prompt_length": self.prompt_length}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> InputForm:
+        """The form that `to_dict` wrote; anything else is a UsageError."""
+        try:
+            height, width = (int(side) for side in values["image_hw"])
+            return InputForm((height, width), int(values["prompt_length"]))
+        except (TypeError, KeyError, ValueError) as error:
+            raise UsageError(f"Not an input form: {error}. Expected image_hw and prompt_length.") from error
 
 
 def image_hw(text: str | int) -> tuple[int, int]:

@@ -117,14 +117,13 @@ def _train_and_measure(cell: Cell, tell: Tell) -> CellResult:
 def _measure(cell: Cell, checkpoint: Path, tell: Tell) -> dict[str, float]:
     """Every number of a trained network, on rows that neither training nor validation saw."""
     from cclip_deploy.model.checkpoint import load_checkpoint
-    from cclip_deploy.train.asked_network import CheckpointNetwork, InputForm
+    from cclip_deploy.train.asked_network import CheckpointNetwork
     from cclip_deploy.train.causal_measures import measure_masks, measure_toggle
     from cclip_deploy.train.controls import make_controls
     from cclip_deploy.train.measuring import MeasuringOptions, measure_split
 
     config, data = cell.config, cell.data
-    form = InputForm(config.image_hw, config.prompt_length)
-    network = CheckpointNetwork(load_checkpoint(checkpoint), form, PromptTokenizer.from_open_clip())
+    network = CheckpointNetwork(load_checkpoint(checkpoint), config.form, PromptTokenizer.from_open_clip())
     measuring, numbers = MeasuringOptions(network.threshold, 2.0, worst=0), {}
     for place, name in enumerate(data.tests):
         tell(f"{cell.folder.name}: measuring on {name}")

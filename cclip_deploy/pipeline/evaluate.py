@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from cclip_deploy.runtime.onnx_runtime import Device
     from cclip_deploy.train.asked_network import AskedNetwork
 
-USUAL_SIZE, USUAL_LENGTH = (224, 224), 32
-
 
 @dataclass(frozen=True)
 class NetworkChoice:
-    """What answers. `image_hw` and `prompt_length` belong to a checkpoint, `backend` and `device` to a bundle."""
+    """What answers.
+
+    `image_hw` and `prompt_length` belong to a checkpoint, which may know them; `backend` and `device` to a bundle.
+    """
 
     path: Path
     backend: BackendName | None = None
@@ -186,16 +187,17 @@ def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
     import torch
 
     from cclip_deploy.model.checkpoint import load_checkpoint
-    from cclip_deploy.model.config import check_image_hw
+    from cclip_deploy.model.config import InputForm
     from cclip_deploy.pipeline.prompts import open_tokenizer
-    from cclip_deploy.train.asked_network import CheckpointNetwork, InputForm
+    from cclip_deploy.train.asked_network import CheckpointNetwork
 
-    image_hw = choice.image_hw or USUAL_SIZE
-    check_image_hw(image_hw)
-    tokenizer, length = open_tokenizer(None, choice.prompt_length or USUAL_LENGTH)
+    loaded = load_checkpoint(choice.path)
+    trained = loaded.form or InputForm()
+    form = InputForm(choice.image_hw or trained.image_hw, choice.prompt_length or trained.prompt_length)
+    tokenizer, _ = open_tokenizer(None, form.prompt_length)
     if choice.threads is not None:
         torch.set_num_threads(choice.threads)
-    return CheckpointNetwork(load_checkpoint(choice.path), InputForm(image_hw, length), tokenizer)
+    return CheckpointNetwork(loaded, form, tokenizer)
 
 
 def _describe(

@@ -22,6 +22,7 @@ from cclip_deploy.bundle import (
 from cclip_deploy.data.preprocess import Preprocessing
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.model.config import InputForm
 
 if TYPE_CHECKING:
     import onnx
@@ -36,8 +37,9 @@ Progress = Callable[[str], None]
 class ExportOptions:
     """What to export. `batch` is the plain graph's static batch; the deploy graphs take any."""
 
-    image_hw: tuple[int, int] = (224, 224)
-    prompt_length: int = 32
+    image_hw: tuple[int, int] | None = None
+    prompt_length: int | None = None
+    """Both as the checkpoint was trained unless given; where it does not say (the published layout), 224x224 and 32."""
     plain: bool = False
     batch: int = 1
     with_masks: bool = False
@@ -79,8 +81,9 @@ def export_bundle(
         torch.set_num_threads(options.threads)
     on_progress(f"Reading {checkpoint}")
     loaded = load_checkpoint(checkpoint)
+    form = _input_form(options, loaded.form or InputForm())
     with new_bundle(output, options.replace) as folder:
-        manifest = _write_graphs(loaded, options, command, folder, on_progress)
+        manifest = _write_graphs(loaded, options, form, command, folder, on_progress)
         manifest = _write_references(loaded, options, manifest, folder, on_progress)
         checks = _compare(folder, manifest, options.threads, on_progress)
     return Exported(Bundle.open(output), checks, len(loaded.dropped))
@@ -99,13 +102,7 @@ def require_export_packages() -> None:
 
 
 def _check_options(options: ExportOptions) -> None:
-    from cclip_deploy.model.config import CONTEXT_LENGTH, check_image_hw
-
-    check_image_hw(options.image_hw)
-    if not 3 <= options.prompt_length <= CONTEXT_LENGTH:
-        raise UsageError(
-            f"A prompt length of {options.prompt_length} is out of range. Use 3 to {CONTEXT_LENGTH}; 32 is usual."
-        )
+    _input_form(options, InputForm())
     if options.batch < 1:
         raise UsageError(f"A batch of {options.batch} makes no sense. Use 1 or more.")
     if options.batch != 1 and not options.plain:
@@ -114,8 +111,14 @@ def _check_options(options: ExportOptions) -> None:
         raise UsageError("The plain graph has no further outputs; --with-masks belongs to the deploy form.")
 
 
+def _input_form(options: ExportOptions, trained: InputForm) -> InputForm:
+    """What is asked for, else what it was trained on."""
+    length = trained.prompt_length if options.prompt_length is None else options.prompt_length
+    return InputForm(options.image_hw or trained.image_hw, length)
+
+
 def _trace_graphs(
-    loaded: LoadedCheckpoint, options: ExportOptions, on_progress: Progress
+    loaded: LoadedCheckpoint, options: ExportOptions, input_form: InputForm, on_progress: Progress
 ) -> dict[str, onnx.ModelProto]:
     from cclip_deploy.graph.deploy import to_deploy_form
     from cclip_deploy.graph.fuse import fuse
@@ -123,13 +126,13 @@ def _trace_graphs(
 
     if options.plain:
         on_progress("Tracing plain")
-        plan = plan_plain_graph(loaded.model, options.image_hw, options.prompt_length, options.batch)
+        plan = plan_plain_graph(loaded.model, input_form.image_hw, input_form.prompt_length, options.batch)
         return {plan.name: trace(plan)}
     form = to_deploy_form(
-        loaded.model, options.image_hw, options.prompt_length, options.with_masks, options.with_confounding
+        loaded.model, input_form.image_hw, input_form.prompt_length, options.with_masks, options.with_confounding
     )
     traced: dict[str, onnx.ModelProto] = {}
-    for plan in plan_deploy_graphs(form, loaded.config, options.image_hw, options.prompt_length):
+    for plan in plan_deploy_graphs(form, loaded.config, input_form.image_hw, input_form.prompt_length):
         on_progress(f"Tracing {plan.name}")
         traced[plan.name] = trace(plan)
     on_progress("Joining fused")
@@ -138,13 +141,13 @@ def _trace_graphs(
 
 
 def _write_graphs(
-    loaded: LoadedCheckpoint, options: ExportOptions, command: str, folder: Path, on_progress: Progress
+    loaded: LoadedCheckpoint, options: ExportOptions, form: InputForm, command: str, folder: Path, on_progress: Progress
 ) -> Manifest:
     from cclip_deploy.graph.describe import describe_graph, save_graph
 
     (folder / "graphs").mkdir()
     entries: dict[str, GraphEntry] = {}
-    graphs = _trace_graphs(loaded, options, on_progress)
+    graphs = _trace_graphs(loaded, options, form, on_progress)
     on_progress("Checking and writing graphs")
     for name in list(graphs):
         graph, file = graphs.pop(name), f"graphs/{name}.onnx"
@@ -157,8 +160,8 @@ def _write_graphs(
         versions=installed_versions(),
         model=loaded.config.to_dict(),
         form="plain" if options.plain else "deploy",
-        image_hw=options.image_hw,
-        prompt_length=options.prompt_length,
+        image_hw=form.image_hw,
+        prompt_length=form.prompt_length,
         preprocessing=Preprocessing(),
         checkpoint=CheckpointOrigin(
             name=loaded.path.name,
@@ -179,7 +182,7 @@ def _write_references(
     reference = PyTorchBackend(loaded.model)
     tokenizer = PromptTokenizer.load(folder / TOKENIZER)
     inputs = {
-        "seeded": seeded_inputs(options.image_hw, options.prompt_length),
+        "seeded": seeded_inputs(manifest.image_hw, manifest.prompt_length),
         "pictures": picture_inputs(options.reference_pictures, options.reference_prompts, tokenizer, manifest),
     }
     (folder / "reference").mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from cclip_deploy.data.preprocess import Preprocessing, to_input, to_source
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import CheckpointError
+from cclip_deploy.model.config import InputForm
 from cclip_deploy.prompt_cache import PromptCache, PromptKernels, Tokens
 from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter, sigmoid
 
@@ -63,14 +63,6 @@ class BundleNetwork:
             "image_hw": list(manifest.image_hw),
             "prompt_length": manifest.prompt_length,
         }
-
-
-@dataclass(frozen=True)
-class InputForm:
-    """What a checkpoint does not say of itself: the size of its pictures and how many tokens a prompt has."""
-
-    image_hw: tuple[int, int]
-    prompt_length: int
 
 
 class CheckpointNetwork:

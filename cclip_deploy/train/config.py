@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cclip_deploy.data.augment import Augmentation
 from cclip_deploy.errors import UsageError
-from cclip_deploy.model.config import CONTEXT_LENGTH, image_hw
+from cclip_deploy.model.config import CONTEXT_LENGTH, InputForm, image_hw
 
 Mode = Literal["off", "joint", "alternating", "reversal"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -152,6 +152,11 @@ class TrainConfig(_Table):
     def image_hw(self) -> tuple[int, int]:
         """Height and width of the network's input in pixels."""
         return image_hw(self.image_size)
+
+    @property
+    def form(self) -> InputForm:
+        """What the trained network is to be fed, too."""
+        return InputForm(self.image_hw, self.prompt_length)
 
     @staticmethod
     def from_toml(path: Path) -> TrainConfig:

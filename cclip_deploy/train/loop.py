@@ -238,7 +238,7 @@ def _end_epoch(training: Training) -> None:
         progress.best_dice, progress.best_epoch = dice, progress.epoch
     if training.share.rank == 0:
         for name in (LAST, BEST) if is_best else (LAST,):
-            save_checkpoint(training.learner.shown, training.folder / name)
+            save_checkpoint(training.learner.shown, training.folder / name, config.form)
     _save(training)
 
 

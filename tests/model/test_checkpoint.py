@@ -18,7 +18,7 @@ from cclip_deploy.errors import CheckpointError, EnvironmentProblem
 from cclip_deploy.files import sha256_file
 from cclip_deploy.model import checkpoint
 from cclip_deploy.model.checkpoint import load_checkpoint, read_tensors, save_checkpoint
-from cclip_deploy.model.config import RN101, TINY
+from cclip_deploy.model.config import RN101, TINY, InputForm
 from cclip_deploy.model.network import CausalCLIPSeg
 from tests.model.open_clip_twin import open_clip_twin
 from tests.model.published_stub import published_stub
@@ -231,3 +231,22 @@ def test_the_same_weights_make_the_same_bytes(tmp_path: Path, tiny_network: Caus
     for name in "ab":
         save_checkpoint(tiny_network, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_checkpoint_says_what_it_was_trained_on_where_that_was_told(
+    tiny_network: CausalCLIPSeg, tmp_path: Path
+) -> None:
+    form = InputForm((96, 128), 20)
+    save_checkpoint(tiny_network, tmp_path / "told.safetensors", form)
+    save_checkpoint(tiny_network, tmp_path / "untold.safetensors")
+    assert load_checkpoint(tmp_path / "told.safetensors").form == form
+    assert load_checkpoint(tmp_path / "untold.safetensors").form is None
+
+
+@pytest.mark.parametrize("told", ['{"image_hw": [96, 97], "prompt_length": 20}', '{"image_hw": 96}', "[]", '"x"'])
+def test_an_input_form_that_cannot_be_is_refused(told: str, tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    described = json.dumps({**TINY.to_dict(), "trained_on": json.loads(told)})
+    save_file(tiny_network.state_dict(), path, {"cclip-deploy checkpoint 1": described})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors names a config that this version cannot read"):
+        load_checkpoint(path)

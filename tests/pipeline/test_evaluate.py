@@ -15,6 +15,9 @@ from PIL import Image
 
 from cclip_deploy.data.synthetic import Asking, write_dataset
 from cclip_deploy.errors import BundleError, DataError, UsageError
+from cclip_deploy.model.checkpoint import save_checkpoint
+from cclip_deploy.model.config import InputForm
+from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.pipeline.evaluate import EvaluationOptions, EvaluationResult, NetworkChoice, evaluate
 from cclip_deploy.pipeline.evaluation_report import check_report_folder, remarks, write_report
 from tests.conftest import THREADS, TINY_HW
@@ -54,6 +57,17 @@ def test_a_bundle_and_its_checkpoint_agree(of_bundle: EvaluationResult, of_check
     )
     assert of_bundle.network["checkpoint_sha256"] == of_checkpoint.network["checkpoint_sha256"]
     assert (of_bundle.network["backend"], of_checkpoint.network["backend"]) == ("onnxruntime", "pytorch")
+
+
+def test_a_checkpoint_that_knows_what_it_was_trained_on_is_asked_so(
+    tiny_network: CausalCLIPSeg, films: Path, tmp_path: Path, of_checkpoint: EvaluationResult
+) -> None:
+    save_checkpoint(tiny_network, tmp_path / "trained.safetensors", InputForm(TINY_HW, 24))
+    found = evaluate(
+        NetworkChoice(tmp_path / "trained.safetensors", threads=THREADS), films, EvaluationOptions(worst=0)
+    )
+    assert (found.network["image_hw"], found.network["prompt_length"]) == (list(TINY_HW), 24)
+    np.testing.assert_array_equal(row_dice(found), row_dice(of_checkpoint))
 
 
 def test_backends_agree(tiny_bundle_path: Path, films: Path, of_bundle: EvaluationResult) -> None:

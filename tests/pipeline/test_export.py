@@ -21,7 +21,9 @@ from cclip_deploy.evidence.parity import LIMITS
 from cclip_deploy.evidence.reference import load_references
 from cclip_deploy.files import sha256_file
 from cclip_deploy.model import checkpoint as checkpoints
-from cclip_deploy.model.config import TINY
+from cclip_deploy.model.checkpoint import save_checkpoint
+from cclip_deploy.model.config import TINY, InputForm
+from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.pipeline.export import ExportOptions, export_bundle, require_export_packages
 from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 from tests.bundles import copy_of, digests
@@ -107,6 +109,18 @@ def test_pictures_and_prompts_of_ones_own_become_references(tiny_checkpoint: Pat
     assert load_references(made.bundle)[1].logits.shape == (1, 3, *TINY_HW)
 
 
+@WITH_TRACING
+def test_a_bundle_is_of_the_size_that_its_checkpoint_was_trained_on(
+    tiny_network: CausalCLIPSeg, tmp_path: Path
+) -> None:
+    save_checkpoint(tiny_network, tmp_path / "trained.safetensors", InputForm((32, 64), 20))
+    made = export_bundle(tmp_path / "trained.safetensors", tmp_path / "a.cclip", ExportOptions(threads=THREADS), "test")
+    assert (made.bundle.manifest.image_hw, made.bundle.manifest.prompt_length) == ((32, 64), 20)
+    asked = ExportOptions((32, 32), threads=THREADS)
+    other = export_bundle(tmp_path / "trained.safetensors", tmp_path / "b.cclip", asked, "test").bundle.manifest
+    assert (other.image_hw, other.prompt_length) == ((32, 32), 20)
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
@@ -140,6 +154,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (ExportOptions((100, 96)), "100 is not a positive multiple of 32"),
         (ExportOptions((224, 0)), "0 is not a positive multiple"),
         (ExportOptions(prompt_length=2), "prompt length of 2"),
+        (ExportOptions(prompt_length=0), "prompt length of 0"),
         (ExportOptions(prompt_length=78), "Use 3 to 77"),
         (ExportOptions(plain=True, batch=0), "batch of 0"),
         (ExportOptions(batch=2), "belongs to --plain"),

@@ -65,7 +65,8 @@ def test_a_short_training_leaves_network_state_logs_and_record(data_folder: Path
     assert [(p.step, p.steps, p.epoch) for p in seen] == [(1, 2, 1), (2, 2, 1)]
     assert all(math.isfinite(p.loss) for p in seen)
     assert report.checkpoint == tmp_path / "run" / LAST
-    assert load_checkpoint(report.checkpoint).config == TINY
+    loaded = load_checkpoint(report.checkpoint)
+    assert (loaded.config, loaded.form) == (TINY, SMALL.form)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {LAST, STATE, "run.json", "logs"}
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["recipe"]["learning_rate"] == SMALL.learning_rate
