@@ -31,7 +31,7 @@ LONGEST = (
     "pipeline/test_precision_builds.py", "pipeline/test_bench.py", "graph/test_trace.py", "pipeline/test_tune.py",
     "pipeline/test_demo.py", "pipeline/test_build.py", "pipeline/test_export.py",
 )  # fmt: skip
-"""Files of more than twenty seconds, the longest first."""
+"""Files that take long, about in the order of their seconds."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
