@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cclip_deploy.data.synthetic import write_dataset
-from tests.conftest import TINY_HW
+from tests.conftest import THREADS, TINY_HW
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("training", "export", "engines", "benchmarks")
@@ -60,7 +60,7 @@ def test_build_all_builds_every_precision_that_needs_no_pictures(
 def test_calibration_curve_prints_a_row_a_method(run_script: Run, tiny_bundle_path: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "films", {"train": 1, "test": 1}, TINY_HW, 7)
     said = run_script(
-        "engines/calibration_curve.py", tiny_bundle_path, tmp_path / "films", "--counts", "1", "--threads", "2",
+        "engines/calibration_curve.py", tiny_bundle_path, tmp_path / "films", "--counts", "1", "--threads", THREADS,
         "--json", tmp_path / "curve.json",
     )  # fmt: skip
     told = json.loads((tmp_path / "curve.json").read_text())
@@ -93,7 +93,7 @@ def test_suite_measures_and_draw_draws(
 ) -> None:
     said = run_script(
         "benchmarks/suite.py", tiny_bundle_path, "--checkpoint", tiny_checkpoint, "-o", tmp_path, "--rounds", "3",
-        "--budget", "1", "--no-compile",
+        "--budget", "1", "--no-compile", "--threads", THREADS,
     )  # fmt: skip
     result = json.loads((tmp_path / "tiny_64x96.json").read_text())
     assert {"8 × image, 128 × prompt", "1 × image, 1 × prompt"} <= {row["stage"] for row in result["results"]}
