@@ -20,7 +20,7 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/installed $(RUNTIME)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # On a machine with an NVIDIA GPU: everything that was never run on one, and a results file to commit. A bundle of your own
 # is timed too: make test-gpu BUNDLE=rn101.cclip. Elsewhere every test is skipped, with the reason.

@@ -1,4 +1,4 @@
-"""Networks, checkpoints and bundles that many tests look at, each made once a session."""
+"""Networks, checkpoints and bundles that many tests look at, each made once a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,24 @@ from cclip_deploy.model.checkpoint import save_checkpoint
 from cclip_deploy.model.config import TINY, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.pipeline.export import ExportOptions, export_bundle
+from tests.made_once import made_once
 from tests.published.checkpoint import state_dict
 
 TINY_HW = (64, 96)
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+LONGEST = (
+    "test_end_to_end.py", "train/test_run.py", "test_scripts.py", "train/test_devices.py", "cli/test_export.py",
+    "pipeline/test_precision_builds.py", "pipeline/test_bench.py", "graph/test_trace.py", "pipeline/test_tune.py",
+    "pipeline/test_demo.py", "pipeline/test_build.py", "pipeline/test_export.py",
+)  # fmt: skip
+"""Files that take long, about in the order of their seconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first: a file stays in one worker, and a long one at the end would leave the other idle."""
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,17 +81,18 @@ def tiny_network() -> CausalCLIPSeg:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_network: CausalCLIPSeg, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny network in our layout."""
-    path = tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors"
-    save_checkpoint(tiny_network, path)
-    return path
+    return made_once(tmp_path_factory, "tiny.safetensors", partial(save_checkpoint, tiny_network))
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A deploy bundle of the tiny network at 64x96, with the causal masks as outputs; copy it before changing it."""
-    path = tmp_path_factory.mktemp("bundles") / "tiny.cclip"
-    export_bundle(tiny_checkpoint, path, ExportOptions(TINY_HW, 24, with_masks=True, threads=THREADS), "test")
-    return path
+    options = ExportOptions(TINY_HW, 24, with_masks=True, threads=THREADS)
+
+    def make(path: Path) -> None:
+        export_bundle(tiny_checkpoint, path, options, "test")
+
+    return made_once(tmp_path_factory, "tiny.cclip", make)
 
 
 @pytest.fixture
@@ -88,13 +104,12 @@ def tiny_bundle(tiny_bundle_path: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def published_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """Gives the path of a published-layout rn101 checkpoint (0.7 GB) of a seed; each is written once."""
-    folder = tmp_path_factory.mktemp("published")
 
     def write(seed: int) -> Path:
-        path = folder / f"seed{seed}.pth"
-        if not path.exists():
+        def make(path: Path) -> None:
             torch.save({key: torch.from_numpy(value) for key, value in state_dict(seed).items()}, path)
-        return path
+
+        return made_once(tmp_path_factory, f"published-seed{seed}.pth", make)
 
     return write
 

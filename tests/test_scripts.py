@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from cclip_deploy.data.synthetic import write_dataset
-from tests.conftest import TINY_HW
+from tests.conftest import THREADS, TINY_HW
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("training", "export", "engines", "benchmarks")
 
 
-def run_script(name: str, *arguments: object) -> str:
-    """Standard output of a script that ends well."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / name), *map(str, arguments)],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "2"}, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a script as `python SCRIPT …` in the repository does, and gives what it prints; torch is loaded already."""
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(name, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
-def test_trace_graphs_writes_every_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_trace_graphs_writes_every_graph(run_script: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     said = run_script("export/trace_graphs.py", tiny_checkpoint, "-o", tmp_path, "--image-size", "32")
     names = {"prompt_encoder", "image_encoder", "mask_decoder", "row_decoder"}
     assert {path.stem for path in tmp_path.glob("*.onnx")} == names
@@ -38,7 +45,9 @@ def test_trace_graphs_writes_every_graph(tiny_checkpoint: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_build_all_builds_every_precision_that_needs_no_pictures(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_build_all_builds_every_precision_that_needs_no_pictures(
+    run_script: Run, tiny_bundle_path: Path, tmp_path: Path
+) -> None:
     bundle = tmp_path / "copy.cclip"
     shutil.copytree(tiny_bundle_path, bundle)
     said = run_script("engines/build_all.py", bundle, "--graph", "mask_decoder")
@@ -48,10 +57,10 @@ def test_build_all_builds_every_precision_that_needs_no_pictures(tiny_bundle_pat
 
 
 @pytest.mark.slow
-def test_calibration_curve_prints_a_row_a_method(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_calibration_curve_prints_a_row_a_method(run_script: Run, tiny_bundle_path: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "films", {"train": 1, "test": 1}, TINY_HW, 7)
     said = run_script(
-        "engines/calibration_curve.py", tiny_bundle_path, tmp_path / "films", "--counts", "1", "--threads", "2",
+        "engines/calibration_curve.py", tiny_bundle_path, tmp_path / "films", "--counts", "1", "--threads", THREADS,
         "--json", tmp_path / "curve.json",
     )  # fmt: skip
     told = json.loads((tmp_path / "curve.json").read_text())
@@ -60,7 +69,7 @@ def test_calibration_curve_prints_a_row_a_method(tiny_bundle_path: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_build_profile_builds_what_the_profile_says(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_build_profile_builds_what_the_profile_says(run_script: Run, tiny_bundle_path: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "copy.cclip"
     shutil.copytree(tiny_bundle_path, bundle)
     said = run_script(
@@ -72,17 +81,19 @@ def test_build_profile_builds_what_the_profile_says(tiny_bundle_path: Path, tmp_
 
 
 @pytest.mark.slow
-def test_compare_keeps_its_result(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_compare_keeps_its_result(run_script: Run, tiny_bundle_path: Path, tmp_path: Path) -> None:
     said = run_script("benchmarks/compare.py", tiny_bundle_path, "-o", tmp_path / "bench.json", "--rounds", "3")
     assert (tmp_path / "bench.json").is_file()
     assert "kept in" in said
 
 
 @pytest.mark.slow
-def test_suite_measures_and_draw_draws(tiny_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_suite_measures_and_draw_draws(
+    run_script: Run, tiny_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     said = run_script(
         "benchmarks/suite.py", tiny_bundle_path, "--checkpoint", tiny_checkpoint, "-o", tmp_path, "--rounds", "3",
-        "--budget", "1", "--no-compile",
+        "--budget", "1", "--no-compile", "--threads", THREADS,
     )  # fmt: skip
     result = json.loads((tmp_path / "tiny_64x96.json").read_text())
     assert {"8 × image, 128 × prompt", "1 × image, 1 × prompt"} <= {row["stage"] for row in result["results"]}
@@ -93,7 +104,7 @@ def test_suite_measures_and_draw_draws(tiny_bundle_path: Path, tiny_checkpoint: 
 
 
 @pytest.mark.slow
-def test_train_synthetic_trains_and_scores(tmp_path: Path) -> None:
+def test_train_synthetic_trains_and_scores(run_script: Run, tmp_path: Path) -> None:
     said = run_script("training/train_synthetic.py", "-o", tmp_path, "--films", "8", "--epochs", "1")
     assert (tmp_path / "training" / "last.safetensors").is_file()
     assert "shuffled prompts" in said

@@ -53,8 +53,8 @@ def test_verify_ends_with_4_where_a_graph_was_altered_and_still_prints_its_json(
 def test_verify_ends_with_4_and_valid_json_where_a_graph_gives_nan(copy: Path) -> None:
     change_weights(copy / "graphs" / "fused.onnx", lambda weights: np.full_like(weights, np.nan))
     reseal(copy)
-    done = run("verify", copy, "--threads", "1", "--json")
-    assert done.returncode == 4
+    done = invoke("verify", copy, "--threads", "1", "--json")
+    assert done.exit_code == 4
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")

@@ -97,7 +97,7 @@ def test_kill_leaves_nothing_either(tiny_checkpoint: Path, folder: Path) -> None
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_through_export_inspect_verify_and_predict(tiny_checkpoint: Path, folder: Path) -> None:
-    """Another size than the other tests have, a short prompt, all further outputs, in processes of their own."""
+    """Another size than the other tests have, a short prompt, all further outputs; what works in its own process."""
     bundle = folder / "square.cclip"
     done = run(
         "export", tiny_checkpoint, "-o", bundle, "--image-size", "64", "--prompt-length", "8", "--with-masks",
@@ -111,7 +111,7 @@ def test_a_checkpoint_goes_through_export_inspect_verify_and_predict(tiny_checkp
     for graph in told["graphs"].values():
         assert graph.keys() == {"multiply_adds", "relative_error"}
         assert 0 < graph["relative_error"] <= 1e-5
-    facts = json.loads(run("inspect", bundle, "--json").stdout)
+    facts = json.loads(invoke("inspect", bundle, "--json").stdout)
     outputs = [tensor["name"] for tensor in facts["graphs"]["image_encoder"]["outputs"]]
     assert outputs == ["features", "mask3", "mask4", "mask5", "confounding_features"]
     assert facts["command"].startswith("cclip-deploy export ")
@@ -123,8 +123,8 @@ def test_a_checkpoint_goes_through_export_inspect_verify_and_predict(tiny_checkp
     predicted = run("predict", bundle, folder / "film.png", "--prompt", "left lung", "-o", folder / "masks", "--json")
     assert predicted.returncode == 0, predicted.stderr
     prompt = "both the upper left and the lower right lung"
-    too_long = run("predict", bundle, folder / "film.png", "--prompt", prompt, "-o", folder / "masks", "--json")
-    assert too_long.returncode == 2
+    too_long = invoke("predict", bundle, folder / "film.png", "--prompt", prompt, "-o", folder / "masks", "--json")
+    assert too_long.exit_code == 2
     assert "room for 8" in too_long.stderr
 
 

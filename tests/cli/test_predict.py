@@ -66,10 +66,10 @@ def test_an_unreadable_picture_among_good_ones_ends_with_6_when_the_rest_is_done
     tiny_bundle_path: Path, films: Path, tmp_path: Path
 ) -> None:
     (films / "broken.png").write_bytes((films / "deep.png").read_bytes()[:100])
-    done = run(
+    done = invoke(
         "predict", tiny_bundle_path, films, "--prompt", "lung", "-o", tmp_path / "out", "--threads", "1", "--json"
     )
-    assert done.returncode == 6
+    assert done.exit_code == 6
     told = json.loads(done.stdout)
     assert len(told["predictions"]) == 3
     assert [row.keys() for row in told["failed"]] == [{"image", "error"}]

@@ -1,4 +1,4 @@
-"""Further bundles that the stages' tests look at, each made once a session; copy them before changing them."""
+"""Further bundles that the stages' tests look at, each made once a run; copy them before changing them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from cclip_deploy.pipeline.build import BuildOptions, build_engines
 from cclip_deploy.pipeline.export import ExportOptions, export_bundle
 from tests.bundles import copy_of
 from tests.conftest import THREADS, TINY_HW
+from tests.made_once import made_once
 
 
 @pytest.fixture(scope="session")
 def plain_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plain export that belongs to the tiny bundle."""
-    path = tmp_path_factory.mktemp("plain") / "plain.cclip"
-    export_bundle(tiny_checkpoint, path, ExportOptions(TINY_HW, 24, plain=True, threads=THREADS), "test")
-    return path
+    options = ExportOptions(TINY_HW, 24, plain=True, threads=THREADS)
+
+    def make(path: Path) -> None:
+        export_bundle(tiny_checkpoint, path, options, "test")
+
+    return made_once(tmp_path_factory, "plain.cclip", make)
 
 
 @pytest.fixture(scope="session")
 def engine_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle with its three FP16 graphs and an engine of each, really built."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an extra: pip install 'cclip-deploy[rtx]'")
-    path = copy_of(tiny_bundle_path, tmp_path_factory.mktemp("engines"), "engines.cclip")
-    build_engines(Bundle.open(path), BuildOptions(threads=THREADS))
-    return path
+
+    def make(path: Path) -> None:
+        build_engines(Bundle.open(copy_of(tiny_bundle_path, path.parent, path.name)), BuildOptions(threads=THREADS))
+
+    return made_once(tmp_path_factory, "engines.cclip", make)
 
 
 @pytest.fixture

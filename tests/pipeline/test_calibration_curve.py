@@ -8,18 +8,19 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
 from cclip_deploy.pipeline.calibration_curve import measure_curve
-from tests.bundles import digests
+from tests.bundles import copy_of, digests
 from tests.conftest import THREADS, TINY_HW
 
 
 def test_a_smaller_set_is_part_of_a_larger_one_and_no_byte_changes(tiny_bundle_path: Path, tmp_path: Path) -> None:
     films = tmp_path / "films"
     write_dataset(films, {"train": 3, "test": 2}, TINY_HW, 7)
-    before = digests(tiny_bundle_path)
+    copy = copy_of(tiny_bundle_path, tmp_path / "here")
+    before = digests(copy)
     options = CalibrationOptions((films,), evaluation_set=(films,))
-    points = measure_curve(Bundle.open(tiny_bundle_path), options, [1, 50], "int8", ["min-max"], THREADS)
+    points = measure_curve(Bundle.open(copy), options, [1, 50], "int8", ["min-max"], THREADS)
     assert [(point.method, point.pictures) for point in points] == [("min-max", 1), ("min-max", 3)]
     assert all(0.5 < point.agreement.worst <= point.agreement.mean < 1 for point in points)
     assert points[0].agreement.mean != points[1].agreement.mean
-    assert digests(tiny_bundle_path) == before
-    assert not list(tiny_bundle_path.parent.glob(".curve.*"))
+    assert digests(copy) == before
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]

@@ -251,7 +251,7 @@ def test_the_command_builds_int8_with_an_fp16_rest(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done = invoke(
         "build-engine", copy, "--int8", "--fp16", "--calibration", films, "--calibration-method", "min-max",
-        "--threads", "2", "--json",
+        "--threads", THREADS, "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)

@@ -153,7 +153,7 @@ def test_the_command_tunes_and_build_engine_takes_what_it_wrote(
     copy, path = copy_of(tiny_bundle_path, tmp_path), tmp_path / "p.toml"
     done = invoke(
         "tune-precision", copy, "--calibration", films, "--evaluation-set", films, "--budget-mean", "0.5",
-        "--budget-worst", "0.2", "--picture", tmp_path / "front.svg", "-o", path, "--threads", "2", "--json",
+        "--budget-worst", "0.2", "--picture", tmp_path / "front.svg", "-o", path, "--threads", THREADS, "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["keep"] == list(read_tuned_profile(path).keep)
@@ -162,7 +162,7 @@ def test_the_command_tunes_and_build_engine_takes_what_it_wrote(
     profile = read_tuned_profile(path).model_copy(update={"keep": ("tower.conv1", "neck.aggregate.0")})
     write_tuned_profile(profile, path)
     built = invoke(
-        "build-engine", copy, "--tuned", path, "--calibration", films, "--graph", "image_encoder", "--threads", "2",
+        "build-engine", copy, "--tuned", path, "--calibration", films, "--graph", "image_encoder", "--threads", THREADS,
         "--json",
     )  # fmt: skip
     assert built.exit_code == 0, built.stderr

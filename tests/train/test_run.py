@@ -337,7 +337,7 @@ def test_the_tiny_model_learns_to_follow_prompts_and_never_waits_for_data(
     tmp_path: Path, tokenizer: PromptTokenizer
 ) -> None:
     """A short run: far from the demo's Dice, but the loss falls and the prompt already matters."""
-    write_dataset(tmp_path / "data", {"train": 100, "test": 16}, (64, 64), seed=0, prompts_per_film=8)
+    write_dataset(tmp_path / "data", {"train": 60, "test": 16}, (64, 64), seed=0, prompts_per_film=8)
     config = TrainConfig(
         image_size=64, epochs=10, images_per_batch=4, prompts_per_image=8, learning_rate=4e-3, tower_rate=0.3,
         devices=CPU,
