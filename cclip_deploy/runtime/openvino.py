@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle, GraphEntry, TensorSpec
 from cclip_deploy.errors import BundleError, EnvironmentProblem
+from cclip_deploy.precisions import product_type
 from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
+from cclip_deploy.runtime.openvino_codes import use_all_bits
 
 DEVICE, PICTURE = "CPU", "image"
 INSTALL = "pip install 'cclip-deploy[openvino]'"
@@ -31,7 +33,7 @@ class OpenVinoBackend:
 
     A graph that takes pictures is compiled for one picture alone, and with any number of them only when more come at
     once: with a dynamic batch, OpenVINO moves large tensors between layouts that it leaves in place where it knows the
-    size. Who runs both holds both in memory.
+    size. Who runs both holds both in memory. In INT8, tensors that are never negative get all eight bits.
     """
 
     name = "openvino"
@@ -76,6 +78,8 @@ class OpenVinoBackend:
                 model.reshape(
                     {t.name: [1 if isinstance(side, str) else side for side in t.shape] for t in entry.inputs}
                 )
+            if product_type(entry.precision) == "int8":
+                use_all_bits(model)
             compiled = compile_graph(self._core, model, self.precision, self.threads)
             self._compiled[graph, one_alone] = CompiledGraph(compiled)
         return self._compiled[graph, one_alone]

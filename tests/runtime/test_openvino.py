@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.runtime.openvino import OpenVinoBackend, compile_graph, describe_device, load_openvino, read_graph
 from cclip_deploy.runtime.pytorch import PyTorchBackend
-from tests.bundles import copy_of, reseal
+from tests.bundles import copy_of, digests, reseal
 
 
 def distance(value: np.ndarray, truth: np.ndarray) -> float:
@@ -212,10 +213,35 @@ def test_an_int8_graph_answers_as_in_onnx_runtime_and_near_to_float32(
     exact = backend.run("image_encoder", {"image": image})["features"]
     assert 1e-3 < distance(theirs, exact) < 0.3  # it is quantised, and still the same network; its weights are random
     assert distance(ours, theirs) < 0.03
-    runs_in = {
-        str(node.get_rt_info()["runtimePrecision"].astype(str)) for node in compiled.get_runtime_model().get_ops()
-    }
-    assert runs_in & {"i8", "u8"}  # really INT8, not dequantised first
+    assert {"i8", "u8"} & set(runs_in(compiled))  # really INT8, not dequantised first
+    finer = with_int8(tiny_bundle_path, tmp_path)
+    assert 0 < distance(finer.run("image_encoder", {"image": image})["features"], exact) < distance(ours, exact)
+    compiled = finer._compiled["image_encoder", False].compiled
+    assert sum(kind == "u8" for kind in runs_in(compiled)) > 10
+
+
+def runs_in(compiled: Any) -> list[str]:
+    """What each node of a compiled graph computes in."""
+    nodes = compiled.get_runtime_model().get_ops()
+    return [str(node.get_rt_info()["runtimePrecision"].astype(str)) for node in nodes]
+
+
+def with_int8(bundle: Path, folder: Path) -> OpenVinoBackend:
+    """A copy of a bundle in OpenVINO, with `int8.onnx` of this folder as its INT8 image encoder."""
+    copy, file, record = copy_of(bundle, folder), "graphs/image_encoder.int8.onnx", "calibration/int8.json"
+    shutil.copyfile(folder / "int8.onnx", copy / file)
+    (copy / "calibration").mkdir()
+    (copy / record).write_text("{}")
+    found = digests(copy)
+
+    def add(manifest: dict[str, Any]) -> None:
+        source = manifest["graphs"]["image_encoder"]
+        made = {"file": file, "sha256": found[file], "precision": "int8", "made_from_sha256": source["sha256"]}
+        calibration = {"file": record, "sha256": found[record]}
+        manifest["graphs"]["image_encoder.int8"] = {**source, **made, "calibration": calibration}
+
+    reseal(copy, add)
+    return OpenVinoBackend(Bundle.open(copy), "int8", threads=2)
 
 
 def test_threads_and_arithmetic_are_set_as_asked(backend: OpenVinoBackend, tiny_bundle: Bundle) -> None:
