@@ -134,7 +134,8 @@ def check_graphs(
     plain_batch: int = 1,
     with_chain: bool | None = None,
 ) -> Iterator[Check]:
-    """Compare each graph with every reference, as each is computed; `chain` is the three graphs one after another.
+    """Compare each graph with every reference, as each is computed; `chain` is the three graphs one after another,
+    one picture at a time.
 
     `plain_batch` is the static batch of a plain graph, if there is one. Unless `with_chain` says so, the chain is run
     where all its graphs are named; a quantised one has graphs of the rest's precision among them.
@@ -222,8 +223,10 @@ def _run_batches(backend: Backend, graph: str, rows: Floats, tokens: NDArray[np.
 
 
 def _run_chain(backend: Backend, reference: Reference) -> Floats:
+    """Picture by picture, as a segmenter runs it: a backend may have another form of the encoder for one alone."""
     kernels = backend.run("prompt_encoder", {"tokens": reference.tokens})
-    features = backend.run("image_encoder", {"image": reference.image})["features"]
+    rows = [reference.image[place : place + 1] for place in range(len(reference.image))]
+    features = np.concatenate([backend.run("image_encoder", {"image": row})["features"] for row in rows])
     return backend.run("mask_decoder", {"features": features, **kernels})["logits"]
 
 

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, TensorSpec
+from cclip_deploy.bundle import Bundle, GraphEntry, TensorSpec
 from cclip_deploy.errors import BundleError, EnvironmentProblem
+from cclip_deploy.precisions import product_type
 from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
+from cclip_deploy.runtime.openvino_codes import use_all_bits
 
-DEVICE = "CPU"
+DEVICE, PICTURE = "CPU", "image"
 INSTALL = "pip install 'cclip-deploy[openvino]'"
 ARITHMETIC = {"fp32": "f32", "fp16": "f16"}  # whatever else a graph has, its floating-point part is float32
+REQUESTS_KEPT = 2
+"""Of each graph: the decoder's last request holds the features that it read, so the next picture needs a second one."""
+
+_Finished = tuple[Any, list["weakref.ref[NDArray[np.float32]]"]]
 
 
 class OpenVinoBackend:
-    """A bundle's graphs of one precision in OpenVINO; each is compiled when it is first asked for."""
+    """A bundle's graphs of one precision in OpenVINO; each is compiled when it is first asked for.
+
+    A graph that takes pictures is compiled for one picture alone, and with any number of them only when more come at
+    once: with a dynamic batch, OpenVINO moves large tensors between layouts that it leaves in place where it knows the
+    size. Who runs both holds both in memory. In INT8, tensors that are never negative get all eight bits.
+    """
 
     name = "openvino"
 
@@ -30,36 +44,81 @@ class OpenVinoBackend:
         self.precision = precision
         self.threads = threads
         self._core = load_openvino().Core()
-        self._compiled: dict[str, Any] = {}
+        self._compiled: dict[tuple[str, bool], CompiledGraph] = {}
 
     def load(self, graph: str) -> None:
-        self._graph(graph)
+        self._graph(graph, _takes_pictures(self._entry(graph)))
 
     def unload(self, graph: str) -> None:
-        self._compiled.pop(graph, None)
+        for one_alone in (False, True):
+            self._compiled.pop((graph, one_alone), None)
 
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        compiled = self._graph(graph)
+        entry = self._entry(graph)
         arrays = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
-        # A request of its own keeps its output's memory: nothing is copied, and no later run overwrites it.
-        answers = compiled.create_infer_request().infer(arrays, share_inputs=True, share_outputs=True)
-        names = [output.name for output in self.bundle.graph_in(graph, self.precision).outputs]
-        return {name: answers[compiled.output(name)] for name in names}
+        one_alone = _takes_pictures(entry) and len(arrays[PICTURE]) == 1
+        return self._graph(graph, one_alone).infer(arrays, [output.name for output in entry.outputs])
 
     def arithmetic(self, graph: str) -> str:
         """What the compiled graph's floating-point operators run in, as OpenVINO says: 'f32', 'f16' or 'bf16'."""
-        kind = self._graph(graph).get_property("INFERENCE_PRECISION_HINT")
-        return str(kind.to_string())
+        compiled = self._graph(graph, _takes_pictures(self._entry(graph))).compiled
+        return str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
 
-    def _graph(self, graph: str) -> Any:
-        if graph not in self._compiled:
-            entry = self.bundle.graph_in(graph, self.precision)
+    def _entry(self, graph: str) -> GraphEntry:
+        return self.bundle.graph_in(graph, self.precision)
+
+    def _graph(self, graph: str, one_alone: bool) -> CompiledGraph:
+        if (graph, one_alone) not in self._compiled:
+            entry = self._entry(graph)
             path = self.bundle.file(entry.file)
             model = read_graph(self._core, path)
             inputs, outputs = ({t.name for t in told} for told in (entry.inputs, entry.outputs))
             check_tensors(path, entry, _specs(model.inputs, inputs), _specs(model.outputs, outputs))
-            self._compiled[graph] = compile_graph(self._core, model, self.precision, self.threads)
-        return self._compiled[graph]
+            if one_alone:
+                model.reshape(
+                    {t.name: [1 if isinstance(side, str) else side for side in t.shape] for t in entry.inputs}
+                )
+            if product_type(entry.precision) == "int8":
+                use_all_bits(model)
+            compiled = compile_graph(self._core, model, self.precision, self.threads)
+            self._compiled[graph, one_alone] = CompiledGraph(compiled)
+        return self._compiled[graph, one_alone]
+
+
+class CompiledGraph:
+    """A compiled graph and its requests, whose answers lie in the requests' own memory.
+
+    A request runs again only when nobody holds what it answered: nothing is copied and no answer is overwritten, and
+    yet an image pass does not have to get fresh pages for its features from the system, which costs as much as many
+    convolutions.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self._finished: deque[_Finished] = deque(maxlen=REQUESTS_KEPT)
+        self._lock = Lock()
+
+    def infer(self, inputs: Mapping[str, NDArray[np.generic]], names: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        """The outputs of these names."""
+        request = self._free_request()
+        answers = request.infer(inputs, share_inputs=True, share_outputs=True)
+        named = {name: answers[self.compiled.output(name)] for name in names}
+        with self._lock:
+            self._finished.append((request, [weakref.ref(array) for array in named.values()]))
+        return named
+
+    def _free_request(self) -> Any:
+        with self._lock:
+            for place, (request, answers) in enumerate(self._finished):
+                if all(answer() is None for answer in answers):
+                    del self._finished[place]
+                    return request
+        return self.compiled.create_infer_request()
+
+
+def _takes_pictures(entry: GraphEntry) -> bool:
+    """Whether a graph has pictures of which it takes any number; a plain export's batch is fixed."""
+    return any(tensor.name == PICTURE and isinstance(tensor.shape[0], str) for tensor in entry.inputs)
 
 
 def load_openvino() -> Any:

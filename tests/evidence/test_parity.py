@@ -253,3 +253,24 @@ def test_references_of_full_and_empty_masks_only_are_named() -> None:
     one_pixel[1, 2, 0, 0] = -1
     nearly = Reference("nearly", made.image, made.tokens, one_pixel)
     assert degenerate_masks([made, flat, nearly]) == ["flat"]
+
+
+def test_the_chain_gives_the_image_encoder_one_picture_at_a_time(tiny_bundle: Bundle) -> None:
+    """As a segmenter does: a backend may have a form of its own for one picture."""
+    from cclip_deploy.evidence.reference import load_references
+    from cclip_deploy.runtime.backend import Arrays
+    from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+
+    seen: list[int] = []
+
+    class Watched(OnnxRuntimeBackend):
+        def run(self, graph: str, inputs: Arrays) -> dict[str, np.ndarray]:
+            if graph == "image_encoder":
+                seen.append(len(inputs["image"]))
+            return super().run(graph, inputs)
+
+    reference = load_references(tiny_bundle)[0]
+    checks = list(check_graphs(Watched(tiny_bundle, threads=2), [], [reference], with_chain=True))
+    assert seen == [1] * len(reference.image)
+    assert len(seen) > 1
+    assert all(check.passed for check in checks)

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +26,7 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.runtime.openvino import OpenVinoBackend, compile_graph, describe_device, load_openvino, read_graph
 from cclip_deploy.runtime.pytorch import PyTorchBackend
-from tests.bundles import copy_of, reseal
+from tests.bundles import copy_of, digests, reseal
 
 
 def distance(value: np.ndarray, truth: np.ndarray) -> float:
@@ -81,6 +83,62 @@ def test_an_answer_outlives_the_runs_after_it(backend: OpenVinoBackend) -> None:
         backend.run("mask_decoder", {**inputs, "features": inputs["features"] * np.float32(scale)})
         gc.collect()
     np.testing.assert_array_equal(first, kept)
+
+
+def test_one_picture_is_computed_in_a_form_of_its_own_and_more_in_one_for_any_number(
+    tiny_bundle: Bundle,
+) -> None:
+    backend, image = OpenVinoBackend(tiny_bundle, threads=2), load_references(tiny_bundle)[0].image
+    backend.load("image_encoder")
+    alone = [backend.run("image_encoder", {"image": row[None]})["features"] for row in image]
+    sides = [compiled.compiled.input("image").get_partial_shape()[0] for compiled in backend._compiled.values()]
+    assert [side.is_static and side.get_length() for side in sides] == [1]
+    together = backend.run("image_encoder", {"image": image})["features"]
+    sides = [compiled.compiled.input("image").get_partial_shape()[0] for compiled in backend._compiled.values()]
+    assert [side.is_static for side in sides] == [True, False]
+    assert len(image) > 1
+    assert distance(np.concatenate(alone), together) <= 1e-6
+    backend.unload("image_encoder")
+    assert not backend._compiled
+
+
+def place_of(array: np.ndarray) -> int:
+    """The address of an array's first byte."""
+    return int(array.__array_interface__["data"][0])
+
+
+def test_memory_of_an_answer_is_used_again_only_when_nobody_holds_it(backend: OpenVinoBackend) -> None:
+    image = load_references(backend.bundle)[0].image[:1]
+
+    def answer(shift: int) -> np.ndarray:
+        return backend.run("image_encoder", {"image": np.roll(image, shift, axis=3)})["features"]
+
+    truths = [answer(shift).copy() for shift in range(5)]
+    gc.collect()
+    places = {place_of(answer(shift)) for shift in range(4)}
+    assert len(places) <= 2  # what is dropped at once costs no new memory
+    view = answer(1)[0, 3:]  # the array that it is a part of has no other name
+    held = [answer(shift) for shift in range(2, 5)]
+    for shift in range(3):
+        answer(shift)
+    assert len({place_of(array) for array in held}) == 3
+    np.testing.assert_array_equal(view, truths[1][0, 3:])
+    for array, truth in zip(held, truths[2:], strict=True):
+        np.testing.assert_array_equal(array, truth)
+
+
+def test_many_threads_get_each_its_own_answer(backend: OpenVinoBackend) -> None:
+    inputs = expand(load_references(backend.bundle)[0].decoder_inputs)
+    scales = [np.float32(scale) for scale in range(1, 25)]
+
+    def answer(scale: np.float32) -> np.ndarray:
+        given = {**inputs, "kernel": inputs["kernel"] * scale, "tap_bias": inputs["tap_bias"] * scale}
+        return backend.run("mask_decoder", {**given, "bias": inputs["bias"] * scale})["logits"].copy()
+
+    truth = answer(np.float32(1))
+    with ThreadPoolExecutor(6) as pool:
+        for scale, logits in zip(scales, pool.map(answer, scales), strict=True):
+            assert distance(logits, truth * scale) <= 1e-5
 
 
 def test_strided_inputs_are_taken(backend: OpenVinoBackend) -> None:
@@ -155,15 +213,40 @@ def test_an_int8_graph_answers_as_in_onnx_runtime_and_near_to_float32(
     exact = backend.run("image_encoder", {"image": image})["features"]
     assert 1e-3 < distance(theirs, exact) < 0.3  # it is quantised, and still the same network; its weights are random
     assert distance(ours, theirs) < 0.03
-    runs_in = {
-        str(node.get_rt_info()["runtimePrecision"].astype(str)) for node in compiled.get_runtime_model().get_ops()
-    }
-    assert runs_in & {"i8", "u8"}  # really INT8, not dequantised first
+    assert {"i8", "u8"} & set(runs_in(compiled))  # really INT8, not dequantised first
+    finer = with_int8(tiny_bundle_path, tmp_path)
+    assert 0 < distance(finer.run("image_encoder", {"image": image})["features"], exact) < distance(ours, exact)
+    compiled = finer._compiled["image_encoder", False].compiled
+    assert sum(kind == "u8" for kind in runs_in(compiled)) > 10
+
+
+def runs_in(compiled: Any) -> list[str]:
+    """What each node of a compiled graph computes in."""
+    nodes = compiled.get_runtime_model().get_ops()
+    return [str(node.get_rt_info()["runtimePrecision"].astype(str)) for node in nodes]
+
+
+def with_int8(bundle: Path, folder: Path) -> OpenVinoBackend:
+    """A copy of a bundle in OpenVINO, with `int8.onnx` of this folder as its INT8 image encoder."""
+    copy, file, record = copy_of(bundle, folder), "graphs/image_encoder.int8.onnx", "calibration/int8.json"
+    shutil.copyfile(folder / "int8.onnx", copy / file)
+    (copy / "calibration").mkdir()
+    (copy / record).write_text("{}")
+    found = digests(copy)
+
+    def add(manifest: dict[str, Any]) -> None:
+        source = manifest["graphs"]["image_encoder"]
+        made = {"file": file, "sha256": found[file], "precision": "int8", "made_from_sha256": source["sha256"]}
+        calibration = {"file": record, "sha256": found[record]}
+        manifest["graphs"]["image_encoder.int8"] = {**source, **made, "calibration": calibration}
+
+    reseal(copy, add)
+    return OpenVinoBackend(Bundle.open(copy), "int8", threads=2)
 
 
 def test_threads_and_arithmetic_are_set_as_asked(backend: OpenVinoBackend, tiny_bundle: Bundle) -> None:
     backend.load("mask_decoder")
-    compiled = backend._compiled["mask_decoder"]
+    compiled = backend._compiled["mask_decoder", False].compiled
     told = {key: compiled.get_property(key) for key in ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "ENABLE_CPU_PINNING")}
     assert told == {"INFERENCE_NUM_THREADS": 2, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
     assert "LATENCY" in str(compiled.get_property("PERFORMANCE_HINT")).upper()
