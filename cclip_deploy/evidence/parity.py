@@ -134,9 +134,9 @@ def check_graphs(
     plain_batch: int = 1,
     with_chain: bool | None = None,
 ) -> Iterator[Check]:
-    """Compare each graph with every reference, as each is computed; `chain` is the three graphs one after another,
-    one picture at a time.
+    """Compare each graph with every reference, as each is computed.
 
+    `chain` is the three graphs one after another, one picture at a time.
     `plain_batch` is the static batch of a plain graph, if there is one. Unless `with_chain` says so, the chain is run
     where all its graphs are named; a quantised one has graphs of the rest's precision among them.
 
