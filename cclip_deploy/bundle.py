@@ -5,132 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from pathlib import Path
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from cclip_deploy.data.preprocess import Preprocessing
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, UsageError
 from cclip_deploy.files import link_or_copy, sha256_file, whole_folder
-from cclip_deploy.precisions import REST, Precision, is_quantised
+from cclip_deploy.manifest import SCHEMA_VERSION, GraphEntry, Manifest, graph_key, inside
+from cclip_deploy.precisions import REST, is_quantised
 
-SCHEMA_VERSION = 2
 MANIFEST, SUMS, TOKENIZER = "manifest.json", "SHA256SUMS", "tokenizer.json"
-VERSIONED = ("cclip-deploy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
-
-
-def _inside(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
-        raise ValueError(f"{path!r} leaves the bundle")
-    return path
-
-
-def _named(model: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(model.get("name"), str):
-        raise ValueError("a model has a name")
-    return model
-
-
-RelativePath = Annotated[str, AfterValidator(_inside)]
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorSpec(_Entry):
-    """An input or output; a string in `shape` is a dynamic dimension's name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-class CalibrationEntry(_Entry):
-    """The calibration record that a quantised graph took its scales from."""
-
-    file: RelativePath
-    sha256: str
-
-
-class GraphEntry(_Entry):
-    """One ONNX graph, and the hash of what it was made from: the checkpoint, or the FP32 graph."""
-
-    file: RelativePath
-    sha256: str
-    made_from_sha256: str
-    precision: Precision
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    multiply_adds: int
-    calibration: CalibrationEntry | None = None
-
-    def dynamic(self) -> bool:
-        """Whether any input has a dynamic dimension."""
-        return any(isinstance(side, str) for tensor in self.inputs for side in tensor.shape)
-
-
-class EngineTarget(_Entry):
-    """The GPUs of an engine: of these compute capabilities or, `and_later`, from the least on; of one name, if any."""
-
-    compute_capabilities: tuple[str, ...]
-    and_later: bool = False
-    gpu: str | None = None
-
-
-class EngineEntry(_Entry):
-    """One built engine, the graph it was built from, and where its layer table lies.
-
-    `timing_cache_sha256` is the cache that the build began with: the same one again may choose other kernels.
-    """
-
-    graph: str
-    backend: str
-    backend_version: str
-    precision: Precision
-    file: RelativePath
-    sha256: str
-    graph_sha256: str
-    layers: RelativePath
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-    target: str
-    build_seconds: float
-    runs_on: EngineTarget | None = None
-    stripped: bool = False
-    timing_cache_sha256: str | None = None
-
-
-class CheckpointOrigin(_Entry):
-    """The checkpoint that a bundle was exported from."""
-
-    name: str
-    sha256: str
-    layout: Literal["ours", "published"]
-    tensors_dropped: int
-
-
-class Manifest(_Entry):
-    """All that a bundle says of itself."""
-
-    schema_version: int = SCHEMA_VERSION
-    created: str
-    command: str
-    versions: dict[str, str]
-    model: Annotated[dict[str, Any], AfterValidator(_named)]
-    form: Literal["deploy", "plain"]
-    image_hw: tuple[int, int]
-    prompt_length: int
-    threshold: float = 0.5
-    preprocessing: Preprocessing
-    checkpoint: CheckpointOrigin
-    graphs: dict[str, GraphEntry]
-    engines: tuple[EngineEntry, ...] = ()
-    references: tuple[RelativePath, ...] = ()
 
 
 class Bundle:
@@ -221,27 +106,6 @@ class Bundle:
         return tuple(dict.fromkeys(entry.precision for entry in self.manifest.graphs.values()))
 
 
-def graph_key(graph: str, precision: str) -> str:
-    """The manifest's name of a graph in a precision: `fused`, `fused.fp16`."""
-    return graph if precision == "fp32" else f"{graph}.{precision}"
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that shape a bundle, of those installed."""
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def utc_now() -> str:
-    """The time, to the second, as ISO 8601 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 @contextmanager
 def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to fill; it takes its name only when the block ends well, else nothing is left of it.
@@ -309,7 +173,7 @@ def _read_sums(path: Path) -> dict[str, str]:
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             digest, name = line.split("  ", 1)
-            sums[_inside(name)] = digest
+            sums[inside(name)] = digest
     except (ValueError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is damaged: {error}. Export or copy the bundle again.") from error
     return sums

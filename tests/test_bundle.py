@@ -15,10 +15,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from cclip_deploy import bundle as bundle_module
-from cclip_deploy.bundle import Bundle, check_output, edited_bundle, graph_key, new_bundle, write_manifest
+from cclip_deploy.bundle import Bundle, check_output, edited_bundle, new_bundle, write_manifest
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
 from cclip_deploy.evidence.reference import load_references
 from cclip_deploy.files import sha256_file
+from cclip_deploy.manifest import graph_key
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from tests.bundles import Change, copy_of, digests, flip_byte, reseal, seal
 

@@ -15,7 +15,7 @@ from cclip_deploy.errors import UsageError
 from cclip_deploy.precisions import PRECISIONS, Precision
 
 if TYPE_CHECKING:
-    from cclip_deploy.bundle import EngineEntry
+    from cclip_deploy.manifest import EngineEntry
     from cclip_deploy.pipeline.calibrate import CalibrationOptions
 
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Manifest, graph_key
 from cclip_deploy.errors import ParityError
 from cclip_deploy.evidence.reference import Reference, expand, thin
+from cclip_deploy.manifest import Manifest, graph_key
 from cclip_deploy.precisions import is_quantised, product_type, rest_type
 from cclip_deploy.runtime.backend import Backend
 

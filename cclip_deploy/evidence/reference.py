@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, Manifest
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.images import read_picture
 from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.data.synthetic import make_film
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError
+from cclip_deploy.manifest import Manifest
 
 if TYPE_CHECKING:
     from cclip_deploy.runtime.pytorch import PyTorchBackend

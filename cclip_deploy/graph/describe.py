@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cclip_deploy.bundle import GraphEntry, TensorSpec
 from cclip_deploy.files import sha256_file
 from cclip_deploy.graph.cost import count_multiply_adds
+from cclip_deploy.manifest import GraphEntry, TensorSpec
 
 if TYPE_CHECKING:
     import onnx

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.bundle import installed_versions, utc_now
 from cclip_deploy.errors import EnvironmentProblem
 from cclip_deploy.files import disk_problem, whole_file
+from cclip_deploy.manifest import installed_versions, utc_now
 from cclip_deploy.pipeline.ablate import Ablation
 from cclip_deploy.train.spread import Spread, paired_difference, spread_of
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cclip_deploy.bundle import Bundle, graph_key
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import EnvironmentProblem
 from cclip_deploy.evidence.latency import Candidate
 from cclip_deploy.evidence.parity import CHAIN, can_chain
+from cclip_deploy.manifest import graph_key
 from cclip_deploy.pipeline.bench_plan import (
     DECODE,
     IMAGE,

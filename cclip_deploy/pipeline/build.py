@@ -8,19 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from cclip_deploy.bundle import (
-    Bundle,
-    EngineEntry,
-    EngineTarget,
-    GraphEntry,
-    TensorSpec,
-    edited_bundle,
-    graph_key,
-    write_manifest,
-)
+from cclip_deploy.bundle import Bundle, edited_bundle, write_manifest
 from cclip_deploy.errors import UsageError
 from cclip_deploy.files import sha256_file
 from cclip_deploy.graph.lower import InputsAndOutputs
+from cclip_deploy.manifest import EngineEntry, EngineTarget, GraphEntry, TensorSpec, graph_key
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
 from cclip_deploy.pipeline.derive import Derived, DeriveOptions, derive_graphs
 from cclip_deploy.pipeline.mask_agreement import hold_masks_to_fp32, write_agreement

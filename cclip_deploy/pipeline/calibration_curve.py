@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cclip_deploy.bundle import Bundle, graph_key
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.files import link_or_copy
 from cclip_deploy.graph.calibration import METHODS, Method, ranges_of
 from cclip_deploy.graph.lower import lower
+from cclip_deploy.manifest import graph_key
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, choose_pictures, collect_statistics
 from cclip_deploy.pipeline.mask_agreement import MaskAgreement, evaluation_pictures, measure_masks
 from cclip_deploy.precisions import Precision

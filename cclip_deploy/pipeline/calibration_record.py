@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cclip_deploy.bundle import Bundle, CalibrationEntry, GraphEntry
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError
 from cclip_deploy.graph.calibration import Method
+from cclip_deploy.manifest import CalibrationEntry, GraphEntry
 
 
 class _Record(BaseModel):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, CalibrationEntry, GraphEntry, Manifest, graph_key
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.graph.lower import InputsAndOutputs, LoweredGraph
+from cclip_deploy.manifest import CalibrationEntry, GraphEntry, Manifest, graph_key
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
 from cclip_deploy.pipeline.calibration_record import write_record
 from cclip_deploy.precisions import REST, Precision, is_quantised, product_type

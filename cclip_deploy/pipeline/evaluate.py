@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cclip_deploy.bundle import Bundle, installed_versions, utc_now
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.layouts import Referral, of_split, read_data_set
 from cclip_deploy.errors import BundleError, UsageError
+from cclip_deploy.manifest import installed_versions, utc_now
 from cclip_deploy.segmenter import Segmenter
 from cclip_deploy.train.controls import make_controls
 from cclip_deploy.train.evaluation import EmptyPolicy, Evaluation, summarise

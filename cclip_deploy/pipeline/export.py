@@ -7,21 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cclip_deploy.bundle import (
-    TOKENIZER,
-    Bundle,
-    CheckpointOrigin,
-    GraphEntry,
-    Manifest,
-    check_output,
-    installed_versions,
-    new_bundle,
-    utc_now,
-    write_manifest,
-)
+from cclip_deploy.bundle import TOKENIZER, Bundle, check_output, new_bundle, write_manifest
 from cclip_deploy.data.preprocess import Preprocessing
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.manifest import CheckpointOrigin, GraphEntry, Manifest, installed_versions, utc_now
 from cclip_deploy.model.config import InputForm
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Manifest
 from cclip_deploy.evidence.latency import Candidate, Timing
 from cclip_deploy.evidence.latency_statistics import PairedRatio, paired_ratio
 from cclip_deploy.evidence.process import ProcessCost
+from cclip_deploy.manifest import Manifest
 from cclip_deploy.pipeline.bench_ours import LABELS, name_of
 from cclip_deploy.pipeline.bench_plan import WHOLE, workload_stage
 from cclip_deploy.pipeline.peers import EAGER, PLAIN, PRODUCT_MULTIPLY_ADDS, SGEMM

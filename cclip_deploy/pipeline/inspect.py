@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.bundle import Bundle, EngineEntry, TensorSpec
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError
+from cclip_deploy.manifest import EngineEntry, TensorSpec
 from cclip_deploy.runtime.layer_table import LayerTable
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cclip_deploy.bundle import Bundle, graph_key
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.images import find_pictures
 from cclip_deploy.errors import BundleError, ParityError, UsageError
 from cclip_deploy.evidence.parity import CHAIN, Check, can_chain, check_graphs, degenerate_masks, plain_batch
@@ -20,6 +20,7 @@ from cclip_deploy.evidence.reference import (
     record,
     seeded_inputs,
 )
+from cclip_deploy.manifest import graph_key
 from cclip_deploy.pipeline.calibration_record import read_record
 from cclip_deploy.precisions import Precision
 from cclip_deploy.runtime.choice import Choice, Opened, engine_precisions, opened

@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import GraphEntry, TensorSpec
 from cclip_deploy.errors import BundleError, UsageError
+from cclip_deploy.manifest import GraphEntry, TensorSpec
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from cclip_deploy.bundle import Bundle, EngineEntry, EngineTarget, GraphEntry, TensorSpec
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.manifest import EngineEntry, EngineTarget, GraphEntry, TensorSpec
 from cclip_deploy.precisions import REST
 from cclip_deploy.runtime.backend import check_tensors
 from cclip_deploy.runtime.engine_context import LoadedEngine

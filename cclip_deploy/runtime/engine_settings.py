@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cclip_deploy.bundle import EngineTarget
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.files import disk_problem
+from cclip_deploy.manifest import EngineTarget
 from cclip_deploy.runtime.tensorrt_binding import binding_label
 
 if TYPE_CHECKING:

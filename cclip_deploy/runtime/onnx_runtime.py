@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, GraphEntry, TensorSpec
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.manifest import GraphEntry, TensorSpec
 from cclip_deploy.precisions import is_quantised
 from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, GraphEntry
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.manifest import GraphEntry
 from cclip_deploy.runtime.backend import Kept, KeptOrArrays
 from cclip_deploy.runtime.onnx_runtime import PROVIDERS, Device, OnnxRuntimeBackend, Provider
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, GraphEntry, TensorSpec
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError, EnvironmentProblem
+from cclip_deploy.manifest import GraphEntry, TensorSpec
 from cclip_deploy.precisions import product_type
 from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
 from cclip_deploy.runtime.openvino_codes import use_all_bits

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle, EngineEntry
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import UsageError
+from cclip_deploy.manifest import EngineEntry
 from cclip_deploy.runtime.backend import Kept, KeptOrArrays
 from cclip_deploy.runtime.engine_context import LoadedEngine
 from cclip_deploy.runtime.engine_file import check_engine, engines_of, load_engine

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cclip_deploy.bundle import TensorSpec
 from cclip_deploy.graph.describe import describe_graph, save_graph
+from cclip_deploy.manifest import TensorSpec
 
 
 def product(inner: int = 3) -> onnx.ModelProto:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cclip_deploy.bundle import Bundle, Manifest
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.evidence.latency import Candidate, Timing
 from cclip_deploy.evidence.process import ProcessCost
+from cclip_deploy.manifest import Manifest
 from cclip_deploy.pipeline.bench_plan import IMAGE, MACHINE, WHOLE
 from cclip_deploy.pipeline.goals import Figure, figures
 from cclip_deploy.pipeline.peers import PRODUCT_SIDE, SGEMM
