@@ -121,7 +121,7 @@ class _Search:
         if not _holds(best, self.options.budget):
             raise ParityError(
                 f"The budget (mean Dice {self.options.budget.mean}, worst picture {self.options.budget.worst}) does "
-                f"not hold with every block of the image encoder kept ({best.mean:.4f}, {best.worst:.4f}): prompt "
+                f"not hold with every block of the image encoder kept ({best.mean:.5f}, {best.worst:.5f}): prompt "
                 f"encoder, mask decoder and what stands between the blocks, in {rest}, cost more. Lower the budget, or "
                 "take a higher precision."
             )
