@@ -69,6 +69,23 @@ def test_calibration_curve_prints_a_row_a_method(run_script: Run, tiny_bundle_pa
 
 
 @pytest.mark.slow
+def test_precision_table_has_a_row_a_precision(run_script: Run, tiny_bundle_path: Path, tmp_path: Path) -> None:
+    bundle, films = tmp_path / "copy.cclip", tmp_path / "films"
+    shutil.copytree(tiny_bundle_path, bundle)
+    write_dataset(films, {"train": 8, "test": 2}, TINY_HW, 7)
+    said = run_script(
+        "engines/precision_table.py", bundle, "--calibration", films, "--evaluation-set", films,
+        "--precision", "fp16", "--precision", "fp8",
+    )  # fmt: skip
+    rows = [line for line in said.splitlines() if line.startswith(("| fp16 |", "| fp8 |"))]
+    assert [row.split(" | ")[0] for row in rows] == ["| fp16", "| fp8"]
+    assert " | ok | " in rows[0]
+    assert [" fp8, " in row for row in rows] == [False, True]
+    table = next(iter(bundle.glob("engines/image_encoder.fp16.*.engine"))).stat().st_size / 1e6
+    assert f" | {table:.1f} + " in rows[0]
+
+
+@pytest.mark.slow
 def test_build_profile_builds_what_the_profile_says(run_script: Run, tiny_bundle_path: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "copy.cclip"
     shutil.copytree(tiny_bundle_path, bundle)

@@ -75,6 +75,7 @@ def tune_precision(bundle: Bundle, options: TuneOptions, on_progress: Progress =
     calibration = None if options.calibration is None else choose_pictures(options.calibration)
     tuning, held_out = _halves(evaluation_pictures(options.evaluation_set), options.limit)
     search = _Search(bundle, options, calibration, (tuning, held_out), on_progress)
+    search.refuse_what_no_block_mends()
     damage = search.damages()
     front, chosen = search.front(damage)
     profile = _profile(bundle, options, search, damage, front, chosen)
@@ -111,6 +112,24 @@ class _Search:
         self.tuning = range(len(halves[0]))
         self.every = range(len(halves[0]) + len(halves[1]))
         self.started, self.steps = time.monotonic(), 0
+
+    def refuse_what_no_block_mends(self) -> None:
+        """ParityError where the budget breaks with every block kept: what is left is not the blocks' to mend."""
+        rest = REST.get(self.options.precision, self.options.precision)
+        self._tell_step("Masks with every block kept", 2 * len(self.blocks))
+        best = _agreement(self.trial.judge(self._all_kept(rest), self.tuning))
+        if not _holds(best, self.options.budget):
+            raise ParityError(
+                f"The budget (mean Dice {self.options.budget.mean}, worst picture {self.options.budget.worst}) does "
+                f"not hold with every block of the image encoder kept ({best.mean:.5f}, {best.worst:.5f}): prompt "
+                f"encoder, mask decoder and what stands between the blocks, in {rest}, cost more. Lower the budget, or "
+                "take a higher precision."
+            )
+
+    def _all_kept(self, rest: Precision) -> ModelProto:
+        from cclip_deploy.graph.lower import lower
+
+        return lower(self.model, rest, keep=() if is_quantised(self.options.precision) else tuple(self.blocks)).model
 
     def damages(self) -> dict[str, float]:
         """For each block: 1 - mean Dice on the tuning part with that block alone in the low precision."""

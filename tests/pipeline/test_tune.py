@@ -22,6 +22,7 @@ from cclip_deploy.pipeline.mask_agreement import evaluation_pictures
 from cclip_deploy.pipeline.mask_trial import MaskTrial
 from cclip_deploy.pipeline.tune import TuneOptions, blocks_of, tune_precision
 from cclip_deploy.pipeline.tuning_profile import Agreement, TunedProfile, read_tuned_profile, write_tuned_profile
+from cclip_deploy.precisions import Precision
 from tests.bundles import copy_of, reseal
 from tests.cli.run import invoke
 from tests.conftest import THREADS, TINY_HW
@@ -93,6 +94,31 @@ def test_the_reported_dice_is_that_of_the_kept_blocks(
 def test_a_budget_that_cannot_hold_writes_nothing(tiny_bundle_path: Path, wanted: TuneOptions) -> None:
     with pytest.raises(ParityError, match="does not hold on the tuning part whatever is kept"):
         tune_precision(Bundle.open(tiny_bundle_path), replace(wanted, budget=Agreement(mean=1, worst=1)))
+
+
+def test_a_budget_that_no_block_can_mend_is_refused_before_any_is_tried(tiny_bundle_path: Path, films: Path) -> None:
+    """With FP16 prompts and decoder the masks differ from FP32's, whatever the image encoder keeps."""
+    told: list[str] = []
+    wanted = TuneOptions("fp16", (films,), budget=Agreement(mean=1, worst=1), threads=THREADS)
+    with pytest.raises(ParityError, match=r"does not hold with every block .* kept .*mask decoder"):
+        tune_precision(Bundle.open(tiny_bundle_path), wanted, told.append)
+    assert not [line for line in told if line.startswith("Damage of")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_without_codes_is_tuned_without_calibration(
+    precision: Precision, tiny_bundle_path: Path, films: Path
+) -> None:
+    bundle = Bundle.open(tiny_bundle_path)
+    wanted = TuneOptions(precision, (films,), budget=Agreement(mean=0.5, worst=0.2), threads=THREADS)
+    profile = tune_precision(bundle, wanted)
+    assert profile.precision == precision
+    assert profile.tuned.calibration is None
+    assert (
+        profile.tuned.damage.keys() == blocks_of(onnx.load(bundle.file("graphs/image_encoder.onnx")), precision).keys()
+    )
+    assert "in fp32" in profile.why
 
 
 @pytest.mark.parametrize(
