@@ -62,13 +62,13 @@ def check_report_packages() -> None:
 
 def tables(ablation: Ablation) -> list[Table]:
     """All tables, in the order in which they are read."""
-    seeds = len(ablation.plan.seeds)
+    seeds, tried = len(ablation.plan.seeds), sum(len(results) for results in ablation.tuning.values())
     over = f"mean over {seeds} seeds [95 % interval of the mean, Student's t]" if seeds > 1 else "one seed, no interval"
     return [
         Table(f"What came out: {over}", *_score_rows(ablation)),
         Table(f"Paired difference to {ablation.plan.reference}, seed by seed", *_difference_rows(ablation)),
         Table("Causal masks M3 / M4 / M5, mean over seeds", *_mask_rows(ablation)),
-        Table("Settings tried, with the tuning seed", *_tuning_rows(ablation)),
+        Table(f"Settings tried: {tried}, each trained once with the tuning seed", *_tuning_rows(ablation)),
     ]
 
 
