@@ -110,15 +110,21 @@ def test_pictures_and_prompts_of_ones_own_become_references(tiny_checkpoint: Pat
 
 
 @WITH_TRACING
-def test_a_bundle_is_of_the_size_that_its_checkpoint_was_trained_on(
-    tiny_network: CausalCLIPSeg, tmp_path: Path
+@pytest.mark.parametrize(
+    ("trained_on", "options"),
+    [
+        (InputForm(TINY_HW, 24), ExportOptions(threads=THREADS)),
+        (InputForm((32, 32), 24), ExportOptions(TINY_HW, threads=THREADS)),
+        (InputForm(TINY_HW, 9), ExportOptions(prompt_length=24, threads=THREADS)),
+    ],
+    ids=["nothing asked", "another size asked", "another length asked"],
+)
+def test_a_bundle_is_what_is_asked_for_else_what_its_checkpoint_was_trained_on(
+    trained_on: InputForm, options: ExportOptions, tiny_network: CausalCLIPSeg, tmp_path: Path
 ) -> None:
-    save_checkpoint(tiny_network, tmp_path / "trained.safetensors", InputForm((32, 64), 20))
-    made = export_bundle(tmp_path / "trained.safetensors", tmp_path / "a.cclip", ExportOptions(threads=THREADS), "test")
-    assert (made.bundle.manifest.image_hw, made.bundle.manifest.prompt_length) == ((32, 64), 20)
-    asked = ExportOptions((32, 32), threads=THREADS)
-    other = export_bundle(tmp_path / "trained.safetensors", tmp_path / "b.cclip", asked, "test").bundle.manifest
-    assert (other.image_hw, other.prompt_length) == ((32, 32), 20)
+    save_checkpoint(tiny_network, tmp_path / "trained.safetensors", trained_on)
+    made = export_bundle(tmp_path / "trained.safetensors", tmp_path / "new.cclip", options, "test")
+    assert (made.bundle.manifest.image_hw, made.bundle.manifest.prompt_length) == (TINY_HW, 24)
 
 
 @pytest.mark.parametrize(
