@@ -25,6 +25,7 @@ from cclip_deploy.cli import (
     tune_precision,
     verify,
 )
+from cclip_deploy.cli.console import interrupt
 
 app = typer.Typer(
     name="cclip-deploy",
@@ -71,6 +72,7 @@ app.command("synth")(synth.synth)
 def main() -> None:
     """Entry point of the console script; `kill` ends it as Ctrl-C does, with nothing left half-written."""
     signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, interrupt)
     app()
 
 

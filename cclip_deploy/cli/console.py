@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import typer
@@ -25,6 +26,8 @@ from cclip_deploy.errors import CclipError
 from cclip_deploy.files import disk_problem
 
 INTERRUPTED = 130
+interrupted = Event()
+"""Whether Ctrl-C was pressed: a library's compiled code may turn Python's KeyboardInterrupt into an error of its own."""
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 PIPE_WIDTH = 120
@@ -49,14 +52,22 @@ def reports_errors(command: Command) -> Command:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except CclipError as error:
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
+                stderr.print("Interrupted; nothing was left half-written.")
+                raise typer.Exit(INTERRUPTED) from None
+            if not isinstance(error, CclipError):
+                raise
             stderr.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            stderr.print("Interrupted; nothing was left half-written.")
-            raise typer.Exit(INTERRUPTED) from None
 
     return guarded  # type: ignore[return-value]
+
+
+def interrupt(number: int, frame: object) -> None:
+    """What SIGINT does: Python's own answer to it, and `interrupted`."""
+    interrupted.set()
+    raise KeyboardInterrupt
 
 
 @contextmanager

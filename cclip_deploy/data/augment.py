@@ -50,7 +50,7 @@ class Change:
 
 def draw_change(rng: np.random.Generator, augmentation: Augmentation) -> Change:
     """Every draw takes five numbers from `rng`, so that switching one change on leaves the others as they were."""
-    chance, turn, scale, gain, gamma = rng.random(5)
+    chance, turn, scale, gain, gamma = rng.random(5).tolist()
     return Change(
         flip=bool(chance < augmentation.flip_share),
         turn_degrees=(2 * turn - 1) * augmentation.rotation_degrees,

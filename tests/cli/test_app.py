@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,24 @@ def test_a_closed_pipe_is_no_half_document(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "["
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_with_130_even_where_a_library_turns_it_into_an_error_of_its_own() -> None:
+    app = typer.Typer()
+
+    @app.command()
+    @reports_errors
+    def load() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type") from None
+
+    before = signal.signal(signal.SIGINT, console.interrupt)
+    try:
+        done = CliRunner().invoke(app)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        console.interrupted.clear()
+    assert done.exit_code == 130
+    assert "Interrupted" in done.stderr

@@ -95,3 +95,15 @@ def test_draws_stay_in_their_ranges_and_repeat_themselves() -> None:
 def test_settings_that_mean_nothing_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Augmentation(**values)
+
+
+def test_what_is_drawn_can_be_applied(film: tuple[np.ndarray, np.ndarray, tuple[str, ...]]) -> None:
+    change = draw_change(np.random.default_rng(3), Augmentation(rotation_degrees=5, scale=0.1, gain=0.1, gamma=0.2))
+    pixels, masks, _ = apply_change(change, *film)
+    assert (pixels.shape, pixels.dtype, masks.shape, masks.dtype) == (
+        film[0].shape,
+        np.float32,
+        film[1].shape,
+        np.bool_,
+    )
+    assert masks.sum() == pytest.approx(film[1].sum() * change.scale**2, rel=0.1)
