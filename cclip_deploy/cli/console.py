@@ -27,7 +27,7 @@ from cclip_deploy.files import disk_problem
 
 INTERRUPTED = 130
 interrupted = Event()
-"""Whether Ctrl-C was pressed: a library's compiled code may turn Python's KeyboardInterrupt into an error of its own."""
+"""Whether Ctrl-C was pressed: a library's compiled code may turn KeyboardInterrupt into an error of its own."""
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 PIPE_WIDTH = 120
