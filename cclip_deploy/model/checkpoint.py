@@ -49,9 +49,8 @@ class LoadedCheckpoint:
 def save_checkpoint(model: CausalCLIPSeg, path: Path, form: InputForm | None = None) -> None:
     """Write weights, config and input form to one safetensors file; an existing one is replaced whole or not at all."""
     trained_on = {} if form is None else {TRAINED_ON: form.to_dict()}
-    metadata = {
-        FORMAT: json.dumps({**model.config.to_dict(), **trained_on})
-    }  # one key: safetensors writes several in any order
+    # One key: safetensors writes several in any order.
+    metadata = {FORMAT: json.dumps({**model.config.to_dict(), **trained_on})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:

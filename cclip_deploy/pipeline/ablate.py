@@ -104,7 +104,7 @@ def _best(arm: str, tried: Sequence[CellResult] | None) -> int:
 
 def _run(cells: Sequence[Cell], jobs: int, tell: Tell) -> list[CellResult]:
     """The results in the order of the cells."""
-    started_s, done = time.monotonic(), 0
+    started_s = time.monotonic()
     if jobs == 1:
         return [run_cell(cell, tell) for cell in cells]
     with _processes(jobs) as pool:
@@ -112,7 +112,7 @@ def _run(cells: Sequence[Cell], jobs: int, tell: Tell) -> list[CellResult]:
         results: dict[int, CellResult] = {}
         for future in as_completed(running):
             results[running[future]] = future.result()
-            done += 1
+            done = len(results)
             left_s = (time.monotonic() - started_s) / done * (len(cells) - done)
             cell = cells[running[future]]
             tell(f"{cell.folder.name} done, {done} of {len(cells)}, {timedelta(seconds=round(left_s))} left")

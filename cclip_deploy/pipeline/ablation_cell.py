@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.files import whole_file
 from cclip_deploy.pipeline.ablation_data import CellData
 from cclip_deploy.train.config import TrainConfig
+from cclip_deploy.train.run import own_threads
 
 RESULT = "cell.json"
 Tell = Callable[[str], None]
@@ -68,7 +68,7 @@ def run_cell(cell: Cell, tell: Tell = lambda message: None) -> CellResult:
     path = cell.folder / RESULT
     if path.exists():
         return _read(path, identity)
-    with _own_threads(cell.config.threads):
+    with own_threads(cell.config.threads):
         result = _train_and_measure(cell, tell)
     record = {"identity": {"recipe": identity.recipe, "data": identity.data}, "result": asdict(result)}
     with whole_file(path) as unfinished:
@@ -142,18 +142,6 @@ def _measure(cell: Cell, checkpoint: Path, tell: Tell) -> dict[str, float]:
         numbers["drop"] = numbers["dice_id"] - numbers["dice_anti"]
         numbers["toggle"] = measure_toggle(network, data.toggled())
     return numbers
-
-
-@contextmanager
-def _own_threads(threads: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _clear(folder: Path) -> None:

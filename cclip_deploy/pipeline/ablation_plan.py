@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from cclip_deploy.data.confounders import CONFOUNDERS, USUAL_RHO
 from cclip_deploy.errors import UsageError
-from cclip_deploy.pipeline.toml_file import read_toml
-from cclip_deploy.train.config import TrainConfig
+from cclip_deploy.pipeline.toml_file import faults_of, read_toml
+from cclip_deploy.train.config import RecipeTable, TrainConfig
 
 Kind = Literal["marker", "text", "collimation", "gain", "blur"]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -22,11 +22,7 @@ _Seed = Annotated[int, Field(ge=0)]
 _Count = Annotated[int, Field(gt=0)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Films(_Table):
+class Films(RecipeTable):
     """Synthetic films, drawn anew for every seed, whose signs follow the target's side in training."""
 
     train: _Count = 400
@@ -40,10 +36,10 @@ class Films(_Table):
     """How often a sign stands for the target's side: in training and validation, and in the test set "id"."""
 
 
-class Arm(_Table):
+class Arm(RecipeTable):
     """One row of the table."""
 
-    recipe: Changes = {}
+    recipe: Changes = Field(default_factory=dict)
     """What it changes in the plan's recipe."""
     settings: tuple[Changes, ...] = ()
     """Further changes to choose among by Dice on the val split, with the tuning seed; none leaves nothing to choose."""
@@ -53,7 +49,7 @@ class Arm(_Table):
     """How signs stand on its training and validation films: as the plan says, by chance (rho 0.5), or not at all."""
 
 
-class AblationPlan(_Table):
+class AblationPlan(RecipeTable):
     """A checked plan; training/ablations/ holds examples."""
 
     reference: Name = "off"
@@ -100,8 +96,7 @@ class AblationPlan(_Table):
         try:
             return TrainConfig.model_validate({**changed, "seed": seed})
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-            raise UsageError(f"The recipe of arm {arm}, setting {setting + 1}: {faults}.") from error
+            raise UsageError(f"The recipe of arm {arm}, setting {setting + 1}: {faults_of(error)}.") from error
 
 
 def read_plan(path: Path, data: Path | None = None) -> AblationPlan:

@@ -12,11 +12,11 @@ from cclip_deploy.errors import EnvironmentProblem
 from cclip_deploy.files import disk_problem, whole_file
 from cclip_deploy.manifest import installed_versions, utc_now
 from cclip_deploy.pipeline.ablate import Ablation
+from cclip_deploy.pipeline.evaluation_plots import INK, OTHER, OURS, QUIET
 from cclip_deploy.train.spread import Spread, paired_difference, spread_of
 
 NUMBERS, TABLES, PICTURE = "ablation.json", "ablation.md", "ablation.png"
 LEVELS = (3, 4, 5)
-OURS, OTHER, INK, QUIET = "#0072B2", "#8A949E", "#16202A", "#5B6875"  # Okabe and Ito's blue
 
 
 @dataclass(frozen=True)

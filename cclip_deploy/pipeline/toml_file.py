@@ -27,5 +27,9 @@ def read_toml(path: Path, model: type[Model], absent: str, remedy: str = "") -> 
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-        raise UsageError(f"{path}: {faults}.{remedy}") from error
+        raise UsageError(f"{path}: {faults_of(error)}.{remedy}") from error
+
+
+def faults_of(error: ValidationError) -> str:
+    """Every key that is wrong, and how: `films.rho: …; arms: …`."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())

@@ -23,11 +23,13 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Table(BaseModel):
+class RecipeTable(BaseModel):
+    """A table of a recipe or a plan; a key that it does not have is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SyntheticFilms(_Table):
+class SyntheticFilms(RecipeTable):
     """Films to draw where the data folder is not there yet (`cclip-deploy synth` draws the same)."""
 
     images: Annotated[int, Field(ge=5)] = 500
@@ -35,7 +37,7 @@ class SyntheticFilms(_Table):
     seed: _Whole = 0
 
 
-class DataSource(_Table):
+class DataSource(RecipeTable):
     """Where the data set is; a path is relative to the folder that the command runs in."""
 
     folder: Path | None = None
@@ -46,7 +48,7 @@ class DataSource(_Table):
     synthetic: SyntheticFilms | None = None
 
 
-class Game(_Table):
+class Game(RecipeTable):
     """The min-max game between maskers and the rest; mode "off" reads the mask budget alone.
 
     The rest minimises `causal_weight` x L_causal + `confounding_weight` x L_confounding. In "alternating" and
@@ -68,7 +70,7 @@ class Game(_Table):
     """The shared 1x1 block's running statistics follow the causal features alone, which inference sees."""
 
 
-class Devices(_Table):
+class Devices(RecipeTable):
     """Where and how exactly it computes; handed to Lightning Fabric."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -79,7 +81,7 @@ class Devices(_Table):
     precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
-class TrainConfig(_Table):
+class TrainConfig(RecipeTable):
     """A training recipe; training/configs/ holds examples. No value here is the paper's: it gives none."""
 
     model: Literal["tiny", "rn101"] = "tiny"

@@ -187,18 +187,27 @@ def _of_first_images(referrals: list[Referral], count: int) -> list[Referral]:
 
 
 @contextmanager
+def own_threads(threads: int) -> Iterator[None]:
+    """So many threads of torch within, the caller's afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _own_settings(config: TrainConfig, fabric: Fabric) -> Iterator[None]:
     """The recipe's threads and random numbers within, the caller's afterwards."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
-            torch.manual_seed(config.seed)
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    with own_threads(config.threads), torch.random.fork_rng(devices):
+        torch.manual_seed(config.seed)
+        yield
 
 
 def _make_learner(config: TrainConfig, fabric: Fabric, tell: Tell) -> tuple[Learner, ClipStart | None]:
