@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from cclip_deploy.data.template import mirror
+from cclip_deploy.data.prompt_reader import mirror
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Small = Annotated[float, Field(ge=0, lt=1)]

@@ -1,26 +1,20 @@
-"""Typing errors in prompts of QaTa-COV19's form: found, repaired, reported; what is right or of another form stays."""
+"""Typing errors in prompts: found, repaired, reported. One rule for training, evaluation and inference."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from typing import Any
 
-from cclip_deploy.data.template import NUMBERS, SIDES, ZONES, parse_or_none
+from cclip_deploy.data.spelling import ANATOMY, KNOWN, respell
+from cclip_deploy.data.template import NUMBERS, parse_or_none
 
-WORDS = frozenset({
-    "unilateral", "bilateral", "pulmonary", "infection", "infected", "area", "areas", "lung", "and", "all",
-    *NUMBERS, *ZONES, *SIDES,
-})  # fmt: skip
-"""Every word of the form."""
-
-LIKE = 0.74
-"""Least likeness (`SequenceMatcher.ratio`) of a misspelt word to the one meant; several must not become seven."""
-SHORTEST_WORD, LONGEST_TEXT = 3, 1000
+LONGEST_TEXT = 1000
+"""Characters of a text that is looked at."""
 _WORD = re.compile(r"[^\W\d_]+")
 _MARKS = re.compile(r"[\s.,;:]*")
-_LUNG = re.compile(r"\b(left|right)\s+lung\b", re.IGNORECASE)
+_SIDE = frozenset({"left", "right"})
 _BARE_SENTENCE = re.compile(
     rf"(\w+ pulmonary infection) ((?:{'|'.join(NUMBERS)}) infected areas?) ((?:\w+ )+lung)", re.IGNORECASE
 )
@@ -42,47 +36,58 @@ class RepairedPrompt:
     text: str
     repairs: tuple[Repair, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return {"written": self.written, "text": self.text, "repairs": [vars(repair) for repair in self.repairs]}
+
+    def describe(self) -> str:
+        """`'uppper' to 'upper', 'lowerright' to 'lower right'`"""
+        return ", ".join(f"{repair.found!r} to {repair.put!r}" for repair in self.repairs)
+
 
 def repair_prompt(written: str) -> RepairedPrompt:
-    """Repair misspelt, doubled, run-together and broken words, and lost commas, spaces and stops.
+    """Repair misspelt, doubled, run-together and broken words that say where in the lungs.
 
-    A text that parses is left alone, and so is one that, repaired, would hold a word outside the form or name no lung:
-    free text is never bent into the form. Repairing twice repairs nothing more.
+    In any text, a misspelt word of the anatomy is repaired (`spelling.respell`), and one that stands twice is written
+    once. In a text that holds nothing but words of the published sentences, their short words, broken words and lost
+    commas, spaces and stops are repaired too. No other word is touched; repairing twice repairs nothing more.
     """
     if len(written) > LONGEST_TEXT or parse_or_none(written) is not None:
         return RepairedPrompt(written, written)
-    return _repair_text(written) or RepairedPrompt(written, written)
-
-
-def _repair_text(written: str) -> RepairedPrompt | None:
-    """The repaired prompt, or None where its words are not those of the form."""
     words, gaps = _WORD.findall(written), _WORD.split(written)
-    known = sum(word.lower() in WORDS for word in words)
-    if not words or 3 * known < len(words):
-        return None
+    if not words:
+        return RepairedPrompt(written, written)
     repairs: list[Repair] = []
-    words, gaps = _join_broken(words, gaps, repairs)
-    text = _weave([_repair_word(word, repairs) for word in words], gaps)
-    words, gaps = _WORD.findall(text), _WORD.split(text)
-    if not all(word.lower() in WORDS for word in words):
-        return None
-    words, gaps = _drop_doubled(words, gaps, repairs)
-    text = _weave(words, gaps)
-    if not _LUNG.search(text):
-        return None
-    punctuated = _punctuate(text)
-    if punctuated != text:
+    joined, kept = _join_broken(words, gaps, repairs)
+    if not _all_known(joined):
+        repairs, joined, kept = [], words, gaps
+    among_known = _all_known(joined)
+    text = _weave([_repair_word(word, among_known, repairs) for word in joined], kept)
+    text = _drop_doubled(text, among_known, repairs)
+    if among_known and (punctuated := _punctuate(text)) != text:
         repairs.append(Repair(text, punctuated))
-    return RepairedPrompt(written, punctuated, tuple(repairs))
+        text = punctuated
+    return RepairedPrompt(written, text, tuple(repairs))
+
+
+def repair_prompts(written: Sequence[str], repair: bool = True) -> list[RepairedPrompt]:
+    """All prompts repaired, or as they were written where `repair` is False."""
+    return [repair_prompt(text) if repair else RepairedPrompt(text, text) for text in written]
+
+
+def _all_known(words: Sequence[str]) -> bool:
+    """Whether the words, once repaired, are those of the published sentences and name a side."""
+    meant = [word.lower() if word.lower() in KNOWN else respell(word.lower(), among_known=True) for word in words]
+    return None not in meant and any(_SIDE & set((word or "").split()) for word in meant)
 
 
 def _join_broken(words: Sequence[str], gaps: Sequence[str], repairs: list[Repair]) -> tuple[list[str], list[str]]:
-    """ "lo wer" becomes "lower": two neighbours, neither a word of the form, that are one together."""
+    """ "lo wer" becomes "lower": two neighbours, neither a known word, that are one together."""
     joined, kept = list(words[:1]), list(gaps[:1])
     for word, gap in zip(words[1:], gaps[1:-1], strict=True):
         whole = joined[-1] + word
-        strange = joined[-1].lower() not in WORDS and word.lower() not in WORDS
-        if strange and gap.isspace() and whole.lower() in WORDS:
+        strange = joined[-1].lower() not in KNOWN and word.lower() not in KNOWN
+        if strange and gap.isspace() and whole.lower() in KNOWN:
             repairs.append(Repair(joined[-1] + gap + word, whole))
             joined[-1] = whole
         else:
@@ -91,48 +96,27 @@ def _join_broken(words: Sequence[str], gaps: Sequence[str], repairs: list[Repair
     return joined, [*kept, gaps[-1]]
 
 
-def _repair_word(word: str, repairs: list[Repair]) -> str:
-    """The word of the form that was meant, two where they had run together, or the word itself where none is near."""
-    lowered = word.lower()
-    if lowered in WORDS or len(lowered) < SHORTEST_WORD:
-        return word
-    meant = _split_glued(lowered) or _nearest(lowered)
+def _repair_word(word: str, among_known: bool, repairs: list[Repair]) -> str:
+    meant = respell(word.lower(), among_known)
     if meant is None:
         return word
-    meant = meant.capitalize() if word[0].isupper() else meant
+    meant = meant.upper() if word.isupper() else meant.capitalize() if word[0].isupper() else meant
     repairs.append(Repair(word, meant))
     return meant
 
 
-def _split_glued(word: str) -> str | None:
-    for at in range(SHORTEST_WORD, len(word) - SHORTEST_WORD + 1):
-        rest = word[at:] if word[at:] in WORDS else _split_glued(word[at:])
-        if word[:at] in WORDS and rest:
-            return f"{word[:at]} {rest}"
-    return None
-
-
-def _nearest(word: str) -> str | None:
-    """The word of the form with the same letters, or the one most like it, if like enough and no other is as like."""
-    ranked = sorted(((_likeness(word, known), known) for known in WORDS), reverse=True)
-    (best, meant), (second, _) = ranked[:2]
-    return meant if best >= LIKE and best > second else None
-
-
-def _likeness(word: str, known: str) -> float:
-    return 1.0 if sorted(word) == sorted(known) else SequenceMatcher(None, word, known).ratio()
-
-
-def _drop_doubled(words: Sequence[str], gaps: Sequence[str], repairs: list[Repair]) -> tuple[list[str], list[str]]:
+def _drop_doubled(text: str, among_known: bool, repairs: list[Repair]) -> str:
     """ "left left lung" becomes "left lung"."""
+    words, gaps = _WORD.findall(text), _WORD.split(text)
     kept, between = list(words[:1]), list(gaps[:1])
     for word, gap in zip(words[1:], gaps[1:-1], strict=True):
-        if gap.isspace() and word.lower() == kept[-1].lower():
+        doubled = gap.isspace() and word.lower() == kept[-1].lower()
+        if doubled and word.lower() in (KNOWN if among_known else ANATOMY):
             repairs.append(Repair(kept[-1] + gap + word, kept[-1]))
         else:
             kept.append(word)
             between.append(gap)
-    return kept, [*between, gaps[-1]]
+    return _weave(kept, [*between, gaps[-1]])
 
 
 def _weave(words: Sequence[str], gaps: Sequence[str]) -> str:

@@ -20,11 +20,6 @@ SENTENCE = re.compile(
     rf"(?P<extent>unilateral|bilateral) pulmonary infection, (?P<number>{'|'.join(NUMBERS)}) infected areas?, "
     r"(?P<areas>.+)"
 )
-SIDE_WORD = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-OTHER_SIDE_WORDS = re.compile(
-    r"left|(?<!b)(?<!up)right|sinist|dextr|levo|\b[LR](?:UL|ML|LL|UZ|MZ|LZ|t)?\b|\d\s*o'?clock", re.IGNORECASE
-)
-"""Words that name a side and that `swap_sides` does not know."""
 AREA = re.compile(r"(?P<zones>.+) (?P<side>left|right) lung")
 
 
@@ -136,27 +131,6 @@ def parse_or_none(text: str) -> Facts | None:
         return None
 
 
-def swap_sides(text: str) -> str:
-    """Any text with the words left and right exchanged, for a picture that was flipped left to right.
-
-    Nothing else changes, so the lungs of a QaTa-COV19 prompt come in the other order; `mirror` keeps the order.
-    """
-    return SIDE_WORD.sub(lambda found: _other_side(found[0]), text)
-
-
-def mirror(text: str) -> str | None:
-    """What a text becomes when its picture is flipped left to right; None where it names a side in another way.
-
-    A sentence of the form stays one, left lung first and with its number word; in any other text the words left and
-    right change places. "Leftmost", "RUL" or "dextro-" cannot be exchanged for sure, and such a picture must not be
-    flipped.
-    """
-    facts = parse_or_none(text)
-    if facts is not None:
-        return render(facts.zones.mirrored(), facts.count)
-    return None if OTHER_SIDE_WORDS.search(SIDE_WORD.sub("", text)) else swap_sides(text)
-
-
 def _list_zones(named: frozenset[str]) -> str:
     return "all" if named == frozenset(ZONES) else " ".join(zone for zone in ZONES if zone in named)
 
@@ -169,10 +143,3 @@ def _read_zones(words: str, text: str) -> frozenset[str]:
         if zone not in ZONES:
             raise PromptError(f"Unknown lung zone {zone!r} in prompt {text!r}. Use {', '.join(ZONES)}, or all.")
     return frozenset(zones)
-
-
-def _other_side(word: str) -> str:
-    other = "right" if word.lower() == "left" else "left"
-    if word.isupper():
-        return other.upper()
-    return other.capitalize() if word[0].isupper() else other

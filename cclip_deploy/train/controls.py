@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cclip_deploy.data.template import mirror
+from cclip_deploy.data.prompt_reader import mirror
 from cclip_deploy.errors import DataError
 from cclip_deploy.train.scores import shuffle_prompts
 

@@ -12,12 +12,10 @@ from cclip_deploy.data.template import (
     ZONES,
     Facts,
     Zones,
-    mirror,
     parse,
     parse_facts,
     parse_or_none,
     render,
-    swap_sides,
 )
 from cclip_deploy.errors import PromptError
 
@@ -41,27 +39,6 @@ def test_parse_reads_back_the_count_and_what_follows_from_the_zones(zones: Zones
     )
 
 
-@given(named_zones, st.integers(1, 12))
-def test_a_mirrored_sentence_names_the_mirrored_zones_in_the_same_order(zones: Zones, count: int) -> None:
-    assert mirror(render(zones, count)) == render(zones.mirrored(), count)
-
-
-@pytest.mark.parametrize(
-    ("text", "mirrored"),
-    [
-        ("polyp on the left wall", "polyp on the right wall"),
-        ("bright, upright", "bright, upright"),
-        ("leftmost lesion", None),
-        ("nodule in the RUL", None),
-        ("R marker", None),
-        ("dextrocardia", None),
-        ("lesion at 3 o'clock", None),
-    ],
-)
-def test_free_text_is_mirrored_or_refused(text: str, mirrored: str | None) -> None:
-    assert mirror(text) == mirrored
-
-
 def test_a_count_without_a_word_is_refused() -> None:
     for count in (0, 13):
         with pytest.raises(PromptError, match="Use 1 to 12"):
@@ -70,21 +47,6 @@ def test_a_count_without_a_word_is_refused() -> None:
 
 def test_free_text_has_no_facts() -> None:
     assert parse_or_none("A cat.") is None
-
-
-@given(named_zones)
-def test_swapped_sides_name_the_mirrored_zones(zones: Zones) -> None:
-    assert parse(swap_sides(render(zones))) == zones.mirrored()
-
-
-@given(st.text().filter(lambda text: "left" not in text.lower() and "right" not in text.lower()))
-def test_a_text_without_sides_stays(text: str) -> None:
-    assert swap_sides(text) == text
-
-
-@given(st.lists(st.sampled_from(["left", "Right", "LEFT", "lung", "bright", "-"])).map(" ".join))
-def test_swapping_twice_gives_the_text_back(text: str) -> None:
-    assert swap_sides(swap_sides(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -141,7 +103,3 @@ def test_unknown_zones_and_sides_are_refused() -> None:
 @given(st.sets(st.sampled_from(SITES)))
 def test_sites_and_zones_are_the_same_thing(sites: set[tuple[str, str]]) -> None:
     assert set(Zones.of_sites(sites).sites()) == sites
-
-
-def test_swap_keeps_case_and_leaves_other_words() -> None:
-    assert swap_sides("LEFT Left left bright leftover") == "RIGHT Right right bright leftover"

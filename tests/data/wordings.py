@@ -152,7 +152,7 @@ def _words_and_gaps(text: str) -> list[str]:
 
 def _mistype_word(rng: random.Random, word: str) -> str:
     at = rng.randrange(len(word) - 1)
-    kind = rng.choice("double drop replace exchange".split())
+    kind = rng.choice(("double", "drop", "replace", "exchange"))
     if kind == "double":
         return word[: at + 1] + word[at:]
     if kind == "drop":

@@ -11,7 +11,7 @@ import pytest
 from cclip_deploy.data.augment import Augmentation
 from cclip_deploy.data.layouts import Referral
 from cclip_deploy.data.preprocess import Preprocessing, normalise
-from cclip_deploy.data.template import mirror
+from cclip_deploy.data.prompt_reader import mirror
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError
 from cclip_deploy.train.batches import Share, make_batch, passes_per_epoch, plan_epoch, read_ahead
