@@ -1,4 +1,4 @@
-"""Train a recipe on synthetic films, and print the Dice on held-out ones with true and with shuffled prompts."""
+"""Train a recipe on synthetic films, and print the Dice on held-out ones with true prompts and with all others."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from cclip_deploy.data.layouts import of_split, read_data_set
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.train.asked_network import CheckpointNetwork
 from cclip_deploy.train.config import TrainConfig
-from cclip_deploy.train.predictor import torch_predictor
 from cclip_deploy.train.run import RunOptions, train
 from cclip_deploy.train.scores import evaluate_dice
 
@@ -37,12 +37,13 @@ def main() -> None:
     report = train(config, data, arguments.output / "training", options=RunOptions(resume=True), tell=print)
     print(f"{report.steps} steps in {report.training_s:.0f} s, {report.waiting_share:.1%} of it waiting for data")
 
-    predict = torch_predictor(load_checkpoint(report.checkpoint).model, PromptTokenizer.from_open_clip(), config)
-    scores = evaluate_dice(predict, of_split(read_data_set(data).referrals, "test"))
-    print(f"Dice, per-image mean [95 % interval], {scores.true.subjects} test films, {scores.true.rows} prompts")
-    print(f"  true prompts      {scores.true}")
-    print(f"  shuffled prompts  {scores.shuffled}")
-    print(f"  difference        {scores.drop}")
+    tokenizer = PromptTokenizer.from_open_clip()
+    network = CheckpointNetwork(load_checkpoint(report.checkpoint), config.form, tokenizer)
+    scores = evaluate_dice(network, of_split(read_data_set(data).referrals, "test"))
+    print(f"Dice, per-image mean [95 % interval], {scores.true.patients} test films, {scores.true.rows} prompts")
+    print(f"  true prompts      {scores.true.show()}")
+    print(f"  shuffled prompts  {scores.shuffled.show()}")
+    print(f"  difference        {scores.drop.show()}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import lru_cache
 
 _WORDS = {
     "anatomy": """upper middle lower left right lung lungs lobe lobes zone zones field fields region regions area areas
@@ -35,6 +36,7 @@ TWO_EDITS_FROM = 10
 _LONGEST_KNOWN = max(map(len, KNOWN))
 
 
+@lru_cache(1 << 14)
 def respell(word: str, among_known: bool = False) -> str | None:
     """What a lower-case word was meant to be, two words or more where they had run together; None where it stays.
 

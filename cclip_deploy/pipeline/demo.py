@@ -22,9 +22,10 @@ from cclip_deploy.pipeline.predict import Prediction, predict
 from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.train.asked_network import BundleNetwork
 from cclip_deploy.train.config import Devices, TrainConfig
 from cclip_deploy.train.run import RunOptions, train
-from cclip_deploy.train.scores import DiceScores, evaluate_dice
+from cclip_deploy.train.scores import evaluate_dice
 
 if TYPE_CHECKING:
     from cclip_deploy.train.loop import TrainProgress
@@ -96,8 +97,8 @@ def _run_stages(folder: Path, options: DemoOptions, command: str, tell: Progress
     if not verified.passed:
         raise ParityError("The demo's bundle does not verify; nothing of it was kept. Please report this.")
     segmenter = Segmenter(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", options.threads))
-    tell(f"Scoring {len(held_out)} held-out prompts, twice")
-    scores = _score(segmenter, held_out)
+    tell(f"Scoring {len(held_out)} held-out prompts, each against all others")
+    scores = evaluate_dice(BundleNetwork(segmenter), held_out)
     benched = bench_bundle(bundle, _bench_options(checkpoint, options), tell)
     shown = _predict(segmenter, held_out, film, folder / "predictions", tell)
     return DemoFacts(trained, scores, verified, engines, no_engine, benched, shown, film is not None, folder)
@@ -132,10 +133,6 @@ def _build(bundle: Bundle, options: DemoOptions, tell: Progress) -> tuple[list[d
         return [], str(error)
     sizes = [(bundle.path / entry.file).stat().st_size for entry in entries]
     return [{**e.model_dump(mode="json"), "bytes": size} for e, size in zip(entries, sizes, strict=True)], None
-
-
-def _score(segmenter: Segmenter, referrals: Sequence[Referral]) -> DiceScores:
-    return evaluate_dice(lambda pixels, prompt: next(segmenter.probabilities(pixels, [prompt])), referrals)
 
 
 def _bench_options(checkpoint: Path, options: DemoOptions) -> BenchOptions:

@@ -70,9 +70,9 @@ def score_rows(result: EvaluationResult) -> list[tuple[str, str, str]]:
 
 
 def control_rows(result: EvaluationResult) -> list[tuple[str, ...]]:
-    """Name, meaning, rows, Dice true, Dice of the control, paired difference, IoU with the row's own prediction."""
+    """Name, meaning, rows of all rows, Dice true, Dice of the control, paired difference, IoU of both predictions."""
     return [
-        (c.name, c.missing or c.meaning, f"{c.dice.rows:,}", c.true_dice.show(), c.dice.show(), c.difference.show(),
+        (c.name, c.missing or c.meaning, c.coverage.show(), c.true_dice.show(), c.dice.show(), c.difference.show(),
          c.iou_with_own.show())
         for c in result.evaluation.controls
     ]  # fmt: skip
@@ -98,8 +98,28 @@ def remarks(result: EvaluationResult) -> list[str]:
         said.append("No patients are known: each image counts as one, so intervals are too narrow if patients repeat.")
     if data.patients < 2:
         said.append("There is one patient alone, so there are no intervals.")
-    said += [f"Control {c.name} was not asked: {c.missing}" for c in result.evaluation.controls if c.missing]
-    return said
+    return said + _coverage_remarks(result)
+
+
+def _coverage_remarks(result: EvaluationResult) -> list[str]:
+    """Which rows no control or group could use, and why."""
+    controls, groups = result.evaluation.controls, result.evaluation.group_coverage
+    said = [
+        f"Control {c.name}: {c.coverage.show()} rows; left out are {c.coverage.describe_left_out()}."
+        for c in controls
+        if c.coverage.left_out
+    ]
+    said += [
+        f"Control {c.name}: too many other sentences for all of them, so {c.drawn} were drawn for each row (seed "
+        f"{result.options.seed}); the interval holds the error of the draw."
+        for c in controls
+        if c.drawn is not None
+    ]
+    return said + [
+        f"Groups by {g.by}: known of {g.coverage.show()} rows"
+        + (f"; of the others {g.coverage.describe_left_out()}." if g.coverage.left_out else ".")
+        for g in groups
+    ]
 
 
 def _rows_csv(result: EvaluationResult) -> str:

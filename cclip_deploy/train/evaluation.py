@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,13 +12,15 @@ from numpy.typing import NDArray
 
 from cclip_deploy.data.layouts import Referral
 from cclip_deploy.train.controls import Control
-from cclip_deploy.train.groups import groups_of, order
+from cclip_deploy.train.groups import NONE_NAMED, NOT_UNDERSTOOD, WAYS, groups_of, order
 from cclip_deploy.train.intervals import Estimate, Floats, PatientBootstrap, divide
 from cclip_deploy.train.measures import LEVELS
 from cclip_deploy.train.measuring import MeasuredRow, Measurements
 
 EmptyPolicy = Literal["one", "leave-out"]
 """What a row with an empty reference counts: Dice and IoU 1 where the prediction is empty too, else 0; or nothing."""
+EMPTY_REFERENCE = "its reference is empty, and such rows are left out"
+UNKNOWN_GROUP = {"view": "the image's name does not tell it"}
 THRESHOLDS = tuple(step / LEVELS for step in range(1, LEVELS))
 
 
@@ -38,12 +41,47 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Rows that take no part, and why."""
+
+    reason: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many of the split's rows a number is of, and why the rest are not among them."""
+
+    rows: int
+    rows_in_all: int
+    left_out: tuple[LeftOut, ...]
+
+    @staticmethod
+    def of_reasons(reasons: Sequence[str]) -> Coverage:
+        """From the reason of every row, empty where it takes part; the commonest reason first."""
+        counted = Counter(reason for reason in reasons if reason)
+        left_out = tuple(LeftOut(*pair) for pair in sorted(counted.items(), key=lambda pair: (-pair[1], pair[0])))
+        return Coverage(len(reasons) - counted.total(), len(reasons), left_out)
+
+    def show(self) -> str:
+        """`470 of 520`"""
+        return f"{self.rows:,} of {self.rows_in_all:,}"
+
+    def describe_left_out(self) -> str:
+        """`38: names no side; 12: not understood`"""
+        return "; ".join(f"{left.rows:,}: {left.reason}" for left in self.left_out)
+
+
+@dataclass(frozen=True)
 class ControlScore:
-    """A control beside the true prompts, on the rows that it asks another sentence."""
+    """A control beside the true prompts, on the rows that have another sentence in it."""
 
     name: str
     meaning: str
     missing: str | None
+    coverage: Coverage
+    drawn: int | None
+    """How many other sentences were drawn for each row; None where all were used."""
     true_dice: Estimate
     dice: Estimate
     difference: Estimate
@@ -83,6 +121,14 @@ class GroupScore:
 
 
 @dataclass(frozen=True)
+class GroupCoverage:
+    """How many rows one way of grouping knows the group of."""
+
+    by: str
+    coverage: Coverage
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """All numbers of one network on one split."""
 
@@ -91,6 +137,7 @@ class Evaluation:
     curve: tuple[CurvePoint, ...]
     calibration: tuple[CalibrationBin, ...]
     groups: tuple[GroupScore, ...]
+    group_coverage: tuple[GroupCoverage, ...]
     counted: tuple[bool, ...]
     """Whether each row takes part in means over rows."""
 
@@ -113,12 +160,14 @@ def summarise(
     bootstrap = PatientBootstrap([referral.subject for referral in referrals], seed)
     counted = np.array([empty == "one" or row.overlap.reference > 0 for row in rows], np.bool_)
     dice = np.where(counted, [row.overlap.dice for row in rows], np.nan)
+    groups = [groups_of(r, row.overlap.reference / row.pixels) for r, row in zip(referrals, rows, strict=True)]
     return Evaluation(
         scores=_score(rows, counted, dice, bootstrap),
         controls=tuple(_score_control(control, rows, dice, bootstrap) for control in controls),
         curve=_draw_curve(rows, counted, bootstrap),
         calibration=_calibrate(rows),
-        groups=tuple(_score_groups(rows, referrals, dice, bootstrap)),
+        groups=tuple(_score_groups(rows, groups, dice, bootstrap)),
+        group_coverage=tuple(_cover_groups(groups)),
         counted=tuple(counted.tolist()),
     )
 
@@ -150,10 +199,15 @@ def _score_control(
     answers = [row.controls.get(control.name) for row in rows]
     other = np.array([np.nan if answer is None else answer.dice for answer in answers])
     other, own = np.where(np.isnan(dice), np.nan, other), np.where(np.isnan(other), np.nan, dice)
+    uncounted = [EMPTY_REFERENCE if np.isnan(value) else "" for value in dice]
     return ControlScore(
         name=control.name,
         meaning=control.meaning,
         missing=control.missing,
+        coverage=Coverage.of_reasons(
+            [reason or empty for reason, empty in zip(control.reasons, uncounted, strict=True)]
+        ),
+        drawn=control.drawn,
         true_dice=bootstrap.mean(own),
         dice=bootstrap.mean(other),
         difference=bootstrap.mean(own - other),
@@ -189,9 +243,8 @@ def _calibrate(rows: Sequence[MeasuredRow]) -> tuple[CalibrationBin, ...]:
 
 
 def _score_groups(
-    rows: Sequence[MeasuredRow], referrals: Sequence[Referral], dice: Floats, bootstrap: PatientBootstrap
+    rows: Sequence[MeasuredRow], groups: Sequence[Mapping[str, str]], dice: Floats, bootstrap: PatientBootstrap
 ) -> list[GroupScore]:
-    groups = [groups_of(r, row.overlap.reference / row.pixels) for r, row in zip(referrals, rows, strict=True)]
     counts, scored = _pixel_counts(rows), []
     for by in dict.fromkeys(by for group in groups for by in group):
         for name in sorted({group[by] for group in groups if by in group}, key=order):
@@ -199,6 +252,18 @@ def _score_groups(
             pooled = bootstrap.estimate(counts, _pooled_dice, member)[0]
             scored.append(GroupScore(by, name, bootstrap.mean(np.where(member, dice, np.nan)), pooled))
     return scored
+
+
+def _cover_groups(groups: Sequence[Mapping[str, str]]) -> list[GroupCoverage]:
+    """Rows in the groups "none named" and "not understood" are not covered, but reported in groups of their own."""
+    unknown = {NONE_NAMED: NONE_NAMED, NOT_UNDERSTOOD: NOT_UNDERSTOOD}
+    return [
+        GroupCoverage(
+            by, Coverage.of_reasons([unknown.get(g[by], "") if by in g else UNKNOWN_GROUP[by] for g in groups])
+        )
+        for by in WAYS
+        if any(by in group for group in groups)
+    ]
 
 
 def _pixel_counts(rows: Sequence[MeasuredRow]) -> Floats:

@@ -46,7 +46,7 @@ class MeasuringOptions:
 
 @dataclass(frozen=True)
 class ControlAnswer:
-    """A row asked with a control's sentence: against its own reference, and against its own prediction."""
+    """A row with a control's sentences, averaged by their weights: against its reference, and its own prediction."""
 
     dice: float
     iou_with_own: float
@@ -109,6 +109,16 @@ class Measurements:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A control's sentence for a row, with its weight among that control's sentences for the row."""
+
+    row: int
+    control: str
+    tokens: Tokens
+    weight: float
+
+
+@dataclass(frozen=True)
 class _Loaded:
     pixels: Floats
     references: dict[Path, Mask]
@@ -130,7 +140,8 @@ def measure_split(
         ImageError: a picture or mask cannot be decoded.
     """
     tokens, cut = encode_texts([referral.text for referral in referrals], network.tokenizer, network.prompt_length)
-    others = {c.name: [_encode_or_none(text, network) for text in c.texts] for c in controls}
+    sentences = {text for control in controls for row in control.asked for text in row}
+    others = {text: network.tokenizer.encode_cut(text, network.prompt_length) for text in sentences}
     rows_of: dict[Path, list[int]] = defaultdict(list)
     for row, referral in enumerate(referrals):
         rows_of[referral.image].append(row)
@@ -140,8 +151,13 @@ def measure_split(
         on_image(image, number, len(rows_of))
         picture = _Picture(loading.result(), {row: referrals[row].mask for row in rows_of[image]}, options)
         own = {row: tokens[row] for row in rows_of[image]}
-        asked = {(row, name): told for name, every in others.items() for row in own if (told := every[row]) is not None}
-        picture.ask(network, own, asked)
+        questions = [
+            Question(row, control.name, others[text], weight)
+            for control in controls
+            for row in own
+            for text, weight in control.asked[row].items()
+        ]
+        picture.ask(network, own, questions)
         for row in own:
             measured[row] = picture.measured(row, cut[row])
             overlap = measured[row].overlap
@@ -162,27 +178,37 @@ class _Picture:
         self._levels: dict[int, Levels] = {}
         self._controls: dict[int, dict[str, ControlAnswer]] = {row: {} for row in masks}
 
-    def ask(self, network: AskedNetwork, own: Mapping[int, Tokens], asked: Mapping[tuple[int, str], Tokens]) -> None:
+    def ask(self, network: AskedNetwork, own: Mapping[int, Tokens], questions: Sequence[Question]) -> None:
         """Ask each distinct token row once, the rows' own ones first, as controls are compared with those answers."""
-        distinct = {tokens.tobytes(): tokens for tokens in (*own.values(), *asked.values())}
+        askers: dict[bytes, list[Question]] = defaultdict(list)
+        for question in questions:
+            askers[question.tokens.tobytes()].append(question)
+        others = {question.tokens.tobytes(): question.tokens for question in questions}
+        distinct = {tokens.tobytes(): tokens for tokens in own.values()} | others
+        own_keys = {tokens.tobytes() for tokens in own.values()}
         own_answers: dict[bytes, Mask] = {}
-        answers = network.answer(self.pixels, list(distinct.values()))
-        for key in dict.fromkeys(tokens.tobytes() for tokens in own.values()):
-            probability = next(answers)
-            own_answers[key] = probability >= self.options.threshold
+        for key, probability in zip(distinct, network.answer(self.pixels, list(distinct.values())), strict=True):
+            mask = probability >= self.options.threshold
+            if key not in own_keys:
+                self._compare(mask, askers[key])
+                continue
+            own_answers[key] = mask
             for row in (row for row, tokens in own.items() if tokens.tobytes() == key):
-                self.predicted[row] = own_answers[key]
+                self.predicted[row] = mask
                 self._levels[row] = count_levels(probability, self.references[row])
-        self._compare(own_answers, asked)
-        for key, probability in zip(list(distinct)[len(own_answers) :], answers, strict=True):
-            self._compare({key: probability >= self.options.threshold}, asked)
+            if len(own_answers) == len(own_keys):
+                for own_key, answer in own_answers.items():
+                    self._compare(answer, askers[own_key])
 
-    def _compare(self, answers: Mapping[bytes, Mask], asked: Mapping[tuple[int, str], Tokens]) -> None:
-        for (row, name), tokens in asked.items():
-            mask = answers.get(tokens.tobytes())
-            if mask is not None:
-                dice = measure_overlap(mask, self.references[row]).dice
-                self._controls[row][name] = ControlAnswer(dice, measure_overlap(mask, self.predicted[row]).iou)
+    def _compare(self, mask: Mask, questions: Sequence[Question]) -> None:
+        for question in questions:
+            row, controls = question.row, self._controls[question.row]
+            before = controls.get(question.control, ControlAnswer(0.0, 0.0))
+            dice = measure_overlap(mask, self.references[row]).dice
+            iou = measure_overlap(mask, self.predicted[row]).iou
+            controls[question.control] = ControlAnswer(
+                before.dice + question.weight * dice, before.iou_with_own + question.weight * iou
+            )
 
     def measured(self, row: int, cut: bool) -> MeasuredRow:
         mask, reference = self.predicted[row], self.references[row]
@@ -203,10 +229,6 @@ def encode_texts(texts: Sequence[str], tokenizer: PromptTokenizer, length: int) 
         raise DataError(f"The prompt {text!r} holds no word. Fill it in, or remove the row.")
     rows = {text: tokenizer.encode_cut(text, length) for text in counts}
     return [rows[text] for text in texts], [counts[text] > length for text in texts]
-
-
-def _encode_or_none(text: str | None, network: AskedNetwork) -> Tokens | None:
-    return None if text is None else network.tokenizer.encode_cut(text, network.prompt_length)
 
 
 def _read_ahead(

@@ -44,10 +44,10 @@ def test_a_flip_swaps_picture_mask_and_words(film: tuple[np.ndarray, np.ndarray,
 
 def test_a_picture_is_not_flipped_where_one_of_its_texts_cannot_be() -> None:
     pixels, masks = np.arange(6, dtype=np.float32).reshape(2, 3) / 6, np.eye(2, 3, dtype=bool)[None].repeat(2, axis=0)
-    kept = apply_change(changed(flip=True), pixels, masks, (LEFT, "nodule in the RUL"))
+    kept = apply_change(changed(flip=True), pixels, masks, (LEFT, "leftmost nodule"))
     assert np.array_equal(kept[0], pixels)
     assert np.array_equal(kept[1], masks)
-    assert kept[2] == (LEFT, "nodule in the RUL")
+    assert kept[2] == (LEFT, "leftmost nodule")
 
 
 def test_a_quarter_turn_is_that_of_numpy() -> None:

@@ -10,14 +10,14 @@ import pytest
 
 from cclip_deploy.data.layouts import Referral
 from cclip_deploy.train.controls import Control
-from cclip_deploy.train.evaluation import Evaluation, summarise
+from cclip_deploy.train.evaluation import Evaluation, LeftOut, summarise
 from cclip_deploy.train.measures import count_levels, measure_outlines, measure_overlap
 from cclip_deploy.train.measuring import ControlAnswer, MeasuredRow, Measurements
 
 RNG = np.random.default_rng(17)
 HW = (24, 24)
 LEFT, RIGHT = (f"Unilateral pulmonary infection, one infected area, upper {side} lung." for side in ("left", "right"))
-CONTROL = Control("fixed", (LEFT,) * 5)
+CONTROL = Control.single("fixed", (LEFT, LEFT, LEFT, None, None), "same")
 
 
 def smooth(seed: int) -> np.ndarray:
@@ -49,7 +49,8 @@ def evaluate(policy: str = "one", rows: slice = slice(None)) -> Evaluation:
     answers: list[dict[str, ControlAnswer]] = [{"fixed": ControlAnswer(0.1, 0.2)}] * 3 + [{}, {}]
     measured = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)][rows]
     measurements = Measurements(tuple(measured), (), ())
-    return summarise(measurements, referrals(len(measured)), [CONTROL], policy)  # type: ignore[arg-type]
+    control = Control(CONTROL.name, CONTROL.asked[rows], CONTROL.reasons[rows])
+    return summarise(measurements, referrals(len(measured)), [control], policy)  # type: ignore[arg-type]
 
 
 def plain_dice() -> list[float]:
@@ -116,6 +117,22 @@ def test_a_control_is_compared_with_the_true_prompts_on_its_own_rows() -> None:
     assert control.true_dice.value == pytest.approx(np.mean(plain_dice()[:3]))
     assert control.difference.value == pytest.approx(np.mean(plain_dice()[:3]) - 0.1)
     assert control.iou_with_own.value == pytest.approx(0.2)
+
+
+def test_a_control_says_how_many_rows_it_is_of_and_why_not_of_the_others() -> None:
+    (control,) = evaluate().controls
+    assert (control.coverage.show(), control.coverage.describe_left_out()) == ("3 of 5", "2: same")
+    (control,) = evaluate("leave-out", slice(2, 5)).controls
+    assert (control.coverage.rows, control.coverage.rows_in_all, control.dice.rows) == (1, 3, 1)
+    assert control.coverage.left_out == (LeftOut("same", 2),)
+
+
+def test_groups_say_how_many_rows_they_know() -> None:
+    found = {g.by: g.coverage for g in evaluate().group_coverage}
+    assert {by: coverage.show() for by, coverage in found.items()} == {
+        "target size": "5 of 5", "side named": "5 of 5", "zones named": "5 of 5",
+    }  # fmt: skip
+    assert "view" not in {g.by for g in evaluate().groups}
 
 
 def test_groups_share_out_the_rows() -> None:

@@ -67,7 +67,8 @@ def test_a_picture_is_passed_once_and_each_sentence_asked_once(tmp_path: Path, n
     rows = referrals(tmp_path, ("a", "one", 1), ("b", "two words", 2), ("a", "three more words", 3))
     network.passes.clear()
     told: list[tuple[str, int, int]] = []
-    measure_split(network, rows, [Control("fixed", ("one", "one", "one")), Control("empty", ("", None, ""))], OPTIONS,
+    controls = [Control.single("fixed", ("one",) * 3), Control.single("empty", ("", None, ""))]
+    measure_split(network, rows, controls, OPTIONS,
                   lambda path, number, total: told.append((path.name, number, total)))  # fmt: skip
     assert network.passes == [3, 2]  # a: one, three more words, empty; b: two words, one
     assert told == [("a.png", 1, 2), ("b.png", 2, 2)]
@@ -83,11 +84,26 @@ def test_rows_keep_their_order_and_their_numbers(tmp_path: Path, network: TopRow
 
 def test_a_control_is_scored_against_the_rows_own_reference_and_own_answer(tmp_path: Path, network: TopRows) -> None:
     rows = referrals(tmp_path, ("a", "one", 2), ("a", "three more words", 3))
-    shuffled = Control("shuffled", ("three more words", "one"))
+    shuffled = Control.single("shuffled", ("three more words", "one"))
     first, second = measure_split(network, rows, [shuffled], OPTIONS).rows
     assert first.controls["shuffled"].dice == pytest.approx(2 * 2 / 5)
     assert first.controls["shuffled"].iou_with_own == pytest.approx(1 / 3)
     assert second.controls["shuffled"].dice == pytest.approx(2 * 1 / 4)
+
+
+def test_a_control_of_several_sentences_is_their_weighted_mean(tmp_path: Path, network: TopRows) -> None:
+    """Against plain numpy, with every mask drawn again; its own sentence among them, as one cut short may be."""
+    rows = referrals(tmp_path, ("a", "one", 2), ("a", "three more words", 3), ("b", "two words", 1))
+    table = {"one": 0.5, "two words": 0.125, "five words are too many": 0.375}
+    network.passes.clear()
+    found = measure_split(network, rows, [Control("shuffled", (table, table, {}), ("", "", "left out"))], OPTIONS).rows
+    assert network.passes == [4, 1]
+    for row, (own, inside) in zip(found, ((1, 2), (3, 3)), strict=False):
+        dice = sum(w * 2 * min(k, inside) / (k + inside) for k, w in ((1, 0.5), (2, 0.125), (5, 0.375)))
+        iou = sum(w * min(k, own) / max(k, own) for k, w in ((1, 0.5), (2, 0.125), (5, 0.375)))
+        assert row.controls["shuffled"].dice == pytest.approx(dice)
+        assert row.controls["shuffled"].iou_with_own == pytest.approx(iou)
+    assert found[2].controls == {}
 
 
 def test_the_empty_control_asks_start_and_end_alone(tmp_path: Path, network: TopRows) -> None:
