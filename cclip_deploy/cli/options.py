@@ -26,6 +26,10 @@ PromptLength = Annotated[
     int | None,
     typer.Option("--prompt-length", help="Tokens before a prompt is cut; the bundle's, or 32.", min=3, max=77),
 ]
+Repair = Annotated[
+    bool,
+    typer.Option("--repair/--no-repair", help="Repair typing errors in prompts, as training and evaluation do."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads; as many as the runtime likes unless given.", min=1)

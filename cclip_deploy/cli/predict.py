@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table
+from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table, tell_repairs
 from cclip_deploy.errors import UsageError
 from cclip_deploy.precisions import Precision
 
@@ -27,6 +27,7 @@ def predict(
         "predictions"
     ),
     threshold: Annotated[float | None, typer.Option(help="Probability from which a pixel counts.")] = None,
+    repair: options.Repair = True,
     prompt_cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps what was computed of each prompt, for the next time.")
     ] = None,
@@ -48,6 +49,7 @@ def predict(
 ) -> None:
     """Segment what the prompts name: [bold]mask, probability and overlay[/] in the picture's own size."""
     from cclip_deploy.bundle import Bundle
+    from cclip_deploy.data.repair import repair_prompts
 
     if checkpoint is not None and not explain:
         raise UsageError("--checkpoint is for --explain; masks come from the bundle. Give both, or neither.")
@@ -59,11 +61,12 @@ def predict(
     from cclip_deploy.runtime.choice import opened as open_choice
     from cclip_deploy.segmenter import Segmenter
 
+    prompts = repair_prompts(prompt, repair)
     choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
     with open_choice(choice, opened, precision) as runs, picture_progress(quiet=json) as on_picture:
         segmenter = Segmenter(opened, runs.backend, prompt_cache)
         explainer = _open_explainer(segmenter, checkpoint) if explain else None
-        found = run(segmenter, images, prompt, output, threshold, on_picture, explainer)
+        found = run(segmenter, images, [p.text for p in prompts], output, threshold, on_picture, explainer)
     if json:
         failed = [{"image": str(path), "error": reason} for path, reason in found.failed]
         counts = found.prompt_counts.to_dict()
@@ -71,6 +74,7 @@ def predict(
             {
                 "predictions": [row.to_dict() for row in found.done],
                 "failed": failed,
+                "repaired_prompts": [p.to_dict() for p in prompts if p.repairs],
                 "prompt_kernels": counts,
                 "ran": runs.to_dict(),
             }
@@ -81,6 +85,7 @@ def predict(
             numbers = (f"{row.area_share:.2%}", f"{row.mean_probability:.3f}")
             shown.add_row(escape(row.image.name), escape(row.prompt), *numbers, escape(str(row.written.mask)))
         stdout.print(shown)
+        tell_repairs(prompts)
         stdout.print(found.prompt_counts.describe())
         if told := runs.told():
             stdout.print(f"Note: {told}", markup=False)

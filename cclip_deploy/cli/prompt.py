@@ -16,21 +16,26 @@ def prompt(
     text: Annotated[str, typer.Argument(help="The prompt, in quotes.", show_default=False)],
     bundle: options.TokenizerBundle = None,
     prompt_length: options.PromptLength = None,
+    repair: options.Repair = True,
     json: options.Json = False,
 ) -> None:
     """Show what becomes of a [bold]prompt[/]: typing errors repaired, zones and sides, tokens, cut or not."""
     from cclip_deploy.pipeline.prompts import describe_prompt, open_tokenizer
 
-    facts = describe_prompt(text, *open_tokenizer(bundle, prompt_length))
+    facts = describe_prompt(text, *open_tokenizer(bundle, prompt_length), repair)
     if json:
         print_json(facts)
         return
     shown = table("Prompt", "", "value")
     shown.add_row("text", escape(facts["text"]))
-    for repair in facts["repairs"]:
-        shown.add_row("repaired", escape(f"{repair['found']!r} to {repair['put']!r}"))
+    for made in facts["repairs"]:
+        shown.add_row("repaired", escape(f"{made['found']!r} to {made['put']!r}"))
     for side, zones in (facts["zones"] or {}).items():
         shown.add_row(f"{side} lung", ", ".join(zones) or "-")
-    shown.add_row("form", f"QaTa-COV19, count {facts['count']}" if facts["zones"] else "free text")
+    shown.add_row("side", facts["side"] or "none named")
+    if facts["count"] is not None:
+        shown.add_row("regions stated", str(facts["count"]))
+    if facts["not_understood"]:
+        shown.add_row("not understood", escape(", ".join(facts["not_understood"])))
     shown.add_row("tokens", f"{facts['token_count']} of {facts['prompt_length']}{', cut' if facts['cut'] else ''}")
     stdout.print(shown)

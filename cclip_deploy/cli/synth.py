@@ -41,13 +41,17 @@ def synth(
         float, typer.Option(help="Share of prompts for sites without a lesion.", min=0, max=1)
     ] = 0.0,
     typo_share: Annotated[float, typer.Option(help="Share of prompts with a typing error.", min=0, max=1)] = 0.0,
+    wordings: Annotated[
+        Literal["qata", "varied"],
+        typer.Option(help="Prompts in QaTa-COV19's form alone, or in several wordings; the images stay the same."),
+    ] = "qata",
     json: options.Json = False,
 ) -> None:
     """Draw a [bold]synthetic data set[/]: films, prompts, masks, with confounders that can be switched on."""
     from cclip_deploy.data.confounders import confound
     from cclip_deploy.data.synthetic import Asking, share_out_films, write_dataset
 
-    asking = Asking(confound(confounder or (), confounder_rho), absent_share, typo_share)
+    asking = Asking(confound(confounder or (), confounder_rho), absent_share, typo_share, wordings)
     counts = share_out_films(images)
     with progress(quiet=json) as tell:
         write_dataset(

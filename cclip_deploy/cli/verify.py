@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table, tell_repairs
 from cclip_deploy.errors import ParityError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def verify(
         list[Path] | None, typer.Option(help="Picture or folder to compare on; needs --checkpoint.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt to compare on; needs --checkpoint.")] = None,
+    repair: options.Repair = True,
     backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -37,16 +38,19 @@ def verify(
 ) -> None:
     """Compare every graph of a bundle with [bold]PyTorch[/]; exit code 4 where a limit is broken."""
     from cclip_deploy.bundle import Bundle
+    from cclip_deploy.data.repair import repair_prompts
     from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 
     choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
-    chosen = VerifyOptions(checkpoint, tuple(image or ()), tuple(prompt or ()), threads, choice)
+    prompts = repair_prompts(prompt or (), repair)
+    chosen = VerifyOptions(checkpoint, tuple(image or ()), tuple(p.text for p in prompts), threads, choice)
     with progress(quiet=json) as tell:
         result = verify_bundle(Bundle.open(bundle), chosen, tell)
     if json:
-        print_json(result.to_dict())
+        print_json({**result.to_dict(), "repaired_prompts": [p.to_dict() for p in prompts if p.repairs]})
     else:
         _show(str(bundle), result.checks)
+        tell_repairs(prompts)
         for note in result.notes:
             stdout.print(f"Note: {note}", markup=False)
     if not result.passed:

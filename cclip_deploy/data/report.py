@@ -14,7 +14,7 @@ from PIL import Image
 from cclip_deploy.data.images import decoding
 from cclip_deploy.data.layouts import SPLITS, DataSet, Referral, is_lossy, read_mask
 from cclip_deploy.data.layouts.referral import is_picture_name
-from cclip_deploy.data.template import parse_or_none
+from cclip_deploy.data.prompt_reader import read_prompt
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError
 from cclip_deploy.files import sha256_file
@@ -24,7 +24,7 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of one split. A prompt is a row; free prompts are not of QaTa-COV19's form and were left as they are."""
+    """Counts of one split. A prompt is a row; free prompts name no site of the lungs for sure."""
 
     images: int
     masks: int
@@ -181,7 +181,7 @@ def _count(
         repaired_prompts=sum(row in repaired for row, _ in rows),
         cut_prompts=sum(tokens[referral.text] > prompt_length for referral in referrals),
         longest_prompt_tokens=max(tokens.values()),
-        free_prompts=sum(parse_or_none(referral.text) is None for referral in referrals),
+        free_prompts=sum(not read_prompt(referral.text).complete for referral in referrals),
         empty_masks=len(masks & empty),
         lossy_masks=len(masks & lossy),
         image_sizes=_size_range(images),

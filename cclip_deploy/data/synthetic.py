@@ -21,6 +21,7 @@ from cclip_deploy.data.layouts.masks_by_name import TRAIN_SHARE
 from cclip_deploy.data.layouts.writing import WrittenFilm, check_layout, write_layout
 from cclip_deploy.data.radiograph import OUTWARD, Chest, Plane, draw_chest, expose, lung_span, smooth_noise, step
 from cclip_deploy.data.template import SITES, Zones, render
+from cclip_deploy.data.wordings import WORDINGS, render_varied
 from cclip_deploy.errors import UsageError
 from cclip_deploy.files import whole_folder
 
@@ -72,8 +73,12 @@ class Asking:
     """Share of prompts that name sites without a lesion, so that their mask is empty."""
     typo_share: float = 0.0
     """Share of prompts that are written with a typing error, as real tables have them."""
+    wordings: str = "qata"
+    """`qata` writes QaTa-COV19's form alone, `varied` one of several wordings for each prompt."""
 
     def __post_init__(self) -> None:
+        if self.wordings not in WORDINGS:
+            raise UsageError(f"Unknown wordings {self.wordings!r}. Use {' or '.join(WORDINGS)}.")
         for name in ("absent_share", "typo_share"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
@@ -93,8 +98,9 @@ def make_samples(
 ) -> list[SyntheticSample]:
     """One film asked up to `prompts` different questions (two lesions allow only two).
 
-    Signs, absent sites and typing errors come from generators of their own that `rng` spawns: the film under them, and
-    which present sites are named, do not depend on `asking`, so two data sets of one seed can be compared in pairs.
+    Signs, absent sites, typing errors and wordings come from generators of their own that `rng` spawns: the film under
+    them, and which present sites are named, do not depend on `asking`, so two data sets of one seed can be compared in
+    pairs.
 
     Args:
         rng: the only source of chance.
@@ -110,11 +116,13 @@ def make_samples(
     present = [SITES[i] for i in sorted(rng.permutation(len(SITES))[:count])]
     subsets = [[s for bit, s in enumerate(present) if code >> bit & 1] for code in range(1, 2 ** len(present) - 1)]
     targets = [subsets[i] for i in rng.permutation(len(subsets))[:prompts]]
-    signs_rng, absent_rng, typo_rng = rng.spawn(3)
+    signs_rng, absent_rng, typo_rng, words_rng = rng.spawn(4)
     targets = _name_absent_sites(absent_rng, targets, present, asking.absent_share)
     signs = choose_signs(signs_rng, targets[0][0][0], asking.confounding)
     film = draw_film(rng, image_hw, present, signs)
     samples = [_ask(film, target) for target in targets]
+    if asking.wordings == "varied":
+        samples = [replace(sample, prompt=render_varied(sample.zones, words_rng)) for sample in samples]
     return [replace(s, prompt=_mistype(typo_rng, s.prompt, asking.typo_share)) for s in samples]
 
 
@@ -174,7 +182,7 @@ def _mistype(rng: np.random.Generator, prompt: str, share: float) -> str:
     """The prompt with one of TYPOS that fits it, or as it is."""
     chance, which = rng.random(2)
     fitting = [(right, wrong) for right, wrong in TYPOS if right in prompt]
-    if chance >= share:
+    if chance >= share or not fitting:
         return prompt
     right, wrong = fitting[int(which * len(fitting))]
     return prompt.replace(right, wrong, 1)

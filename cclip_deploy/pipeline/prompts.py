@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.data.repair import repair_prompt
-from cclip_deploy.data.template import parse_or_none
+from cclip_deploy.data.prompt_reader import read_prompt
+from cclip_deploy.data.repair import repair_prompts
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 
@@ -36,29 +36,24 @@ def open_tokenizer(bundle: Path | None, length: int | None) -> tuple[PromptToken
         ) from error
 
 
-def describe_prompt(written: str, tokenizer: PromptTokenizer, length: int) -> dict[str, Any]:
-    """The repaired text, what was repaired, what it says (null where it is not of the form), and its tokens.
+def describe_prompt(written: str, tokenizer: PromptTokenizer, length: int, repair: bool = True) -> dict[str, Any]:
+    """The repaired text, what was repaired, which sites it names (null where it names none for sure), and its tokens.
 
     PromptError where the text is empty.
     """
-    prompt = repair_prompt(written)
-    facts = parse_or_none(prompt.text)
+    (prompt,) = repair_prompts([written], repair)
+    reading = read_prompt(prompt.text)
     tokenizer.encode(prompt.text, max(length, len(tokenizer.ids(prompt.text))))
     ids = tokenizer.ids(prompt.text)
-    zones = facts and {side: _in_order(facts.zones.sites(), side) for side in ("left", "right")}
+    sites = reading.zones.sites()
     return {
-        "written": written,
-        "text": prompt.text,
-        "repairs": [{"found": repair.found, "put": repair.put} for repair in prompt.repairs],
-        "zones": zones,
-        "side": facts and facts.side,
-        "count": facts and facts.count,
+        **prompt.to_dict(),
+        "zones": {side: [z for s, z in sites if s == side] for side in ("left", "right")} if sites else None,
+        "side": reading.side if reading.sides else None,
+        "count": reading.count,
+        "not_understood": list(reading.not_understood),
         "tokens": ids,
         "token_count": len(ids),
         "prompt_length": length,
         "cut": len(ids) > length,
     }
-
-
-def _in_order(sites: tuple[tuple[str, str], ...], side: str) -> list[str]:
-    return [zone for named, zone in sites if named == side]

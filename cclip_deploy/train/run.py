@@ -127,7 +127,10 @@ def _train(
     fabric = launch(config.devices)
     tell(f"Reading {data_folder}")
     tokenizer = PromptTokenizer.from_open_clip()
-    splits = _read_splits(read_data_set(data_folder, config.data.layout, config.data.subject), config, options)
+    data_set = read_data_set(data_folder, config.data.layout, config.data.subject)
+    if data_set.repaired:
+        tell(f"Repaired typing errors in {len(data_set.repaired)} prompts; cclip-deploy data lists them")
+    splits = _read_splits(data_set, config, options)
     identity = Identity.of(config, {split: fingerprint(rows) for split, rows in splits.items()})
     train_set, validation_set = (
         open_training_set(splits[split], tokenizer, config) if split in splits else None for split in ("train", "val")
@@ -140,6 +143,7 @@ def _train(
         resumed = options.resume and (folder / STATE).exists()
         progress = load_state(folder, learner, identity) if resumed else Progress()
         record = _describe(config, data_folder, identity, clip, torch.__version__)
+        record["repaired_prompts"] = len(data_set.repaired)
         loaded_s = time.perf_counter() - started_s
         first_step = len(progress.told)
         with Journal(folder, first_step, options.tensorboard and fabric.is_global_zero) as journal:

@@ -83,6 +83,17 @@ def test_free_text_has_no_zones_and_an_empty_prompt_is_an_error() -> None:
     assert invoke("prompt", "x", "--prompt-length", "99").exit_code == 2
 
 
+def test_any_wording_is_read_and_what_is_not_understood_is_said() -> None:
+    said = json.loads(invoke("prompt", "opacities in the rigth upper and middle zones", "--json").stdout)
+    assert (said["zones"], said["side"]) == ({"left": [], "right": ["upper", "middle"]}, "right")
+    assert said["repairs"] == [{"found": "rigth", "put": "right"}]
+    kept = json.loads(invoke("prompt", "the rigth lung", "--json", "--no-repair").stdout)
+    assert (kept["text"], kept["repairs"]) == ("the rigth lung", [])
+    denied = json.loads(invoke("prompt", "no infection in the left lung", "--json").stdout)
+    assert (denied["zones"], denied["side"], denied["not_understood"]) == (None, None, ["no"])
+    assert "not understood" in invoke("prompt", "no infection in the left lung").stdout
+
+
 def test_a_bundle_gives_its_own_tokenizer_and_length(tiny_bundle_path: Path) -> None:
     from cclip_deploy.bundle import Bundle
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ def test_a_folder_and_two_prompts_print_their_contract(tiny_bundle_path: Path, f
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
-    assert told.keys() == {"predictions", "failed", "prompt_kernels", "ran"}
-    assert told["failed"] == []
+    assert told.keys() == {"predictions", "failed", "repaired_prompts", "prompt_kernels", "ran"}
+    assert told["failed"] == told["repaired_prompts"] == []
     assert [(Path(row["image"]).name, row["prompt"]) for row in told["predictions"]] == [
         (name, prompt) for name in ("deep.png", "film", "photo.jpg") for prompt in ("left lung", "heart")
     ]
@@ -51,6 +52,32 @@ def test_a_folder_and_two_prompts_print_their_contract(tiny_bundle_path: Path, f
         ):
             assert mask.size == source.size
     assert len(os.listdir(tmp_path / "out")) == 18
+
+
+def test_typing_errors_are_repaired_as_in_evaluation_and_said(
+    tiny_bundle_path: Path, films: Path, tmp_path: Path
+) -> None:
+    """`evaluate` scores what `read_data_set` repaired; `predict` once asked what was typed."""
+
+    def predicted(prompt: str, *more: str) -> tuple[dict[str, Any], np.ndarray]:
+        out = tmp_path / f"{prompt}{len(more)}"
+        done = invoke("predict", tiny_bundle_path, films / "photo.jpg", "--prompt", prompt, "-o", out, "--json", *more)
+        assert done.exit_code == 0, done.output
+        told = json.loads(done.stdout)
+        return told, np.asarray(Image.open(told["predictions"][0]["files"]["probability"]))
+
+    (right, meant), (typed, repaired) = predicted("upper left lung"), predicted("uppper lefft lung")
+    assert right["repaired_prompts"] == []
+    (said,) = typed["repaired_prompts"]
+    assert (said["written"], said["text"]) == ("uppper lefft lung", "upper left lung")
+    assert typed["predictions"][0]["prompt"] == "upper left lung"
+    assert np.array_equal(meant, repaired)
+    left_alone, other = predicted("uppper lefft lung", "--no-repair")
+    assert left_alone["repaired_prompts"] == []
+    assert left_alone["predictions"][0]["prompt"] == "uppper lefft lung"
+    assert not np.array_equal(meant, other)
+    shown = invoke("predict", tiny_bundle_path, films / "photo.jpg", "--prompt", "uppper lung", "-o", tmp_path / "o")
+    assert "Repaired prompt 'uppper lung': 'uppper' to 'upper'" in shown.stdout
 
 
 def test_a_table_shows_prompts_as_they_were_typed(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
@@ -79,7 +106,7 @@ def test_an_unreadable_picture_among_good_ones_ends_with_6_when_the_rest_is_done
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"), [("", "The prompt is empty"), (" \t", "The prompt is empty"), ("lung " * 30, "room for 24")]
+    ("prompt", "said"), [("", "The prompt is empty"), (" \t", "The prompt is empty"), ("heart " * 30, "room for 24")]
 )
 def test_a_prompt_that_cannot_be_used_ends_with_2(
     prompt: str, said: str, tiny_bundle_path: Path, films: Path, tmp_path: Path

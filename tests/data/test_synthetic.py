@@ -10,6 +10,7 @@ from PIL import Image
 
 from cclip_deploy.data.confounders import CONFOUNDERS, Confounding, choose_signs, confound
 from cclip_deploy.data.layouts import read_flat, read_mask, writing
+from cclip_deploy.data.prompt_reader import read_prompt
 from cclip_deploy.data.synthetic import (
     Asking,
     SyntheticSample,
@@ -20,6 +21,7 @@ from cclip_deploy.data.synthetic import (
     write_dataset,
 )
 from cclip_deploy.data.template import SITES, parse
+from cclip_deploy.data.wordings import WORDINGS
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 
 
@@ -281,3 +283,26 @@ def test_the_lungs_of_a_sample_hold_its_lesions_and_do_not_depend_on_signs() -> 
         assert 0.1 < sample.lungs.mean() < 0.6
         assert (sample.mask & ~sample.lungs).sum() <= 0.1 * sample.mask.sum()
         assert np.array_equal(sample.lungs, other.lungs)
+
+
+def test_varied_wordings_name_the_same_zones_on_the_same_images() -> None:
+    forms = set()
+    for seed in range(25):
+        plain, varied = (make_samples(rng(seed), (64, 64), 6, Asking(wordings=w)) for w in WORDINGS)
+        for one, other in zip(plain, varied, strict=True):
+            assert np.array_equal(one.image, other.image)
+            assert np.array_equal(one.mask, other.mask)
+            reading = read_prompt(other.prompt)
+            assert reading.complete
+            assert reading.zones == one.zones == parse(one.prompt)
+            forms.add(other.prompt.split()[0] + str("with involvement" in other.prompt))
+    assert len(forms) >= 6
+    with pytest.raises(UsageError, match="qata or varied"):
+        Asking(wordings="latin")
+
+
+def test_a_typing_error_is_left_out_where_no_word_of_a_wording_has_one() -> None:
+    prompts = [
+        s.prompt for n in range(40) for s in make_samples(rng(n), (32, 32), 3, Asking(typo_share=1, wordings="varied"))
+    ]
+    assert all(prompts)
