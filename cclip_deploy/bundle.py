@@ -27,6 +27,7 @@ class Bundle:
         self.sums = sums
         self._checked: set[str] = {MANIFEST}
         self._checking: dict[str, Future[None]] = {}
+        self._tokenizer: PromptTokenizer | None = None
 
     @staticmethod
     def open(path: Path) -> Bundle:
@@ -99,7 +100,9 @@ class Bundle:
 
     def tokenizer(self) -> PromptTokenizer:
         """The tokenizer that the prompts of this bundle go through."""
-        return PromptTokenizer.load(self.file(TOKENIZER))
+        if self._tokenizer is None:
+            self._tokenizer = PromptTokenizer.load(self.file(TOKENIZER))
+        return self._tokenizer
 
     def precisions(self) -> tuple[str, ...]:
         """The precisions that every graph of this bundle exists in."""

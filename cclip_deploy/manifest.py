@@ -53,7 +53,11 @@ class CalibrationEntry(_Entry):
 
 
 class GraphEntry(_Entry):
-    """One ONNX graph, and the hash of what it was made from: the checkpoint, or the FP32 graph."""
+    """One ONNX graph, and the hash of what it was made from: the checkpoint, or the FP32 graph.
+
+    `high_precision_nodes` are the products that a derived graph was asked to keep in a higher precision; None where
+    that was not recorded.
+    """
 
     file: RelativePath
     sha256: str
@@ -63,6 +67,7 @@ class GraphEntry(_Entry):
     outputs: tuple[TensorSpec, ...]
     multiply_adds: int
     calibration: CalibrationEntry | None = None
+    high_precision_nodes: tuple[str, ...] | None = None
 
     def dynamic(self) -> bool:
         """Whether any input has a dynamic dimension."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,11 @@ Change = Callable[[dict[str, Any]], object]
 def copy_of(bundle: Path, folder: Path, name: str = "copy.cclip") -> Path:
     """A copy that shares no bytes with the bundle."""
     return Path(shutil.copytree(bundle, folder / name))
+
+
+def linked_copy(bundle: Path, folder: Path, name: str = "copy.cclip") -> Path:
+    """A copy by hard links, cheap; unlink a file of it before writing another one in its place."""
+    return Path(shutil.copytree(bundle, folder / name, copy_function=os.link))
 
 
 def flip_byte(path: Path) -> None:
@@ -40,7 +46,13 @@ def digests(folder: Path) -> dict[str, str]:
 def seal(folder: Path) -> None:
     """Write SHA256SUMS for what lies there now, so that no checksum gives a change away."""
     lines = [f"{digest}  {name}\n" for name, digest in digests(folder).items() if name != "SHA256SUMS"]
-    (folder / "SHA256SUMS").write_text("".join(lines))
+    replace_text(folder / "SHA256SUMS", "".join(lines))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file anew, so that hard links to the old one keep their content."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
 
 
 def reseal(folder: Path, change: Change | None = None) -> None:
@@ -57,7 +69,7 @@ def reseal(folder: Path, change: Change | None = None) -> None:
             entry["made_from_sha256"] = manifest["graphs"][name.split(".")[0]]["sha256"]
     if change is not None:
         change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    replace_text(folder / "manifest.json", json.dumps(manifest))
     seal(folder)
 
 

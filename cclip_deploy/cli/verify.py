@@ -54,27 +54,40 @@ def verify(
         for note in result.notes:
             stdout.print(f"Note: {note}", markup=False)
     if not result.passed:
-        failed = sum(not c.passed for c in result.checks)
+        failed = [check for check in result.checks if not check.passed]
+        first = f"; first: {failed[0].describe()}" if failed else ""
         raise ParityError(
-            f"{failed} of {len(result.checks)} checks broke their limit. Do not use this bundle; export it again."
+            f"{len(failed)} of {len(result.checks)} checks broke their limit{first}. Do not use this bundle; export it "
+            "again."
         )
 
 
 def _show(name: str, checks: Sequence[Check]) -> None:
-    """The worst of each metric, a row a graph; every broken limit in full."""
+    """Stages, the worst of each metric with a row for each graph, derivations, engines, and every broken limit."""
+    stages: dict[str, list[Check]] = {}
+    for c in checks:
+        if c.backend == "bundle":
+            stages.setdefault(c.graph, []).append(c)
+    if stages:
+        verdicts = ", ".join(f"{stage} {_verdict(rows)}" for stage, rows in stages.items())
+        stdout.print(f"Before and after the graphs: {verdicts}")
     shown = table(f"{name} against PyTorch, worst values", "graph", "precision", *(f"{m} " for m in METRICS), "")
-    for graph, precision in dict.fromkeys((c.graph, c.precision) for c in checks if c.metric in METRICS):
-        rows = [c for c in checks if (c.graph, c.precision) == (graph, precision) and c.metric in METRICS]
+    outputs = [c for c in checks if c.metric in (*METRICS, "flipped_pixels")]
+    for graph, precision in dict.fromkeys((c.graph, c.precision) for c in outputs):
+        rows = [c for c in outputs if (c.graph, c.precision) == (graph, precision)]
         cells = (_worst([c for c in rows if c.metric == metric]) for metric in METRICS)
         shown.add_row(graph, precision, *cells, _verdict(rows))
     stdout.print(shown)
-    engines = [c for c in checks if c.metric not in METRICS]
+    for part, what in (("derivation", "derived again from FP32"), ("layers", "compared with FP32 layer by layer")):
+        if rows := [c for c in checks if c.name.endswith(f"/{part}")]:
+            stdout.print(f"{len(rows)} low-precision graphs {what}: {_verdict(rows)}")
+    engines = [c for c in checks if c.name.split("/")[1:2] == ["engine"]]
     for graph, precision, backend in dict.fromkeys((c.graph, c.precision, c.backend) for c in engines):
         rows = [c for c in engines if (c.graph, c.precision, c.backend) == (graph, precision, backend)]
         stdout.print(f"{backend} engine of {graph}: {precision} in every product, and of this graph: {_verdict(rows)}")
     for c in checks:
         if not c.passed:
-            stdout.print(f"[bold red]{c.name} ({c.precision}): {c.metric} {c.value:.6g}, limit {c.limit:.6g}[/]")
+            stdout.print(c.describe(), style="bold red", markup=False)
 
 
 def _worst(checks: Sequence[Check]) -> str:

@@ -16,6 +16,12 @@ from cclip_deploy.precisions import is_quantised, product_type, rest_type
 from cclip_deploy.runtime.backend import Backend
 
 Floats = NDArray[np.float32]
+Masks = NDArray[np.bool_]
+
+USEFUL_AREA = 0.02
+"""Share of its picture that a mask covers at least, and leaves free at least, to say much about parity."""
+FEW_PIXELS = 4
+"""Flipped pixels of one mask that no precision is refused for; every one has a logit within the error limit of zero."""
 
 # A pixel whose reference logit is this share of the largest one away from zero has no sign that float32 could keep.
 FLOAT32_NOISE = 1e-5
@@ -77,6 +83,14 @@ class Check:
     value: float
     limit: float
     passed: bool
+    detail: str | None = None
+    """What differs, where the check can name it: a sentence, a field, a node."""
+
+    def describe(self) -> str:
+        """The check as a phrase: where, the value and its limit, and what differs."""
+        detail = f" ({self.detail})" if self.detail else ""
+        where = f"{self.name} ({self.precision})" if self.precision != "all" else self.name
+        return f"{where}, {self.metric} is {self.value:.6g}, the limit is {self.limit:.6g}{detail}"
 
     def to_dict(self) -> dict[str, object]:
         """The form of `verify --json`; a value that is not finite, which JSON does not know, is null."""
@@ -108,23 +122,35 @@ def masks_of(logits: Floats, truth: Floats) -> tuple[NDArray[np.bool_], NDArray[
     return ours, np.where(undecided & (np.abs(logits) <= 2 * FLOAT32_NOISE * np.abs(truth).max()), ours, theirs)
 
 
-def worst_mask_dice(logits: Floats, truth: Floats) -> float:
-    """The lowest Dice of a mask to the reference's over all pictures and prompts; two empty ones agree."""
-    return float(mask_dices(logits, truth).min())
-
-
 def mask_dices(logits: Floats, truth: Floats) -> NDArray[np.float64]:
     """Dice of each mask to the reference's, (B, P), of logits (B, P, H, W); two empty ones agree."""
-    ours, theirs = masks_of(logits, truth)
+    return _dices(*masks_of(logits, truth))
+
+
+def _dices(ours: Masks, theirs: Masks) -> NDArray[np.float64]:
     shared = (ours & theirs).sum(axis=(2, 3))
     sizes = ours.sum(axis=(2, 3)) + theirs.sum(axis=(2, 3))
     return np.where(sizes == 0, 1.0, 2 * shared / np.maximum(sizes, 1))
 
 
-def flipped_share(logits: Floats, truth: Floats) -> float:
-    """The share of pixels that are in one mask and not in the other."""
-    ours, theirs = masks_of(logits, truth)
-    return float((ours != theirs).mean())
+def mask_checks(name: str, graph: str, backend: Backend, ours: Masks, theirs: Masks, limits: Limits) -> Iterator[Check]:
+    """Judge masks (B, P, H, W) by their flipped pixels, and those large enough for it by Dice too.
+
+    Dice judges a mask that covers USEFUL_AREA of its picture and in which FEW_PIXELS flipped pixels do not break the
+    limit. Smaller and empty masks are judged by the number of their flipped pixels: `flipped_pixels`.
+    """
+    flips, pixels = (ours != theirs).sum(axis=(2, 3)), theirs[0, 0].size
+    least = max(USEFUL_AREA * pixels, FEW_PIXELS / (2 * (1 - limits.mask_dice)))
+    large = theirs.sum(axis=(2, 3)) >= least
+    share = max(limits.flipped_share, FEW_PIXELS / pixels)
+    judged = {"flipped_share": (float(flips.mean() / pixels), share)}
+    if large.any():
+        judged["mask_dice"] = (float(_dices(ours, theirs)[large].min()), limits.mask_dice)
+    if not large.all():
+        judged["flipped_pixels"] = (float(flips[~large].max()), share * pixels)
+    for metric, (value, limit) in judged.items():
+        passed = value >= limit if metric == "mask_dice" else value <= limit
+        yield Check(name, graph, backend.name, backend.precision, metric, value, limit, passed)
 
 
 def check_graphs(
@@ -173,19 +199,19 @@ def refuse_failures(checks: Sequence[Check]) -> None:
     if failed:
         first = failed[0]
         raise ParityError(
-            f"{len(failed)} of {len(checks)} parity checks failed; first: {first.name} ({first.precision}), "
-            f"{first.metric} is {first.value:.6g}, the limit is {first.limit:.6g}. Nothing was published."
+            f"{len(failed)} of {len(checks)} parity checks failed; first: {first.describe()}. Nothing was published."
         )
 
 
-def degenerate_masks(references: Sequence[Reference]) -> list[str]:
-    """References whose every mask is all or nothing, on which mask agreement proves little; to be told, not hidden."""
-    names = []
-    for reference in references:
-        shares = (reference.logits >= 0).mean(axis=(2, 3))
-        if bool(((shares == 0) | (shares == 1)).all()):
-            names.append(reference.name)
-    return names
+def without_useful_masks(references: Sequence[Reference]) -> list[str]:
+    """References none of whose masks covers between 2 % and 98 % of its picture: mask agreement proves little there."""
+    return [reference.name for reference in references if not useful(reference.logits).any()]
+
+
+def useful(logits: Floats) -> NDArray[np.bool_]:
+    """Which masks, (B, P), cover at least USEFUL_AREA of their picture and leave as much of it free."""
+    shares: NDArray[np.float64] = (logits >= 0).mean(axis=(2, 3))
+    return (shares >= USEFUL_AREA) & (shares <= 1 - USEFUL_AREA)
 
 
 def _check_graph(backend: Backend, graph: str, reference: Reference, plain_batch: int) -> Iterator[Check]:
@@ -241,8 +267,8 @@ def _judge(
 
 def _judge_logits(graph: str, backend: Backend, reference: Reference, value: Floats, truth: Floats) -> Iterator[Check]:
     yield from _judge(graph, backend, reference, "logits", value, truth)
-    masks = {"mask_dice": worst_mask_dice(value, truth), "flipped_share": flipped_share(value, truth)}
-    yield from _checks(graph, backend, reference, "logits", masks)
+    limits = limits_of(backend.precision, reference.name)
+    yield from mask_checks(f"{graph}/{reference.name}/logits", graph, backend, *masks_of(value, truth), limits)
 
 
 def _checks(

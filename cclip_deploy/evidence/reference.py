@@ -13,12 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.data.images import read_picture
-from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.data.synthetic import make_film
-from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError
-from cclip_deploy.manifest import Manifest
+from cclip_deploy.evidence.source import Source
 
 if TYPE_CHECKING:
     from cclip_deploy.runtime.pytorch import PyTorchBackend
@@ -63,10 +60,17 @@ class Reference:
     logits: Floats  # (B, P, H, W)
     outputs: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict)
     decoder_inputs: Mapping[str, Floats] = field(default_factory=dict)
+    source: Source | None = None
+    """Sentences and raw pictures that `tokens` and `image` come from; None in seeded and in older references."""
 
     def pairs(self) -> tuple[Floats, NDArray[np.int64]]:
         """Every picture with every prompt, row by row: (B P, 3, H, W) and (B P, L)."""
         return np.repeat(self.image, len(self.tokens), axis=0), np.tile(self.tokens, (len(self.image), 1))
+
+    def inputs_of(self, graph: str) -> dict[str, Array]:
+        """All inputs that a graph may have, by name; those of `fused` and `plain` row by row."""
+        images, tokens = self.pairs() if graph in ("fused", "plain") else (self.image, self.tokens)
+        return {"image": images, "tokens": tokens, **(expand(self.decoder_inputs) if self.decoder_inputs else {})}
 
 
 def seeded_inputs(image_hw: tuple[int, int], prompt_length: int) -> tuple[Floats, NDArray[np.int64]]:
@@ -82,32 +86,24 @@ def seeded_inputs(image_hw: tuple[int, int], prompt_length: int) -> tuple[Floats
     return image.astype(np.float32), tokens
 
 
-def picture_inputs(
-    pictures: Sequence[Path], prompts: Sequence[str], tokenizer: PromptTokenizer, manifest: Manifest
-) -> tuple[Floats, NDArray[np.int64]]:
-    """Pictures and prompts as the bundle's inputs; two drawn chest films and PICTURE_PROMPTS where none are given.
-
-    Raises:
-        ImageError: a picture cannot be read.
-        PromptError: a prompt is empty or too long.
-    """
-    pixels = [read_picture(path).pixels for path in pictures] or drawn_films(manifest.image_hw)
-    image = np.concatenate([to_input(p, manifest.image_hw, manifest.preprocessing) for p in pixels])
-    length = manifest.prompt_length
-    fitting = [prompt for prompt in PICTURE_PROMPTS if len(tokenizer.ids(prompt)) <= length]
-    return image, np.stack([tokenizer.encode(prompt, length) for prompt in prompts or fitting or [SHORTEST_PROMPT]])
-
-
 def drawn_films(image_hw: tuple[int, int]) -> list[Floats]:
     """Two chest films of the synthetic generator, in the bundle's size."""
     return [make_film(np.random.default_rng(SEED + n), image_hw).image for n in range(2)]
 
 
 def record(
-    name: str, reference: PyTorchBackend, image: Floats, tokens: NDArray[np.int64], graphs: Sequence[str]
+    name: str,
+    reference: PyTorchBackend,
+    image: Floats,
+    tokens: NDArray[np.int64],
+    graphs: Sequence[str],
+    known: tuple[Source, Floats] | None = None,
 ) -> Reference:
-    """Ask plain PyTorch for everything that the given graphs of a bundle will be compared with."""
-    logits = reference.all_pairs(image, tokens)
+    """Ask plain PyTorch for everything that the given graphs of a bundle will be compared with.
+
+    `known` is what image and tokens come from, with their logits, where these were computed before.
+    """
+    source, logits = known or (None, reference.all_pairs(image, tokens))
     outputs: dict[str, dict[str, Floats]] = {}
     decoder_inputs: dict[str, Floats] = {}
     if "image_encoder" in graphs:
@@ -117,7 +113,7 @@ def record(
     if "mask_decoder" in graphs:
         decoder_inputs = _decoder_inputs(outputs["prompt_encoder"]["kernel"].shape[2], image.shape[2:])
         outputs["mask_decoder"] = reference.run("mask_decoder", expand(decoder_inputs))
-    return Reference(name, image, tokens, logits, outputs, decoder_inputs)
+    return Reference(name, image, tokens, logits, outputs, decoder_inputs, source)
 
 
 def expand(decoder_inputs: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -137,6 +133,8 @@ def save_reference(reference: Reference, path: Path) -> None:
     arrays |= {f"in/{key}": value for key, value in reference.decoder_inputs.items()}
     for graph, outputs in reference.outputs.items():
         arrays |= {f"out/{graph}/{key}": value for key, value in outputs.items()}
+    if reference.source is not None:
+        arrays |= reference.source.to_arrays()
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
@@ -168,6 +166,8 @@ def _check_answers(reference: Reference, bundle: Bundle) -> None:
         faults.append(f"tokens {reference.tokens.shape}")
     if reference.logits.shape != (len(reference.image), len(reference.tokens), *manifest.image_hw):
         faults.append(f"logits {reference.logits.shape}")
+    if reference.source is not None:
+        faults += _source_faults(reference, reference.source)
     for name, graph in manifest.graphs.items():
         if graph.precision != "fp32" or name in ("fused", "plain"):
             continue
@@ -181,6 +181,17 @@ def _check_answers(reference: Reference, bundle: Bundle) -> None:
         )
 
 
+def _source_faults(reference: Reference, source: Source) -> list[str]:
+    faults = []
+    if len(source.sentences) < len(reference.tokens):
+        faults.append(f"{len(source.sentences)} sentences")
+    if len(source.masks) != len(reference.image) or {len(m) for m in source.masks} != {len(reference.tokens)}:
+        faults.append(f"masks {[masks.shape for masks in source.masks]}")
+    if source.probe_inputs.shape[1:] != reference.image.shape[1:]:
+        faults.append(f"probe inputs {source.probe_inputs.shape}")
+    return faults
+
+
 def _load(path: Path) -> Reference:
     try:
         # Opened here, because np.load leaves a damaged file open.
@@ -192,7 +203,8 @@ def _load(path: Path) -> Reference:
                 _, graph, name = key.split("/")
                 outputs.setdefault(graph, {})[name] = arrays[key]
         inputs = {key.removeprefix("in/"): value for key, value in arrays.items() if key.startswith("in/")}
-        return Reference(path.stem, arrays["image"], arrays["tokens"], arrays["logits"], outputs, inputs)
+        source = Source.from_arrays(arrays)
+        return Reference(path.stem, arrays["image"], arrays["tokens"], arrays["logits"], outputs, inputs, source)
     except _NO_NPZ as error:
         raise BundleError(f"{path} holds no reference answers: {error}. Export the bundle again.") from error
 

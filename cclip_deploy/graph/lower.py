@@ -12,6 +12,7 @@ from cclip_deploy.precisions import REST, Precision, is_quantised, product_type
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
+_FLOAT = 1  # TensorProto.FLOAT
 InputsAndOutputs = Literal["fp32", "fp16"]
 
 
@@ -89,6 +90,29 @@ def matching(model: ModelProto, keep: Collection[str]) -> set[str]:
 def product_names(model: ModelProto) -> frozenset[str]:
     """Names of the graph's convolutions and matrix products."""
     return frozenset(node.name for node in _products(model))
+
+
+def high_precision_products(model: ModelProto, full: ModelProto, precision: Precision) -> frozenset[str]:
+    """The products that a derived graph keeps in a higher precision, read from the graph itself.
+
+    Args:
+        model: graph of the precision.
+        full: FP32 graph that it was made from.
+        precision: what `model` is in.
+    """
+    from cclip_deploy.graph.flat import tensor_types
+    from cclip_deploy.graph.quantise import plan_quantisation
+
+    if is_quantised(precision):
+        given_by = {name: node.op_type for node in model.graph.node for name in node.output}
+        weights = {p.node: p.weight_input for p in plan_quantisation(full).products}
+        return frozenset(
+            node.name
+            for node in model.graph.node
+            if node.name in weights and given_by.get(node.input[weights[node.name]]) != "DequantizeLinear"
+        )
+    types, names = tensor_types(model, {}), product_names(full)
+    return frozenset(n.name for n in model.graph.node if n.name in names and types.get(n.output[0]) == _FLOAT)
 
 
 def _products(model: ModelProto) -> list[NodeProto]:

@@ -87,6 +87,8 @@ class DemoFacts:
         for precision in dict.fromkeys(check.precision for check in self.verified.checks):
             for metric, name in (("relative_error", "largest relative error"), ("mask_dice", "worst mask Dice")):
                 checks = [c for c in self.verified.checks if (c.precision, c.metric) == (precision, metric)]
+                if not checks:
+                    continue
                 pick = min if metric == "mask_dice" else max
                 worst = pick(check.value for check in checks)
                 sign = "≥" if metric == "mask_dice" else "≤"

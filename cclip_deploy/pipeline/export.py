@@ -166,21 +166,16 @@ def _write_graphs(
 def _write_references(
     loaded: LoadedCheckpoint, options: ExportOptions, manifest: Manifest, folder: Path, on_progress: Progress
 ) -> Manifest:
-    from cclip_deploy.evidence.reference import picture_inputs, record, save_reference, seeded_inputs
+    from cclip_deploy.evidence.reference import save_reference
+    from cclip_deploy.pipeline.references import make_references
     from cclip_deploy.runtime.pytorch import PyTorchBackend
 
-    reference = PyTorchBackend(loaded.model)
-    tokenizer = PromptTokenizer.load(folder / TOKENIZER)
-    inputs = {
-        "seeded": seeded_inputs(manifest.image_hw, manifest.prompt_length),
-        "pictures": picture_inputs(options.reference_pictures, options.reference_prompts, tokenizer, manifest),
-    }
     (folder / "reference").mkdir()
+    pictures, prompts = options.reference_pictures, options.reference_prompts
     files = []
-    for name, (image, tokens) in inputs.items():
-        on_progress(f"Asking PyTorch for reference answers ({name})")
-        files.append(f"reference/{name}.npz")
-        save_reference(record(name, reference, image, tokens, tuple(manifest.graphs)), folder / files[-1])
+    for reference in make_references(PyTorchBackend(loaded.model), manifest, pictures, prompts, on_progress):
+        files.append(f"reference/{reference.name}.npz")
+        save_reference(reference, folder / files[-1])
     return manifest.model_copy(update={"references": tuple(files)})
 
 
@@ -188,12 +183,17 @@ def _compare(folder: Path, manifest: Manifest, threads: int | None, on_progress:
     """Run every graph before it is published; the folder has no checksums yet, so they are taken as they are."""
     from cclip_deploy.evidence.parity import check_graphs, plain_batch, refuse_failures
     from cclip_deploy.evidence.reference import load_references
+    from cclip_deploy.evidence.stages import mask_stage_checks, stage_checks
     from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 
     write_manifest(folder, manifest)
     unsealed = Bundle.unsealed(folder, manifest)
     on_progress("Comparing every graph with PyTorch")
     backend = OnnxRuntimeBackend(unsealed, "fp32", "cpu", threads)
-    checks = tuple(check_graphs(backend, manifest.graphs, load_references(unsealed), plain_batch(manifest)))
+    references = load_references(unsealed)
+    checks = [*stage_checks(unsealed, references)]
+    checks += check_graphs(backend, manifest.graphs, references, plain_batch(manifest))
+    if manifest.form == "deploy":
+        checks += mask_stage_checks(unsealed, backend, references)
     refuse_failures(checks)
-    return checks
+    return tuple(checks)

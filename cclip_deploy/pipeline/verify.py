@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.images import find_pictures
+from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, ParityError, UsageError
-from cclip_deploy.evidence.parity import CHAIN, Check, can_chain, check_graphs, degenerate_masks, plain_batch
-from cclip_deploy.evidence.reference import (
-    Reference,
-    load_references,
-    picture_inputs,
-    record,
-    seeded_inputs,
-)
+from cclip_deploy.evidence.parity import CHAIN, Check, can_chain, check_graphs, plain_batch, without_useful_masks
+from cclip_deploy.evidence.reference import Reference, load_references
+from cclip_deploy.evidence.stages import check_tokenizer_file, mask_stage_checks, stage_checks
 from cclip_deploy.manifest import graph_key
 from cclip_deploy.pipeline.calibration_record import read_record
+from cclip_deploy.pipeline.derivation import derivation_checks
 from cclip_deploy.precisions import Precision
 from cclip_deploy.runtime.choice import Choice, Opened, engine_precisions, opened
 from cclip_deploy.runtime.layer_table import LayerTable, prove_precision
@@ -75,8 +72,8 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     """
     on_progress("Checking checksums")
     strays = bundle.check_all()
-    references, notes = _references(bundle, options, on_progress)
-    checks: list[Check] = []
+    references, notes, checks = _references(bundle, options, on_progress)
+    checks += stage_checks(bundle, references)
     has_onnx = importlib.util.find_spec("onnx") is not None
     choice, ran, run_engines = replace(options.choice, threads=options.threads), [], set[str]()
     for precision in engine_precisions(bundle, choice.backend) if choice.runs_engines else bundle.precisions():
@@ -85,10 +82,15 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
             on_progress(f"Comparing {precision} graphs on {found.ran}: {', '.join(graphs)}")
             with_chain = can_chain(bundle.manifest, precision) and _runs_chain(found)
             checks += check_graphs(found.backend, graphs, references, plain_batch(bundle.manifest), with_chain)
+            if with_chain:
+                checks += mask_stage_checks(bundle, found.backend, references)
             ran.append(found.to_dict())
             notes += [told for told in [found.told()] if told]
             if isinstance(found.backend, TensorRtBackend):
                 run_engines |= {entry.file for entry in found.backend.entries}
+    derived, derivation_notes = derivation_checks(bundle, references, on_progress)
+    checks += derived
+    notes += derivation_notes
     checks += _engine_checks(bundle)
     notes += _calibration_notes(bundle)
     narrow = [name for name, graph in bundle.manifest.graphs.items() if "16" in graph.precision]
@@ -101,8 +103,7 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
         notes.append(f"{', '.join(narrow)} {told}.")
     if strays:
         notes.append(f"No checksum covers {', '.join(strays)}; nothing of it is loaded.")
-    for name in degenerate_masks(references):
-        notes.append(f"Every {name} reference mask is full or empty: there, only the tensor errors prove anything.")
+    notes += _reference_notes(references)
     for engine in bundle.manifest.engines:
         if engine.file not in run_engines:
             proved = "was built and its precision proved from the build log; not run: that needs a GPU"
@@ -126,13 +127,16 @@ def _base_names(bundle: Bundle) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in bundle.manifest.graphs))
 
 
-def _references(bundle: Bundle, options: VerifyOptions, on_progress: Progress) -> tuple[list[Reference], list[str]]:
+def _references(
+    bundle: Bundle, options: VerifyOptions, on_progress: Progress
+) -> tuple[list[Reference], list[str], list[Check]]:
+    """References, recorded or computed afresh, with notes on them and checks that only a checkpoint allows."""
     if options.checkpoint is None:
         if options.pictures or options.prompts:
             raise UsageError(
                 "Pictures and prompts of your own need the network to answer for them: give --checkpoint FILE too."
             )
-        return load_references(bundle), []
+        return load_references(bundle), [], []
     from cclip_deploy.pipeline.export import require_export_packages
 
     require_export_packages()
@@ -146,10 +150,13 @@ def _references(bundle: Bundle, options: VerifyOptions, on_progress: Progress) -
             f"{options.checkpoint} is not the file that this bundle was exported from "
             f"({bundle.manifest.checkpoint.name}, SHA-256 {bundle.manifest.checkpoint.sha256[:12]}…)."
         )
-    return _record_afresh(bundle, loaded, options), notes
+    tokenizer = check_tokenizer_file(bundle, PromptTokenizer.from_open_clip())
+    return _record_afresh(bundle, loaded, options), notes, [tokenizer]
 
 
 def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOptions) -> list[Reference]:
+    """References by the checkpoint, open_clip and the trained preprocessing; of the bundle, only sizes are read."""
+    from cclip_deploy.pipeline.references import make_references
     from cclip_deploy.runtime.pytorch import PyTorchBackend
 
     if loaded.config.to_dict() != bundle.manifest.model:
@@ -161,14 +168,24 @@ def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOpti
         import torch
 
         torch.set_num_threads(options.threads)
-    manifest, graphs = bundle.manifest, tuple(bundle.manifest.graphs)
     pictures = find_pictures(options.pictures) if options.pictures else []
-    inputs = {
-        "seeded": seeded_inputs(manifest.image_hw, manifest.prompt_length),
-        "pictures": picture_inputs(pictures, options.prompts, bundle.tokenizer(), manifest),
-    }
-    reference = PyTorchBackend(loaded.model)
-    return [record(name, reference, image, tokens, graphs) for name, (image, tokens) in inputs.items()]
+    return make_references(PyTorchBackend(loaded.model), bundle.manifest, pictures, options.prompts)
+
+
+def _reference_notes(references: Sequence[Reference]) -> list[str]:
+    """What the references do not show."""
+    notes = []
+    if not any(reference.source for reference in references):
+        notes.append(
+            "The references of this bundle begin with tokens and normalized pixels, so tokenizer, preprocessing and "
+            "threshold were not checked. Export it again, or give --checkpoint FILE."
+        )
+    for name in without_useful_masks(references):
+        notes.append(
+            f"No {name} reference mask covers between 2 % and 98 % of its picture: there, masks say little beside the "
+            "tensor errors."
+        )
+    return notes
 
 
 def _calibration_notes(bundle: Bundle) -> list[str]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle import Bundle, edited_bundle, write_manifest
+from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.pipeline import export
-from cclip_deploy.pipeline.build import BuildOptions, build_engines
+from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
+from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.derive import DeriveOptions, derive_graphs
 from cclip_deploy.pipeline.export import ExportOptions, export_bundle
-from tests.bundles import copy_of
+from cclip_deploy.precisions import Precision, is_quantised
+from tests.bundles import copy_of, reseal
 from tests.conftest import THREADS, TINY_HW
 from tests.made_once import made_once
 
@@ -37,6 +42,32 @@ def engine_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPath
         build_engines(Bundle.open(copy_of(tiny_bundle_path, path.parent, path.name)), BuildOptions(threads=THREADS))
 
     return made_once(tmp_path_factory, "engines.cclip", make)
+
+
+def add_precisions(path: Path, precisions: Sequence[Precision]) -> None:
+    """Derive the graphs that serve in further precisions, without engines; quantized ones from drawn pictures."""
+    films = path.parent / "films"
+    if not films.exists():
+        write_dataset(films, {"train": 8}, TINY_HW, 6)
+    calibration = CalibrationOptions((films / "images",), "min-max")
+    for precision in precisions:
+        bundle = Bundle.open(path)
+        options = DeriveOptions(precision, SERVED, calibration if is_quantised(precision) else None, threads=THREADS)
+        with edited_bundle(bundle) as folder:
+            write_manifest(folder, derive_graphs(bundle, options, folder, lambda _: None).manifest)
+
+
+@pytest.fixture(scope="session")
+def low_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle without `fused`, and with FP16, INT8 and INT8-FP16 graphs."""
+
+    def make(path: Path) -> None:
+        copy_of(tiny_bundle_path, path.parent, path.name)
+        (path / "graphs" / "fused.onnx").unlink()
+        reseal(path, lambda manifest: manifest["graphs"].pop("fused"))
+        add_precisions(path, ("fp16", "int8", "int8-fp16"))
+
+    return made_once(tmp_path_factory, "low.cclip", make)
 
 
 @pytest.fixture
