@@ -148,7 +148,7 @@ def report_data_set(
         folder=str(data_set.folder),
         layout=data_set.layout,
         prompt_length=prompt_length,
-        patients_known=any(not r.subject.endswith(r.image.name) for r in referrals),
+        patients_known=any(r.patient is not None for r in referrals),
         splits=counts,
         overlaps=tuple(_compare(referrals, pair, digests) for pair in combinations(held, 2)),
         repaired=tuple(

@@ -33,6 +33,11 @@ class Referral:
     split: str
     subject: str
 
+    @property
+    def patient(self) -> str | None:
+        """The subject; None where the image's own name stands for it, because the patient is not known."""
+        return None if self.subject.endswith(self.image.name) else self.subject
+
 
 def of_split(referrals: Sequence[Referral], split: str) -> list[Referral]:
     """The referrals of one split; DataError if there are none."""
@@ -44,7 +49,12 @@ def of_split(referrals: Sequence[Referral], split: str) -> list[Referral]:
 
 
 def subject_of(image_name: str, pattern: str | None = None) -> str:
-    """The patient that a file's name carries (`pattern`, or SUBJECT_PATTERNS); without one the name itself.
+    """The patient in a file's name, as `patient_of`; the name itself where it has none."""
+    return patient_of(image_name, pattern) or image_name
+
+
+def patient_of(image_name: str, pattern: str | None = None) -> str | None:
+    """The patient in a file's name (`pattern`, or SUBJECT_PATTERNS), or None.
 
     A pattern with a group means the group. UsageError if it is no regular expression.
     """
@@ -55,7 +65,7 @@ def subject_of(image_name: str, pattern: str | None = None) -> str:
             raise UsageError(f"{known!r} is no regular expression: {error}. Example: 'sub-S\\d+'.") from error
         if found:
             return found[1] if found.re.groups else found[0]
-    return image_name
+    return None
 
 
 def check_sizes(image: Path, mask: Path, where: str) -> None:
