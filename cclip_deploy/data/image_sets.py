@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from cclip_deploy.data.images import find_pictures
+from cclip_deploy.data.images import find_pictures, picture_stem
 from cclip_deploy.data.layouts import LAYOUTS, Referral, read_data_set
 from cclip_deploy.data.layouts.reading import has_layout
 from cclip_deploy.data.layouts.referral import patient_of
@@ -188,7 +188,7 @@ def _refuse_masks(folder: Path, pictures: Iterable[Path]) -> None:
 
 def _looks_like_mask(picture: Path, folder: Path) -> bool:
     places = (folder.resolve().name, *picture.relative_to(folder).parts[:-1])
-    stem = picture.stem.lower()
+    stem = picture_stem(picture.name).lower()
     return (
         any(place.lower() in MASK_FOLDERS for place in places)
         or stem.startswith(MASK_BEGINNINGS)

@@ -9,11 +9,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from cclip_deploy.data.images import decoding
+from cclip_deploy.data.images import is_picture_name, picture_size
 from cclip_deploy.data.layouts import SPLITS, DataSet, Referral, is_lossy, read_mask
-from cclip_deploy.data.layouts.referral import is_picture_name
 from cclip_deploy.data.template import parse_or_none
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError
@@ -210,10 +207,7 @@ def _count_tokens(tokenizer: PromptTokenizer, text: str) -> int:
 
 
 def _size_range(images: Iterable[Path]) -> tuple[str, ...]:
-    sizes = set()
-    for path in images:
-        with decoding(path), Image.open(path) as image:
-            sizes.add(image.size)
+    sizes = {picture_size(path) for path in images}
     ends = dict.fromkeys((min(sizes, key=_area), max(sizes, key=_area)))
     return tuple(f"{width}x{height}" for width, height in ends)
 
@@ -233,5 +227,5 @@ def _compare(referrals: Sequence[Referral], pair: tuple[str, str], digests: dict
 def _find_unused(folder: Path, referrals: Sequence[Referral]) -> tuple[str, ...]:
     used = {path for referral in referrals for path in (referral.image, referral.mask)}
     places = sorted({path.parent for path in used})
-    found = [p for place in places for p in sorted(place.iterdir()) if is_picture_name(p.name)]
+    found = [p for place in places for p in sorted(place.iterdir()) if is_picture_name(p)]
     return tuple(os.path.relpath(path, folder) for path in found if path not in used)
