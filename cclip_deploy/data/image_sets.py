@@ -14,7 +14,7 @@ from cclip_deploy.data.layouts import LAYOUTS, Referral, read_data_set
 from cclip_deploy.data.layouts.reading import has_layout
 from cclip_deploy.data.layouts.referral import patient_of
 from cclip_deploy.errors import DataError
-from cclip_deploy.files import sha256_file
+from cclip_deploy.files import sha256_input
 
 MASK_FOLDERS = frozenset({
     "mask", "masks", "labelcol", "label", "labels", "gt", "gts", "groundtruth", "ground_truth", "ground-truth",
@@ -95,7 +95,7 @@ class ImageSet:
 
     def by_hash(self) -> dict[str, SetImage]:
         """The images by the SHA-256 of their files, in the order of these; of equal files the first is taken."""
-        found = {sha256_file(image.path): image for image in reversed(self.images)}
+        found = {sha256_input(image.path): image for image in reversed(self.images)}
         return {sha256: found[sha256] for sha256 in sorted(found)}
 
     def limited(self, limit: int) -> ImageSet:

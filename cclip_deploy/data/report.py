@@ -14,7 +14,7 @@ from cclip_deploy.data.layouts import SPLITS, DataSet, Referral, is_lossy, read_
 from cclip_deploy.data.template import parse_or_none
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError
-from cclip_deploy.files import sha256_file
+from cclip_deploy.files import sha256_input
 
 EXAMPLES = 5
 
@@ -140,7 +140,7 @@ def report_data_set(
                       repaired, empty, lossy)
         for split in held
     }  # fmt: skip
-    digests = {image: sha256_file(image) for image in sorted({referral.image for referral in referrals})}
+    digests = {image: sha256_input(image) for image in sorted({referral.image for referral in referrals})}
     return DataReport(
         folder=str(data_set.folder),
         layout=data_set.layout,

@@ -19,7 +19,7 @@ from cclip_deploy.data.images import read_picture
 from cclip_deploy.data.layouts.referral import name_some
 from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.errors import DataError, ParityError, UsageError
-from cclip_deploy.files import sha256_file
+from cclip_deploy.files import sha256_input
 from cclip_deploy.graph.calibration import METHODS, Method, TensorStatistics, ranges_of, with_outputs
 from cclip_deploy.pipeline.calibration_cache import read_entry, write_entry
 from cclip_deploy.pipeline.calibration_record import CalibrationImages, CalibrationPicture, CalibrationRecord
@@ -220,7 +220,7 @@ def _pixel_hash(path: Path) -> str:
 
 
 def _refuse_overlap(pictures: Sequence[CalibrationPicture], evaluation: Sequence[SetImage]) -> None:
-    files = {sha256_file(image.path) for image in evaluation}
+    files = {sha256_input(image.path) for image in evaluation}
     pixels = {_pixel_hash(image.path) for image in evaluation}
     shared = [p.name for p in pictures if p.sha256 in files or p.pixels_sha256 in pixels]
     if shared:

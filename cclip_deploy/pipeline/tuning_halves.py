@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from cclip_deploy.data.image_sets import ImageSet, SetImage
 from cclip_deploy.errors import UsageError
-from cclip_deploy.files import sha256_file
+from cclip_deploy.files import sha256_input
 
 FEWEST_EACH = 2
 
@@ -66,4 +66,4 @@ def deal_out(evaluation: ImageSet) -> Halves:
 
 def hashes(half: ImageSet) -> tuple[str, ...]:
     """SHA-256 of each image's file."""
-    return tuple(sha256_file(image.path) for image in half.images)
+    return tuple(sha256_input(image.path) for image in half.images)

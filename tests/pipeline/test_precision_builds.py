@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +275,28 @@ def test_the_command_builds_int8_and_says_what_calibrated_and_what_judged(
     }  # fmt: skip
     judged = told["mask_agreement"]
     assert (judged["pictures"], judged["patients"], judged["sources"]) == (2, 2, [test])
+
+
+def test_a_calibration_image_that_cannot_be_read_is_named_and_not_the_bundle(
+    copy: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions do not stop root, so the opening of one file is made to fail."""
+    shutil.copytree(films, tmp_path / "films")
+    refused, real = tmp_path / "films" / "images" / "train-00003.png", Path.open
+
+    def opening(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == refused and arguments == ("rb",) and sys._getframe(1).f_code.co_name.startswith("sha256"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opening)
+    before = digests(copy)
+    done = invoke("build-engine", copy, "--int8", "--calibration", tmp_path / "films", "--no-calibration-cache")
+    assert done.exit_code == 6, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "train-00003.png cannot be read: Permission denied" in said
+    assert "could not be written" not in said
+    assert digests(copy) == before
 
 
 def test_a_patient_in_both_sets_ends_the_command_with_code_6(copy: Path, tmp_path: Path) -> None:
