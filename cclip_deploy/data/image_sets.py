@@ -58,14 +58,14 @@ class ImageSource(BaseModel):
     def describe(self) -> str:
         """The same as a phrase: `films (layout flat, split train): 64 images of 60 patients`."""
         kind = f"layout {self.layout}, split {self.split}" if self.layout else "images without a layout"
-        return f"{self.name} ({kind}): {self.images:,} images of {self._describe_patients()}"
+        return f"{self.name} ({kind}): {counted(self.images, 'image')} of {self._describe_patients()}"
 
     def _describe_patients(self) -> str:
         if not self.images_without_patient:
-            return f"{self.patients:,} patients"
+            return counted(self.patients, "patient")
         if not self.patients:
             return "unknown patients"
-        return f"{self.patients:,} patients, and {self.images_without_patient:,} without a known patient"
+        return f"{counted(self.patients, 'patient')}, and {self.images_without_patient:,} without a known patient"
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ class ImageSet:
             ranked.append((turns[owner], sha256, image))
             turns[owner] += 1
         return replace(self, images=tuple(image for *_, image in sorted(ranked, key=lambda r: r[:2])[:limit]))
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 image`, `2,113 images`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def read_image_set(paths: Sequence[Path], split: str, options: DataSetOptions = DataSetOptions()) -> ImageSet:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.data.image_sets import DataSetOptions, ImageSet, SetImage, read_image_set
+from cclip_deploy.data.image_sets import DataSetOptions, ImageSet, SetImage, counted, read_image_set
 from cclip_deploy.data.images import read_picture
 from cclip_deploy.data.layouts.referral import name_some
 from cclip_deploy.data.preprocess import to_input
@@ -86,8 +86,8 @@ def choose_pictures(options: CalibrationOptions) -> CalibrationSet:
     by_hash = found.by_hash()
     if len(by_hash) < FEWEST_PICTURES and not options.allow_few:
         raise UsageError(
-            f"There {_are(len(by_hash))} to calibrate with; below {FEWEST_PICTURES} the ranges are those of "
-            "single images. Give more, or --allow-few to take these."
+            f"{counted(len(by_hash), 'different image')} to calibrate with; below {FEWEST_PICTURES} the ranges "
+            "are those of single images. Give more, or --allow-few to take these."
         )
     chosen = dict(list(by_hash.items())[: options.limit])
     pictures = tuple(
@@ -233,13 +233,9 @@ def _refuse_overlap(pictures: Sequence[CalibrationPicture], evaluation: Sequence
     if of_judged:
         patients = dict.fromkeys(str(picture.patient) for picture in of_judged)
         raise DataError(
-            f"{len(of_judged)} of {len(pictures)} calibration images are of {len(patients)} patients who are in the "
+            f"{len(of_judged)} of {len(pictures)} calibration images are of {counted(len(patients), 'patient')} in the "
             f"evaluation set too (first {name_some(patients)}). Calibrate with images of other patients."
         )
-
-
-def _are(count: int) -> str:
-    return "is 1 image" if count == 1 else f"are {count} images"
 
 
 def _cache_key(bundle: Bundle, record: CalibrationRecord, tensors: Sequence[str]) -> str:

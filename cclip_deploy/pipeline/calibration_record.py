@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.data.image_sets import ImageSource
+from cclip_deploy.data.image_sets import ImageSource, counted
 from cclip_deploy.errors import BundleError
 from cclip_deploy.graph.calibration import Method
 from cclip_deploy.manifest import CalibrationEntry, GraphEntry
@@ -49,7 +49,9 @@ class CalibrationImages(_Record):
 
     def describe(self) -> list[str]:
         """What was taken, from where, and whether patients could be compared, line by line."""
-        taken = f"{len(self.pictures)} images" + (f" of {self.patients} patients" if self.patients else "")
+        taken = counted(len(self.pictures), "image") + (
+            f" of {counted(self.patients, 'patient')}" if self.patients else ""
+        )
         lines = [f"Calibration: {taken}, from {_join(self.sources)}"]
         if self.evaluation_sources:
             lines.append(f"Evaluation set: {_join(self.evaluation_sources)}")

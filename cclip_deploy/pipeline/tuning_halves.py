@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from cclip_deploy.data.image_sets import ImageSet, SetImage
+from cclip_deploy.data.image_sets import ImageSet, SetImage, counted
 from cclip_deploy.errors import UsageError
 from cclip_deploy.files import sha256_input
 
@@ -26,8 +26,11 @@ class Halves:
 
     def describe(self) -> list[str]:
         """What was taken from where, and how it was dealt, line by line."""
-        shown = [f"{len(half.images)} images" + (f" of {len(half.patients)} patients" if half.patients else "")
-                 for half in (self.tuning, self.held_out)]  # fmt: skip
+        shown = [
+            counted(len(half.images), "image")
+            + (f" of {counted(len(half.patients), 'patient')}" if half.patients else "")
+            for half in (self.tuning, self.held_out)
+        ]
         lines = [
             f"Evaluation set: {'; '.join(source.describe() for source in self.tuning.sources)}",
             f"Tuning on {shown[0]}, judging on {shown[1]}; no patient is in both",
@@ -55,8 +58,9 @@ def deal_out(evaluation: ImageSet) -> Halves:
     for images in sorted(of_patient.values(), key=len, reverse=True):
         min(parts, key=len).extend(images)
     if min(map(len, parts)) < FEWEST_EACH:
+        found = f"{counted(sum(map(len, parts)), 'different image')} of {counted(len(of_patient), 'patient')}"
         raise UsageError(
-            f"The evaluation set has {sum(map(len, parts))} different images of {len(of_patient)} patients; one half "
+            f"The evaluation set has {found}; one half "
             f"decides and the other judges, without a patient in both, so each needs {FEWEST_EACH} images or more. "
             "Give images of more patients, or a higher --pictures."
         )

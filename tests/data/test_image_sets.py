@@ -89,7 +89,7 @@ def test_a_folder_without_a_layout_gives_its_images_and_the_patients_in_their_na
         ("sub-S07_ses-E2.png", (), "sub-S07"), ("plain.png", (), None), ("sub-S07_ses-E1.png", (), "sub-S07"),
     ]  # fmt: skip
     assert found.sources[0].describe() == (
-        "films (images without a layout): 3 images of 1 patients, and 1 without a known patient"
+        "films (images without a layout): 3 images of 1 patient, and 1 without a known patient"
     )
     with_pattern = read_image_set((tmp_path / "films" / "plain.png",), "train", DataSetOptions(subject_pattern="pl.."))
     assert with_pattern.patients == {"plai"}

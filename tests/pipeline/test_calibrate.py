@@ -71,7 +71,7 @@ def test_one_picture_is_too_few_however_often_it_lies_there(copies: int, films: 
         with pytest.raises(ImageError, match="has no picture"):
             choose_pictures(options)
         return
-    with pytest.raises(UsageError, match="There is 1 image to calibrate with; below 8"):
+    with pytest.raises(UsageError, match="1 different image to calibrate with; below 8"):
         choose_pictures(options)
     assert len(choose_pictures(replace(options, allow_few=True)).paths) == 1
 
@@ -121,7 +121,7 @@ def test_a_patient_of_the_evaluation_set_is_found_in_other_images(
         shutil.copy(films / "images" / "test-00001.png", judged / "sub-S07_run-9.png")
     with pytest.raises(
         DataError,
-        match=r"2 of 10 calibration images are of 1 patients who are in the evaluation set too .first sub-S07",
+        match=r"2 of 10 calibration images are of 1 patient in the evaluation set too .first sub-S07",
     ):
         choose_pictures(CalibrationOptions((copy,), evaluation_set=(judged,)))
     assert choose_pictures(CalibrationOptions((copy,))).patients == 9
@@ -173,7 +173,7 @@ def test_a_record_of_an_earlier_version_still_loads() -> None:
     }  # fmt: skip
     record = CalibrationRecord.model_validate_json(json.dumps(earlier))
     assert (record.sources, record.evaluation_sources, record.patients) == ((), (), 0)
-    assert record.describe() == ["Calibration: 1 images, from a version that did not record it"]
+    assert record.describe() == ["Calibration: 1 image, from a version that did not record it"]
 
 
 def test_an_unreadable_picture_is_named(films: Path, tmp_path: Path) -> None:

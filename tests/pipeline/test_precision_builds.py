@@ -307,7 +307,6 @@ def test_a_patient_in_both_sets_ends_the_command_with_code_6(copy: Path, tmp_pat
         "build-engine", copy, "--int8", "--calibration", tmp_path / "set", "--evaluation-set", tmp_path / "set"
     )
     assert done.exit_code == 6, done.stderr
-    assert (
-        "1 of 8 calibration images are of 1 patients who are in the evaluation set too (first synthetic-train-00003)"
-        in (" ".join(done.stderr.split()))
+    assert "1 of 8 calibration images are of 1 patient in the evaluation set too (first synthetic-train-00003)" in (
+        " ".join(done.stderr.split())
     )

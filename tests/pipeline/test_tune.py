@@ -157,6 +157,25 @@ def test_a_form_that_is_worse_than_a_cheaper_one_is_not_chosen(
     assert tuned.share == third.share
 
 
+def test_a_cheaper_form_that_is_as_good_on_the_held_out_part_is_named(
+    scripted: type[ScriptedTrial], tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out part has no say in the choice, but its judgment of what was not chosen is not kept back."""
+    films, bundle = many_images(tmp_path / "set", [""] * 8), Bundle.open(tiny_bundle_path)
+    monkeypatch.setattr(scripted, "scores", {0: lambda case: 0.98 if case < 4 else 0.999, 1: lambda case: 0.995})
+    tuned = tune_precision(bundle, TuneOptions("fp16", (films,))).tuned
+    better = tuned.cheaper_as_good_when_judged()
+    assert better is not None
+    assert (better.kept, better.share > tuned.share) == ((), True)
+    monkeypatch.setattr(scripted, "scores", {0: lambda case: 0.98, 1: lambda case: 0.995})
+    assert tune_precision(bundle, TuneOptions("fp16", (films,))).tuned.cheaper_as_good_when_judged() is None
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs/measurements").glob("tiny_*.toml")), ids=str)
+def test_profiles_of_earlier_versions_still_load(path: Path) -> None:
+    assert read_tuned_profile(path).tuned.sources == ()
+
+
 def test_of_equal_forms_the_one_with_fewer_blocks_is_chosen_and_one_that_is_better_in_one_respect_may_be(
     scripted: type[ScriptedTrial], tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
