@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import CclipError, DataError, EnvironmentProblem
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -21,6 +23,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         EnvironmentProblem: the disk is full or cannot be written; what was at `path` is still there.
+        DataError: another file cannot be read in the block.
     """
     path = path.resolve()
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
@@ -30,7 +33,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield unfinished
         _put_in_place(unfinished, path)
     except OSError as error:
-        raise disk_problem(path, error) from error
+        raise _problem(path, unfinished, error) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         with suppress(OSError):
@@ -46,6 +49,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises:
         EnvironmentProblem: the disk is full or cannot be written; what was at `path` is still there.
+        DataError: another file cannot be read in the block.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -53,16 +57,40 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.replace(path)
     except OSError as error:
-        raise disk_problem(path, error) from error
+        raise _problem(path, unfinished, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def disk_problem(path: Path, error: OSError) -> EnvironmentProblem:
-    """What to tell a user whose disk did not take `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """The error of a disk that did not take `path`."""
+    if error.errno in NO_ROOM:
         return EnvironmentProblem(f"The disk is full; {path} was left as it was. Free some space and run it again.")
     return EnvironmentProblem(f"{path} could not be written ({error}). Choose another place, or mend this one.")
+
+
+def reading_problem(path: Path, error: OSError) -> DataError:
+    """The error of a file that is there but cannot be read, or is gone."""
+    return DataError(f"{path} cannot be read: {error.strerror or error}. Check the path, its permissions and the disk.")
+
+
+def _problem(path: Path, unfinished: Path, error: OSError) -> CclipError:
+    """What failed while `path` was filled: writing it, or reading the other file that the error names."""
+    named = error.filename
+    if isinstance(named, str | os.PathLike) and error.filename2 is None and error.errno not in NO_ROOM:
+        other = Path(os.path.abspath(named))
+        own = [Path(os.path.abspath(place)) for place in (path, unfinished)]
+        if not any(other.is_relative_to(place) or place.is_relative_to(other) for place in own):
+            return reading_problem(other, error)
+    return disk_problem(path, error)
+
+
+def sha256_input(path: Path) -> str:
+    """As `sha256_file`, of a file that a user named; DataError where it cannot be read."""
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise reading_problem(path, error) from error
 
 
 def sha256_file(path: Path) -> str:

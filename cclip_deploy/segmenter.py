@@ -71,7 +71,11 @@ class Segmenter:
             UsageError: there is no prompt.
             PromptError: a prompt is empty or too long, before anything is computed.
         """
-        return PromptKernels.join(list(self._kernel_parts(self._token_rows(prompts))))
+        return self.encode_tokens(self._token_rows(prompts))
+
+    def encode_tokens(self, rows: Sequence[Tokens]) -> PromptKernels:
+        """As `encode_prompts`, for token rows (L,) that are made already, such as those of prompts that were cut."""
+        return PromptKernels.join(list(self._kernel_parts(rows)))
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Check all prompts and, if memory has room for them, compute them and free the prompt encoder's memory.

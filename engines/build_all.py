@@ -1,4 +1,4 @@
-"""Build a bundle's engines in every precision, the quantised ones if there are pictures to calibrate with."""
+"""Build a bundle's engines in every precision, the quantized ones if there are images to calibrate with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx")
     parser.add_argument("--graph", action="append", help="may be repeated; the three that serve unless given")
-    parser.add_argument("--calibration", type=Path, help="pictures, or a data set: for the quantised precisions")
+    parser.add_argument("--calibration", type=Path, help="images, or a data set: for the quantized precisions")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 

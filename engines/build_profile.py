@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", type=Path)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--calibration", type=Path, nargs="+", help="pictures, for a quantised precision")
+    parser.add_argument("--calibration", type=Path, nargs="+", help="images, or a data set: for a quantized precision")
     parser.add_argument("--graph", action="append", help="may be repeated; the profile's own unless given")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()

@@ -14,13 +14,15 @@ from pathlib import Path
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.pipeline.build import BuildOptions, build_engines
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, choose_pictures, default_cache
-from cclip_deploy.pipeline.mask_agreement import evaluation_pictures, measure_masks
+from cclip_deploy.pipeline.mask_agreement import evaluation_images, measure_masks
 from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 from cclip_deploy.precisions import PRECISIONS, Precision, is_quantised
 from cclip_deploy.runtime.layer_table import LayerTable
 
 
-def measure(path: Path, precision: Precision, calibration: CalibrationOptions, films: Path, threads: int) -> str:
+def measure(
+    path: Path, precision: Precision, calibration: CalibrationOptions, judging: CalibrationOptions, threads: int
+) -> str:
     """The end of a row; in a process of its own, whose peak memory is that of this one precision's build."""
     chosen = calibration if is_quantised(precision) else None
     engines = build_engines(Bundle.open(path), BuildOptions(precision, threads=threads, calibration=chosen), print)
@@ -29,23 +31,24 @@ def measure(path: Path, precision: Precision, calibration: CalibrationOptions, f
     products = ", ".join(f"{count} {kind}" for kind, count in layers.product_summary().items())
     sizes = " + ".join(f"{(path / engine.file).stat().st_size / 1e6:.1f}" for engine in engines[:2])
     seconds = " + ".join(f"{engine.build_seconds:.1f}" for engine in engines[:2])
-    masks = measure_masks(Bundle.open(path), precision, evaluation_pictures((films,)), threads)
+    masks = measure_masks(Bundle.open(path), precision, evaluation_images(judging), threads)
     return f"| {products} | {sizes} | {seconds} | {peak_gb:.1f} | {masks.mean:.4f} / {masks.worst:.4f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True, help="pictures, or a data set's training split")
-    parser.add_argument("--evaluation-set", type=Path, required=True, help="pictures, or a data set's test split")
+    parser.add_argument("--calibration", type=Path, required=True, help="images, or a data set's training split")
+    parser.add_argument("--evaluation-set", type=Path, required=True, help="images, or a data set's test split")
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="may be repeated; all but fp32")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    choose_pictures(CalibrationOptions((given.calibration,), evaluation_set=(given.evaluation_set,)))  # none in both
+    both = CalibrationOptions((given.calibration,), evaluation_set=(given.evaluation_set,))
+    print("\n".join(choose_pictures(both).describe()))  # and no image or patient in both
     # The build knows no evaluation set: it would refuse a precision whose masks are poor, and this table shows them.
     calibration = CalibrationOptions((given.calibration,), cache=default_cache())
     kinds: list[Precision] = given.precision or list(PRECISIONS[1:])
-    given_to_all = (calibration, given.evaluation_set, given.threads)
+    given_to_all = (calibration, both, given.threads)
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as alone:
         rows = [alone.submit(measure, given.bundle, kind, *given_to_all).result() for kind in kinds]
     checks = verify_bundle(Bundle.open(given.bundle), VerifyOptions(threads=given.threads)).checks

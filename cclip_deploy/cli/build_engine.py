@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ from cclip_deploy.precisions import PRECISIONS, Precision
 if TYPE_CHECKING:
     from cclip_deploy.manifest import EngineEntry
     from cclip_deploy.pipeline.calibrate import CalibrationOptions
+    from cclip_deploy.pipeline.calibration_record import CalibrationRecord
 
 
 @reports_errors
@@ -30,7 +31,7 @@ def build_engine(
     int8: Annotated[bool, typer.Option("--int8", help="INT8 engines; needs --calibration.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 (E4M3) engines; needs --calibration.")] = False,
     calibration: Annotated[
-        list[Path] | None, typer.Option(help="Pictures, or a data set's training split, to take ranges from.")
+        list[Path] | None, typer.Option(help="Images, or a data set's training split, to take ranges from.")
     ] = None,
     calibration_method: Annotated[
         Literal["percentile", "min-max", "entropy"], typer.Option(help="How a range is chosen.")
@@ -38,9 +39,12 @@ def build_engine(
     calibration_pictures: Annotated[int, typer.Option(help="Use at most so many of them.", min=1)] = 64,
     evaluation_set: Annotated[
         list[Path] | None,
-        typer.Option(help="Pictures, or a data set's test split: kept apart, and the masks judged on them."),
+        typer.Option(help="Images, or a data set's test split: kept apart, and the masks judged on them."),
     ] = None,
-    allow_few: Annotated[bool, typer.Option(help="Calibrate on fewer than 8 pictures.")] = False,
+    evaluation_pictures: Annotated[int, typer.Option(help="Judge the masks on at most so many.", min=1)] = 64,
+    layout: options.DataLayout = None,
+    subject: options.Subject = None,
+    allow_few: Annotated[bool, typer.Option(help="Calibrate on fewer than 8 images.")] = False,
     calibration_cache: Annotated[
         bool, typer.Option("--calibration-cache/--no-calibration-cache", help="Keep ranges between runs.")
     ] = True,
@@ -69,14 +73,20 @@ def build_engine(
 ) -> None:
     """Build [bold]engines[/] into a bundle and prove from the build what precision their layers run in."""
     from cclip_deploy.bundle import Bundle
+    from cclip_deploy.data.image_sets import DataSetOptions
     from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
+    from cclip_deploy.pipeline.calibrate import CalibrationOptions, default_cache
     from cclip_deploy.pipeline.engine_profile import read_profile
     from cclip_deploy.runtime.engine_settings import EngineSettings
 
     asked = {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
-    calibrating = _calibration(
-        calibration, calibration_method, calibration_pictures, evaluation_set, allow_few, calibration_cache
-    )
+    if evaluation_set and not calibration:
+        raise UsageError("--evaluation-set is compared with --calibration DIR, which was not given.")
+    calibrating = CalibrationOptions(
+        tuple(calibration), calibration_method, limit=calibration_pictures, evaluation_set=tuple(evaluation_set or ()),
+        evaluation_limit=evaluation_pictures, data_sets=DataSetOptions(layout, subject), allow_few=allow_few,
+        cache=default_cache() if calibration_cache else None,
+    ) if calibration else None  # fmt: skip
     precision, kept = _precision(asked), tuple(keep or ())
     if tuned is not None:
         precision, kept, calibrating = _profiled(Path(bundle), tuned, asked, kept, calibrating)
@@ -94,18 +104,26 @@ def build_engine(
     with progress(quiet=json) as tell:
         entries = build_engines(Bundle.open(Path(bundle)), chosen, tell)
     agreement = _agreement(bundle, precision) if evaluation_set else None
+    record = _calibration_record(bundle, precision) if calibrating else None
     if json:
         engines = [entry.model_dump() for entry in entries]
-        print_json({"bundle": str(bundle), "engines": engines, "mask_agreement": agreement})
+        print_json({
+            "bundle": str(bundle), "engines": engines, "mask_agreement": agreement,
+            "calibration": record and record.facts(),
+        })  # fmt: skip
         return
     _show(bundle, entries)
+    for line in record.describe() if record else ():
+        stdout.print(line, markup=False)
     if agreement:
         stdout.print(
-            f"Masks in {precision} against FP32, {agreement['masks']} on {agreement['pictures']} pictures that were "
-            f"not calibrated on: mean Dice {agreement['mean']:.4f}, worst picture {agreement['worst']:.4f}"
+            f"Masks in {precision} against FP32, {agreement['masks']} on {agreement['pictures']} images that were "
+            f"not calibrated on: mean Dice {agreement['mean']:.4f}, worst image {agreement['worst']:.4f}"
         )
+        if agreement["cut_prompts"]:
+            stdout.print(f"{agreement['cut_prompts']} of their prompts were longer than the bundle takes and were cut.")
     elif calibrating is not None:
-        stdout.print("Masks not judged: name pictures that were not calibrated on with --evaluation-set.")
+        stdout.print("Masks not judged: name images that were not calibrated on with --evaluation-set.")
     stdout.print("Not run: an engine runs on a GPU only. Its graph was compared with PyTorch on this CPU.")
 
 
@@ -140,35 +158,19 @@ def _profiled(
     return profile.precision, profile.keep, profile.calibration_options(calibration)
 
 
-def _calibration(
-    pictures: list[Path] | None,
-    method: Literal["percentile", "min-max", "entropy"],
-    limit: int,
-    evaluation_set: list[Path] | None,
-    allow_few: bool,
-    cached: bool,
-) -> CalibrationOptions | None:
-    from cclip_deploy.pipeline.calibrate import CalibrationOptions, default_cache
+def _calibration_record(path: Path, precision: Precision) -> CalibrationRecord:
+    from cclip_deploy.bundle import Bundle
+    from cclip_deploy.pipeline.calibration_record import read_record
 
-    if pictures is None:
-        if evaluation_set:
-            raise UsageError("--evaluation-set is compared with --calibration DIR, which was not given.")
-        return None
-    cache = default_cache() if cached else None
-    return CalibrationOptions(
-        tuple(pictures),
-        method,
-        limit=limit,
-        evaluation_set=tuple(evaluation_set or ()),
-        allow_few=allow_few,
-        cache=cache,
-    )
+    bundle = Bundle.open(path)
+    graphs = bundle.manifest.graphs.values()
+    return next(read_record(bundle, graph) for graph in graphs if graph.precision == precision and graph.calibration)
 
 
-def _agreement(bundle: Path, precision: str) -> dict[str, float]:
+def _agreement(bundle: Path, precision: str) -> dict[str, Any]:
     from cclip_deploy.pipeline.mask_agreement import report_name
 
-    found: dict[str, float] = jsonlib.loads((bundle / report_name(precision)).read_bytes())
+    found: dict[str, Any] = jsonlib.loads((bundle / report_name(precision)).read_bytes())
     return found
 
 

@@ -14,7 +14,6 @@ from cclip_deploy.cli.console import print_json, progress, reports_errors, stdou
 
 if TYPE_CHECKING:
     from cclip_deploy.model.clip_start import ClipStart
-    from cclip_deploy.train.config import TrainConfig
     from cclip_deploy.train.loop import TrainProgress
     from cclip_deploy.train.run import TrainReport
 
@@ -40,7 +39,7 @@ def train(
     from cclip_deploy.train.run import RunOptions, find_data
     from cclip_deploy.train.run import train as run
 
-    config = _override(TrainConfig.from_toml(recipe), data, clip_weights)
+    config = TrainConfig.from_toml(recipe, data, clip_weights)
     with progress(quiet=json) as tell:
         report = run(
             config, find_data(config, tell), output or Path("runs") / recipe.stem, _teller(tell),
@@ -48,11 +47,6 @@ def train(
         )  # fmt: skip
     if report.rank == 0:
         print_json(_to_json(report)) if json else _show(report)
-
-
-def _override(config: TrainConfig, data: Path | None, clip_weights: str | None) -> TrainConfig:
-    source = config.data.model_copy(update={"folder": data, "synthetic": None}) if data else config.data
-    return config.model_copy(update={"data": source, "clip_weights": clip_weights or config.clip_weights})
 
 
 def _teller(tell: Callable[[str], None]) -> Callable[[TrainProgress], None]:

@@ -45,6 +45,16 @@ def read_dicom(path: Path) -> Picture:
     return Picture(path=path, pixels=np.ascontiguousarray(pixels, dtype=np.float32), kind="dicom", bits=bits)
 
 
+def dicom_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels of a single-frame file, from its header; raises as `read_dicom`."""
+    pydicom = _import_pydicom()
+    with decoding(path):
+        _check_transfer_syntax(path)
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        _check_header(path, header)
+        return int(header.Columns), int(header.Rows)
+
+
 def _import_pydicom() -> Any:
     try:
         import pydicom

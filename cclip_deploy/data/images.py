@@ -60,6 +60,22 @@ def read_picture(path: Path) -> Picture:
         return _decode(path)
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, as the header of a PNG, JPEG, TIFF, BMP or DICOM file says them.
+
+    Raises:
+        ImageError: not a file, empty, or of another type.
+        EnvironmentProblem: DICOM without pydicom.
+    """
+    _check_regular_file(path)
+    if has_dicom_mark(path):
+        from cclip_deploy.data.dicom import dicom_size
+
+        return dicom_size(path)
+    with decoding(path), Image.open(path) as image:
+        return image.size
+
+
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """List the pictures that files and folders name, in the order given, each once.
 
@@ -79,6 +95,18 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
         for picture in _pictures_in(path) if path.is_dir() else [path]:
             found.setdefault(picture.resolve(), picture)
     return list(found.values())
+
+
+def is_picture_name(path: Path) -> bool:
+    """Whether a file is a picture by its suffix, or DICOM of any name; not DICOMDIR, and no hidden file (`._a.png`)."""
+    if path.name.startswith(".") or path.name == "DICOMDIR" or not path.is_file():
+        return False
+    return path.suffix.lower() in PICTURE_SUFFIXES or has_dicom_mark(path)
+
+
+def picture_stem(name: str) -> str:
+    """A file's name without a picture's suffix; what else stands behind a dot, as in a DICOM UID, belongs to it."""
+    return Path(name).stem if Path(name).suffix.lower() in PICTURE_SUFFIXES else name
 
 
 def has_dicom_mark(path: Path) -> bool:
@@ -134,18 +162,16 @@ def _check_regular_file(path: Path) -> None:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    pictures = [path for path in sorted(folder.rglob("*")) if _is_picture_name(path, folder)]
+    pictures = [path for path in sorted(folder.rglob("*")) if _is_shown(path, folder)]
     if not pictures:
         suffixes = " ".join(sorted(PICTURE_SUFFIXES))
         raise ImageError(f"Folder {folder} has no picture ({suffixes}, or DICOM of any name). Name another folder.")
     return pictures
 
 
-def _is_picture_name(path: Path, folder: Path) -> bool:
+def _is_shown(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    if hidden or path.name == "DICOMDIR" or not path.is_file():
-        return False
-    return path.suffix.lower() in PICTURE_SUFFIXES or has_dicom_mark(path)
+    return not hidden and is_picture_name(path)
 
 
 def _decode(path: Path) -> Picture:

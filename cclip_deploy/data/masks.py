@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from cclip_deploy.data.images import PICTURE_SUFFIXES, Picture
+from cclip_deploy.data.images import Picture, picture_stem
 from cclip_deploy.data.png import encode_png
 from cclip_deploy.data.preprocess import check_unit_range
 from cclip_deploy.errors import EnvironmentProblem, UsageError
@@ -80,8 +80,7 @@ def file_stem(picture_path: Path, prompt: str, used: set[str]) -> str:
     A hash of path and prompt is added where either was shortened or left no letter, or where the stem is in `used`.
     `used` keeps the stems given out, case-folded; the new one is added. Equal calls in equal order give equal stems.
     """
-    name = picture_path.stem if picture_path.suffix.lower() in PICTURE_SUFFIXES else picture_path.name
-    picture, prompt_slug = _slug(name, r"[^\w.]+"), _slug(prompt.lower(), r"\W+")
+    picture, prompt_slug = _slug(picture_stem(picture_path.name), r"[^\w.]+"), _slug(prompt.lower(), r"\W+")
     cut = len(picture) > _PICTURE_SLUG or len(prompt_slug) > _PROMPT_SLUG or not (picture and prompt_slug)
     parts = [picture[:_PICTURE_SLUG].rstrip("-."), prompt_slug[:_PROMPT_SLUG].rstrip("-")]
     plain = "-".join(part for part in parts if part)

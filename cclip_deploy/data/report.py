@@ -9,15 +9,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from cclip_deploy.data.images import decoding
+from cclip_deploy.data.images import is_picture_name, picture_size
 from cclip_deploy.data.layouts import SPLITS, DataSet, Referral, is_lossy, read_mask
-from cclip_deploy.data.layouts.referral import is_picture_name
 from cclip_deploy.data.prompt_reader import read_prompt
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError
-from cclip_deploy.files import sha256_file
+from cclip_deploy.files import sha256_input
 
 EXAMPLES = 5
 
@@ -143,12 +140,12 @@ def report_data_set(
                       repaired, empty, lossy)
         for split in held
     }  # fmt: skip
-    digests = {image: sha256_file(image) for image in sorted({referral.image for referral in referrals})}
+    digests = {image: sha256_input(image) for image in sorted({referral.image for referral in referrals})}
     return DataReport(
         folder=str(data_set.folder),
         layout=data_set.layout,
         prompt_length=prompt_length,
-        patients_known=any(not r.subject.endswith(r.image.name) for r in referrals),
+        patients_known=any(r.patient is not None for r in referrals),
         splits=counts,
         overlaps=tuple(_compare(referrals, pair, digests) for pair in combinations(held, 2)),
         repaired=tuple(
@@ -210,10 +207,7 @@ def _count_tokens(tokenizer: PromptTokenizer, text: str) -> int:
 
 
 def _size_range(images: Iterable[Path]) -> tuple[str, ...]:
-    sizes = set()
-    for path in images:
-        with decoding(path), Image.open(path) as image:
-            sizes.add(image.size)
+    sizes = {picture_size(path) for path in images}
     ends = dict.fromkeys((min(sizes, key=_area), max(sizes, key=_area)))
     return tuple(f"{width}x{height}" for width, height in ends)
 
@@ -233,5 +227,5 @@ def _compare(referrals: Sequence[Referral], pair: tuple[str, str], digests: dict
 def _find_unused(folder: Path, referrals: Sequence[Referral]) -> tuple[str, ...]:
     used = {path for referral in referrals for path in (referral.image, referral.mask)}
     places = sorted({path.parent for path in used})
-    found = [p for place in places for p in sorted(place.iterdir()) if is_picture_name(p.name)]
+    found = [p for place in places for p in sorted(place.iterdir()) if is_picture_name(p)]
     return tuple(os.path.relpath(path, folder) for path in found if path not in used)

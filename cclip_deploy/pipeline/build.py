@@ -15,7 +15,7 @@ from cclip_deploy.graph.lower import InputsAndOutputs
 from cclip_deploy.manifest import EngineEntry, EngineTarget, GraphEntry, TensorSpec, graph_key
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
 from cclip_deploy.pipeline.derive import Derived, DeriveOptions, derive_graphs
-from cclip_deploy.pipeline.mask_agreement import hold_masks_to_fp32, write_agreement
+from cclip_deploy.pipeline.mask_agreement import evaluation_images, hold_masks_to_fp32, write_agreement
 from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
 from cclip_deploy.runtime.engine_settings import EngineSettings, engine_target, is_rtx
@@ -77,8 +77,8 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
         manifest = derived.manifest
         if is_quantised(options.precision) and options.calibration and options.calibration.evaluation_set:
             on_progress(f"Comparing {options.precision} masks with FP32's on the evaluation set")
-            unsealed, evaluation = Bundle.unsealed(folder, manifest), options.calibration.evaluation_set
-            agreement = hold_masks_to_fp32(unsealed, options.precision, evaluation, options.threads)
+            unsealed, images = Bundle.unsealed(folder, manifest), evaluation_images(options.calibration)
+            agreement = hold_masks_to_fp32(unsealed, options.precision, images, options.threads)
             write_agreement(agreement, folder)
         entries = []
         for graph in options.graphs:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.data.images import find_pictures, read_picture
-from cclip_deploy.data.layouts import read_flat
+from cclip_deploy.data.image_sets import DataSetOptions, ImageSet, SetImage, counted, read_image_set
+from cclip_deploy.data.images import read_picture
+from cclip_deploy.data.layouts.referral import name_some
 from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.errors import DataError, ParityError, UsageError
-from cclip_deploy.files import sha256_file
+from cclip_deploy.files import sha256_input
 from cclip_deploy.graph.calibration import METHODS, Method, TensorStatistics, ranges_of, with_outputs
 from cclip_deploy.pipeline.calibration_cache import read_entry, write_entry
-from cclip_deploy.pipeline.calibration_record import CalibrationPicture, CalibrationRecord
+from cclip_deploy.pipeline.calibration_record import CalibrationImages, CalibrationPicture, CalibrationRecord
 
 if TYPE_CHECKING:
     import onnx
@@ -37,11 +38,13 @@ class CalibrationOptions:
     """What to calibrate with.
 
     Attributes:
-        pictures: files and folders of pictures, or data-set folders, of which the training split is taken.
-        method: how a range is chosen of what was seen.
+        pictures: images, folders of images, or data sets, of which the training split is taken.
+        method: how a range is chosen from the values of a tensor.
         percentile: share of the values, in per cent, that the method `percentile` represents.
-        limit: how many pictures to use at most; of more, those whose hashes come first.
-        evaluation_set: pictures that must not be among them; of a data-set folder its test split.
+        limit: how many images to use at most; of more, those whose hashes come first.
+        evaluation_set: images that must not be among them, nor others of their patients; of a data set the test split.
+        evaluation_limit: on how many of those the masks are judged at most.
+        data_sets: how data-set folders are read.
         allow_few: take fewer than FEWEST_PICTURES.
         cache: folder of earlier results; None keeps none.
     """
@@ -51,17 +54,16 @@ class CalibrationOptions:
     percentile: float = 99.99
     limit: int = USUAL_PICTURES
     evaluation_set: tuple[Path, ...] = ()
+    evaluation_limit: int = USUAL_PICTURES
+    data_sets: DataSetOptions = field(default_factory=DataSetOptions)
     allow_few: bool = False
     cache: Path | None = None
 
 
-@dataclass(frozen=True)
-class CalibrationSet:
-    """The pictures that are used, in the order of their hashes, and the size of the evaluation set."""
+class CalibrationSet(CalibrationImages):
+    """The images of a calibration with their paths, in the same order."""
 
     paths: tuple[Path, ...]
-    pictures: tuple[CalibrationPicture, ...]
-    evaluation_pictures: int
 
 
 def default_cache() -> Path:
@@ -71,28 +73,43 @@ def default_cache() -> Path:
 
 
 def choose_pictures(options: CalibrationOptions) -> CalibrationSet:
-    """Find, hash, choose and compare the pictures of a calibration; a picture that lies there twice counts once.
+    """Find, hash, choose and compare the images of a calibration; an image that lies there twice counts once.
 
     Raises:
-        UsageError: no picture was named, an option means nothing, or there are too few.
-        ImageError: a picture cannot be read.
-        DataError: a picture is in the evaluation set too, by its file or by its pixels.
+        UsageError: no image was named, an option is out of range, or there are too few images.
+        ImageError: an image cannot be read.
+        DataError: a data set is broken or lacks the split, a folder holds masks, or an image or its patient is in the
+            evaluation set too.
     """
     _check_options(options)
-    by_hash = {sha256_file(path): path for path in reversed(_pictures(options.pictures, "train"))}
+    found = read_image_set(options.pictures, "train", options.data_sets)
+    by_hash = found.by_hash()
     if len(by_hash) < FEWEST_PICTURES and not options.allow_few:
         raise UsageError(
-            f"There {_are(len(by_hash))} to calibrate with; below {FEWEST_PICTURES} the ranges are those of "
-            "single pictures. Give more, or --allow-few to take these."
+            f"{counted(len(by_hash), 'different image')} to calibrate with; below {FEWEST_PICTURES} the ranges "
+            "are those of single images. Give more, or --allow-few to take these."
         )
-    chosen = sorted(by_hash)[: options.limit]
+    chosen = dict(list(by_hash.items())[: options.limit])
     pictures = tuple(
-        CalibrationPicture(name=by_hash[sha256].name, sha256=sha256, pixels_sha256=_pixel_hash(by_hash[sha256]))
-        for sha256 in chosen
+        CalibrationPicture(
+            name=image.path.name, sha256=sha256, pixels_sha256=_pixel_hash(image.path), patient=image.patient
+        )
+        for sha256, image in chosen.items()
     )
-    evaluation = _pictures(options.evaluation_set, "test") if options.evaluation_set else []
-    _refuse_overlap(pictures, evaluation)
-    return CalibrationSet(tuple(by_hash[sha256] for sha256 in chosen), pictures, len(evaluation))
+    evaluation = read_evaluation_set(options) if options.evaluation_set else ImageSet((), ())
+    _refuse_overlap(pictures, evaluation.images)
+    return CalibrationSet(
+        paths=tuple(image.path for image in chosen.values()),
+        pictures=pictures,
+        sources=found.sources,
+        evaluation_pictures=len(evaluation.images),
+        evaluation_sources=evaluation.sources,
+    )
+
+
+def read_evaluation_set(options: CalibrationOptions) -> ImageSet:
+    """Every image of the evaluation set, with the prompts that data sets have; raises as `read_image_set`."""
+    return read_image_set(options.evaluation_set, "test", options.data_sets)
 
 
 def calibrate(
@@ -119,7 +136,9 @@ def calibrate(
         method=options.method,
         percentile=options.percentile if options.method == "percentile" else None,
         pictures=chosen.pictures,
+        sources=chosen.sources,
         evaluation_pictures=chosen.evaluation_pictures,
+        evaluation_sources=chosen.evaluation_sources,
         ranges={},
     )
     tensors = tensors_to_calibrate(model)
@@ -131,7 +150,7 @@ def calibrate(
         if options.cache:
             write_entry(options.cache, key, known)
     else:
-        on_progress(f"Ranges of {graph} on these {len(chosen.paths)} pictures are in {options.cache}")
+        on_progress(f"Ranges of {graph} on these {len(chosen.paths)} images are in {options.cache}")
     return record.model_copy(update={"ranges": known})
 
 
@@ -166,7 +185,7 @@ def _statistics(
     tokens = seeded_inputs(manifest.image_hw, manifest.prompt_length)[1][:1]  # what is quantised depends on no token
     statistics = {name: TensorStatistics() for name in tensors}
     for number, path in enumerate(paths, start=1):
-        on_progress(f"Calibrating {graph}, picture {number} of {len(paths)}")
+        on_progress(f"Calibrating {graph}, image {number} of {len(paths)}")
         image = to_input(read_picture(path).pixels, manifest.image_hw, manifest.preprocessing)
         feeds = {name: value for name, value in (("image", image), ("tokens", tokens)) if name in given}
         values = feeds | dict(zip(computed, session.run(computed, feeds), strict=True))
@@ -186,29 +205,13 @@ def _count(statistics: TensorStatistics, values: NDArray[np.float32], name: str,
 
 def _check_options(options: CalibrationOptions) -> None:
     if not options.pictures:
-        raise UsageError("A quantised precision needs pictures to calibrate with: give --calibration DIR.")
+        raise UsageError("A quantized precision needs images to calibrate with: give --calibration DIR.")
     if options.method not in METHODS:
         raise UsageError(f"There is no calibration method {options.method!r}. Use {', '.join(METHODS)}.")
     if not 50 < options.percentile <= 100:
-        raise UsageError(f"A percentile of {options.percentile} makes no sense here. Use one above 50, up to 100.")
+        raise UsageError(f"A percentile of {options.percentile} is out of range. Use one above 50, up to 100.")
     if options.limit < 1:
-        raise UsageError(f"A limit of {options.limit} calibration pictures makes no sense. Use 1 or more.")
-
-
-def _pictures(paths: Sequence[Path], split: str) -> list[Path]:
-    """The pictures that files and folders name; of a data-set folder those of the split, or all if it has one split."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir() and any(path.glob("*.csv")):
-            referrals = read_flat(path)
-            splits = {referral.split for referral in referrals}
-            rows = [r.image for r in referrals if r.split == split or len(splits) == 1]
-            if not rows:
-                raise DataError(f"{path} has no rows of split {split!r}; its splits: {', '.join(sorted(splits))}.")
-            found += dict.fromkeys(rows)
-        else:
-            found += find_pictures([path])
-    return found
+        raise UsageError(f"A limit of {options.limit} calibration images is out of range. Use 1 or more.")
 
 
 def _pixel_hash(path: Path) -> str:
@@ -216,27 +219,31 @@ def _pixel_hash(path: Path) -> str:
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def _refuse_overlap(pictures: Sequence[CalibrationPicture], evaluation: Sequence[Path]) -> None:
-    files = {sha256_file(path) for path in evaluation}
-    pixels = {_pixel_hash(path) for path in evaluation}
+def _refuse_overlap(pictures: Sequence[CalibrationPicture], evaluation: Sequence[SetImage]) -> None:
+    files = {sha256_input(image.path) for image in evaluation}
+    pixels = {_pixel_hash(image.path) for image in evaluation}
     shared = [p.name for p in pictures if p.sha256 in files or p.pixels_sha256 in pixels]
     if shared:
         raise DataError(
-            f"{len(shared)} of {len(pictures)} calibration pictures are in the evaluation set too (first {shared[0]}). "
-            "What is judged on them would be judged on what it was fitted to: calibrate with others."
+            f"{len(shared)} of {len(pictures)} calibration images are in the evaluation set too (first {shared[0]}). "
+            "The masks would be judged on images that the ranges were fitted to: calibrate with others."
+        )
+    judged = {image.patient for image in evaluation} - {None}
+    of_judged = [picture for picture in pictures if picture.patient in judged]
+    if of_judged:
+        patients = dict.fromkeys(str(picture.patient) for picture in of_judged)
+        raise DataError(
+            f"{len(of_judged)} of {len(pictures)} calibration images are of {counted(len(patients), 'patient')} in the "
+            f"evaluation set too (first {name_some(patients)}). Calibrate with images of other patients."
         )
 
 
-def _are(count: int) -> str:
-    return "is 1 picture" if count == 1 else f"are {count} pictures"
-
-
 def _cache_key(bundle: Bundle, record: CalibrationRecord, tensors: Sequence[str]) -> str:
-    told = {
+    content = {
         **record.model_dump(mode="json", include={"graph_sha256", "method", "percentile"}),
         "pictures": [picture.sha256 for picture in record.pictures],
         "preprocessing": bundle.manifest.preprocessing.model_dump(mode="json"),
         "image_hw": bundle.manifest.image_hw,
         "tensors": list(tensors),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.image_sets import ImageSet
 from cclip_deploy.files import link_or_copy
 from cclip_deploy.graph.calibration import METHODS, Method, ranges_of
 from cclip_deploy.graph.lower import lower
 from cclip_deploy.manifest import graph_key
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, choose_pictures, collect_statistics
-from cclip_deploy.pipeline.mask_agreement import MaskAgreement, evaluation_pictures, measure_masks
+from cclip_deploy.pipeline.mask_agreement import MaskAgreement, evaluation_images, measure_masks
 from cclip_deploy.precisions import Precision
 
 IMAGE = "image_encoder"
@@ -29,7 +30,7 @@ class CurvePoint:
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON form."""
-        return {"method": self.method, "calibration_pictures": self.pictures, **asdict(self.agreement)}
+        return {"method": self.method, "calibration_pictures": self.pictures, **self.agreement.model_dump(mode="json")}
 
 
 def measure_curve(
@@ -50,7 +51,7 @@ def measure_curve(
         UsageError, ImageError, DataError: as `choose_pictures`.
     """
     chosen = choose_pictures(replace(options, limit=max(counts), allow_few=True))
-    evaluation = evaluation_pictures(options.evaluation_set)
+    evaluation = evaluation_images(options)
     points = []
     for count in sorted({min(count, len(chosen.paths)) for count in counts}):
         statistics = collect_statistics(bundle, IMAGE, chosen.paths[:count], threads)
@@ -65,7 +66,7 @@ def _judge(
     bundle: Bundle,
     precision: Precision,
     ranges: dict[str, float],
-    evaluation: Sequence[tuple[Path, Sequence[str]]],
+    evaluation: ImageSet,
     threads: int | None,
 ) -> MaskAgreement:
     """Masks of the bundle with an image encoder of these ranges, in a copy that is thrown away."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.image_sets import ImageSource, counted
 from cclip_deploy.errors import BundleError
 from cclip_deploy.graph.calibration import Method
 from cclip_deploy.manifest import CalibrationEntry, GraphEntry
@@ -17,18 +19,61 @@ class _Record(BaseModel):
 
 
 class CalibrationPicture(_Record):
-    """A picture by name, by the hash of its file, and by that of its decoded pixels."""
+    """An image by name, by the hash of its file, by that of its decoded pixels, and its patient where known."""
 
     name: str
     sha256: str
     pixels_sha256: str
+    patient: str | None = None
 
 
-class CalibrationRecord(_Record):
-    """All that the scales of a quantised graph came from.
+class CalibrationImages(_Record):
+    """The images that a calibration ran on, and what they were compared with.
 
-    `graph_sha256` is that of the FP32 graph that ran; `evaluation_pictures` is how many pictures it was checked not to
-    share. A range is the largest absolute value that a tensor's codes stand for.
+    Attributes:
+        pictures: in the order of their hashes.
+        sources: the data sets and folders that they were taken from; empty in records of earlier versions.
+        evaluation_pictures: number of evaluation images that were compared with them; none is shared.
+        evaluation_sources: the data sets and folders of those.
+    """
+
+    pictures: tuple[CalibrationPicture, ...]
+    sources: tuple[ImageSource, ...] = ()
+    evaluation_pictures: int
+    evaluation_sources: tuple[ImageSource, ...] = ()
+
+    @property
+    def patients(self) -> int:
+        """How many of the patients are known."""
+        return len({picture.patient for picture in self.pictures} - {None})
+
+    def describe(self) -> list[str]:
+        """What was taken, from where, and whether patients could be compared, line by line."""
+        taken = counted(len(self.pictures), "image") + (
+            f" of {counted(self.patients, 'patient')}" if self.patients else ""
+        )
+        lines = [f"Calibration: {taken}, from {_join(self.sources)}"]
+        if self.evaluation_sources:
+            lines.append(f"Evaluation set: {_join(self.evaluation_sources)}")
+            unknown = sum(source.images_without_patient for source in (*self.sources, *self.evaluation_sources))
+            if unknown:
+                lines.append(
+                    f"{unknown:,} of these images have no known patient, so they were compared by file and pixels "
+                    "alone. Give --subject, or a subject column."
+                )
+        return lines
+
+    def facts(self) -> dict[str, Any]:
+        """Counts and sources in plain JSON form."""
+        sources = self.model_dump(mode="json", include={"sources", "evaluation_pictures", "evaluation_sources"})
+        return {"pictures": len(self.pictures), "patients": self.patients, **sources}
+
+
+class CalibrationRecord(CalibrationImages):
+    """All that the scales of a quantized graph came from.
+
+    `graph_sha256` is that of the FP32 graph that ran. A range is the largest absolute value that a tensor's codes stand
+    for.
     """
 
     schema_version: int = 1
@@ -36,8 +81,6 @@ class CalibrationRecord(_Record):
     graph_sha256: str
     method: Method
     percentile: float | None
-    pictures: tuple[CalibrationPicture, ...]
-    evaluation_pictures: int
     ranges: dict[str, float]
 
 
@@ -67,3 +110,7 @@ def read_record(bundle: Bundle, graph: GraphEntry) -> CalibrationRecord:
     if record.graph_sha256 != graph.made_from_sha256:
         raise BundleError(f"{path} was made with another graph than {graph.file} was made from. Build it again.")
     return record
+
+
+def _join(sources: tuple[ImageSource, ...]) -> str:
+    return "; ".join(source.describe() for source in sources) or "a version that did not record it"

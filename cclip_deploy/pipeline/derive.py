@@ -82,8 +82,10 @@ class _Work:
         self.bundle, self.options, self.folder, self.on_progress = bundle, options, folder, on_progress
         self.chosen: CalibrationSet | None = None
         if options.calibration is not None:
-            on_progress("Choosing calibration pictures")
+            on_progress("Choosing calibration images")
             self.chosen = choose_pictures(options.calibration)
+            for line in self.chosen.describe():
+                on_progress(line)
         self.entries: dict[str, GraphEntry] = {}
         self.precisions: dict[str, Precision] = {}
         self.kept: dict[str, frozenset[str]] = {}

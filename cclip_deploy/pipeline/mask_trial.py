@@ -1,19 +1,19 @@
-"""Trial: many forms of one bundle's image encoder, each judged by its masks on the same pictures beside FP32's.
+"""Evaluate many forms of a bundle's image encoder by how far their masks are from FP32's on the same images.
 
-All that the forms share is computed once: the pictures, FP32's logits, the prompts' kernels, the decoder's session.
+All that the forms share is computed once: the inputs, FP32's logits, the prompts' kernels, the decoder's session.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.image_sets import SetImage
 from cclip_deploy.data.images import read_picture
 from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.evidence.parity import mask_dices
@@ -21,6 +21,7 @@ from cclip_deploy.precisions import Precision, is_quantised, rest_type
 from cclip_deploy.prompt_cache import PromptKernels
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend, load_onnxruntime, make_session
 from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.train.measuring import encode_texts
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -38,13 +39,13 @@ class _Case:
 
 
 class MaskTrial:
-    """Pictures with FP32's answers, on which forms of the image encoder are judged."""
+    """Images with FP32's logits, on which forms of the image encoder are judged."""
 
     def __init__(
         self,
         bundle: Bundle,
         precision: Precision,
-        pictures: Sequence[tuple[Path, Sequence[str]]],
+        images: Sequence[SetImage],
         threads: int | None = None,
         on_progress: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -53,9 +54,9 @@ class MaskTrial:
         Args:
             bundle: a deploy bundle.
             precision: of the forms that will be judged; prompt encoder and decoder come in its rest.
-            pictures: each with its prompts, of which the first MOST_PROMPTS are used.
+            images: with their prompts, of which the first MOST_PROMPTS are used; long ones are cut.
             threads: of ONNX Runtime on the CPU.
-            on_progress: told each picture.
+            on_progress: called with a line for each image.
         """
         self.precision, self.threads = precision, threads
         self._runtime = load_onnxruntime("cpu")
@@ -64,14 +65,14 @@ class MaskTrial:
         self._parts = {} if rest == "fp32" else self._lowered_parts(bundle, rest)
         self._full = full
         self.cases: list[_Case] = []
-        for number, (path, prompts) in enumerate(pictures, start=1):
-            on_progress(f"FP32 masks, picture {number} of {len(pictures)}")
-            self.cases.append(self._case(bundle, path, list(prompts)[:MOST_PROMPTS]))
+        for number, image in enumerate(images, start=1):
+            on_progress(f"FP32 masks, image {number} of {len(images)}")
+            self.cases.append(self._case(bundle, image))
         full.backend.unload("image_encoder")
         full.backend.unload("prompt_encoder")
 
     def judge(self, model: ModelProto, cases: Sequence[int]) -> dict[int, NDArray[np.float64]]:
-        """Dice to FP32's masks of each prompt, (P,), by the number of the picture; `model` is the image encoder."""
+        """Dice to FP32's masks of each prompt, (P,), by the number of the image; `model` is the image encoder."""
         session = self._session(model)
         found = {}
         for number in cases:
@@ -80,18 +81,17 @@ class MaskTrial:
             found[number] = mask_dices(self._decode(features, case.kernels[1]), case.logits)[0]
         return found
 
-    def _case(self, bundle: Bundle, path: Path, prompts: list[str]) -> _Case:
+    def _case(self, bundle: Bundle, source: SetImage) -> _Case:
         manifest = bundle.manifest
-        image = to_input(read_picture(path).pixels, manifest.image_hw, manifest.preprocessing)
-        kernels = self._full.encode_prompts(prompts)
+        image = to_input(read_picture(source.path).pixels, manifest.image_hw, manifest.preprocessing)
+        rows, _ = encode_texts(source.prompts[:MOST_PROMPTS], bundle.tokenizer(), manifest.prompt_length)
+        kernels = self._full.encode_tokens(rows)
         features = self._full.backend.run("image_encoder", {"image": image})["features"]
         logits = self._full.decode(features, kernels)
         if not self._parts:
             return _Case(image, (kernels, kernels), logits)
-        length, tokenizer = manifest.prompt_length, bundle.tokenizer()
-        tokens = np.stack([tokenizer.encode(prompt, length) for prompt in prompts])
         names = ("kernel", "tap_bias", "bias")
-        values = self._parts["prompt_encoder"].run(list(names), {"tokens": tokens})
+        values = self._parts["prompt_encoder"].run(list(names), {"tokens": np.stack(rows)})
         return _Case(image, (kernels, PromptKernels(**dict(zip(names, values, strict=True)))), logits)
 
     def _decode(self, features: Floats, kernels: PromptKernels) -> Floats:

@@ -9,19 +9,24 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from cclip_deploy.errors import UsageError
-from cclip_deploy.files import disk_problem
+from cclip_deploy.files import reading_problem
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_toml(path: Path, model: type[Model], absent: str, remedy: str = "") -> Model:
-    """The file as `model`; UsageError names the key that is unknown, missing or wrong, or says `absent` of no file."""
+    """Read a file as `model`.
+
+    Raises:
+        UsageError: a key is unknown, missing or wrong, or there is no file (`absent` is the message).
+        DataError: the file cannot be read.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(absent) from None
     except OSError as error:
-        raise disk_problem(path, error) from error
+        raise reading_problem(path, error) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no TOML file: {error}.") from error
     try:

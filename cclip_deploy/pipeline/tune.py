@@ -2,7 +2,8 @@
 
 Everything starts in the low precision. Each block's damage is what the masks lose when it alone is low; blocks are
 moved up in the order of damage for their multiply-adds, until the budget holds on the tuning part of the evaluation
-set, by two standard errors of its mean. The other part has no say in it; on it the result is judged.
+set, by two standard errors of its mean, with a form that no form with fewer blocks equals. The result is judged on the
+other part, which shares no patient with the first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.image_sets import DataSetOptions, read_image_set
 from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.files import sha256_file
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
-from cclip_deploy.pipeline.mask_agreement import LEAST_DICE, LEAST_MEAN_DICE, evaluation_pictures
+from cclip_deploy.pipeline.mask_agreement import LEAST_DICE, LEAST_MEAN_DICE, with_prompts
 from cclip_deploy.pipeline.mask_trial import MaskTrial
+from cclip_deploy.pipeline.tuning_halves import Halves, deal_out, hashes
 from cclip_deploy.pipeline.tuning_profile import Agreement, CalibrationUsed, FrontPoint, TunedProfile, Tuning
 from cclip_deploy.precisions import REST, Precision, is_quantised
 
@@ -31,10 +33,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Progress = Callable[[str], None]
-Pictures = Sequence[tuple[Path, Sequence[str]]]
 
 IMAGE = "image_encoder"
-FEWEST_EACH = 2
 STANDARD_ERRORS = 2
 """By which the tuning part's mean has to hold, so that other pictures hold it too."""
 BUDGET = Agreement(mean=LEAST_MEAN_DICE, worst=LEAST_DICE)
@@ -48,10 +48,11 @@ class TuneOptions:
 
     Attributes:
         precision: the low one.
-        evaluation_set: pictures, or data sets, whose halves decide and judge.
+        evaluation_set: images, or data sets' test splits; one half decides, the other judges.
         calibration: for a quantised precision; its evaluation set is the one above.
         budget: least mean Dice to FP32's masks, and least mean of a picture.
-        limit: how many evaluation pictures to use at most.
+        limit: how many evaluation images to use at most, of as many patients as possible.
+        data_sets: how data-set folders are read.
         threads: of ONNX Runtime on the CPU.
     """
 
@@ -60,6 +61,7 @@ class TuneOptions:
     calibration: CalibrationOptions | None = None
     budget: Agreement = BUDGET
     limit: int = 64
+    data_sets: DataSetOptions = field(default_factory=DataSetOptions)
     threads: int | None = None
 
 
@@ -67,14 +69,17 @@ def tune_precision(bundle: Bundle, options: TuneOptions, on_progress: Progress =
     """Search, judge, and say what was found.
 
     Raises:
-        UsageError: nothing can be tuned, a calibration that cannot be, or too few evaluation pictures.
-        DataError: a picture is in both sets.
+        UsageError: nothing can be tuned, a calibration that cannot be, or too few evaluation images or patients.
+        DataError: an image or a patient is in both sets, or a data set is not what it should be.
         ParityError: the budget does not hold, on the tuning part whatever is kept, or on the held-out part.
     """
     _check(options)
     calibration = None if options.calibration is None else choose_pictures(options.calibration)
-    tuning, held_out = _halves(evaluation_pictures(options.evaluation_set), options.limit)
-    search = _Search(bundle, options, calibration, (tuning, held_out), on_progress)
+    evaluation = with_prompts(read_image_set(options.evaluation_set, "test", options.data_sets))
+    halves = deal_out(evaluation.limited(options.limit))
+    for line in (*(calibration.describe()[:1] if calibration else ()), *halves.describe()):
+        on_progress(line)
+    search = _Search(bundle, options, calibration, halves, on_progress)
     search.refuse_what_no_block_mends()
     damage = search.damages()
     front, chosen = search.front(damage)
@@ -91,7 +96,7 @@ class _Search:
         bundle: Bundle,
         options: TuneOptions,
         calibration: CalibrationSet | None,
-        halves: tuple[Pictures, Pictures],
+        halves: Halves,
         tell: Progress,
     ) -> None:
         import onnx
@@ -106,11 +111,12 @@ class _Search:
             record = calibrate(bundle, IMAGE, self.model, calibration, options.calibration, options.threads, tell)
             pictures = tuple(picture.sha256 for picture in record.pictures)
             self.ranges = record.ranges
-            self.calibration = CalibrationUsed(method=record.method, percentile=record.percentile, pictures=pictures)
-        self.parts = halves
-        self.trial = MaskTrial(bundle, options.precision, [*halves[0], *halves[1]], options.threads, tell)
-        self.tuning = range(len(halves[0]))
-        self.every = range(len(halves[0]) + len(halves[1]))
+            self.calibration = CalibrationUsed(
+                method=record.method, percentile=record.percentile, pictures=pictures, sources=record.sources
+            )
+        self.halves = halves
+        self.trial = MaskTrial(bundle, options.precision, halves.images, options.threads, tell)
+        self.tuning, self.every = range(len(halves.tuning.images)), range(len(halves.images))
         self.started, self.steps = time.monotonic(), 0
 
     def refuse_what_no_block_mends(self) -> None:
@@ -120,7 +126,7 @@ class _Search:
         best = _agreement(self.trial.judge(self._all_kept(rest), self.tuning))
         if not _holds(best, self.options.budget):
             raise ParityError(
-                f"The budget (mean Dice {self.options.budget.mean}, worst picture {self.options.budget.worst}) does "
+                f"The budget (mean Dice {self.options.budget.mean}, worst image {self.options.budget.worst}) does "
                 f"not hold with every block of the image encoder kept ({best.mean:.5f}, {best.worst:.5f}): prompt "
                 f"encoder, mask decoder and what stands between the blocks, in {rest}, cost more. Lower the budget, or "
                 "take a higher precision."
@@ -141,16 +147,18 @@ class _Search:
         return found
 
     def front(self, damage: Mapping[str, float]) -> tuple[list[FrontPoint], FrontPoint | None]:
-        """Forms with ever more blocks kept, and the first of them that holds the budget on the tuning part."""
+        """Forms with ever more blocks kept, and the first that holds the budget and is better than those before it."""
         order = sorted(self.blocks, key=lambda block: damage[block] / max(1, self.costs[block]), reverse=True)
         points: list[FrontPoint] = []
         chosen: FrontPoint | None = None
         count = 0
         while count < len(order):
             self._tell_step(f"{count} of {len(order)} blocks kept", len(order) - count)
-            points.append(self._point(order[:count]))
-            if chosen is None and _holds(points[-1].tuning, self.options.budget, STANDARD_ERRORS):
-                chosen = points[-1]
+            point = self._point(order[:count])
+            holds = _holds(point.tuning, self.options.budget, STANDARD_ERRORS)
+            if chosen is None and holds and not any(cheaper.tuning.as_good_as(point.tuning) for cheaper in points):
+                chosen = point
+            points.append(point)
             count += 1 if chosen is None else max(1, (len(order) - len(chosen.kept)) // POINTS_BEYOND)
         return points, chosen
 
@@ -224,18 +232,6 @@ def _check(options: TuneOptions) -> None:
         raise UsageError(f"A budget is a Dice above 0, up to 1, not {options.budget.mean}, {options.budget.worst}.")
 
 
-def _halves(pictures: Pictures, limit: int) -> tuple[Pictures, Pictures]:
-    """Two parts, dealt out in the order of the files' hashes; the same file twice counts once."""
-    by_hash = {sha256_file(path): (path, prompts) for path, prompts in reversed(list(pictures))}
-    dealt = [by_hash[sha256] for sha256 in sorted(by_hash)][:limit]
-    if len(dealt) < 2 * FEWEST_EACH:
-        raise UsageError(
-            f"The evaluation set has {len(dealt)} different pictures; one half decides and the other judges, so it "
-            f"takes {2 * FEWEST_EACH} or more. Give more, or a higher --pictures."
-        )
-    return dealt[::2], dealt[1::2]
-
-
 def _agreement(dices: Mapping[int, NDArray[np.float64]]) -> Agreement:
     every = np.concatenate(list(dices.values()))
     means = np.array([values.mean() for values in dices.values()])
@@ -258,17 +254,18 @@ def _profile(
     if chosen is None:
         best = max(front, key=lambda point: point.tuning.mean)
         raise ParityError(
-            f"The budget (mean Dice {options.budget.mean}, worst picture {options.budget.worst}) does not hold on the "
-            f"tuning part whatever is kept; the best form has {best.tuning.mean:.4f} and {best.tuning.worst:.4f}. "
-            "Lower the budget, calibrate with other pictures, or take a higher precision."
+            f"The budget (mean Dice {options.budget.mean}, worst image {options.budget.worst}) does not hold on the "
+            f"tuning part whatever is kept, in a form that none with fewer blocks equals; the best has "
+            f"{best.tuning.mean:.4f} and {best.tuning.worst:.4f}. Lower the budget, calibrate with other images, or "
+            "take a higher precision."
         )
     rest = REST.get(options.precision, "fp32")
-    tuning, held_out = (tuple(sha256_file(path) for path, _ in part) for part in search.parts)
+    halves = search.halves
     return TunedProfile(
         name=f"tuned-{options.precision}",
         why=f"{chosen.share:.1%} of the image encoder's multiply-adds in {options.precision.split('-')[0]}, "
         f"{len(chosen.kept)} of {len(search.blocks)} blocks in {rest}; mean Dice to FP32 "
-        f"{chosen.held_out.mean:.4f} on {len(held_out)} held-out pictures. Not run on a GPU.",
+        f"{chosen.held_out.mean:.4f} on {len(halves.held_out.images)} held-out images. Not run on a GPU.",
         precision=options.precision,
         keep=chosen.kept,
         tuned=Tuning(
@@ -277,8 +274,11 @@ def _profile(
             share=chosen.share,
             tuning=chosen.tuning,
             held_out=chosen.held_out,
-            tuning_pictures=tuning,
-            held_out_pictures=held_out,
+            tuning_pictures=hashes(halves.tuning),
+            held_out_pictures=hashes(halves.held_out),
+            tuning_patients=len(halves.tuning.patients),
+            held_out_patients=len(halves.held_out.patients),
+            sources=halves.tuning.sources,
             calibration=search.calibration,
             damage=damage,
             front=tuple(front),
@@ -291,6 +291,6 @@ def _hold(tuned: Tuning) -> None:
         raise ParityError(
             f"The budget holds on the tuning part (mean Dice {tuned.tuning.mean:.4f}, worst picture "
             f"{tuned.tuning.worst:.4f}) but not on the held-out one ({tuned.held_out.mean:.4f}, "
-            f"{tuned.held_out.worst:.4f}). Give more evaluation pictures, or ask for a higher budget than you need. No "
+            f"{tuned.held_out.worst:.4f}). Give more evaluation images, or set a higher budget than you need. No "
             "profile was written."
         )

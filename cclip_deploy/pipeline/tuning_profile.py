@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.image_sets import ImageSource
 from cclip_deploy.errors import UsageError
 from cclip_deploy.files import whole_file
 from cclip_deploy.graph.calibration import Method
@@ -34,6 +35,10 @@ class Agreement(_Part):
     worst: float
     standard_error: float = 0.0
 
+    def as_good_as(self, other: Agreement) -> bool:
+        """Whether neither the mean nor the worst image is lower."""
+        return self.mean >= other.mean and self.worst >= other.worst
+
 
 class FrontPoint(_Part):
     """One form of the network: its blocks in the higher precision, and what is left in the low one.
@@ -52,17 +57,19 @@ class FrontPoint(_Part):
 
 
 class CalibrationUsed(_Part):
-    """What the ranges came from; pictures by the SHA-256 of their files."""
+    """What the ranges came from; images by the SHA-256 of their files."""
 
     method: Method
     percentile: float | None = None
     pictures: tuple[str, ...]
+    sources: tuple[ImageSource, ...] = ()
 
 
 class Tuning(_Part):
     """The search: the graph that it was made for, the pictures, the budget, and the front.
 
     `damage` is what each block costs when it alone is in the low precision: 1 minus the mean Dice on the tuning part.
+    `tuning_patients` and `held_out_patients` count the known patients of each part, none of whom is in both.
     """
 
     graph_sha256: str
@@ -72,9 +79,17 @@ class Tuning(_Part):
     held_out: Agreement
     tuning_pictures: tuple[str, ...]
     held_out_pictures: tuple[str, ...]
+    tuning_patients: int | None = None
+    held_out_patients: int | None = None
+    sources: tuple[ImageSource, ...] = ()
     calibration: CalibrationUsed | None = None
     damage: dict[str, float]
     front: tuple[FrontPoint, ...]
+
+    def cheaper_as_good_when_judged(self) -> FrontPoint | None:
+        """The form with the fewest blocks that is as good on the held-out part, if it has fewer than the chosen one."""
+        cheaper = (point for point in self.front if point.share > self.share)
+        return next((point for point in cheaper if point.held_out.as_good_as(self.held_out)), None)
 
 
 class TunedProfile(_Part):
@@ -111,7 +126,7 @@ class TunedProfile(_Part):
         chosen = tuple(picture.sha256 for picture in choose_pictures(wanted).pictures)
         if chosen != used.pictures:
             raise UsageError(
-                f"The profile was found with other calibration pictures ({len(set(chosen) & set(used.pictures))} of "
+                f"The profile was found with other calibration images ({len(set(chosen) & set(used.pictures))} of "
                 f"{len(used.pictures)} are the same). Give --calibration as tune-precision had it, or run it again."
             )
         return wanted

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cclip_deploy.errors import EnvironmentProblem, UsageError
-from cclip_deploy.files import disk_problem
+from cclip_deploy.files import disk_problem, reading_problem
 from cclip_deploy.manifest import EngineTarget
 from cclip_deploy.runtime.tensorrt_binding import binding_label
 
@@ -120,7 +120,8 @@ class TimingCache:
 
         Raises:
             UsageError: TensorRT-RTX, which measures nothing at build.
-            EnvironmentProblem: the cache belongs to another GPU or version, or cannot be read.
+            EnvironmentProblem: the cache belongs to another GPU or version.
+            DataError: it cannot be read.
         """
         if is_rtx(binding) or not hasattr(config, "create_timing_cache"):
             raise UsageError(
@@ -129,7 +130,7 @@ class TimingCache:
         try:
             content = path.read_bytes() if path.exists() else b""
         except OSError as error:
-            raise disk_problem(path, error) from error
+            raise reading_problem(path, error) from error
         self.path = path
         self._config = config
         self._given_sha256 = hashlib.sha256(content).hexdigest() if content else None

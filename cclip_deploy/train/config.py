@@ -161,12 +161,23 @@ class TrainConfig(RecipeTable):
         return InputForm(self.image_hw, self.prompt_length)
 
     @staticmethod
-    def from_toml(path: Path) -> TrainConfig:
-        """Read a recipe; UsageError names every key that is unknown or out of range."""
+    def from_toml(path: Path, data: Path | None = None, clip_weights: str | None = None) -> TrainConfig:
+        """Read a recipe, with another data folder where given, and with CLIP's weights as a start where given.
+
+        Raises:
+            UsageError: the file cannot be read, or a key is unknown, out of range or at odds with another.
+        """
         try:
-            return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UsageError(f"Recipe {path} cannot be read: {error}. Correct it.") from error
+        if clip_weights is not None:
+            values["clip_weights"] = clip_weights
+        try:
+            config = TrainConfig.model_validate(values)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UsageError(f"Recipe {path}: {problems}. Keys are {', '.join(TrainConfig.model_fields)}.") from error
+        if data is None:
+            return config
+        return config.model_copy(update={"data": config.data.model_copy(update={"folder": data, "synthetic": None})})

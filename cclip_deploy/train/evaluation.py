@@ -196,9 +196,9 @@ def _score(
 def _score_control(
     control: Control, rows: Sequence[MeasuredRow], dice: Floats, bootstrap: PatientBootstrap
 ) -> ControlScore:
-    answers = [row.controls.get(control.name) for row in rows]
+    answers = [None if np.isnan(own) else row.controls.get(control.name) for row, own in zip(rows, dice, strict=True)]
     other = np.array([np.nan if answer is None else answer.dice for answer in answers])
-    other, own = np.where(np.isnan(dice), np.nan, other), np.where(np.isnan(other), np.nan, dice)
+    own = np.where(np.isnan(other), np.nan, dice)
     uncounted = [EMPTY_REFERENCE if np.isnan(value) else "" for value in dice]
     return ControlScore(
         name=control.name,

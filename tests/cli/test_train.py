@@ -43,6 +43,18 @@ def test_a_recipe_trains_and_says_what_came_out_and_where_clip_was_found(tmp_pat
     assert "--resume" in again.stderr
 
 
+def test_clip_weights_beside_a_start_checkpoint_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    """The option passes the recipe's own checks: else the checkpoint would silently replace CLIP's weights."""
+    recipe = write_recipe(tmp_path)
+    recipe.write_text(f'start_checkpoint = "{tmp_path / "start.safetensors"}"\n{recipe.read_text()}')
+    done = invoke("train", recipe, "-o", tmp_path / "run", "--clip-weights", tmp_path / "clip.safetensors")
+    assert done.exit_code == 2
+    assert "clip_weights and start_checkpoint both say where the towers start; give one" in (
+        " ".join(done.stderr.split())
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_reports_in_json_and_keeps_nothing(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     done = invoke("train", recipe, "-o", tmp_path / "run", "--dry-run", "--json")

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.layouts import read_data_set
+from cclip_deploy.data.layouts.writing import WRITERS
 from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.errors import DataError, ImageError, UsageError
@@ -69,7 +71,7 @@ def test_one_picture_is_too_few_however_often_it_lies_there(copies: int, films: 
         with pytest.raises(ImageError, match="has no picture"):
             choose_pictures(options)
         return
-    with pytest.raises(UsageError, match="There is 1 picture to calibrate with; below 8"):
+    with pytest.raises(UsageError, match="1 different image to calibrate with; below 8"):
         choose_pictures(options)
     assert len(choose_pictures(replace(options, allow_few=True)).paths) == 1
 
@@ -81,9 +83,97 @@ def test_a_picture_of_the_evaluation_set_is_found_by_its_bytes_and_by_its_pixels
     mixed = tmp_path / "mixed"
     shutil.copytree(films / "images", mixed, ignore=shutil.ignore_patterns("test-*"))
     Image.open(films / "images" / "test-00001.png").save(mixed / f"innocent.{suffix}")
-    with pytest.raises(DataError, match=r"1 of 11 calibration pictures are in the evaluation set too .first innocent"):
+    with pytest.raises(DataError, match=r"1 of 11 calibration images are in the evaluation set too .first innocent"):
         choose_pictures(CalibrationOptions((mixed,), evaluation_set=(films,)))
     assert choose_pictures(CalibrationOptions((mixed,))).evaluation_pictures == 0
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_in_every_layout_the_training_images_calibrate_and_the_test_images_are_kept_apart(
+    layout: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    write_dataset(folder, {"train": 8, "val": 2, "test": 3}, (32, 48), 5, layout=layout)
+    chosen = choose_pictures(CalibrationOptions((folder,), evaluation_set=(folder,)))
+    rows = read_data_set(folder).referrals
+    assert set(chosen.paths) == {row.image for row in rows if row.split == "train"}
+    assert chosen.evaluation_pictures == len({row.image for row in rows if row.split == "test"})
+    with pytest.raises(DataError, match="in the evaluation set too"):
+        choose_pictures(CalibrationOptions(chosen.paths, evaluation_set=chosen.paths))
+
+
+@pytest.mark.parametrize("as_plain_images", [False, True])
+def test_a_patient_of_the_evaluation_set_is_found_in_other_images(
+    as_plain_images: bool, films: Path, tmp_path: Path
+) -> None:
+    """The rows of ten films are shared out anew: two training films are of a patient with a test film."""
+    copy = tmp_path / "copy"
+    shutil.copytree(films, copy)
+    moved = {"train-00002": "sub-S07", "train-00005": "sub-S07", "test-00001": "sub-S07", "test-00000": "sub-S08"}
+    text = (copy / "table.csv").read_text()
+    for name, patient in moved.items():
+        text = text.replace(f"synthetic-{name}", patient)
+    (copy / "table.csv").write_text(text)
+    judged = copy
+    if as_plain_images:
+        judged = tmp_path / "judged"
+        judged.mkdir()
+        shutil.copy(films / "images" / "test-00001.png", judged / "sub-S07_run-9.png")
+    with pytest.raises(
+        DataError,
+        match=r"2 of 10 calibration images are of 1 patient in the evaluation set too .first sub-S07",
+    ):
+        choose_pictures(CalibrationOptions((copy,), evaluation_set=(judged,)))
+    assert choose_pictures(CalibrationOptions((copy,))).patients == 9
+
+
+def test_equal_file_names_do_not_make_a_patient(films: Path, tmp_path: Path) -> None:
+    """Two folders number their images alike: nothing says that the patients are the same, and this is said."""
+    for folder, kind in (("one", "train"), ("other", "test")):
+        (tmp_path / folder).mkdir()
+        for number, path in enumerate(sorted((films / "images").glob(f"{kind}-*"))):
+            shutil.copy(path, tmp_path / folder / f"{number}.png")
+    chosen = choose_pictures(CalibrationOptions((tmp_path / "one",), evaluation_set=(tmp_path / "other",)))
+    assert chosen.describe() == [
+        "Calibration: 10 images, from one (images without a layout): 10 images of unknown patients",
+        "Evaluation set: other (images without a layout): 3 images of unknown patients",
+        "13 of these images have no known patient, so they were compared by file and pixels alone. Give --subject, or "
+        "a subject column.",
+    ]
+
+
+def test_a_set_with_one_split_never_calibrates_and_judges_with_the_same_rows(films: Path, tmp_path: Path) -> None:
+    shutil.copytree(films, tmp_path / "set")
+    table = tmp_path / "set" / "table.csv"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if ",test," not in line))
+    with pytest.raises(DataError, match="10 of 10 calibration images are in the evaluation set too"):
+        choose_pictures(CalibrationOptions((tmp_path / "set",), evaluation_set=(tmp_path / "set",)))
+
+
+def test_the_record_names_layout_split_and_patients(tiny_bundle: Bundle, films: Path) -> None:
+    record = calibrated(tiny_bundle, CalibrationOptions((films,), "min-max", evaluation_set=(films,)))
+    (source,), (judged,) = record.sources, record.evaluation_sources
+    assert (source.name, source.layout, source.split, source.images, source.patients) == (
+        "data",
+        "flat",
+        "train",
+        10,
+        10,
+    )
+    assert (judged.split, judged.images, judged.patients) == ("test", 3, 3)
+    assert {picture.patient for picture in record.pictures} == {f"synthetic-train-{n:05d}" for n in range(10)}
+    assert CalibrationRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_a_record_of_an_earlier_version_still_loads() -> None:
+    earlier = {
+        "schema_version": 1, "graph": "image_encoder", "graph_sha256": "0" * 64, "method": "min-max",
+        "percentile": None, "pictures": [{"name": "a.png", "sha256": "1" * 64, "pixels_sha256": "2" * 64}],
+        "evaluation_pictures": 3, "ranges": {"image": 2.5},
+    }  # fmt: skip
+    record = CalibrationRecord.model_validate_json(json.dumps(earlier))
+    assert (record.sources, record.evaluation_sources, record.patients) == ((), (), 0)
+    assert record.describe() == ["Calibration: 1 image, from a version that did not record it"]
 
 
 def test_an_unreadable_picture_is_named(films: Path, tmp_path: Path) -> None:
@@ -99,7 +189,7 @@ def test_an_unreadable_picture_is_named(films: Path, tmp_path: Path) -> None:
     [
         (CalibrationOptions(()), "give --calibration DIR"),
         (CalibrationOptions((Path("."),), "median"), "no calibration method 'median'"),  # type: ignore[arg-type]
-        (CalibrationOptions((Path("."),), percentile=0.999), "percentile of 0.999 makes no sense"),
+        (CalibrationOptions((Path("."),), percentile=0.999), "percentile of 0.999 is out of range"),
         (CalibrationOptions((Path("."),), limit=0), "limit of 0"),
     ],
 )

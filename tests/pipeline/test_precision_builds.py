@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,15 +248,65 @@ def test_flags_that_cannot_be_end_with_their_code(
     assert said in " ".join(done.stderr.split())
 
 
-def test_the_command_builds_int8_with_an_fp16_rest(
-    copy: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_builds_int8_and_says_what_calibrated_and_what_judged(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the layout of QaTa-COV19. The tiny network is untrained, so its limits are lowered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(mask_agreement, "LEAST_MEAN_DICE", 0.3)
+    monkeypatch.setattr(mask_agreement, "LEAST_DICE", 0.3)
+    write_dataset(tmp_path / "set", {"train": 8, "val": 2, "test": 3}, TINY_HW, 6, layout="qata")
     done = invoke(
-        "build-engine", copy, "--int8", "--fp16", "--calibration", films, "--calibration-method", "min-max",
-        "--threads", THREADS, "--json",
+        "build-engine", copy, "--int8", "--fp16", "--calibration", tmp_path / "set", "--evaluation-set",
+        tmp_path / "set", "--calibration-method", "min-max", "--evaluation-pictures", "2", "--threads", THREADS,
+        "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
     assert [engine["precision"] for engine in told["engines"]] == ["int8-fp16", "fp16", "fp16"]
     assert list((tmp_path / "cache").rglob("*.json"))
+    train, test = (
+        {"name": "set", "layout": "lvit", "split": split, "images": count, "patients": count,
+         "images_without_patient": 0}
+        for split, count in (("train", 8), ("test", 3))
+    )  # fmt: skip
+    assert told["calibration"] == {
+        "pictures": 8, "patients": 8, "sources": [train], "evaluation_pictures": 3, "evaluation_sources": [test],
+    }  # fmt: skip
+    judged = told["mask_agreement"]
+    assert (judged["pictures"], judged["patients"], judged["sources"]) == (2, 2, [test])
+
+
+def test_a_calibration_image_that_cannot_be_read_is_named_and_not_the_bundle(
+    copy: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions do not stop root, so the opening of one file is made to fail."""
+    shutil.copytree(films, tmp_path / "films")
+    refused, real = tmp_path / "films" / "images" / "train-00003.png", Path.open
+
+    def opening(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == refused and arguments == ("rb",) and sys._getframe(1).f_code.co_name.startswith("sha256"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opening)
+    before = digests(copy)
+    done = invoke("build-engine", copy, "--int8", "--calibration", tmp_path / "films", "--no-calibration-cache")
+    assert done.exit_code == 6, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "train-00003.png cannot be read: Permission denied" in said
+    assert "could not be written" not in said
+    assert digests(copy) == before
+
+
+def test_a_patient_in_both_sets_ends_the_command_with_code_6(copy: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set", {"train": 8, "test": 2}, TINY_HW, 6)
+    table = tmp_path / "set" / "table.csv"
+    table.write_text(table.read_text().replace("synthetic-test-00001", "synthetic-train-00003"))
+    done = invoke(
+        "build-engine", copy, "--int8", "--calibration", tmp_path / "set", "--evaluation-set", tmp_path / "set"
+    )
+    assert done.exit_code == 6, done.stderr
+    assert "1 of 8 calibration images are of 1 patient in the evaluation set too (first synthetic-train-00003)" in (
+        " ".join(done.stderr.split())
+    )

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.image_sets import SetImage, read_image_set
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.files import sha256_file
+from cclip_deploy.graph import lower as lowering
 from cclip_deploy.graph.lower import lower
+from cclip_deploy.pipeline import tune
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, calibrate, choose_pictures
 from cclip_deploy.pipeline.front_picture import draw_front
-from cclip_deploy.pipeline.mask_agreement import evaluation_pictures
+from cclip_deploy.pipeline.mask_agreement import with_prompts
 from cclip_deploy.pipeline.mask_trial import MaskTrial
 from cclip_deploy.pipeline.tune import TuneOptions, blocks_of, tune_precision
 from cclip_deploy.pipeline.tuning_profile import Agreement, TunedProfile, read_tuned_profile, write_tuned_profile
@@ -80,7 +87,8 @@ def test_the_reported_dice_is_that_of_the_kept_blocks(
 ) -> None:
     """Measured again from the profile alone, and with nothing low the masks are FP32's own."""
     bundle = Bundle.open(tiny_bundle_path)
-    held_out = [p for p in evaluation_pictures((films,)) if sha256_file(p[0]) in profile.tuned.held_out_pictures]
+    judged = with_prompts(read_image_set((films,), "test")).by_hash()
+    held_out = [judged[sha256] for sha256 in profile.tuned.held_out_pictures]
     trial = MaskTrial(bundle, "int8", held_out, THREADS)
     full = onnx.load(tiny_bundle_path / "graphs/image_encoder.onnx")
     assert np.concatenate(list(trial.judge(full, range(len(held_out))).values())).min() == 1
@@ -88,6 +96,127 @@ def test_the_reported_dice_is_that_of_the_kept_blocks(
     ranges = calibrate(bundle, "image_encoder", full, choose_pictures(options), options, THREADS).ranges
     found = trial.judge(lower(full, "int8", ranges, profile.keep).model, range(len(held_out)))
     assert np.concatenate(list(found.values())).mean() == pytest.approx(profile.tuned.held_out.mean, abs=1e-9)
+
+
+class ScriptedTrial:
+    """Stands for the evaluator: a form's Dice on each image comes from a table by the number of blocks it keeps."""
+
+    scores: ClassVar[dict[int, Callable[[int], float]]] = {}
+    images: ClassVar[list[SetImage]] = []
+
+    def __init__(self, bundle: Bundle, precision: str, images: Sequence[SetImage], *_: object) -> None:
+        type(self).images = list(images)
+
+    def judge(self, kept: Sequence[str], cases: Sequence[int]) -> dict[int, np.ndarray]:
+        """Every form that the table does not name is FP32's."""
+        score = self.scores.get(len(kept), lambda case: 1.0)
+        return {case: np.array([score(case)]) for case in cases}
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedTrial]:
+    """The search over forms that are only named, judged by a table."""
+    monkeypatch.setattr(tune, "MaskTrial", ScriptedTrial)
+    monkeypatch.setattr(lowering, "lower", lambda model, precision, ranges=None, keep=(): SimpleNamespace(model=keep))
+    return ScriptedTrial
+
+
+def many_images(folder: Path, patients: Sequence[str]) -> Path:
+    """A flat test split of small different images, one for each name of a patient ("" where it is not known)."""
+    folder.mkdir(parents=True)
+    mask = folder / "mask.png"
+    Image.new("L", (8, 8)).save(mask)
+    rows = []
+    for number, patient in enumerate(patients):
+        name = f"{number}.png"
+        Image.fromarray(np.full((8, 8), [number % 256] * 7 + [number // 256], np.uint8)).save(folder / name)
+        rows.append({"image": name, "mask": "mask.png", "text": "lung", "split": "test"})
+        rows[-1] |= {"subject": patient} if patient else {}
+    (folder / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_form_that_is_worse_than_a_cheaper_one_is_not_chosen(
+    scripted: type[ScriptedTrial], tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one block kept mean and worst image are lower than with none; it holds the budget by its smaller spread."""
+    none = lambda case: 0.9832 if case % 2 else 1.0  # noqa: E731 - mean 0.9916, standard error 0.0015 on 32 images
+    one = lambda case: 0.9790 if case % 32 == 0 else 0.9914  # noqa: E731 - mean 0.9910, standard error 0.0004
+    monkeypatch.setattr(scripted, "scores", {0: none, 1: one, 2: lambda case: 0.995})
+    films = many_images(tmp_path / "set", [""] * 64)
+    tuned = tune_precision(Bundle.open(tiny_bundle_path), TuneOptions("fp16", (films,))).tuned
+    first, second, third = tuned.front[:3]
+    assert [len(point.kept) for point in (first, second, third)] == [0, 1, 2]
+    assert second.tuning.mean < first.tuning.mean
+    assert second.tuning.worst < first.tuning.worst
+    assert (
+        second.tuning.mean - 2 * second.tuning.standard_error
+        > 0.99
+        > first.tuning.mean - 2 * first.tuning.standard_error
+    )
+    assert tuned.share == third.share
+
+
+def test_a_cheaper_form_that_is_as_good_on_the_held_out_part_is_named(
+    scripted: type[ScriptedTrial], tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out part has no say in the choice, but its judgment of what was not chosen is not kept back."""
+    films, bundle = many_images(tmp_path / "set", [""] * 8), Bundle.open(tiny_bundle_path)
+    monkeypatch.setattr(scripted, "scores", {0: lambda case: 0.98 if case < 4 else 0.999, 1: lambda case: 0.995})
+    tuned = tune_precision(bundle, TuneOptions("fp16", (films,))).tuned
+    better = tuned.cheaper_as_good_when_judged()
+    assert better is not None
+    assert (better.kept, better.share > tuned.share) == ((), True)
+    monkeypatch.setattr(scripted, "scores", {0: lambda case: 0.98, 1: lambda case: 0.995})
+    assert tune_precision(bundle, TuneOptions("fp16", (films,))).tuned.cheaper_as_good_when_judged() is None
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs/measurements").glob("tiny_*.toml")), ids=str)
+def test_profiles_of_earlier_versions_still_load(path: Path) -> None:
+    assert read_tuned_profile(path).tuned.sources == ()
+
+
+def test_of_equal_forms_the_one_with_fewer_blocks_is_chosen_and_one_that_is_better_in_one_respect_may_be(
+    scripted: type[ScriptedTrial], tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films, bundle = many_images(tmp_path / "set", [""] * 8), Bundle.open(tiny_bundle_path)
+    wanted = TuneOptions("fp16", (films,), budget=Agreement(mean=0.9, worst=0.9))
+    monkeypatch.setattr(scripted, "scores", dict.fromkeys(range(3), lambda case: 0.95))
+    assert tune_precision(bundle, wanted).keep == ()
+    monkeypatch.setattr(scripted, "scores", {0: lambda case: 1.0 if case else 0.7, 1: lambda case: 0.95})
+    assert len(tune_precision(bundle, wanted).keep) == 1, "its mean is lower, and its worst image better"
+
+
+def test_no_patient_decides_and_judges(scripted: type[ScriptedTrial], tiny_bundle_path: Path, tmp_path: Path) -> None:
+    patients = ["a"] * 7 + ["b"] * 3 + ["c"] * 3 + ["d"] + [""] * 4
+    films, told = many_images(tmp_path / "set", patients), []
+    tuned = tune_precision(Bundle.open(tiny_bundle_path), TuneOptions("fp16", (films,)), told.append).tuned
+    of_file = {sha256_file(films / f"{number}.png"): patient for number, patient in enumerate(patients)}
+    tuning, held_out = ([of_file[sha] for sha in part] for part in (tuned.tuning_pictures, tuned.held_out_pictures))
+    assert len(tuning) == len(held_out) == 9
+    assert not {*tuning} & {*held_out} - {""}
+    assert (tuned.tuning_patients, tuned.held_out_patients) == (len({*tuning} - {""}), len({*held_out} - {""}))
+    (source,) = tuned.sources
+    assert (source.layout, source.split, source.images, source.patients) == ("flat", "test", 18, 4)
+    assert any("no patient is in both" in line for line in told)
+    assert any("without a known patient count as patients of their own" in line for line in told)
+
+
+def test_one_patient_cannot_be_halved(scripted: type[ScriptedTrial], tiny_bundle_path: Path, tmp_path: Path) -> None:
+    films = many_images(tmp_path / "set", ["a"] * 9 + ["b"])
+    with pytest.raises(UsageError, match=r"10 different images of 2 patients.*Give images of more patients"):
+        tune_precision(Bundle.open(tiny_bundle_path), TuneOptions("fp16", (films,)))
+
+
+@pytest.mark.parametrize(("limit", "used"), [(10, 10), (64, 64), (70, 70), (500, 72)])
+def test_as_many_evaluation_images_are_used_as_the_limit_says(
+    limit: int, used: int, scripted: type[ScriptedTrial], tiny_bundle_path: Path, tmp_path: Path
+) -> None:
+    films = many_images(tmp_path / "set", [""] * 72)
+    tuned = tune_precision(Bundle.open(tiny_bundle_path), TuneOptions("fp16", (films,), limit=limit)).tuned
+    assert len(scripted.images) == used
+    assert len({*tuned.tuning_pictures, *tuned.held_out_pictures}) == used
+    assert {image.prompts for image in scripted.images} == {("lung",)}
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
 from cclip_deploy.runtime.engine_builder import EngineOptions, build_engine
 from cclip_deploy.runtime.engine_settings import EngineSettings, TimingCache, apply_settings, engine_target
 from cclip_deploy.runtime.tensorrt_binding import load_binding
@@ -169,6 +169,11 @@ def test_a_timing_cache_is_read_written_and_hashed(plain: Any, tmp_path: Path) -
     assert second.given_sha256 == first.left_sha256 == hashlib.sha256(b"+measured").hexdigest()
     assert path.read_bytes() == b"+measured+measured"
     assert [p.name for p in path.parent.iterdir()] == ["timing.cache"]
+
+
+def test_a_timing_cache_that_cannot_be_read_is_not_said_to_be_unwritable(plain: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        TimingCache(tmp_path, Config(), plain)
 
 
 def test_a_timing_cache_of_another_gpu_is_refused_and_stays_as_it_was(plain: Any, tmp_path: Path) -> None:

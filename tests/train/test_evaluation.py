@@ -76,6 +76,32 @@ def test_an_empty_reference_counts_or_is_left_out() -> None:
     assert one.hd95_px.rows == 4
 
 
+def test_rows_with_an_empty_reference_are_left_out_of_every_mean_over_rows() -> None:
+    """All means are those of the same rows without the empty one; pooled numbers hold all pixels, as documented."""
+    answers = [{"fixed": ControlAnswer(0.1 * n, 0.2 * n)} for n in range(5)]
+    every = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)]
+    measured, filled = (Measurements(tuple(rows), (), ()) for rows in (every, every[:4]))
+    without = summarise(measured, referrals(5), [CONTROL], "leave-out")
+    alone = summarise(filled, referrals(4), [CONTROL], "one")
+    for name in ("dice_per_image", "iou_per_image", "hd95_px", "boundary_dice"):
+        found, expected = getattr(without.scores, name), getattr(alone.scores, name)
+        assert (found.value, found.rows) == (pytest.approx(expected.value), expected.rows), name
+    (control,), (expected_control,) = without.controls, alone.controls
+    for name in ("true_dice", "dice", "difference", "iou_with_own"):
+        found, expected = getattr(control, name), getattr(expected_control, name)
+        assert (found.value, found.rows) == (pytest.approx(expected.value), expected.rows), name
+    assert control.iou_with_own.value == pytest.approx(0.3), "the mean of 0, 0.2, 0.4 and 0.6"
+    assert [p.dice_per_image.value for p in without.curve] == pytest.approx(
+        [p.dice_per_image.value for p in alone.curve]
+    )
+    groups = {(g.by, g.group): g.dice_per_image for g in alone.groups}
+    for group in without.groups:
+        found = group.dice_per_image
+        assert found.rows == (groups[group.by, group.group].rows if found.value is not None else 0)
+    assert without.scores.empty_found_empty.rows == 1
+    assert without.scores.dice_pooled == summarise(measured, referrals(5), [CONTROL], "one").scores.dice_pooled
+
+
 def test_a_split_of_empty_references_alone_has_no_dice_without_them() -> None:
     found = evaluate("leave-out", slice(4, 5))
     assert found.scores.dice_per_image.value is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cclip_deploy.data.images import picture_stem
 from cclip_deploy.data.layouts.referral import Referral, check_sizes, list_pictures, name_some, subject_of
 from cclip_deploy.data.layouts.tables import Row, read_described
 from cclip_deploy.errors import DataError
@@ -121,7 +122,7 @@ def _share_out(
 def _by_stem(images: Mapping[str, Path]) -> dict[str, list[Path]]:
     stems: dict[str, list[Path]] = {}
     for path in images.values():
-        stems.setdefault(path.stem, []).append(path)
+        stems.setdefault(picture_stem(path.name), []).append(path)
     return stems
 
 
@@ -131,7 +132,7 @@ def _image_of(mask_name: str, images: Mapping[str, Path], stems: Mapping[str, li
     for name in (bare, mask_name):
         if name in images:
             return images[name]
-    for stem in (Path(bare).stem, Path(mask_name).stem):
+    for stem in (picture_stem(bare), picture_stem(mask_name)):
         found = stems.get(stem, [])
         if len(found) > 1:
             raise DataError(f"{where}: mask {mask_name} may belong to {name_some(p.name for p in found)}. Keep one.")

@@ -57,13 +57,18 @@ def find_layout(folder: Path) -> str:
     """The name of the layout that a folder has; DataError if it has none, or several."""
     if not folder.is_dir():
         raise DataError(f"There is no data-set folder {folder}. Check the path.")
-    found = [name for name, layout in LAYOUTS.items() if layout.found_in(folder)]
+    found = _layouts_in(folder)
     if len(found) == 1:
         return found[0]
     if found:
         raise DataError(f"{folder} looks like several layouts: {', '.join(found)}. Name one with --layout.")
     looks = "; ".join(f"{name}: {layout.looks}" for name, layout in LAYOUTS.items())
     raise DataError(f"{folder} has none of the layouts that are read. What each is known by: {looks}.")
+
+
+def has_layout(folder: Path) -> bool:
+    """Whether a folder has one of the layouts, or several."""
+    return bool(_layouts_in(folder))
 
 
 def read_data_set(folder: Path, layout: str | None = None, subject_pattern: str | None = None) -> DataSet:
@@ -90,3 +95,7 @@ def read_data_set(folder: Path, layout: str | None = None, subject_pattern: str 
     prompts = [repair_prompt(referral.text) for referral in written]
     referrals = tuple(dataclasses.replace(r, text=prompt.text) for r, prompt in zip(written, prompts, strict=True))
     return DataSet(folder, name, referrals, tuple((n, prompt) for n, prompt in enumerate(prompts) if prompt.repairs))
+
+
+def _layouts_in(folder: Path) -> list[str]:
+    return [name for name, layout in LAYOUTS.items() if layout.found_in(folder)]

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from cclip_deploy.data.images import PICTURE_SUFFIXES, decoding
+from cclip_deploy.data.images import has_dicom_mark, is_picture_name, picture_size
 from cclip_deploy.errors import DataError, UsageError
 
 SPLITS = ("train", "val", "test")
@@ -33,6 +31,11 @@ class Referral:
     split: str
     subject: str
 
+    @property
+    def patient(self) -> str | None:
+        """The subject; None where the image's own name stands for it, because the patient is not known."""
+        return None if self.subject.endswith(self.image.name) else self.subject
+
 
 def of_split(referrals: Sequence[Referral], split: str) -> list[Referral]:
     """The referrals of one split; DataError if there are none."""
@@ -44,7 +47,12 @@ def of_split(referrals: Sequence[Referral], split: str) -> list[Referral]:
 
 
 def subject_of(image_name: str, pattern: str | None = None) -> str:
-    """The patient that a file's name carries (`pattern`, or SUBJECT_PATTERNS); without one the name itself.
+    """The patient in a file's name, as `patient_of`; the name itself where it has none."""
+    return patient_of(image_name, pattern) or image_name
+
+
+def patient_of(image_name: str, pattern: str | None = None) -> str | None:
+    """The patient in a file's name (`pattern`, or SUBJECT_PATTERNS), or None.
 
     A pattern with a group means the group. UsageError if it is no regular expression.
     """
@@ -55,12 +63,17 @@ def subject_of(image_name: str, pattern: str | None = None) -> str:
             raise UsageError(f"{known!r} is no regular expression: {error}. Example: 'sub-S\\d+'.") from error
         if found:
             return found[1] if found.re.groups else found[0]
-    return image_name
+    return None
 
 
 def check_sizes(image: Path, mask: Path, where: str) -> None:
-    """DataError unless both files exist, can be opened, and have the same size, as their headers say it."""
+    """DataError unless both files exist, can be opened, and have the same size, as their headers say it.
+
+    EnvironmentProblem where the image is DICOM and pydicom is not installed.
+    """
     sizes = {name: _read_size(path, f"{where}: {name}") for name, path in (("image", image), ("mask", mask))}
+    if has_dicom_mark(mask):
+        raise DataError(f"{where}: mask {mask} is a DICOM file. Save it as a grey PNG of 0 and 255.")
     if sizes["image"] != sizes["mask"]:
         shown = {name: f"{width}x{height}" for name, (width, height) in sizes.items()}
         raise DataError(
@@ -73,12 +86,7 @@ def list_pictures(folder: Path) -> dict[str, Path]:
     """The pictures right in a folder by name, sorted, hidden ones left out; DataError if there is no such folder."""
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}, which the layout has. Restore it, or name another layout.")
-    return {path.name: path for path in sorted(folder.iterdir()) if is_picture_name(path.name)}
-
-
-def is_picture_name(name: str) -> bool:
-    """Whether a name ends as a picture's does; not those that macOS leaves beside every file (`._a.png`)."""
-    return Path(name).suffix.lower() in PICTURE_SUFFIXES and not name.startswith(".")
+    return {path.name: path for path in sorted(folder.iterdir()) if is_picture_name(path)}
 
 
 def name_some(names: Iterable[str]) -> str:
@@ -93,7 +101,6 @@ def _read_size(path: Path, what: str) -> tuple[int, int]:
     if not path.is_file():
         raise DataError(f"{what} {path} does not exist. Correct the table or restore the file.")
     try:
-        with decoding(path), Image.open(path) as image:
-            return image.size
+        return picture_size(path)
     except DataError as error:
         raise DataError(f"{what}: {error}") from error
