@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cclip_deploy.cli.entry import end_interrupted, raise_if_received, received
-from cclip_deploy.errors import CclipError
+from cclip_deploy.errors import CclipError, DataError
 from cclip_deploy.files import disk_problem
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -135,6 +135,14 @@ def picture_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
 def print_json(value: Any) -> None:
     """One JSON document on standard output, and nothing else."""
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document in a file; DataError where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}. Name a file that holds some.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.errors import EnvironmentProblem
 from cclip_deploy.files import disk_problem, whole_file
 from cclip_deploy.manifest import installed_versions, utc_now
+from cclip_deploy.packages import require_packages
 from cclip_deploy.pipeline.ablate import Ablation
 from cclip_deploy.pipeline.ablation_pairs import compare_pairs, pair_rows, power_rows
 from cclip_deploy.pipeline.evaluation_plots import INK, OTHER, OURS, QUIET
@@ -53,13 +53,7 @@ class Table:
 
 def check_report_packages() -> None:
     """EnvironmentProblem where a report could not be made; asked before hours of training."""
-    try:
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"An ablation's report needs scipy and matplotlib ({error}). Install: pip install 'cclip-deploy[train]'"
-        ) from error
+    require_packages("An ablation's report", ("scipy", "matplotlib"), "train")
 
 
 def tables(ablation: Ablation) -> list[Table]:

@@ -42,7 +42,17 @@ def interrupt_import(module: str, *arguments: str | Path) -> subprocess.Complete
 
 
 def signal_itself(number: signal.Signals, point: str) -> dict[str, str]:
-    """Environment variables of a Python that sends itself a signal: tests/cli/signal_itself/sitecustomize.py."""
-    folder = Path(__file__).with_name("signal_itself")
+    """Environment variables of a Python that sends itself a signal."""
+    return _at_start(SIGNAL_AT=f"{int(number)} {point}")
+
+
+def without(*packages: str) -> dict[str, str]:
+    """Environment variables of a Python in which packages are not installed."""
+    return _at_start(ABSENT=",".join(packages))
+
+
+def _at_start(**variables: str) -> dict[str, str]:
+    """Variables that tests/cli/at_start/sitecustomize.py reads, and the path to it."""
+    folder = Path(__file__).with_name("at_start")
     path = os.pathsep.join(part for part in (str(folder), os.environ.get("PYTHONPATH")) if part)
-    return {"PYTHONPATH": path, "SIGNAL_AT": f"{int(number)} {point}"}
+    return {"PYTHONPATH": path, **variables}

@@ -1,7 +1,8 @@
-"""Loaded by Python at its start where this folder is on PYTHONPATH: the process sends itself a signal at one point.
+"""Loaded by Python at its start where this folder is on PYTHONPATH; changes the process as the environment says.
 
-SIGNAL_AT is "NUMBER import MODULE" (as the import of a module begins) or "NUMBER stderr TEXT" (after a line on standard
-error that begins with TEXT). So a test does not have to wait for the point and hit it from outside.
+SIGNAL_AT: it sends itself a signal at one point, so that no test waits for the point to hit it from outside.
+"NUMBER import MODULE": as the import of a module begins; "NUMBER stderr TEXT": after a line that begins with TEXT.
+ABSENT: names of packages, with commas between them, that are not installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
+
+for package in filter(None, os.environ.get("ABSENT", "").split(",")):
+    sys.modules[package] = None  # type: ignore[assignment]  # find_spec and import find nothing
 
 number, kind, value = os.environ.pop("SIGNAL_AT", "0 nowhere ").split(" ", 2)
 
