@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.cli.entry import run_script
 from cclip_deploy.pipeline.bench import bench_bundle
 from cclip_deploy.pipeline.bench_plan import BenchOptions
 
@@ -34,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from cclip_deploy.cli.console import read_json
+from cclip_deploy.cli.entry import run_script
 from cclip_deploy.evidence.picture import draw_benchmark
 
 
@@ -15,9 +16,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/images/benchmark.png"))
     arguments = parser.parse_args()
 
-    draw_benchmark(json.loads(arguments.result.read_text(encoding="utf-8")), arguments.output)
+    draw_benchmark(read_json(arguments.result), arguments.output)
     print(f"drawn: {arguments.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

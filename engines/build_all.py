@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.cli.entry import run_script
 from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, default_cache
 from cclip_deploy.pipeline.inspect import describe_bundle
@@ -37,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

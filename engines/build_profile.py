@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.cli.entry import run_script
 from cclip_deploy.pipeline.build import build_engines
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
 from cclip_deploy.pipeline.engine_profile import read_profile
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

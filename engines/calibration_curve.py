@@ -6,10 +6,12 @@ python engines/calibration_curve.py BUNDLE DATA_SET --counts 1 2 4 8 16 32 64 --
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.cli.console import write_json
+from cclip_deploy.cli.entry import run_script
+from cclip_deploy.packages import require_packages
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
 from cclip_deploy.pipeline.calibration_curve import measure_curve
 
@@ -23,6 +25,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="where to write every number")
     given = parser.parse_args()
+
+    require_packages("Calibration", ("onnx",), "export")
     options = CalibrationOptions((given.data,), evaluation_set=(given.data,))
     points = measure_curve(
         Bundle.open(given.bundle), options, given.counts, given.precision, threads=given.threads, on_progress=print
@@ -31,8 +35,8 @@ def main() -> None:
     for point in points:
         print(f"| {point.method} | {point.pictures} | {point.agreement.mean:.4f} | {point.agreement.worst:.4f} |")
     if given.json:
-        given.json.write_text(json.dumps([point.to_dict() for point in points], indent=1) + "\n")
+        write_json(given.json, [point.to_dict() for point in points])
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.cli.entry import run_script
 from cclip_deploy.pipeline.build import BuildOptions, build_engines
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, choose_pictures, default_cache
 from cclip_deploy.pipeline.mask_agreement import evaluation_images, measure_masks
@@ -46,9 +47,8 @@ def main() -> None:
     both = CalibrationOptions((given.calibration,), evaluation_set=(given.evaluation_set,))
     print("\n".join(choose_pictures(both).describe()))  # and no image or patient in both
     # The build knows no evaluation set: it would refuse a precision whose masks are poor, and this table shows them.
-    calibration = CalibrationOptions((given.calibration,), cache=default_cache())
     kinds: list[Precision] = given.precision or list(PRECISIONS[1:])
-    given_to_all = (calibration, both, given.threads)
+    given_to_all = CalibrationOptions((given.calibration,), cache=default_cache()), both, given.threads
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as alone:
         rows = [alone.submit(measure, given.bundle, kind, *given_to_all).result() for kind in kinds]
     checks = verify_bundle(Bundle.open(given.bundle), VerifyOptions(threads=given.threads)).checks
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,14 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
-from cclip_deploy.graph.cost import count_multiply_adds
-from cclip_deploy.graph.deploy import to_deploy_form
-from cclip_deploy.graph.describe import save_graph
-from cclip_deploy.graph.trace import plan_deploy_graphs, trace
-from cclip_deploy.model.checkpoint import load_checkpoint
-from cclip_deploy.model.config import image_hw
+from cclip_deploy.cli.entry import run_script
+from cclip_deploy.pipeline.export import require_export_packages
 
 
 def main() -> None:
@@ -26,6 +20,16 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+
+    require_export_packages()
+    import torch
+
+    from cclip_deploy.graph.cost import count_multiply_adds
+    from cclip_deploy.graph.deploy import to_deploy_form
+    from cclip_deploy.graph.describe import save_graph
+    from cclip_deploy.graph.trace import plan_deploy_graphs, trace
+    from cclip_deploy.model.checkpoint import load_checkpoint
+    from cclip_deploy.model.config import image_hw
 
     torch.set_num_threads(arguments.threads)
     model = load_checkpoint(arguments.checkpoint).model
@@ -40,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

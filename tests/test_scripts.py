@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cclip_deploy.cli import entry
 from cclip_deploy.data.synthetic import write_dataset
+from tests.cli.run import without
 from tests.conftest import THREADS, TINY_HW
+from tests.ctrl_c import handled_by
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("training", "export", "engines", "benchmarks")
@@ -30,7 +35,8 @@ def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capsys.readouterr()
-        runpy.run_path(name, run_name="__main__")
+        with handled_by(entry.receive):
+            runpy.run_path(name, run_name="__main__")
         return capsys.readouterr().out
 
     return run
@@ -135,4 +141,102 @@ def test_script_is_short_and_tested(script: str) -> None:
     text = (ROOT / script).read_text()
     assert len(text.splitlines()) <= 60
     assert "def main() -> None:" in text
-    assert script in Path(__file__).read_text()
+    assert "    run_script(main)" in text
+    assert script in MISSING_FILE
+    assert Path(__file__).read_text().count(script) > 2
+
+
+MISSING_FILE = {
+    "training/train_synthetic.py": ("none.toml", 2),
+    "export/trace_graphs.py": ("none.safetensors", 6),
+    "engines/build_all.py": ("none.cclip", 6),
+    "engines/build_profile.py": ("none.toml none.cclip", 2),
+    "engines/calibration_curve.py": ("none.cclip none", 6),
+    "engines/precision_table.py": ("none.cclip --calibration none --evaluation-set none", 6),
+    "benchmarks/compare.py": ("none.cclip", 6),
+    "benchmarks/draw.py": ("none.json", 6),
+    "benchmarks/suite.py": ("none.cclip --checkpoint none.safetensors", 6),
+}
+"""Of every script, arguments that name files which are not there, and the exit code."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_missing_file_is_one_message_and_the_exit_code_of_the_command_line(
+    script: str, run_script: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments, code = MISSING_FILE[script]
+    there = [str(tmp_path / argument) if argument.startswith("none") else argument for argument in arguments.split()]
+    with pytest.raises(SystemExit) as end:
+        run_script(script, *there)
+    said = capsys.readouterr()
+    assert end.value.code == code, said.err
+    assert said.err.startswith("Error: ")
+    assert f"{tmp_path}/none" in said.err
+    assert said.err.count("\n") == 1
+
+
+def run_without(packages: str, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in a Python in which packages are not installed."""
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=300,
+        env={**os.environ, **without(*packages.split())},
+    )  # fmt: skip
+
+
+def assert_names_what_is_missing(done: subprocess.CompletedProcess[str], package: str, extra: str) -> None:
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert package in done.stderr
+    assert f"pip install 'cclip-deploy[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("package", ["torch", "lightning"])
+def test_training_without_a_package_draws_nothing(package: str, tmp_path: Path) -> None:
+    done = run_without(package, "training/train_synthetic.py", "-o", tmp_path / "run")
+    assert_names_what_is_missing(done, package, "train")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tracing_without_torch(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = run_without("torch onnx", "export/trace_graphs.py", tiny_checkpoint, "-o", tmp_path / "graphs")
+    assert_names_what_is_missing(done, "torch, onnx", "export")
+    assert not (tmp_path / "graphs").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("engines/build_all.py", "BUNDLE"),
+        ("engines/build_profile.py", "engines/profiles/workstation.toml BUNDLE"),
+        ("engines/precision_table.py", "BUNDLE --calibration DATA --evaluation-set DATA --precision fp16"),
+    ],
+)
+def test_building_engines_without_tensorrt(script: str, arguments: str, tiny_bundle_path: Path, tmp_path: Path) -> None:
+    if "DATA" in arguments:
+        write_dataset(tmp_path / "data", {"train": 8, "test": 1}, TINY_HW, 7)
+    places = {"BUNDLE": str(tiny_bundle_path), "DATA": str(tmp_path / "data")}
+    done = run_without("tensorrt tensorrt_rtx", script, *(places.get(part, part) for part in arguments.split()))
+    assert_names_what_is_missing(done, "tensorrt-rtx", "rtx")
+
+
+def test_calibrating_without_onnx(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": 8, "test": 1}, TINY_HW, 7)
+    done = run_without("onnx", "engines/calibration_curve.py", tiny_bundle_path, tmp_path / "data", "--counts", 1)
+    assert_names_what_is_missing(done, "onnx", "export")
+
+
+@pytest.mark.parametrize("script", ["benchmarks/compare.py", "benchmarks/suite.py"])
+def test_comparing_with_pytorch_without_torch(
+    script: str, tiny_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    done = run_without("torch", script, tiny_bundle_path, "--checkpoint", tiny_checkpoint, "-o", tmp_path / "out")
+    assert_names_what_is_missing(done, "torch", "export")
+    assert not (tmp_path / "out").is_file()
+
+
+def test_drawing_without_matplotlib(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    done = run_without("matplotlib", "benchmarks/draw.py", tmp_path / "result.json")
+    assert done.returncode == 3
+    assert "pip install matplotlib" in done.stderr

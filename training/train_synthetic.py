@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cclip_deploy.cli.entry import run_script
 from cclip_deploy.data.layouts import of_split, read_data_set
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.packages import require_training_packages
 from cclip_deploy.train.asked_network import CheckpointNetwork
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.run import RunOptions, train
@@ -24,6 +26,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     arguments = parser.parse_args()
 
+    require_training_packages()
     from cclip_deploy.model.checkpoint import load_checkpoint
 
     config = TrainConfig.from_toml(arguments.recipe)
@@ -47,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,24 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from threading import Event
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from cclip_deploy.cli.entry import end_interrupted, raise_if_received, received
 from cclip_deploy.data.repair import RepairedPrompt
-from cclip_deploy.errors import CclipError
+from cclip_deploy.errors import CclipError, DataError
 from cclip_deploy.files import disk_problem
 
-INTERRUPTED = 130
-interrupted = Event()
-"""Whether Ctrl-C was pressed: a library's compiled code may turn KeyboardInterrupt into an error of its own."""
 Command = TypeVar("Command", bound=Callable[..., Any])
+P = ParamSpec("P")
 
 PIPE_WIDTH = 120
 CONTROL_CODES = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
@@ -47,40 +44,49 @@ stderr = _SafeConsole(stderr=True, highlight=False, emoji=False)
 
 
 def reports_errors(command: Command) -> Command:
-    """Turn an error on purpose into one message and its exit code; Ctrl-C into 130. Bugs keep their traceback."""
+    """Turn an error on purpose into one message and its exit code; Ctrl-C into 130. Bugs keep their traceback.
+
+    A signal that came during the command ends it with 130 (143), even where its KeyboardInterrupt was swallowed.
+    """
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            raise_if_received()
         except (Exception, KeyboardInterrupt) as error:
-            if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
-                stderr.print("Interrupted; nothing was left half-written.")
-                raise typer.Exit(INTERRUPTED) from None
+            if received or isinstance(error, KeyboardInterrupt):
+                end_interrupted()
             if not isinstance(error, CclipError):
                 raise
             stderr.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(error.exit_code) from error
+            raise SystemExit(error.exit_code) from error
+        return result
 
     return guarded  # type: ignore[return-value]
 
 
-def interrupt(number: int, frame: object) -> None:
-    """What SIGINT does: Python's own answer to it, and `interrupted`."""
-    interrupted.set()
-    raise KeyboardInterrupt
-
-
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A function that shows what is being done: a spinner on a terminal, lines elsewhere, nothing where quiet."""
+    """A function that shows what is being done: a spinner on a terminal, lines elsewhere, nothing where quiet.
+
+    It raises KeyboardInterrupt if a signal came before.
+    """
     if quiet:
-        yield lambda message: None
+        yield _unless_received(lambda message: None)
     elif stderr.is_terminal:
         with stderr.status("Starting") as status:
-            yield lambda message: status.update(escape(message))
+            yield _unless_received(lambda message: status.update(escape(message)))
     else:
-        yield lambda message: stderr.print(escape(message), soft_wrap=True)
+        yield _unless_received(lambda message: stderr.print(escape(message), soft_wrap=True))
+
+
+def _unless_received(show: Callable[P, None]) -> Callable[P, None]:
+    def tell(*args: P.args, **kwargs: P.kwargs) -> None:
+        raise_if_received()
+        show(*args, **kwargs)
+
+    return tell
 
 
 def tell_every(tell: Callable[[str], None], what: str, step: int = 100) -> Callable[[int, int], None]:
@@ -109,22 +115,35 @@ def picture_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
         return f"{number} of {total}: {path} ({done / seconds:.3g} pictures/s, {left} left)"
 
     if quiet:
-        yield lambda path, number, total: None
+        yield _unless_received(lambda path, number, total: None)
     elif stderr.is_terminal:
         with Progress(
             BarColumn(), TextColumn("{task.description}", markup=False), console=stderr, transient=True
         ) as bar:
             task = bar.add_task("Starting", total=None)
-            yield lambda path, number, total: bar.update(
-                task, total=total, completed=number - 1, description=line(path, number, total).translate(CONTROL_CODES)
-            )
+
+            def show(path: Path, number: int, total: int) -> None:
+                description = line(path, number, total).translate(CONTROL_CODES)
+                bar.update(task, total=total, completed=number - 1, description=description)
+
+            yield _unless_received(show)
     else:
-        yield lambda path, number, total: stderr.print(escape(line(path, number, total)), soft_wrap=True)
+        yield _unless_received(
+            lambda path, number, total: stderr.print(escape(line(path, number, total)), soft_wrap=True)
+        )
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output, and nothing else."""
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document in a file; DataError where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}. Name a file that holds some.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

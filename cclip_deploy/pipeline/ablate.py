@@ -18,10 +18,10 @@ from pathlib import Path
 
 from cclip_deploy.errors import UsageError
 from cclip_deploy.files import whole_file
+from cclip_deploy.packages import require_training_packages
 from cclip_deploy.pipeline.ablation_cell import Cell, CellResult, run_cell
 from cclip_deploy.pipeline.ablation_data import prepare_data
 from cclip_deploy.pipeline.ablation_plan import AblationPlan
-from cclip_deploy.pipeline.export import require_export_packages
 
 PLAN = "plan.json"
 Tell = Callable[[str], None]
@@ -52,7 +52,7 @@ def ablate(plan: AblationPlan, output: Path, jobs: int = 1, tell: Tell = lambda 
         DataError: a data set without val or test split.
         EnvironmentProblem: a package is missing, or the disk is full; what was done is kept.
     """
-    require_export_packages()
+    require_training_packages()
     _claim(output, plan)
     tuned = [arm for arm in plan.arms if len(plan.settings_of(arm)) > 1 and plan.arms[arm].settings_of is None]
     tries = [

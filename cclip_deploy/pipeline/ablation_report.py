@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.errors import EnvironmentProblem
 from cclip_deploy.files import disk_problem, whole_file
 from cclip_deploy.manifest import installed_versions, utc_now
+from cclip_deploy.packages import require_packages
 from cclip_deploy.pipeline.ablate import Ablation
+from cclip_deploy.pipeline.ablation_pairs import compare_pairs, pair_rows, power_rows
 from cclip_deploy.pipeline.evaluation_plots import INK, OTHER, OURS, QUIET
+from cclip_deploy.train.causal_measures import untrained_mask
 from cclip_deploy.train.spread import Spread, paired_difference, spread_of
 
 NUMBERS, TABLES, PICTURE = "ablation.json", "ablation.md", "ablation.png"
@@ -51,23 +53,19 @@ class Table:
 
 def check_report_packages() -> None:
     """EnvironmentProblem where a report could not be made; asked before hours of training."""
-    try:
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"An ablation's report needs scipy and matplotlib ({error}). Install: pip install 'cclip-deploy[train]'"
-        ) from error
+    require_packages("An ablation's report", ("scipy", "matplotlib"), "train")
 
 
 def tables(ablation: Ablation) -> list[Table]:
     """All tables, in the order in which they are read."""
     seeds, tried = len(ablation.plan.seeds), sum(len(results) for results in ablation.tuning.values())
     over = f"mean over {seeds} seeds [95 % interval of the mean, Student's t]" if seeds > 1 else "one seed, no interval"
+    untrained = "an untrained masker has {:.2f}, {:.2f}, {:.2f}".format(*untrained_mask())
     return [
         Table(f"What came out: {over}", *_score_rows(ablation)),
         Table(f"Paired difference to {ablation.plan.reference}, seed by seed", *_difference_rows(ablation)),
-        Table("Causal masks M3 / M4 / M5, mean over seeds", *_mask_rows(ablation)),
+        *_pair_tables(ablation),
+        Table(f"Causal masks M3 / M4 / M5, mean over seeds ({untrained})", *_mask_rows(ablation)),
         Table(f"Settings tried: {tried}, each trained once with the tuning seed", *_tuning_rows(ablation)),
     ]
 
@@ -98,7 +96,15 @@ def to_dict(ablation: Ablation, command: str) -> dict[str, Any]:
         "differences": {
             arm: {name: asdict(_difference(ablation, arm, name)) for name in names} for arm in _others(ablation)
         },
+        "pairs": {name: _pairs(ablation, name) for name in names},
     }
+
+
+def _pairs(ablation: Ablation, name: str) -> list[dict[str, Any]]:
+    if len(ablation.plan.seeds) < 2:
+        return []
+    values = {arm: ablation.values(arm, name) for arm in ablation.plan.arms}
+    return [asdict(pair) for pair in compare_pairs(values)]
 
 
 def draw_arms(ablation: Ablation, path: Path) -> None:
@@ -165,6 +171,27 @@ def _difference_rows(ablation: Ablation) -> tuple[tuple[str, ...], tuple[tuple[s
         for arm in _others(ablation)
     ]
     return ("arm", *(m.title for m in measures)), tuple(rows)
+
+
+def _primary(ablation: Ablation) -> Measure:
+    """The measure that arms are tested by: the drop where there are confounders, else Dice."""
+    return next(measure for measure in _measures(ablation) if measure.name in ("dice_test", "drop"))
+
+
+def _pair_tables(ablation: Ablation) -> list[Table]:
+    """Of two seeds or more: every pair of arms, and what so few seeds can find."""
+    plan, measure = ablation.plan, _primary(ablation)
+    if len(plan.seeds) < 2 or len(plan.arms) < 2:
+        return []
+    values = {arm: ablation.values(arm, measure.name) for arm in plan.arms}
+    return [
+        Table("Every pair of arms, paired by seed, Student's t", *pair_rows(values, measure.title, measure.digits)),
+        Table(
+            f"Power of {len(plan.seeds)} seeds for true differences in {measure.title} "
+            "(two-sided paired t test at 5 %, standard deviations as measured)",
+            *power_rows(values, plan.reference),
+        ),
+    ]
 
 
 def _mask_rows(ablation: Ablation) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from cclip_deploy.bundle import TOKENIZER, Bundle, check_output, new_bundle, write_manifest
 from cclip_deploy.data.preprocess import Preprocessing
 from cclip_deploy.data.tokens import PromptTokenizer
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import UsageError
 from cclip_deploy.manifest import CheckpointOrigin, GraphEntry, Manifest, installed_versions, utc_now
 from cclip_deploy.model.config import InputForm
+from cclip_deploy.packages import require_packages
 
 if TYPE_CHECKING:
     import onnx
@@ -81,14 +82,8 @@ def export_bundle(
 
 def require_export_packages() -> None:
     """EnvironmentProblem that names the extra, where torch, open_clip or onnx is missing."""
-    import importlib.util
-
-    missing = [name for name in ("torch", "open_clip", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise EnvironmentProblem(
-            f"This needs {', '.join(missing)}. Install: pip install 'cclip-deploy[export]'. "
-            "A bundle that is exported already runs without them."
-        )
+    note = "A bundle that is exported already runs without them."
+    require_packages("This", ("torch", "open_clip", "onnx", "onnxscript"), "export", note)
 
 
 def _check_options(options: ExportOptions) -> None:

@@ -6,17 +6,15 @@ and TensorRT-RTX, and an engine whose layers do not run in what was asked for is
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
 from cclip_deploy.precisions import Precision
+from cclip_deploy.runtime.build_watch import BuildWatch, signals_cancel
 from cclip_deploy.runtime.engine_settings import (
     EngineSettings,
     TimingCache,
@@ -34,7 +32,7 @@ from cclip_deploy.runtime.tensorrt_binding import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from types import ModuleType
 
 Dims = tuple[int, ...]
@@ -109,7 +107,8 @@ def build_engine(
         graph: ONNX file, read by the parser itself, or its bytes.
         options: shapes, workspace and precision.
         binding: what `load_binding` returned.
-        on_progress: called with a phase and the seconds so far. What it raises, and Ctrl-C, cancels the build.
+        on_progress: called with a phase and the seconds so far. What it raises cancels the build, and so does what the
+            handlers of SIGINT and SIGTERM raise.
 
     Raises:
         DataError: the graph is missing or the parser does not take it; every complaint with its node is in the message.
@@ -118,28 +117,9 @@ def build_engine(
         ParityError: the engine does not run in the precision asked for, or does not show it.
     """
     started = time.perf_counter()
-    watch = _Watch(on_progress, started)
-    with _ctrl_c_cancels(watch):
-        logger = listening_logger(binding, watch.note)
-        builder = _start_builder(binding, logger)
-        network = builder.create_network(network_flags(binding))
-        watch.report("Parsing the graph")
-        parser = _parse(graph, network, binding, logger)  # owns the weights, so it has to outlive the build
-        watch.raise_if_cancelled()
-        products = _product_names(network, binding)
-        config = _configure(builder, network, options, binding)
-        cache_file = options.settings.timing_cache
-        cache = None if cache_file is None else TimingCache(cache_file, config, binding)
-        config.progress_monitor = listening_monitor(binding, watch.phase_starts, watch.may_go_on)
-        memory = builder.build_serialized_network(network, config)
-        watch.raise_if_cancelled()
-    if memory is None:
-        hint = needs_gpu_to_build(options.settings, binding)
-        raise EnvironmentProblem(
-            f"{' '.join(binding_label(binding))} built no engine. {hint}It says: {watch.complaints()}"
-        )
-    cache_use = None if cache is None else cache.write()
-    del network, cache, config, builder, parser
+    watch = BuildWatch(on_progress, started)
+    with signals_cancel(watch):
+        memory, products, cache_use = _build(graph, options, binding, watch)
     layers = read_layer_table(watch.messages)
     prove_precision(layers, options.precision, products, options.kept_nodes)
     name, version = binding_label(binding)
@@ -156,65 +136,31 @@ def build_engine(
     )
 
 
-class _Watch:
-    """Hears what the binding says, reports progress, and remembers why the build has to stop.
-
-    The bindings swallow what is raised inside a callback, so it is kept here and raised when the build has returned.
-    """
-
-    def __init__(self, on_progress: Callable[[str], None] | None, started: float) -> None:
-        self.severities: list[str] = []
-        self.messages: list[str] = []
-        self.cause: BaseException | None = None
-        self._on_progress = on_progress
-        self._started = started
-
-    def note(self, severity: str, message: str) -> None:
-        self.severities.append(severity)
-        self.messages.append(message)
-
-    def phase_starts(self, phase: str, parent: str | None, steps: int) -> None:
-        if parent is None or parent == "Building engine":
-            self.report(phase)
-
-    def report(self, phase: str) -> None:
-        if self._on_progress is None or self.cause is not None:
-            return
-        try:
-            self._on_progress(f"{phase} ({time.perf_counter() - self._started:.1f} s)")
-        except BaseException as error:
-            self.cause = error
-
-    def cancel(self) -> None:
-        self.cause = self.cause or KeyboardInterrupt()
-
-    def may_go_on(self) -> bool:
-        return self.cause is None
-
-    def raise_if_cancelled(self) -> None:
-        if self.cause is not None:
-            raise self.cause
-
-    def lines(self) -> Iterator[str]:
-        return (f"[{severity}] {text}" for severity, text in zip(self.severities, self.messages, strict=True))
-
-    def complaints(self) -> str:
-        said = [m for s, m in zip(self.severities, self.messages, strict=True) if s in ("ERROR", "INTERNAL_ERROR")]
-        return " | ".join(said[-5:]) or "nothing"
-
-
-@contextmanager
-def _ctrl_c_cancels(watch: _Watch) -> Iterator[None]:
-    """Turn Ctrl-C into a cancelled build: raised inside a callback, KeyboardInterrupt would be lost in the binding."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: watch.cancel())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _build(
+    graph: Path | bytes, options: EngineOptions, binding: ModuleType, watch: BuildWatch
+) -> tuple[Any, frozenset[str], TimingCacheUse | None]:
+    """The serialized engine, the names of its products, and what the timing cache did."""
+    logger = listening_logger(binding, watch.note)
+    builder = _start_builder(binding, logger)
+    network = builder.create_network(network_flags(binding))
+    watch.report("Parsing the graph")
+    parser = _parse(graph, network, binding, logger)  # owns the weights, so it has to outlive the build
+    watch.raise_if_cancelled()
+    products = _product_names(network, binding)
+    config = _configure(builder, network, options, binding)
+    cache_file = options.settings.timing_cache
+    cache = None if cache_file is None else TimingCache(cache_file, config, binding)
+    config.progress_monitor = listening_monitor(binding, watch.phase_starts, watch.may_go_on)
+    memory = builder.build_serialized_network(network, config)
+    watch.raise_if_cancelled()
+    if memory is None:
+        hint = needs_gpu_to_build(options.settings, binding)
+        raise EnvironmentProblem(
+            f"{' '.join(binding_label(binding))} built no engine. {hint}It says: {watch.complaints()}"
+        )
+    cache_use = None if cache is None else cache.write()
+    del network, cache, config, builder, parser
+    return memory, products, cache_use
 
 
 def _start_builder(binding: ModuleType, logger: Any) -> Any:

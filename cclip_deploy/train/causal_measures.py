@@ -63,6 +63,19 @@ def measure_masks(model: CausalCLIPSeg, pictures: Iterable[Floats], image_hw: tu
     return MaskFacts(*(_levels(v) for v in (mean, entropy_bits, (square - mean.square()).clamp(min=0).sqrt())))
 
 
+def untrained_mask() -> tuple[float, float, float]:
+    """Mean, entropy in bits and standard deviation of the sigmoid of a standard normal.
+
+    A masker ends in a batch norm and a sigmoid, so an untrained one already gives about these numbers on any pictures.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(100)
+    weights = weights / weights.sum()
+    mask = 1 / (1 + np.exp(-nodes))
+    entropy = -(mask * np.log2(mask) + (1 - mask) * np.log2(1 - mask))
+    mean = float(weights @ mask)
+    return mean, float(weights @ entropy), float(np.sqrt(weights @ mask**2 - mean**2))
+
+
 def measure_toggle(network: AskedNetwork, films: Iterable[ToggledFilm]) -> float:
     """Mean over prompts of the mean |difference of p| inside the lungs, between a film's two forms; in [0, 1]."""
     changes = []

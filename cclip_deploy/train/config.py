@@ -66,6 +66,11 @@ class Game(RecipeTable):
     mask_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The mean that each mask is drawn to: without it nothing keeps all masks from going to one."""
     mask_budget_weight: _Weight = 1.0
+    own_step_statistics: bool = True
+    """Running statistics of a batch norm follow the steps of its own player, the maskers or the rest ("alternating").
+
+    Without it every step moves all of them, as before this setting existed: the same batch counts twice or more often.
+    """
     causal_statistics_only: bool = False
     """The shared 1x1 block's running statistics follow the causal features alone, which inference sees."""
 

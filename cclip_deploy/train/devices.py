@@ -76,7 +76,8 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
         mean = _SumOverProcesses.apply(x.mean(dim=(0, 2, 3))) / world  # (C,)
         centred = x - mean[:, None, None]
         variance = _SumOverProcesses.apply(centred.square().mean(dim=(0, 2, 3))) / world
-        self._follow(mean.detach(), variance.detach(), world * x.numel() // x.shape[1])
+        if self.track_running_stats:
+            self._follow(mean.detach(), variance.detach(), world * x.numel() // x.shape[1])
         scale = self.weight * (variance + self.eps).rsqrt()
         normalised: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
         return normalised

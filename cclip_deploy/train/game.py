@@ -6,17 +6,21 @@ alternating  w_c L_causal + w_f L_confounding           everything but the maske
              w_c L_causal - w_f L_confounding           the maskers alone, in steps of their own
 reversal     w_c L_causal + w_f L_confounding           everything, in one step: the maskers see only detached
                                                         features and get L_confounding's gradient with its sign turned
+
+In "alternating" the running statistics of a batch norm follow the steps of its own player (`Game.own_step_statistics`):
+the other player's steps normalize by the batch as always and leave them alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cclip_deploy.model.neck import CausalNeck
 from cclip_deploy.model.network import CausalCLIPSeg
@@ -64,7 +68,7 @@ def main_losses(model: CausalCLIPSeg, batch: TensorBatch, config: TrainConfig, e
         masks = model.neck.masks(levels)
         return _one_head(model, levels, masks, states, batch, config)
     at_one = epoch < config.game.masks_at_one_epochs
-    masks = _main_masks(model.neck, levels, config.mode, at_one)
+    masks = _main_masks(model, levels, config, at_one)
     against = tuple(_Reversed.apply(mask) for mask in masks) if config.mode == "reversal" and not at_one else masks
     # With both masks at one the confounding branch sees everything too, so its share is not one minus the mask.
     shares = masks if at_one else tuple(1 - mask for mask in against)
@@ -73,12 +77,15 @@ def main_losses(model: CausalCLIPSeg, batch: TensorBatch, config: TrainConfig, e
 
 def masker_losses(model: CausalCLIPSeg, batch: TensorBatch, config: TrainConfig) -> Losses:
     """The maskers' own objective, after a fresh forward pass; nothing but the maskers gets a gradient to keep."""
-    with torch.no_grad():
-        levels = model.neck.levels(model.image_tower(batch.images))
-        states = prompt_states(model, batch.tokens)
-    masks = model.neck.masks(levels)
-    shares = tuple(1 - mask for mask in masks)
-    return _both_heads(model, levels, masks, shares, states, batch, config, sign=-1.0)  # type: ignore[arg-type]
+    own = {norm for masker in maskers_of(model) for norm in _batch_norms(masker)}
+    others = [norm for norm in _batch_norms(model) if norm not in own]
+    with _held_statistics(others, config.game.own_step_statistics):
+        with torch.no_grad():
+            levels = model.neck.levels(model.image_tower(batch.images))
+            states = prompt_states(model, batch.tokens)
+        masks = model.neck.masks(levels)
+        shares = tuple(1 - mask for mask in masks)
+        return _both_heads(model, levels, masks, shares, states, batch, config, sign=-1.0)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -95,16 +102,17 @@ def only_maskers_learn(model: CausalCLIPSeg) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _main_masks(neck: CausalNeck, levels: Levels, mode: str, at_one: bool) -> Levels:
+def _main_masks(model: CausalCLIPSeg, levels: Levels, config: TrainConfig, at_one: bool) -> Levels:
     if at_one:
         return tuple(torch.ones_like(level) for level in levels)  # type: ignore[return-value]
-    if mode == "joint":
-        return neck.masks(levels)
+    if config.mode == "joint":
+        return model.neck.masks(levels)
     detached: Levels = tuple(level.detach() for level in levels)  # type: ignore[assignment]
-    if mode == "reversal":
-        return neck.masks(detached)
-    with torch.no_grad():
-        return neck.masks(detached)
+    if config.mode == "reversal":
+        return model.neck.masks(detached)
+    norms = [norm for masker in maskers_of(model) for norm in _batch_norms(masker)]
+    with torch.no_grad(), _held_statistics(norms, config.game.own_step_statistics):
+        return model.neck.masks(detached)
 
 
 def _one_head(
@@ -123,7 +131,7 @@ def _both_heads(
     """Causal features are levels x masks, confounding ones levels x shares; `sign` is that of the second loss."""
     game = config.game
     causal_features = _mix(model.neck, levels, masks)
-    with _held_statistics(model.neck.aggregate[1], game.causal_statistics_only):
+    with _held_statistics(_batch_norms(model.neck.aggregate), game.causal_statistics_only):
         confounding_features = _mix(model.neck, levels, shares)
     causal, confounding = (
         dice_bce(head_logits(head, features, states).to(batch.masks.dtype), batch.masks, config.dice_weight)
@@ -150,15 +158,21 @@ def _budget(means: Tensor, config: TrainConfig) -> Tensor:
     return config.game.mask_budget_weight * (means - config.game.mask_budget).square().sum()
 
 
+def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    return [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+
+
 @contextmanager
-def _held_statistics(norm: nn.Module, held: bool) -> Iterator[None]:
-    """Within the block a batch norm normalises as ever, but its running mean and variance stay."""
-    momentum = norm.momentum
-    norm.momentum = 0.0 if held else momentum  # type: ignore[assignment]
+def _held_statistics(norms: Sequence[_BatchNorm], held: bool) -> Iterator[None]:
+    """Within the block batch norms normalize as ever, but their running means and variances stay."""
+    tracking = [norm for norm in norms if held and norm.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        norm.momentum = momentum
+        for norm in tracking:
+            norm.track_running_stats = True
 
 
 class _Reversed(torch.autograd.Function):

@@ -18,6 +18,7 @@ from cclip_deploy.data.synthetic import share_out_films, write_dataset
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.model.config import CONFIGS
+from cclip_deploy.packages import require_training_packages
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.training_set import fingerprint, open_training_set
 
@@ -91,8 +92,10 @@ def train(
     Raises:
         DataError: the data set is not what it should be.
         UsageError: the folder holds another training, or the loss stopped being a number.
-        EnvironmentProblem: a device is missing, or the disk did not take a file; what was saved before is still there.
+        EnvironmentProblem: a package or a device is missing, or the disk did not take a file; what was saved before is
+            still there.
     """
+    require_training_packages()
     if options.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             shortened = config.model_copy(update={"epochs": 1})
@@ -102,7 +105,13 @@ def train(
 
 
 def find_data(config: TrainConfig, tell: Tell = lambda message: None) -> Path:
-    """The recipe's data folder, its synthetic films drawn where they are not there yet; UsageError if it names none."""
+    """The recipe's data folder, its synthetic films drawn where they are not there yet.
+
+    Raises:
+        UsageError: the recipe names no data set.
+        EnvironmentProblem: a package for the training is missing; nothing was drawn.
+    """
+    require_training_packages()
     folder, films = config.data.folder, config.data.synthetic
     if folder is None:
         raise UsageError("The recipe names no data set. Give --data FOLDER, or data.folder in the recipe.")

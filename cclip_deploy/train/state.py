@@ -25,6 +25,8 @@ STATE = "state.pt"
 FORMAT = "cclip-deploy training state 1"
 MAY_DIFFER = ("data.", "threads", "loader_threads", "cache_gib", "save_minutes")
 """Settings that change neither what is computed nor from what; the data set is known by its contents."""
+OLDER_VERSIONS = {"game.own_step_statistics": False}
+"""What training did before a setting existed; only "alternating" reads this one."""
 
 
 @dataclass
@@ -75,12 +77,15 @@ class Identity:
 
     def differences(self, other: Identity) -> list[str]:
         """In words, what another identity has otherwise."""
-        theirs = dict(_flatten({**other.recipe, "data set": other.data}))
-        ours = dict(_flatten({**self.recipe, "data set": self.data}))
+        theirs, ours = (
+            OLDER_VERSIONS | dict(_flatten({**identity.recipe, "data set": identity.data}))
+            for identity in (other, self)
+        )
+        unread = () if theirs.get("mode") == "alternating" else tuple(OLDER_VERSIONS)
         return [
             f"{key} ({_shorten(ours.get(key))} then, {_shorten(theirs.get(key))} now)"
             for key in dict.fromkeys([*ours, *theirs])
-            if ours.get(key) != theirs.get(key) and not key.startswith(MAY_DIFFER)
+            if ours.get(key) != theirs.get(key) and not key.startswith((*MAY_DIFFER, *unread))
         ]
 
 

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from cclip_deploy import __version__, errors
 from cclip_deploy.cli import console
 from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, si, table
-from tests.cli.run import PROGRAM, invoke, run
+from tests.cli.run import PROGRAM, interrupt_import, invoke, run
 
 COMMANDS = [
     "demo", "train", "evaluate", "ablate", "export", "build-engine", "tune-precision", "verify", "bench", "predict",
@@ -139,22 +140,57 @@ def test_a_closed_pipe_is_no_half_document(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_ends_with_130_even_where_a_library_turns_it_into_an_error_of_its_own() -> None:
+def swallow_ctrl_c(instead: Exception | None) -> None:
+    """As compiled code does: KeyboardInterrupt is lost, or becomes another error."""
+    with suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    if instead is not None:
+        raise instead
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize("instead", [ValueError("could not determine the shape of object type"), None])
+def test_ctrl_c_ends_with_130_even_where_a_library_swallows_it(instead: Exception | None) -> None:
     app = typer.Typer()
 
     @app.command()
     @reports_errors
     def load() -> None:
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raise ValueError("could not determine the shape of object type") from None
+        swallow_ctrl_c(instead)
 
-    before = signal.signal(signal.SIGINT, console.interrupt)
-    try:
-        done = CliRunner().invoke(app)
-    finally:
-        signal.signal(signal.SIGINT, before)
-        console.interrupted.clear()
+    done = CliRunner().invoke(app)
     assert done.exit_code == 130
-    assert "Interrupted" in done.stderr
+    assert done.stderr == "Interrupted; nothing was left half-written.\n"
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize("quiet", [True, False])
+def test_work_ends_at_its_next_progress_after_a_swallowed_ctrl_c(quiet: bool) -> None:
+    with progress(quiet) as tell:
+        tell("Reading")
+        swallow_ctrl_c(None)
+        with pytest.raises(KeyboardInterrupt):
+            tell("Writing")
+
+
+@pytest.mark.parametrize("module", ["typer", "rich.console", "cclip_deploy.cli.train", "cclip_deploy.bundle"])
+def test_ctrl_c_during_an_import_ends_with_130_and_one_line(module: str, tmp_path: Path) -> None:
+    done = interrupt_import(module, "inspect", tmp_path / "none.cclip")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "Interrupted; nothing was left half-written.\n"
+
+
+def test_ctrl_c_ends_with_130_wherever_it_comes() -> None:
+    """Outside any command too, as where options are parsed; a finished program that lost it has no other end."""
+    code = """
+import signal
+from contextlib import suppress
+from cclip_deploy.cli.entry import start
+def program():
+    with suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    raise SystemExit(0)
+start(program)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Interrupted; nothing was left half-written.\n")

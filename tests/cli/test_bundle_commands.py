@@ -12,6 +12,7 @@ import pytest
 
 from tests.bundles import change_weights, copy_of, digests, flip_byte, reseal
 from tests.cli.run import interrupt_at, invoke, run
+from tests.ctrl_c import press_in_the_log
 
 
 @pytest.fixture
@@ -212,10 +213,27 @@ def test_build_engine_of_an_unknown_graph_ends_with_2(copy: Path) -> None:
 
 
 @rtx
-def test_ctrl_c_during_a_build_ends_with_130_and_changes_nothing(copy: Path) -> None:
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize("moment", ["Parsing node: ", "Original: ", "Layers:"])
+def test_ctrl_c_inside_the_binding_ends_with_130_and_changes_nothing(
+    moment: str, copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = digests(copy)
-    done = interrupt_at("image_encoder: ", "build-engine", copy, "--fp32", "--graph", "image_encoder")
+    press_in_the_log(monkeypatch, moment)
+    done = invoke("build-engine", copy, "--fp32", "--graph", "mask_decoder")
+    assert done.exit_code == 130, done.output
+    assert done.stderr.endswith("Interrupted; nothing was left half-written.\n")
+    assert "Exception caught" not in capfd.readouterr().err
+    assert digests(copy) == before
+    assert os.listdir(copy.parent) == [copy.name]
+
+
+@rtx
+def test_ctrl_c_during_a_build_ends_the_installed_program_with_130(copy: Path) -> None:
+    before = digests(copy)
+    done = interrupt_at("mask_decoder: Building engine", "build-engine", copy, "--fp32", "--graph", "mask_decoder")
     assert done.returncode == 130, done.stderr
     assert done.stderr.endswith("Interrupted; nothing was left half-written.\n")
+    assert "Traceback" not in done.stderr
     assert digests(copy) == before
     assert os.listdir(copy.parent) == [copy.name]

@@ -55,10 +55,10 @@ def test_a_split_without_rows_ends_with_the_code_of_bad_data(tiny_bundle_path: P
 def test_a_bundle_is_evaluated_without_torch(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     code = """
 import sys
-from cclip_deploy.cli.app import app
+from cclip_deploy.cli.app import main
 sys.argv = ["cclip-deploy", "evaluate", sys.argv[1], sys.argv[2], "--json", "--threads", "2"]
 try:
-    app()
+    main()
 except SystemExit as end:
     assert not end.code, end.code
 """

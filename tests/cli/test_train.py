@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.model.config import TINY
-from tests.cli.run import invoke
+from tests.cli.run import invoke, run, without
 from tests.model.open_clip_twin import open_clip_twin
 
 RECIPE = """
@@ -62,6 +62,16 @@ def test_a_dry_run_reports_in_json_and_keeps_nothing(tmp_path: Path) -> None:
     said = json.loads(done.stdout)
     assert (said["steps"], said["images"], said["clip"]) == (1, 2, None)
     assert not (tmp_path / "run").exists()
+
+
+def test_without_torch_nothing_is_drawn_and_the_extra_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        f'[data]\nfolder = "{tmp_path / "films"}"\nsynthetic = {{ images = 625 }}\n', encoding="utf-8"
+    )
+    done = run("train", tmp_path / "recipe.toml", "-o", tmp_path / "run", env=without("torch"))
+    assert done.returncode == 3
+    assert done.stderr == "Error: Training needs torch. Install: pip install 'cclip-deploy[train]'.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
 def test_a_wrong_recipe_and_a_missing_data_set_have_exit_codes(tmp_path: Path) -> None:

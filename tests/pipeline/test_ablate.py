@@ -68,7 +68,7 @@ def test_a_setting_whose_loss_is_no_number_is_not_chosen_and_said_so(done: Ablat
     assert first.val_dice is not None
     assert second.val_dice is None
     assert done.choice == {"off": 0, "alternating": 0, "clean": 0}
-    assert ("off", "2", "learning_rate 1e+30", "the loss was no number", "") in tables(done)[3].rows
+    assert ("off", "2", "learning_rate 1e+30", "the loss was no number", "") in tables(done)[-1].rows
 
 
 @pytest.mark.slow
@@ -224,6 +224,26 @@ def test_differences_are_paired_by_seed() -> None:
     told = to_dict(found, "cclip-deploy ablate")
     assert told["differences"]["joint"]["drop"]["values"] == pytest.approx([-0.05] * 3)
     assert told["arms"]["off"]["drop"]["sd"] == pytest.approx(0.1)
+
+
+def test_every_pair_of_arms_is_tested_and_the_power_told() -> None:
+    found = made_up({"off": [0.1, 0.2, 0.3], "joint": [0.15, 0.2, 0.25], "reversal": [0.3, 0.4, 0.51]})
+    pairs, power = tables(found)[2:4]
+    assert [row[:2] for row in pairs.rows] == [("joint", "off"), ("reversal", "off"), ("reversal", "joint")]
+    assert pairs.columns[-1] == "p, Holm (3 pairs)"
+    assert pairs.rows[1][2:4] == ("+0.203 [+0.189, +0.218]", "3 of 3")  # 0.2033 ± 4.3027 x 0.00577 / √3
+    assert [row[0] for row in power.rows] == ["joint", "reversal"]
+    assert "Power of 3 seeds" in power.heading
+    told = to_dict(found, "cclip-deploy ablate")["pairs"]["drop"]
+    assert [(pair["arm"], pair["less"], pair["higher_in"]) for pair in told] == [
+        ("joint", "off", 1), ("reversal", "off", 3), ("reversal", "joint", 3),
+    ]  # fmt: skip
+    assert told[1]["p_value"] < told[1]["p_holm"] < 0.05
+
+
+def test_masks_are_shown_beside_those_of_an_untrained_network() -> None:
+    (masks,) = (table for table in tables(made_up({"off": [0.1, 0.2, 0.3]})) if "Causal masks" in table.heading)
+    assert "an untrained masker has 0.50, 0.86, 0.21" in masks.heading
 
 
 def test_a_report_holds_tables_numbers_and_a_picture(tmp_path: Path) -> None:

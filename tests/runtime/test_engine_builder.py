@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,9 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 from cclip_deploy.errors import DataError, EnvironmentProblem, ParityError, UsageError
 from cclip_deploy.graph.precision import to_fp16
 from cclip_deploy.runtime import engine_builder
+from cclip_deploy.runtime.build_watch import BuildWatch
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
 from cclip_deploy.runtime.layer_table import LayerTable, product_nodes, prove_precision
 from cclip_deploy.runtime.tensorrt_binding import binding_label, load_binding, network_flags
+from tests.ctrl_c import handled_by, press_in_the_log
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -263,13 +265,13 @@ def test_progress_tells_phases_with_seconds(fp32_graph: bytes, rtx: ModuleType) 
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every message of the bindings, as it comes."""
     messages: list[str] = []
-    note = engine_builder._Watch.note
+    note = BuildWatch.note
 
-    def overhear(watch: engine_builder._Watch, severity: str, message: str) -> None:
+    def overhear(watch: BuildWatch, severity: str, message: str) -> None:
         messages.append(message)
         note(watch, severity, message)
 
-    monkeypatch.setattr(engine_builder._Watch, "note", overhear)
+    monkeypatch.setattr(BuildWatch, "note", overhear)
     return messages
 
 
@@ -284,23 +286,34 @@ def test_what_progress_raises_stops_the_build(phase: str, fp32_graph: bytes, rtx
     assert not any(message.startswith("Layers:") for message in heard)
 
 
+def raise_keyboard_interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt("of a program's own handler")
+
+
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
+@pytest.mark.parametrize("handler", [signal.default_int_handler, raise_keyboard_interrupt])
 @pytest.mark.parametrize("moment", ["Parsing node: stem", "Original: ", "Layers:"])
 def test_ctrl_c_inside_the_binding_is_not_lost(
-    moment: str, fp32_graph: bytes, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
+    moment: str, handler: Callable[..., None], fp32_graph: bytes, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    press_in_the_log(monkeypatch, moment)
+    with handled_by(handler):
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(fp32_graph, EngineOptions(SHAPES), rtx)
+        assert signal.getsignal(signal.SIGINT) is handler
+    assert "Exception caught" not in capfd.readouterr().err
+
+
+def test_a_signal_whose_handler_raises_nothing_leaves_the_build_alone(
+    fp32_graph: bytes, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    note = engine_builder._Watch.note
-
-    def press(watch: engine_builder._Watch, severity: str, message: str) -> None:
-        note(watch, severity, message)
-        if message.startswith(moment):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(engine_builder._Watch, "note", press)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(fp32_graph, EngineOptions(SHAPES), rtx)
-    assert signal.getsignal(signal.SIGINT) is before
+    heard: list[int] = []
+    press_in_the_log(monkeypatch, "Original: ")
+    with handled_by(lambda number, frame: heard.append(number)):
+        assert build_engine(fp32_graph, EngineOptions(SHAPES), rtx).engine
+    assert heard
+    assert set(heard) == {signal.SIGINT}
 
 
 def test_engines_are_built_outside_the_main_thread(fp32_graph: bytes, rtx: ModuleType) -> None:

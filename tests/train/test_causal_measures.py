@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from cclip_deploy.data.preprocess import Preprocessing, to_input
+from cclip_deploy.data.synthetic import film_rng, make_samples
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import UsageError
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
-from cclip_deploy.train.causal_measures import ToggledFilm, measure_masks, measure_toggle
+from cclip_deploy.train.causal_measures import ToggledFilm, measure_masks, measure_toggle, untrained_mask
 
 
 def network_with_masks(*masks: torch.Tensor) -> Any:
@@ -44,6 +46,28 @@ def test_masks_of_a_real_network_are_those_of_its_maskers() -> None:
     entropy = torch.distributions.Bernoulli(probs=p).entropy().mean() / np.log(2)
     assert facts.entropy_bits[1] == pytest.approx(float(entropy))
     assert facts.sd[1] == pytest.approx(float(p.std(correction=0)), rel=1e-6)
+
+
+def test_masks_of_an_untrained_network_are_the_sigmoid_of_a_standard_normal() -> None:
+    torch.manual_seed(0)
+    model = CausalCLIPSeg(TINY).train()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 1.0  # the statistics of the one batch
+    films = [make_samples(film_rng(0, "test", number), (64, 64), 1)[0].image for number in range(120)]
+    batch = torch.cat([torch.from_numpy(to_input(film, (64, 64), Preprocessing())) for film in films[:80]])
+    with torch.no_grad():
+        model.neck.masks(model.neck.levels(model.image_tower(batch)))
+    facts = measure_masks(model.eval(), films[80:], (64, 64))
+    mean, entropy_bits, sd = untrained_mask()
+    normal = torch.sigmoid(torch.randn(1_000_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    assert (mean, sd) == pytest.approx((float(normal.mean()), float(normal.std())), abs=1e-3)
+    assert entropy_bits == pytest.approx(
+        float(torch.distributions.Bernoulli(normal).entropy().mean() / np.log(2)), abs=1e-3
+    )
+    assert facts.mean == pytest.approx([mean] * 3, abs=0.02)
+    assert facts.entropy_bits == pytest.approx([entropy_bits] * 3, abs=0.02)
+    assert facts.sd == pytest.approx([sd] * 3, abs=0.02)
 
 
 def test_no_picture_and_no_film_are_refused() -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import Game, TrainConfig
@@ -151,6 +151,41 @@ def test_the_shared_blocks_statistics_can_follow_the_causal_features_alone(batch
     assert model.neck.aggregate[1].momentum == 0.1
     other = main_losses(copy.deepcopy(plain), batch, TrainConfig(mode="joint"), 0)
     assert float(losses.total.detach()) == pytest.approx(float(other.total.detach()), rel=1e-10)
+
+
+def statistics(model: CausalCLIPSeg) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.named_buffers() if "running" in name or "tracked" in name}
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("player", ["the rest", "the maskers"])
+def test_batch_norms_count_a_batch_in_the_steps_of_their_own_player(batch: TensorBatch, player: str, own: bool) -> None:
+    model = network()
+    before, plain = statistics(model), copy.deepcopy(model)
+    config = TrainConfig(mode="alternating", game=Game(own_step_statistics=own))
+    losses = main_losses(model, batch, config, 0) if player == "the rest" else masker_losses(model, batch, config)
+    causal, _ = plain_losses(plain, batch)
+    assert float(losses.causal) == pytest.approx(float(causal.detach()), rel=1e-10)
+    maskers = {name for name in before if name.startswith("neck.masker")}
+    assert len(maskers) == 3 * 4 * 3
+    moved = set(before) if not own else maskers if player == "the maskers" else set(before) - maskers
+    after, everything = statistics(model), statistics(plain)
+    for name, tensor in after.items():
+        if name in moved:
+            assert not torch.equal(tensor, before[name]), name
+            assert torch.allclose(tensor, everything[name], rtol=1e-10, atol=1e-13), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert all(norm.track_running_stats for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+def test_frozen_statistics_stay_frozen_in_the_maskers_step(batch: TensorBatch) -> None:
+    model = network()
+    model.image_tower.eval()
+    plain = copy.deepcopy(model)
+    losses = masker_losses(model, batch, TrainConfig(mode="alternating"))
+    causal, _ = plain_losses(plain, batch)
+    assert float(losses.causal) == pytest.approx(float(causal.detach()), rel=1e-10)
 
 
 def test_there_are_three_maskers() -> None:

@@ -1,0 +1,90 @@
+"""Messages, progress and cancellation of an engine build; SIGINT and SIGTERM inside the binding."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+
+class BuildWatch:
+    """Keeps a build's messages, reports its progress, and cancels it.
+
+    The bindings discard what is raised inside a callback, so it is kept in `cause`, the next step of the progress
+    monitor ends the build, and `raise_if_cancelled` raises it when the build has returned.
+    """
+
+    def __init__(self, on_progress: Callable[[str], None] | None, started: float) -> None:
+        self.severities: list[str] = []
+        self.messages: list[str] = []
+        self.cause: BaseException | None = None
+        self._on_progress = on_progress
+        self._started = started
+
+    def note(self, severity: str, message: str) -> None:
+        self.severities.append(severity)
+        self.messages.append(message)
+
+    def phase_starts(self, phase: str, parent: str | None, steps: int) -> None:
+        if parent is None or parent == "Building engine":
+            self.report(phase)
+
+    def report(self, phase: str) -> None:
+        if self._on_progress is None or self.cause is not None:
+            return
+        try:
+            self._on_progress(f"{phase} ({time.perf_counter() - self._started:.1f} s)")
+        except BaseException as error:
+            self.cancel(error)
+
+    def cancel(self, cause: BaseException) -> None:
+        self.cause = self.cause or cause
+
+    def may_go_on(self) -> bool:
+        return self.cause is None
+
+    def raise_if_cancelled(self) -> None:
+        if self.cause is not None:
+            raise self.cause
+
+    def lines(self) -> Iterator[str]:
+        return (f"[{severity}] {text}" for severity, text in zip(self.severities, self.messages, strict=True))
+
+    def complaints(self) -> str:
+        said = [m for s, m in zip(self.severities, self.messages, strict=True) if s in ("ERROR", "INTERNAL_ERROR")]
+        return " | ".join(said[-5:]) or "nothing"
+
+
+@contextmanager
+def signals_cancel(watch: BuildWatch) -> Iterator[None]:
+    """Let SIGINT and SIGTERM cancel the build, and raise what their handlers raised when it has returned.
+
+    A handler runs wherever Python code does, also in the logger that the binding calls, and the binding discards what
+    is raised there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    callables = {number: handler for number, handler in handlers.items() if callable(handler)}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        try:
+            callables[signal.Signals(number)](number, frame)
+        except BaseException as error:
+            watch.cancel(error)
+
+    for number in callables:
+        signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        for number, handler in callables.items():
+            signal.signal(number, handler)
+        watch.raise_if_cancelled()

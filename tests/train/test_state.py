@@ -1,0 +1,25 @@
+"""What must be the same for a training to go on; a whole training that goes on is in test_run.py."""
+
+from __future__ import annotations
+
+from cclip_deploy.train.config import Game, TrainConfig
+from cclip_deploy.train.state import Identity
+
+
+def of_older_version(config: TrainConfig) -> Identity:
+    """As it was written before `own_step_statistics` existed."""
+    recipe = config.model_dump(mode="json")
+    del recipe["game"]["own_step_statistics"]
+    return Identity(recipe, {})
+
+
+def test_a_state_of_an_older_version_goes_on_as_it_began() -> None:
+    joint = TrainConfig(mode="joint")
+    assert of_older_version(joint).differences(Identity.of(joint, {})) == []
+    now = TrainConfig(mode="alternating")
+    assert of_older_version(now).differences(Identity.of(now, {})) == [
+        "game.own_step_statistics (False then, True now)"
+    ]
+    as_before = TrainConfig(mode="alternating", game=Game(own_step_statistics=False))
+    assert of_older_version(as_before).differences(Identity.of(as_before, {})) == []
+    assert Identity.of(now, {}).differences(Identity.of(as_before, {}))
