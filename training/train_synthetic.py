@@ -39,10 +39,10 @@ def main() -> None:
 
     predict = torch_predictor(load_checkpoint(report.checkpoint).model, PromptTokenizer.from_open_clip(), config)
     scores = evaluate_dice(predict, of_split(read_data_set(data).referrals, "test"))
-    print(f"Dice, per-image mean [95 % interval], {scores.true.subjects} test films, {scores.true.rows} prompts")
-    print(f"  true prompts      {scores.true}")
-    print(f"  shuffled prompts  {scores.shuffled}")
-    print(f"  difference        {scores.drop}")
+    print(f"Dice, per-image mean [95 % interval], {scores.true.patients} test films, {scores.true.rows} prompts")
+    print(f"  true prompts      {scores.true.show()}")
+    print(f"  shuffled prompts  {scores.shuffled.show()}")
+    print(f"  difference        {scores.drop.show()}")
 
 
 if __name__ == "__main__":

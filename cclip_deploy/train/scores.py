@@ -12,35 +12,21 @@ from numpy.typing import NDArray
 from cclip_deploy.data.images import read_picture
 from cclip_deploy.data.layouts import Referral, read_mask
 from cclip_deploy.errors import DataError, UsageError
+from cclip_deploy.train.intervals import DIFFERENCE_OF_SHARES, SHARE, Estimate, PatientBootstrap
 
 Predict = Callable[[NDArray[np.float32], str], NDArray[np.float32]]
 """Pixels (H, W) or (H, W, 3) float32 in [0, 1] and a prompt -> the probability of each pixel, (H, W) in [0, 1]."""
 
 THRESHOLD = 0.5
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Score:
-    """A mean over rows, with its 95 % bootstrap interval over subjects."""
-
-    mean: float
-    low: float
-    high: float
-    rows: int
-    subjects: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
 class DiceScores:
     """Per-image Dice: with each row's own prompt, with another row's, and the paired difference of the two."""
 
-    true: Score
-    shuffled: Score
-    drop: Score
+    true: Estimate
+    shuffled: Estimate
+    drop: Estimate
     true_rows: tuple[float, ...]
     shuffled_rows: tuple[float, ...]
 
@@ -74,11 +60,11 @@ def evaluate_dice(predict: Predict, referrals: Sequence[Referral], *, seed: int 
         own, wrong = (dice(predict(pixels, text) >= THRESHOLD, truth) for text in (referral.text, other))
         rows.append((own, wrong))
     own_rows, wrong_rows = (np.array(column) for column in zip(*rows, strict=True))
-    subjects = [referral.subject for referral in referrals]
+    bootstrap = PatientBootstrap([referral.subject for referral in referrals], seed)
     return DiceScores(
-        true=bootstrap_mean(own_rows, subjects, seed=seed),
-        shuffled=bootstrap_mean(wrong_rows, subjects, seed=seed),
-        drop=bootstrap_mean(own_rows - wrong_rows, subjects, seed=seed),
+        true=bootstrap.mean(own_rows, SHARE),
+        shuffled=bootstrap.mean(wrong_rows, SHARE),
+        drop=bootstrap.mean(own_rows - wrong_rows, DIFFERENCE_OF_SHARES),
         true_rows=tuple(own_rows.tolist()),
         shuffled_rows=tuple(wrong_rows.tolist()),
     )
@@ -106,13 +92,3 @@ def shuffle_prompts(texts: Sequence[str], seed: int) -> list[str]:
     for row, source in zip(order, [*order[most:], *order[:most]], strict=True):
         shuffled[row] = texts[source]
     return shuffled
-
-
-def bootstrap_mean(values: NDArray[np.float64], subjects: Sequence[str], *, seed: int = 0) -> Score:
-    """Mean over rows; the interval is the 2.5th to 97.5th percentile of the mean when whole subjects are redrawn."""
-    names, owner = np.unique(np.asarray(subjects), return_inverse=True)
-    sums, counts = np.bincount(owner, weights=values), np.bincount(owner)
-    draws = np.random.default_rng(seed).integers(0, len(names), (RESAMPLES, len(names)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Score(float(np.mean(values)), float(low), float(high), len(values), len(names))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cclip_deploy.data.layouts import Referral, read_flat, read_mask
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.errors import DataError, UsageError
-from cclip_deploy.train.scores import bootstrap_mean, dice, evaluate_dice, shuffle_prompts
+from cclip_deploy.train.scores import dice, evaluate_dice, shuffle_prompts
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +53,6 @@ def test_the_shuffle_depends_on_the_seed_alone() -> None:
     assert shuffle_prompts(texts, 1) != shuffle_prompts(texts, 2)
 
 
-def test_the_interval_is_that_of_the_normal_law_for_many_subjects() -> None:
-    values = np.random.default_rng(0).normal(0.7, 0.1, 400)
-    score = bootstrap_mean(values, [str(i) for i in range(400)])
-    half = 1.96 * values.std() / 20
-    assert score.mean == pytest.approx(values.mean())
-    assert score.low == pytest.approx(values.mean() - half, abs=0.15 * half)
-    assert score.high == pytest.approx(values.mean() + half, abs=0.15 * half)
-
-
-def test_rows_of_one_subject_are_drawn_together() -> None:
-    """Ten copies of each row say no more than the rows themselves: the interval stays as wide."""
-    values = np.random.default_rng(1).normal(0, 1, 30)
-    names = [str(i) for i in range(30)]
-    once, copied = bootstrap_mean(values, names), bootstrap_mean(np.tile(values, 10), names * 10)
-    assert copied.high - copied.low == pytest.approx(once.high - once.low)
-    assert (copied.rows, copied.subjects) == (300, 30)
-
-
 def test_a_predictor_that_obeys_the_prompt_scores_one_and_loses_all_that_shuffling_takes(
     referrals: list[Referral],
 ) -> None:
@@ -87,12 +69,13 @@ def test_a_predictor_that_obeys_the_prompt_scores_one_and_loses_all_that_shuffli
         return answers.get((pictures[image], prompt), np.zeros(pixels.shape[:2], bool)).astype(np.float32)
 
     scores = evaluate_dice(obey, referrals)
-    assert scores.true.mean == 1.0
+    assert scores.true.value == 1.0
     assert asked[::2] == [row.text for row in referrals]
     assert all(asked[1::2][i] != row.text for i, row in enumerate(referrals))
-    assert scores.drop.mean == pytest.approx(scores.true.mean - scores.shuffled.mean)
-    assert scores.shuffled.mean < 0.5
-    assert (scores.true.rows, scores.true.subjects) == (10, 5)
+    assert scores.shuffled.value is not None
+    assert scores.drop.value == pytest.approx(1 - scores.shuffled.value)
+    assert scores.shuffled.value < 0.5
+    assert (scores.true.rows, scores.true.patients) == (10, 5)
 
 
 def test_a_predictor_deaf_to_the_prompt_loses_nothing(referrals: list[Referral]) -> None:
@@ -101,8 +84,11 @@ def test_a_predictor_deaf_to_the_prompt_loses_nothing(referrals: list[Referral])
 
     scores = evaluate_dice(ignore, referrals)
     areas = [read_mask(row.mask).mean() for row in referrals]
-    assert scores.true.mean == pytest.approx(np.mean([2 * area / (1 + area) for area in areas])), "0.5 counts as inside"
-    assert scores.drop.mean == scores.drop.low == scores.drop.high == 0.0
+    assert scores.true.value == pytest.approx(np.mean([2 * area / (1 + area) for area in areas])), (
+        "0.5 counts as inside"
+    )
+    assert scores.drop.value == 0.0
+    assert (scores.drop.low, scores.drop.high) == pytest.approx((0.05**0.2 - 1, 1 - 0.05**0.2)), "five patients agree"
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:
