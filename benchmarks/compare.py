@@ -29,7 +29,8 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for ratio in result["ratios"]:
-        interval = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        none = ratio["low"] is None
+        interval = "(too few rounds for an interval)" if none else f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
         print(f"{ratio['candidate']} is {ratio['ratio']:.2f} × as fast as {ratio['baseline']} {interval}")
     print(f"kept in {arguments.output}")
 

@@ -66,7 +66,7 @@ def show_times(result: dict[str, Any]) -> None:
         shown.add_row(row["name"], row["stage"], *times, str(row["n"]), error)
     ratios = table("Paired ratios, baseline time / candidate time", "candidate", "against", "ratio ", "95 % interval ")
     for row in result["ratios"]:
-        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        interval = "too few rounds" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
         ratios.add_row(row["candidate"], row["baseline"], f"{row['ratio']:.2f} ×", interval)
     stdout.print(shown, ratios)
 

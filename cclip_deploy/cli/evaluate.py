@@ -9,6 +9,7 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import command_line, picture_progress, print_json, progress, reports_errors, stdout, table
+from cclip_deploy.precisions import Precision
 
 if TYPE_CHECKING:
     from cclip_deploy.pipeline.evaluate import EvaluationResult
@@ -44,10 +45,16 @@ def evaluate(
         typer.Option(help="Of a checkpoint: tokens before a prompt is cut; as trained (else 32).", min=3, max=77),
     ] = None,
     backend: Annotated[
-        Literal["onnxruntime", "openvino"] | None, typer.Option(help="Of a bundle: onnxruntime unless given.")
+        Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"] | None,
+        typer.Option(help="Of a bundle: graphs in ONNX Runtime (unless given) or OpenVINO, or the bundle's engines."),
     ] = None,
     device: options.Device = "cpu",
+    precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = "fp32",
     threads: options.Threads = None,
+    allow_fallback: options.AllowFallback = False,
+    gpu_interface: options.GpuInterface = "cuda-python",
+    cuda_graphs: options.CudaGraphs = False,
+    engine_cache: options.EngineCache = None,
     json: options.Json = False,
 ) -> None:
     """Measure a network on a data set: [bold]Dice, outlines, calibration, prompt controls[/], with intervals."""
@@ -59,7 +66,11 @@ def evaluate(
     if output is not None:
         check_report_folder(output, force)
     size = None if image_size is None else image_hw(image_size)
-    choice = NetworkChoice(network, backend, device, threads, size, prompt_length)
+    runs = None
+    if backend is not None or device != "cpu":
+        name = backend or "onnxruntime"
+        runs = options.choice(name, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
+    choice = NetworkChoice(network, runs, precision, threads, size, prompt_length)
     chosen = EvaluationOptions(split, layout, subject, threshold, empty_masks, tolerance, worst, seed)
     with progress(quiet=json or stdout.is_terminal) as tell, picture_progress(quiet=json) as on_picture:
         result = run(choice, dataset, chosen, command_line(), tell, on_picture)
@@ -88,6 +99,8 @@ def _show(result: EvaluationResult, output: Path | None) -> None:
     for name, _, *numbers in control_rows(result):
         controls.add_row(name, *numbers[:4])
     stdout.print(controls)
+    for warning in result.warnings():
+        stdout.print(f"Warning: {warning}", style="yellow", markup=False)
     for remark in remarks(result):
         stdout.print(remark, markup=False)
     if output is not None:

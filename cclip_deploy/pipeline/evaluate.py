@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,28 +13,34 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.layouts import Referral, of_split, read_data_set
 from cclip_deploy.errors import BundleError, UsageError
 from cclip_deploy.manifest import installed_versions, utc_now
-from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.precisions import Precision
 from cclip_deploy.train.controls import make_controls
 from cclip_deploy.train.evaluation import EmptyPolicy, Evaluation, summarise
+from cclip_deploy.train.intervals import FEW_PATIENTS, METHOD
 from cclip_deploy.train.measures import BOUNDARY_TOLERANCE_PX
 from cclip_deploy.train.measuring import Measurements, MeasuringOptions, OnImage, ShownCase, measure_split
 
 if TYPE_CHECKING:
-    from cclip_deploy.runtime.choice import BackendName
-    from cclip_deploy.runtime.onnx_runtime import Device
+    from cclip_deploy.runtime.choice import Choice
     from cclip_deploy.train.asked_network import AskedNetwork
 
 
 @dataclass(frozen=True)
 class NetworkChoice:
-    """What answers.
+    """The network to evaluate, and how it runs.
 
-    `image_hw` and `prompt_length` belong to a checkpoint, which may know them; `backend` and `device` to a bundle.
+    Attributes:
+        path: a bundle's folder or a checkpoint's file.
+        runs: of a bundle: backend and device; ONNX Runtime on the CPU unless given.
+        precision: of a bundle's graphs or engines.
+        threads: of PyTorch; of ONNX Runtime where `runs` is not given.
+        image_hw: of a checkpoint; as it was trained, else 224x224, unless given.
+        prompt_length: of a checkpoint; as it was trained, else 32, unless given.
     """
 
     path: Path
-    backend: BackendName | None = None
-    device: Device = "cpu"
+    runs: Choice | None = None
+    precision: Precision = "fp32"
     threads: int | None = None
     image_hw: tuple[int, int] | None = None
     prompt_length: int | None = None
@@ -106,13 +113,30 @@ class EvaluationResult:
                 "threshold": self.threshold,
                 "empty_reference": self.options.empty,
                 "boundary_tolerance_px": self.options.tolerance_px,
-                "interval": "95 % bootstrap over patients, 2000 resamples",
+                "interval": METHOD,
                 "seed": self.options.seed,
             },
+            "warnings": self.warnings(),
             **self.evaluation.to_dict(),
             "worst": [self._show_case(case) for case in self.measurements.worst],
             "invented": [self._show_case(case) for case in self.measurements.invented],
         }
+
+    def warnings(self) -> list[str]:
+        """Why intervals may cover the true values less often than they claim, or are missing."""
+        data, scores, found = self.data, self.evaluation.scores, []
+        few = [f.name for f in fields(scores) if getattr(scores, f.name).few_patients]
+        if data.patients < 2:
+            found.append("There is one patient alone, so there are no intervals.")
+        elif few:
+            named = "The split" if data.patients < FEW_PATIENTS else ", ".join(few)
+            found.append(
+                f"Fewer than {FEW_PATIENTS} patients: {named}. The intervals are wide, and for skewed scores they "
+                "cover the true value less often than 95 %; docs/evaluation.md has the numbers."
+            )
+        if not data.patients_known:
+            found.append("No patients are known: each image counts as one, so intervals are too narrow if they repeat.")
+        return found
 
     def _show_case(self, case: ShownCase) -> dict[str, Any]:
         referral, overlap = self.referrals[case.row], self.measurements.rows[case.row].overlap
@@ -142,14 +166,15 @@ def evaluate(
     referrals = of_split(data.referrals, options.split)
     repaired = sum(data.referrals[row].split == options.split for row, _ in data.repaired)
     on_progress(f"Opening {choice.path}")
-    network = open_network(choice)
-    threshold = network.threshold if options.threshold is None else options.threshold
-    controls = make_controls([referral.text for referral in referrals], options.seed)
-    measuring = MeasuringOptions(threshold, options.tolerance_px, options.worst)
-    measurements = measure_split(network, referrals, controls, measuring, on_image)
-    on_progress("Redrawing patients for the intervals")
+    with open_network(choice) as network:
+        threshold = network.threshold if options.threshold is None else options.threshold
+        controls = make_controls([referral.text for referral in referrals], options.seed)
+        measuring = MeasuringOptions(threshold, options.tolerance_px, options.worst)
+        measurements = measure_split(network, referrals, controls, measuring, on_image)
+        described = network.describe()
+    on_progress("Computing intervals over patients")
     return EvaluationResult(
-        network=network.describe(),
+        network=described,
         data=_describe(folder, data.layout, options.split, referrals, measurements, repaired),
         options=options,
         threshold=threshold,
@@ -161,27 +186,42 @@ def evaluate(
     )
 
 
-def open_network(choice: NetworkChoice) -> AskedNetwork:
-    """A folder is a bundle, a file a checkpoint; an option of the other kind is a UsageError."""
+@contextmanager
+def open_network(choice: NetworkChoice) -> Iterator[AskedNetwork]:
+    """The network of a bundle's folder or a checkpoint's file, closed at the end.
+
+    Raises:
+        BundleError: there is nothing at the path.
+        UsageError: an option of the other kind, or a precision that the bundle does not have.
+        EnvironmentProblem: the backend is not installed or cannot use the device, and no fallback is allowed.
+    """
     if not choice.path.exists():
         raise BundleError(f"There is no {choice.path}. Give a bundle's folder or a checkpoint's file.")
-    return _open_bundle(choice) if choice.path.is_dir() else _open_checkpoint(choice)
+    if choice.path.is_dir():
+        with _open_bundle(choice) as network:
+            yield network
+    else:
+        yield _open_checkpoint(choice)
 
 
-def _open_bundle(choice: NetworkChoice) -> AskedNetwork:
-    from cclip_deploy.runtime.choice import open_backend
+@contextmanager
+def _open_bundle(choice: NetworkChoice) -> Iterator[AskedNetwork]:
+    from cclip_deploy.runtime.choice import Choice, opened
     from cclip_deploy.train.asked_network import BundleNetwork
 
     if choice.image_hw is not None or choice.prompt_length is not None:
         raise UsageError("A bundle has its image size and prompt length itself; those options are for a checkpoint.")
     bundle = Bundle.open(choice.path)
-    backend = open_backend(choice.backend or "onnxruntime", bundle, "fp32", choice.device, choice.threads)
-    return BundleNetwork(Segmenter(bundle, backend))
+    with opened(choice.runs or Choice(threads=choice.threads), bundle, choice.precision) as runs:
+        yield BundleNetwork(bundle, runs)
 
 
 def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
-    if choice.backend is not None or choice.device != "cpu":
-        raise UsageError("A checkpoint runs in PyTorch on the CPU. Export it, and give the bundle with that backend.")
+    if choice.runs is not None or choice.precision != "fp32":
+        raise UsageError(
+            "A checkpoint runs in PyTorch on the CPU, in FP32. Export it, and give the bundle with that backend and "
+            "precision."
+        )
     from cclip_deploy.pipeline.export import require_export_packages
 
     require_export_packages()

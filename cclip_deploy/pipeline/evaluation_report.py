@@ -16,9 +16,14 @@ from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.evidence.page import Figure, Section, Table, Tile, write_page
 from cclip_deploy.files import disk_problem, whole_folder
 from cclip_deploy.pipeline.evaluate import EvaluationResult
+from cclip_deploy.train.intervals import FEW_PATIENTS
 from cclip_deploy.train.measuring import ShownCase
 
 PAGE, NUMBERS, ROWS = "index.html", "evaluation.json", "rows.csv"
+GROUPS = (
+    "Rows that have something in common, as far as it is known. Intervals of fewer than "
+    f"{FEW_PATIENTS} patients are wide and may cover less often than 95 %."
+)
 OVERLAY_PX, OVERLAY_QUALITY = 560, 82
 
 
@@ -94,10 +99,10 @@ def remarks(result: EvaluationResult) -> list[str]:
         said.append(
             f"{data.repaired_prompts} prompts had typing errors that were repaired (cclip-deploy data lists them)."
         )
-    if not data.patients_known:
-        said.append("No patients are known: each image counts as one, so intervals are too narrow if patients repeat.")
-    if data.patients < 2:
-        said.append("There is one patient alone, so there are no intervals.")
+    ran, graphs = result.network["ran"], result.network["graphs"]
+    said.append(f"Ran in {ran['ran']}: {', '.join(f'{name} in {precision}' for name, precision in graphs.items())}.")
+    if ran["fallback_reason"] is not None:
+        said.append(f"{ran['asked']} was requested and did not run: {ran['fallback_reason']}")
     return said + _coverage_remarks(result)
 
 
@@ -143,11 +148,11 @@ def _page(result: EvaluationResult) -> str:
     data, network = result.data, result.network
     scores = Table(("score", "value [95 % interval]", "rows"), tuple(score_rows(result)), frozenset({1, 2}))
     sections = [
-        Section("", tiles=_tiles(result)),
+        Section("", tuple(f"Warning: {warning}" for warning in result.warnings()), tiles=_tiles(result)),
         Section("", figures=_plots(result)),
         Section("Does the sentence find the mask?", table=_control_table(result)),
         Section("All scores", tuple(remarks(result)), table=scores),
-        Section("Groups", ("Rows that have something in common, as far as it is known.",), table=_group_table(result)),
+        Section("Groups", (GROUPS,), table=_group_table(result)),
         *_worst_sections(result),
         Section("How it was made", _provenance(result)),
     ]
@@ -155,7 +160,7 @@ def _page(result: EvaluationResult) -> str:
         f"{network['kind'].capitalize()} {network['name']} ({network['model']}, {_size(network['image_hw'])}, "
         f"{network['backend']} {network['precision']}) on the {data.split} split of {Path(data.folder).name}: "
         f"{data.rows:,} prompts on {data.images:,} images of {data.patients:,} patients. "
-        "In brackets: 95 % intervals, patients redrawn."
+        "In brackets: 95 % intervals over patients."
     )
     return write_page("Evaluation", lead, sections)
 

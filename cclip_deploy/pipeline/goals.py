@@ -161,5 +161,5 @@ def _figure(
     what: str, backend: str, ratio: PairedRatio, scale: float, unit: Unit, goal: float | None, at_least: bool,
     extrapolated: str | None,
 ) -> Figure:  # fmt: skip
-    value, low, high = (scale * number for number in (ratio.ratio, ratio.low, ratio.high))
-    return Figure(what, backend, value, unit, low, high, goal, at_least, extrapolated)
+    low, high = (None if end is None else scale * end for end in (ratio.low, ratio.high))
+    return Figure(what, backend, scale * ratio.ratio, unit, low, high, goal, at_least, extrapolated)

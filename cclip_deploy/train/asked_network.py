@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.preprocess import Preprocessing, to_input, to_source
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import CheckpointError
 from cclip_deploy.model.config import InputForm
 from cclip_deploy.prompt_cache import PromptCache, PromptKernels, Tokens
+from cclip_deploy.runtime.backend import Backend
+from cclip_deploy.runtime.choice import ENGINE_BACKENDS, Opened
+from cclip_deploy.runtime.engine_file import engines_of
 from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter, sigmoid
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 THRESHOLD = 0.5
+GRAPHS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
 class AskedNetwork(Protocol):
@@ -39,13 +44,14 @@ class AskedNetwork(Protocol):
 
 
 class BundleNetwork:
-    """A bundle, on the backend of its segmenter."""
+    """A bundle on the backend that was opened for it."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
-        self.segmenter = segmenter
-        manifest = segmenter.bundle.manifest
-        self.tokenizer = segmenter.bundle.tokenizer()
-        self.prompt_length, self.threshold = manifest.prompt_length, manifest.threshold
+    def __init__(self, bundle: Bundle, runs: Opened) -> None:
+        """UsageError where the bundle lacks a graph or engine of the backend's precision."""
+        self.graphs = graph_precisions(bundle, runs.backend)
+        self.segmenter, self.runs = Segmenter(bundle, runs.backend), runs
+        self.tokenizer = bundle.tokenizer()
+        self.prompt_length, self.threshold = bundle.manifest.prompt_length, bundle.manifest.threshold
 
     def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
         return self.segmenter.answer(pixels, rows)
@@ -60,9 +66,19 @@ class BundleNetwork:
             "checkpoint_sha256": manifest.checkpoint.sha256,
             "backend": backend.name,
             "precision": backend.precision,
+            "graphs": self.graphs,
+            "ran": self.runs.to_dict(),
             "image_hw": list(manifest.image_hw),
             "prompt_length": manifest.prompt_length,
         }
+
+
+def graph_precisions(bundle: Bundle, backend: Backend) -> dict[str, str]:
+    """The precision of the file that runs for each graph; UsageError where the bundle has none for the backend's."""
+    if backend.name in ENGINE_BACKENDS:
+        engines = engines_of(bundle, backend.name, backend.precision)
+        return {graph: engines[graph].precision for graph in GRAPHS if graph in engines}
+    return {graph: bundle.graph_in(graph, backend.precision).precision for graph in GRAPHS}
 
 
 class CheckpointNetwork:
@@ -96,6 +112,8 @@ class CheckpointNetwork:
             "checkpoint_sha256": self.loaded.sha256,
             "backend": "pytorch",
             "precision": "fp32",
+            "graphs": dict.fromkeys(GRAPHS, "fp32"),
+            "ran": Opened(self._backend, "pytorch on cpu", "pytorch on cpu").to_dict(),
             "image_hw": list(self.form.image_hw),
             "prompt_length": self.form.prompt_length,
         }

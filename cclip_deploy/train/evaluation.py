@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from cclip_deploy.data.layouts import Referral
 from cclip_deploy.train.controls import Control
 from cclip_deploy.train.groups import NONE_NAMED, NOT_UNDERSTOOD, WAYS, groups_of, order
-from cclip_deploy.train.intervals import Estimate, Floats, PatientBootstrap, divide
+from cclip_deploy.train.intervals import (
+    DIFFERENCE_OF_SHARES,
+    NOT_NEGATIVE,
+    SHARE,
+    Estimate,
+    Floats,
+    PatientBootstrap,
+    divide,
+)
 from cclip_deploy.train.measures import LEVELS
 from cclip_deploy.train.measuring import MeasuredRow, Measurements
 
@@ -181,15 +189,17 @@ def _score(
     squared = np.array([(row.levels.squared_error, row.pixels) for row in rows], np.float64)
     found_empty = [float(r.overlap.predicted == 0) if r.overlap.reference == 0 else None for r in rows]
     return Scores(
-        dice_per_image=bootstrap.mean(dice),
-        iou_per_image=bootstrap.mean(np.where(counted, [row.overlap.iou for row in rows], np.nan)),
-        dice_pooled=bootstrap.estimate(counts, _pooled_dice)[0],
-        iou_pooled=bootstrap.estimate(counts, _pooled_iou)[0],
-        hd95_px=bootstrap.mean([None if outline is None else outline.hd95_px for outline in outlines]),
-        boundary_dice=bootstrap.mean([None if outline is None else outline.boundary_dice for outline in outlines]),
-        expected_calibration_error=bootstrap.estimate(levels, _calibration_error)[0],
-        brier=bootstrap.estimate(squared, divide)[0],
-        empty_found_empty=bootstrap.mean(found_empty),
+        dice_per_image=bootstrap.mean(dice, SHARE),
+        iou_per_image=bootstrap.mean(np.where(counted, [row.overlap.iou for row in rows], np.nan), SHARE),
+        dice_pooled=bootstrap.estimate(counts, _pooled_dice, SHARE)[0],
+        iou_pooled=bootstrap.estimate(counts, _pooled_iou, SHARE)[0],
+        hd95_px=bootstrap.mean([None if outline is None else outline.hd95_px for outline in outlines], NOT_NEGATIVE),
+        boundary_dice=bootstrap.mean(
+            [None if outline is None else outline.boundary_dice for outline in outlines], SHARE
+        ),
+        expected_calibration_error=bootstrap.estimate(levels, _calibration_error, SHARE)[0],
+        brier=bootstrap.estimate(squared, divide, SHARE)[0],
+        empty_found_empty=bootstrap.mean(found_empty, SHARE),
     )
 
 
@@ -208,10 +218,10 @@ def _score_control(
             [reason or empty for reason, empty in zip(control.reasons, uncounted, strict=True)]
         ),
         drawn=control.drawn,
-        true_dice=bootstrap.mean(own),
-        dice=bootstrap.mean(other),
-        difference=bootstrap.mean(own - other),
-        iou_with_own=bootstrap.mean([None if answer is None else answer.iou_with_own for answer in answers]),
+        true_dice=bootstrap.mean(own, SHARE),
+        dice=bootstrap.mean(other, SHARE),
+        difference=bootstrap.mean(own - other, DIFFERENCE_OF_SHARES),
+        iou_with_own=bootstrap.mean([None if answer is None else answer.iou_with_own for answer in answers], SHARE),
     )
 
 
@@ -223,8 +233,8 @@ def _draw_curve(
     above = both + [np.cumsum(row.levels.outside[::-1])[::-1][1:] for row in rows]
     total = above + np.array([[row.overlap.reference] for row in rows])
     per_row = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
-    means = bootstrap.estimate(np.column_stack([per_row, np.ones(len(rows))]), _share_last, counted)
-    pooled = bootstrap.estimate(np.concatenate([2 * both, total], axis=1), _halves)
+    means = bootstrap.estimate(np.column_stack([per_row, np.ones(len(rows))]), _share_last, SHARE, counted)
+    pooled = bootstrap.estimate(np.concatenate([2 * both, total], axis=1), _halves, SHARE)
     return tuple(CurvePoint(*point) for point in zip(THRESHOLDS, means, pooled, strict=True))
 
 
@@ -249,8 +259,8 @@ def _score_groups(
     for by in dict.fromkeys(by for group in groups for by in group):
         for name in sorted({group[by] for group in groups if by in group}, key=order):
             member = np.array([group.get(by) == name for group in groups], np.bool_)
-            pooled = bootstrap.estimate(counts, _pooled_dice, member)[0]
-            scored.append(GroupScore(by, name, bootstrap.mean(np.where(member, dice, np.nan)), pooled))
+            pooled = bootstrap.estimate(counts, _pooled_dice, SHARE, member)[0]
+            scored.append(GroupScore(by, name, bootstrap.mean(np.where(member, dice, np.nan), SHARE), pooled))
     return scored
 
 

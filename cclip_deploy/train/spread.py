@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from cclip_deploy.train.intervals import student_quantile
+
 CONFIDENCE = 0.95
 POWER = 0.8
 
@@ -33,15 +35,13 @@ class Spread:
 def spread_of(values: Sequence[float]) -> Spread:
     """Mean, standard deviation, and Student's 95 % interval of the mean of n independent trainings, n - 1 degrees.
 
-    The bootstrap, which serves patients, is too narrow for three or five values.
+    A percentile bootstrap would be too narrow for three or five values; coverage is in docs/evaluation.md.
     """
-    from scipy.stats import t
-
     mean, count = fmean(values), len(values)
     if count < 2:
         return Spread(tuple(values), mean, None, None, None)
     sd = stdev(values)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * sd / math.sqrt(count)
+    half = student_quantile(count - 1) * sd / math.sqrt(count)
     return Spread(tuple(values), mean, sd, mean - half, mean + half)
 
 

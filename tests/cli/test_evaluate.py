@@ -29,6 +29,8 @@ def test_json_is_one_document_with_intervals(tiny_bundle_path: Path, films: Path
     assert [control["name"] for control in told["controls"]][:2] == ["shuffled", "fixed"]
     written = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert written["scores"] == told["scores"]
+    assert told["network"]["ran"]["ran"] == "onnxruntime on cpu"
+    assert any("Fewer than" in warning for warning in told["warnings"])
 
 
 def test_the_tables_name_policy_and_controls(tiny_bundle_path: Path, films: Path) -> None:
@@ -37,6 +39,16 @@ def test_the_tables_name_policy_and_controls(tiny_bundle_path: Path, films: Path
     for part in ("Dice, mean over rows", "Dice, pooled over all pixels", "side-swapped", "are left out of means"):
         assert part in done.stdout
     assert "3 of 3" in done.stderr
+    assert "Warning: Fewer than" in done.stdout
+
+
+def test_backend_and_precision_are_the_options_of_predict(tiny_bundle_path: Path, films: Path) -> None:
+    done = invoke("evaluate", tiny_bundle_path, films, "--backend", "tensorrt-rtx", "--precision", "fp16")
+    assert done.exit_code == 2
+    assert "has no fp16 engine for tensorrt-rtx" in done.stderr
+    done = invoke("evaluate", tiny_bundle_path, films, "--precision", "bf16")
+    assert done.exit_code == 2
+    assert "bf16" in done.stderr
 
 
 def test_a_report_that_is_there_is_refused_before_the_work(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:

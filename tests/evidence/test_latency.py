@@ -15,7 +15,7 @@ import pytest
 from cclip_deploy.errors import UsageError
 from cclip_deploy.evidence import latency
 from cclip_deploy.evidence.latency import Candidate, Timing, measure_interleaved
-from cclip_deploy.evidence.latency_statistics import paired_ratio, summarise
+from cclip_deploy.evidence.latency_statistics import median_interval, paired_ratio, summarise
 
 
 @dataclass
@@ -202,16 +202,32 @@ def test_a_drift_that_hits_both_alike_leaves_the_paired_ratio_exact() -> None:
     np.testing.assert_allclose([ratio.ratio, ratio.low, ratio.high], 2.5)
 
 
-def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("rounds", [3, 4, 5])
+def test_a_ratio_of_too_few_rounds_has_no_interval(rounds: int) -> None:
+    ratio = paired_ratio([3.0] * rounds, [2.0] * rounds, seed=0)
+    assert (ratio.ratio, ratio.low, ratio.high) == (1.5, None, None)
+
+
+@pytest.mark.parametrize(("rounds", "rank"), [(6, 1), (8, 1), (9, 2), (20, 6), (30, 10)])
+def test_the_interval_of_a_median_is_of_the_ranks_that_a_table_gives(rounds: int, rank: int) -> None:
+    """Ranks of the sign test's 95 % interval, as in Conover, Practical Nonparametric Statistics."""
+    values = np.random.default_rng(rounds).permutation(np.arange(1.0, rounds + 1))
+    assert median_interval(values) == (rank, rounds + 1 - rank)
+
+
+@pytest.mark.parametrize("rounds", [6, 8, 40])
+def test_the_interval_covers_the_true_ratio_at_least_as_often_as_it_says(rounds: int) -> None:
     random = np.random.default_rng(3)
     hits = 0
-    for seed in range(100):
-        candidate_ms = random.lognormal(2, 0.3, 40)
-        baseline_ms = 1.5 * candidate_ms * random.lognormal(0, 0.1, 40)
+    for seed in range(1000):
+        candidate_ms = random.lognormal(2, 0.3, rounds)
+        baseline_ms = 1.5 * candidate_ms * random.lognormal(0, 0.1, rounds)
         ratio = paired_ratio(baseline_ms, candidate_ms, seed)
+        assert ratio.low is not None
+        assert ratio.high is not None
         hits += ratio.low <= 1.5 <= ratio.high
         assert ratio.low <= ratio.ratio <= ratio.high
-    assert 88 <= hits <= 100
+    assert hits >= 940
 
 
 def test_ratios_need_the_same_rounds_of_both() -> None:

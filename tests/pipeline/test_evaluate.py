@@ -7,19 +7,31 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cclip_deploy.bundle import Bundle, edited_bundle, write_manifest
+from cclip_deploy.data.images import read_picture
+from cclip_deploy.data.layouts import read_flat, read_mask
 from cclip_deploy.data.synthetic import Asking, write_dataset
-from cclip_deploy.errors import BundleError, DataError, UsageError
+from cclip_deploy.errors import BundleError, DataError, EnvironmentProblem, UsageError
 from cclip_deploy.model.checkpoint import save_checkpoint
 from cclip_deploy.model.config import InputForm
 from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.derive import DeriveOptions, derive_graphs
 from cclip_deploy.pipeline.evaluate import EvaluationOptions, EvaluationResult, NetworkChoice, evaluate
 from cclip_deploy.pipeline.evaluation_report import check_report_folder, remarks, write_report
+from cclip_deploy.precisions import Precision
+from cclip_deploy.runtime.choice import BackendName, Choice, open_backend
+from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.train.evaluation import Scores
+from cclip_deploy.train.intervals import FEW_PATIENTS
+from tests.bundles import copy_of
 from tests.conftest import THREADS, TINY_HW
 
 FILM_HW = (80, 72)
@@ -72,8 +84,77 @@ def test_a_checkpoint_that_knows_what_it_was_trained_on_is_asked_so(
 
 def test_backends_agree(tiny_bundle_path: Path, films: Path, of_bundle: EvaluationResult) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is an extra: pip install 'cclip-deploy[openvino]'")
-    choice = NetworkChoice(tiny_bundle_path, backend="openvino", threads=THREADS)
+    choice = NetworkChoice(tiny_bundle_path, Choice("openvino", threads=THREADS))
     np.testing.assert_allclose(row_dice(evaluate(choice, films, EvaluationOptions())), row_dice(of_bundle), atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def low_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with FP16 graphs and an INT8 image encoder."""
+    folder = tmp_path_factory.mktemp("low")
+    path = copy_of(tiny_bundle_path, folder)
+    write_dataset(folder / "data", {"train": 8}, TINY_HW, 5)
+    calibration = CalibrationOptions((folder / "data",), "min-max")
+    graphs = ("image_encoder", "prompt_encoder", "mask_decoder")
+    for wanted in (DeriveOptions("fp16", graphs, threads=THREADS), DeriveOptions("int8", graphs, calibration)):
+        bundle = Bundle.open(path)
+        with edited_bundle(bundle) as unfinished:
+            write_manifest(unfinished, derive_graphs(bundle, wanted, unfinished, print).manifest)
+    return path
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("precision", "rest"), [("fp16", "fp16"), ("int8", "fp32")])
+def test_a_low_precision_is_measured_and_named(
+    backend: BackendName, precision: Precision, rest: str, low_bundle_path: Path, films: Path,
+    of_bundle: EvaluationResult,
+) -> None:  # fmt: skip
+    """Dice of every row as the segmenter's own probabilities give it, and not FP32's."""
+    pytest.importorskip(backend)
+    result = evaluate(
+        NetworkChoice(low_bundle_path, Choice(backend, threads=THREADS), precision), films, EvaluationOptions()
+    )
+    bundle = Bundle.open(low_bundle_path)
+    segmenter = Segmenter(bundle, open_backend(backend, bundle, precision, threads=THREADS))
+    expected = []
+    for row in read_flat(films):
+        probability = next(segmenter.probabilities(read_picture(row.image).pixels, [row.text]))
+        predicted, reference = probability >= 0.5, read_mask(row.mask)
+        total = predicted.sum() + reference.sum()
+        expected.append(2 * (predicted & reference).sum() / total if total else 1.0)
+    np.testing.assert_allclose(row_dice(result), expected, atol=1e-12)
+    assert not np.array_equal(row_dice(result), row_dice(of_bundle))
+    assert result.network["graphs"] == {"image_encoder": precision, "prompt_encoder": rest, "mask_decoder": rest}
+    assert (result.network["backend"], result.network["precision"]) == (backend, precision)
+    assert f"Ran in {backend} on cpu: image_encoder in {precision}, prompt_encoder in {rest}" in " ".join(
+        remarks(result)
+    )
+
+
+def test_a_precision_that_the_bundle_lacks_is_an_error(tiny_bundle_path: Path, films: Path) -> None:
+    with pytest.raises(UsageError, match=r"fp16"):
+        evaluate(NetworkChoice(tiny_bundle_path, precision="fp16"), films, EvaluationOptions())
+
+
+def test_engines_that_are_not_there_are_an_error_and_never_replaced(tiny_bundle_path: Path, films: Path) -> None:
+    runs = Choice("tensorrt-rtx", allow_fallback=True)
+    with pytest.raises(UsageError, match="build-engine BUNDLE --fp16 --backend tensorrt-rtx"):
+        evaluate(NetworkChoice(tiny_bundle_path, runs, "fp16"), films, EvaluationOptions())
+
+
+def test_what_stands_in_is_named(tiny_bundle_path: Path, films: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(EnvironmentProblem, match="CUDAExecutionProvider"):
+        evaluate(NetworkChoice(tiny_bundle_path, Choice(device="cuda")), films, EvaluationOptions())
+    choice = NetworkChoice(tiny_bundle_path, Choice(device="cuda", threads=THREADS, allow_fallback=True))
+    result = evaluate(choice, films, EvaluationOptions())
+    assert (result.network["ran"]["asked"], result.network["ran"]["ran"]) == (
+        "onnxruntime on cuda", "onnxruntime on cpu",
+    )  # fmt: skip
+    assert any("onnxruntime on cuda was requested and did not run" in remark for remark in remarks(result))
 
 
 def test_answers_are_measured_in_the_pictures_own_pixels(of_bundle: EvaluationResult) -> None:
@@ -111,7 +192,7 @@ def test_one_image_has_values_without_intervals(tiny_bundle_path: Path, copy: Pa
     assert dice.value is not None
     assert (dice.low, dice.high, dice.patients) == (None, None, 1)
     assert {c.name for c in result.evaluation.controls if c.missing} == {"shuffled", "fixed"}
-    assert any("one patient alone" in remark for remark in remarks(result))
+    assert any("one patient alone" in warning for warning in result.warnings())
     write_report(tmp_path / "report", result)
 
 
@@ -148,7 +229,9 @@ def test_options_of_the_other_kind_are_refused(tiny_bundle_path: Path, tiny_chec
     with pytest.raises(UsageError, match="are for a checkpoint"):
         evaluate(NetworkChoice(tiny_bundle_path, image_hw=(64, 64)), films, EvaluationOptions())
     with pytest.raises(UsageError, match="Export it"):
-        evaluate(NetworkChoice(tiny_checkpoint, backend="openvino"), films, EvaluationOptions())
+        evaluate(NetworkChoice(tiny_checkpoint, Choice("openvino")), films, EvaluationOptions())
+    with pytest.raises(UsageError, match="Export it"):
+        evaluate(NetworkChoice(tiny_checkpoint, precision="fp16"), films, EvaluationOptions())
     with pytest.raises(BundleError, match="There is no"):
         evaluate(NetworkChoice(films / "nothing"), films, EvaluationOptions())
 
@@ -181,6 +264,22 @@ def test_the_page_says_the_numbers_that_the_json_says(report: Path, of_bundle: E
     assert numbers["scores"]["dice_per_image"]["value"] == pytest.approx(row_dice(of_bundle).mean())
     assert numbers["policy"]["empty_reference"] == "one"
     assert f"<b>{numbers['scores']['dice_per_image']['value']:.3f}</b>" in (report / "index.html").read_text()
+
+
+def test_few_patients_are_warned_of_in_page_and_numbers(report: Path, of_bundle: EvaluationResult) -> None:
+    (warning,) = json.loads((report / "evaluation.json").read_text())["warnings"]
+    assert warning.startswith(f"Fewer than {FEW_PATIENTS} patients: The split.")
+    assert f"<p>Warning: {warning}</p>" in (report / "index.html").read_text()
+
+
+def test_scores_of_few_patients_are_named_in_a_split_of_many(of_bundle: EvaluationResult) -> None:
+    data = replace(of_bundle.data, patients=FEW_PATIENTS)
+    (warning,) = replace(of_bundle, data=data).warnings()
+    assert "hd95_px" in warning
+    enough = {f.name: replace(getattr(of_bundle.evaluation.scores, f.name), patients=FEW_PATIENTS)
+              for f in fields(Scores)}  # fmt: skip
+    evaluation = replace(of_bundle.evaluation, scores=Scores(**enough))
+    assert replace(of_bundle, data=data, evaluation=evaluation).warnings() == []
 
 
 def test_every_row_is_in_the_table(report: Path, of_bundle: EvaluationResult) -> None:

@@ -1,0 +1,52 @@
+"""Simulate how often 95 % intervals hold the true value, keep the result as JSON, and print its tables as Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from cclip_deploy.train.interval_coverage import (
+    CASES,
+    PATIENTS,
+    ROUND_CASES,
+    ROUNDS,
+    SEED_CASES,
+    SEEDS,
+    coverage_tables,
+    patient_coverage,
+    round_coverage,
+    seed_coverage,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/measurements/interval_coverage.json"))
+    parser.add_argument("--data-sets", type=int, default=2000, help="simulated for each score and number of patients")
+    parser.add_argument("--tables-only", action="store_true", help="print the tables of the JSON that is there")
+    arguments = parser.parse_args()
+
+    if not arguments.tables_only:
+        result = simulate(arguments.data_sets)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(coverage_tables(json.loads(arguments.output.read_text(encoding="utf-8"))), end="")
+
+
+def simulate(data_sets: int) -> dict[str, object]:
+    found = []
+    for case in CASES:
+        for patients in PATIENTS:
+            found += patient_coverage(case, patients, data_sets)
+            print(f"{case.name}, {patients} patients: {found[-1]['coverage']} %", flush=True)
+    return {
+        "data_sets": data_sets,
+        "patients": found,
+        "rounds": [round_coverage(name, rounds, data_sets) for name in ROUND_CASES for rounds in ROUNDS],
+        "seeds": [seed_coverage(name, seeds, data_sets) for name in SEED_CASES for seeds in SEEDS],
+    }
+
+
+if __name__ == "__main__":
+    main()
