@@ -129,13 +129,14 @@ def test_a_quantised_graph_without_a_record_does_not_open(int8_bundle_path: Path
         Bundle.open(copy)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "fp8", "fp8-fp16"])
 def test_other_precisions_are_built_and_proved_too(precision: Precision, copy: Path, films: Path) -> None:
     (entry,) = build_engines(Bundle.open(copy), options(films, precision))
     assert entry.precision == precision
     table = LayerTable.from_dict(json.loads((copy / entry.layers).read_text()))
-    rest = {"bf16": set(), "int8": {"fp32"}, "fp8": {"fp32"}}[precision]
-    assert set(table.product_summary()) - rest - {"none"} == {precision}
+    rest = {"int8": {"fp32"}, "fp8": {"fp32"}, "fp8-fp16": {"fp16"}}.get(precision, set())
+    assert set(table.product_summary()) - rest == {precision.removesuffix("-fp16")}
+    assert {row.role for row in table.rows if row.types} <= {"product", "other"}
     found = verify_bundle(Bundle.open(copy), VerifyOptions(threads=THREADS))
     assert found.passed
 
