@@ -47,6 +47,8 @@ def verify(
         print_json(result.to_dict())
     else:
         _show(str(bundle), result.checks)
+        for row in result.not_verified:
+            stdout.print(f"Not verified: {row['graph']} on {row['backend']}: {row['reason']}.", markup=False)
         for note in result.notes:
             stdout.print(f"Note: {note}", markup=False)
     if not result.passed:
@@ -67,7 +69,7 @@ def _show(name: str, checks: Sequence[Check]) -> None:
     engines = [c for c in checks if c.metric not in METRICS]
     for graph, precision, backend in dict.fromkeys((c.graph, c.precision, c.backend) for c in engines):
         rows = [c for c in engines if (c.graph, c.precision, c.backend) == (graph, precision, backend)]
-        stdout.print(f"{backend} engine of {graph}: {precision} in every product, and of this graph: {_verdict(rows)}")
+        stdout.print(f"{backend} engine of {graph}: proved {precision}, and built from this graph: {_verdict(rows)}")
     for c in checks:
         if not c.passed:
             stdout.print(f"[bold red]{c.name} ({c.precision}): {c.metric} {c.value:.6g}, limit {c.limit:.6g}[/]")
