@@ -13,8 +13,10 @@ from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, UsageError
 from cclip_deploy.files import link_or_copy, sha256_file, whole_folder
 from cclip_deploy.manifest import SCHEMA_VERSION, GraphEntry, Manifest, graph_key, inside
-from cclip_deploy.precisions import REST, is_quantised
+from cclip_deploy.precisions import build_command, is_quantised, precision_of
 
+CHAIN = ("image_encoder", "prompt_encoder", "mask_decoder")
+"""The graphs that serve: a picture's features and a prompt's kernel make a mask."""
 MANIFEST, SUMS, TOKENIZER = "manifest.json", "SHA256SUMS", "tokenizer.json"
 
 
@@ -89,14 +91,21 @@ class Bundle:
             raise UsageError(f"{self.path} has no graph {name!r}; it has {have}. Build or export it first.") from None
 
     def graph_in(self, name: str, precision: str) -> GraphEntry:
-        """The entry of a graph in a precision; where nothing of it is quantised, in what the rest of it all runs in.
+        """The entry of a graph in a precision; a prompt encoder or mask decoder is never quantized, so in the rest's.
 
-        UsageError lists what there is.
+        UsageError, where the bundle does not have it, names the command that makes it: no other precision stands in.
         """
-        key = graph_key(name, precision)
-        if key not in self.manifest.graphs and is_quantised(precision):
-            return self.graph(graph_key(name, REST[precision]))
-        return self.graph(key)
+        held = precision_of(name, precision)
+        key = graph_key(name, held)
+        if key in self.manifest.graphs or held == "fp32":
+            return self.graph(key)
+        made_by = build_command(precision, *(() if name in CHAIN else (f"--graph {name}",)))
+        have = ", ".join(self.manifest.graphs)
+        raise UsageError(f"{self.path} has no graph {key!r}; it has {have}. Make it: {made_by}")
+
+    def chain(self, precision: str) -> dict[str, GraphEntry]:
+        """Every graph that serves, in a precision; raises as `graph_in` does where one is missing."""
+        return {name: self.graph_in(name, precision) for name in CHAIN}
 
     def tokenizer(self) -> PromptTokenizer:
         """The tokenizer that the prompts of this bundle go through."""

@@ -15,6 +15,10 @@ class UsageError(CclipError):
     exit_code = 2
 
 
+class PrecisionNotSupported(UsageError):
+    """A backend cannot run graphs of the requested precision."""
+
+
 class EnvironmentProblem(CclipError):
     """This machine lacks something that was asked for: a package, a driver, disk space."""
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import TOKENIZER, Bundle
+from cclip_deploy.bundle import CHAIN, TOKENIZER, Bundle
 from cclip_deploy.data.preprocess import to_input, to_source
 from cclip_deploy.errors import BundleError, ParityError, UsageError
 from cclip_deploy.prompt_cache import CacheCounts, KernelFolder, KernelOrigin, PromptCache, PromptKernels, Tokens
 from cclip_deploy.runtime.backend import Backend, KeepsOutputs, Kept, KeptOrArrays
+from cclip_deploy.runtime.tensorrt_runner import TensorRtBackend
 
 PROMPTS_AT_ONCE = 16
 
@@ -31,7 +32,8 @@ class Segmenter:
         """Open the tokenizer and the prompt cache; graphs are loaded when they are first needed.
 
         Raises:
-            UsageError: the bundle is a plain one, or `prompt_cache` is a file.
+            UsageError: the bundle is a plain one or lacks a graph of the backend's precision, or `prompt_cache` is a
+                file.
             EnvironmentProblem: `prompt_cache` cannot be written.
         """
         if bundle.manifest.form != "deploy":
@@ -40,6 +42,7 @@ class Segmenter:
             )
         self.bundle = bundle
         self.backend = backend
+        self.precisions = chain_precisions(backend, bundle)
         self._tokenizer = bundle.tokenizer()
         folder = None if prompt_cache is None else KernelFolder(prompt_cache, kernel_origin(bundle, backend.precision))
         self._cache = PromptCache(folder)
@@ -150,6 +153,16 @@ def sigmoid(logits: Floats) -> Floats:
     """Probabilities of logits, without overflow for large ones."""
     probabilities: Floats = (0.5 * (1.0 + np.tanh(0.5 * logits))).astype(np.float32)
     return probabilities
+
+
+def chain_precisions(backend: Backend, bundle: Bundle) -> dict[str, str]:
+    """What each graph that serves runs in on a backend: that of the backend, or the rest's where none can be quantized.
+
+    UsageError, where the bundle lacks one of the graphs or engines, names the command that makes it.
+    """
+    if isinstance(backend, TensorRtBackend):
+        return {graph: backend.entry(graph).precision for graph in CHAIN}
+    return {graph: entry.precision for graph, entry in bundle.chain(backend.precision).items()}
 
 
 def kernel_origin(bundle: Bundle, precision: str) -> KernelOrigin:

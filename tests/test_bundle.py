@@ -347,3 +347,44 @@ def test_checking_ahead_hashes_once_and_tells_what_it_found_when_asked(
         with pytest.raises(BundleError, match=r"image_encoder\.onnx was altered"):
             opened.file("graphs/image_encoder.onnx")
     assert sorted(hashed) == ["image_encoder.onnx", "image_encoder.onnx", "prompt_encoder.onnx"]
+
+
+def with_graphs(bundle: Bundle, *keys: str) -> Bundle:
+    """A bundle whose manifest names these graphs too, which nothing here opens."""
+    entries = {key: bundle.graph(key.split(".")[0]).model_copy(update={"precision": key.split(".")[1]}) for key in keys}
+    manifest = bundle.manifest.model_copy(update={"graphs": {**bundle.manifest.graphs, **entries}})
+    return Bundle.unsealed(bundle.path, manifest)
+
+
+def test_only_a_prompt_encoder_and_a_mask_decoder_come_in_the_rests_precision(tiny_bundle: Bundle) -> None:
+    lowered = with_graphs(
+        tiny_bundle, "image_encoder.int8", "image_encoder.int8-fp16", "prompt_encoder.fp16", "mask_decoder.fp16"
+    )
+    chains = {
+        name: {graph: entry.precision for graph, entry in lowered.chain(name).items()}
+        for name in ("fp32", "int8", "int8-fp16")
+    }
+    assert chains == {
+        "fp32": {"image_encoder": "fp32", "prompt_encoder": "fp32", "mask_decoder": "fp32"},
+        "int8": {"image_encoder": "int8", "prompt_encoder": "fp32", "mask_decoder": "fp32"},
+        "int8-fp16": {"image_encoder": "int8-fp16", "prompt_encoder": "fp16", "mask_decoder": "fp16"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("graph", "precision", "have", "command"),
+    [
+        ("image_encoder", "int8", (), "--int8 --calibration DATA"),
+        ("image_encoder", "fp8", ("image_encoder.int8",), "--fp8 --calibration DATA"),
+        ("image_encoder", "int8-fp16", ("image_encoder.fp16",), "--int8 --fp16 --calibration DATA"),
+        ("fused", "int8", (), "--int8 --calibration DATA --graph fused"),
+        ("prompt_encoder", "int8-fp16", ("image_encoder.int8-fp16",), "--int8 --fp16 --calibration DATA"),
+        ("mask_decoder", "fp16", (), "--fp16"),
+    ],
+)
+def test_a_graph_that_is_not_there_is_named_with_the_command_that_makes_it(
+    tiny_bundle: Bundle, graph: str, precision: str, have: tuple[str, ...], command: str
+) -> None:
+    with pytest.raises(UsageError, match="has no graph") as caught:
+        with_graphs(tiny_bundle, *have).graph_in(graph, precision)
+    assert str(caught.value).endswith(f"Make it: cclip-deploy build-engine BUNDLE {command}")

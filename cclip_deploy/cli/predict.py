@@ -58,6 +58,7 @@ def predict(
 
     from cclip_deploy.pipeline.predict import predict as run
     from cclip_deploy.pipeline.predict import refuse_failures
+    from cclip_deploy.pipeline.run_report import report_run
     from cclip_deploy.runtime.choice import opened as open_choice
     from cclip_deploy.segmenter import Segmenter
 
@@ -67,6 +68,7 @@ def predict(
         segmenter = Segmenter(opened, runs.backend, prompt_cache)
         explainer = _open_explainer(segmenter, checkpoint) if explain else None
         found = run(segmenter, images, [p.text for p in prompts], output, threshold, on_picture, explainer)
+        ran = report_run(runs, segmenter)
     if json:
         failed = [{"image": str(path), "error": reason} for path, reason in found.failed]
         counts = found.prompt_counts.to_dict()
@@ -76,7 +78,7 @@ def predict(
                 "failed": failed,
                 "repaired_prompts": [p.to_dict() for p in prompts if p.repairs],
                 "prompt_kernels": counts,
-                "ran": runs.to_dict(),
+                "ran": ran.to_dict(),
             }
         )
     else:
@@ -87,8 +89,9 @@ def predict(
         stdout.print(shown)
         tell_repairs(prompts)
         stdout.print(found.prompt_counts.describe())
-        if told := runs.told():
-            stdout.print(f"Note: {told}", markup=False)
+        stdout.print(ran.summary(), markup=False)
+        for note in ran.notes():
+            stdout.print(f"Note: {note}", markup=False)
     refuse_failures(found)
 
 

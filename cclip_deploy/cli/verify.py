@@ -51,6 +51,8 @@ def verify(
     else:
         _show(str(bundle), result.checks)
         tell_repairs(prompts)
+        for row in result.not_verified:
+            stdout.print(f"Not verified: {row['graph']} on {row['backend']}: {row['reason']}.", markup=False)
         for note in result.notes:
             stdout.print(f"Note: {note}", markup=False)
     if not result.passed:
@@ -84,7 +86,7 @@ def _show(name: str, checks: Sequence[Check]) -> None:
     engines = [c for c in checks if c.name.split("/")[1:2] == ["engine"]]
     for graph, precision, backend in dict.fromkeys((c.graph, c.precision, c.backend) for c in engines):
         rows = [c for c in engines if (c.graph, c.precision, c.backend) == (graph, precision, backend)]
-        stdout.print(f"{backend} engine of {graph}: {precision} in every product, and of this graph: {_verdict(rows)}")
+        stdout.print(f"{backend} engine of {graph}: proved {precision}, and built from this graph: {_verdict(rows)}")
     for c in checks:
         if not c.passed:
             stdout.print(c.describe(), style="bold red", markup=False)

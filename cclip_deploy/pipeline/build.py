@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from cclip_deploy.bundle import Bundle, edited_bundle, write_manifest
+from cclip_deploy.bundle import CHAIN, Bundle, edited_bundle, write_manifest
 from cclip_deploy.errors import UsageError
-from cclip_deploy.files import sha256_file
 from cclip_deploy.graph.lower import InputsAndOutputs
 from cclip_deploy.manifest import EngineEntry, EngineTarget, GraphEntry, TensorSpec, graph_key
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
 from cclip_deploy.pipeline.derive import Derived, DeriveOptions, derive_graphs
+from cclip_deploy.pipeline.engine_proof import proof_record
 from cclip_deploy.pipeline.mask_agreement import evaluation_images, hold_masks_to_fp32, write_agreement
 from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
@@ -24,7 +25,7 @@ from cclip_deploy.runtime.layer_table import check_precision
 from cclip_deploy.runtime.tensorrt_binding import BindingName, check_targets, load_binding
 
 Progress = Callable[[str], None]
-SERVED = ("image_encoder", "prompt_encoder", "mask_decoder")
+SERVED = CHAIN
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,9 @@ def _write_engine(
     (folder / "engines").mkdir(exist_ok=True)
     stem = f"engines/{graph}.{options.precision}.{built.binding}"
     file, layers = f"{stem}.engine", f"{stem}.layers.json"
-    proof = {
-        "asked": options.precision,
-        "products": sorted(built.products),
-        "kept": sorted(built.kept),
-        **built.layers.to_dict(),
-    }
-    for name, content in ((file, built.engine), (layers, json.dumps(proof).encode())):
+    sha256 = hashlib.sha256(built.engine).hexdigest()
+    record = proof_record(built, options.precision, sha256, source.sha256)
+    for name, content in ((file, built.engine), (layers, json.dumps(record).encode())):
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(content)
     return EngineEntry(
@@ -172,7 +169,7 @@ def _write_engine(
         backend_version=built.binding_version,
         precision=options.precision,
         file=file,
-        sha256=sha256_file(folder / file),
+        sha256=sha256,
         graph_sha256=source.sha256,
         layers=layers,
         shapes=dict(options.shapes),

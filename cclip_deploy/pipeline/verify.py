@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.images import find_pictures
 from cclip_deploy.data.tokens import PromptTokenizer
-from cclip_deploy.errors import BundleError, ParityError, UsageError
+from cclip_deploy.errors import UsageError
 from cclip_deploy.evidence.parity import CHAIN, Check, can_chain, check_graphs, plain_batch, without_useful_masks
 from cclip_deploy.evidence.reference import Reference, load_references
 from cclip_deploy.evidence.stages import check_tokenizer_file, mask_stage_checks, stage_checks
 from cclip_deploy.manifest import graph_key
 from cclip_deploy.pipeline.calibration_record import read_record
 from cclip_deploy.pipeline.derivation import derivation_checks
-from cclip_deploy.precisions import Precision
-from cclip_deploy.runtime.choice import Choice, Opened, engine_precisions, opened
-from cclip_deploy.runtime.layer_table import LayerTable, prove_precision
+from cclip_deploy.pipeline.engine_proof import engine_checks
+from cclip_deploy.runtime.choice import Choice, Opened, opened, precisions_to_run
 from cclip_deploy.runtime.tensorrt_runner import TensorRtBackend
+from cclip_deploy.segmenter import chain_precisions
 
 if TYPE_CHECKING:
     from cclip_deploy.model.checkpoint import LoadedCheckpoint
@@ -36,7 +35,9 @@ class Verification:
 
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
-    ran: tuple[dict[str, str | None], ...] = ()
+    ran: tuple[dict[str, Any], ...] = ()
+    not_verified: tuple[dict[str, str], ...] = ()
+    """The graphs that the backend cannot run, each with the reason."""
 
     @property
     def passed(self) -> bool:
@@ -49,6 +50,7 @@ class Verification:
             "checks": [check.to_dict() for check in self.checks],
             "notes": list(self.notes),
             "ran": list(self.ran),
+            "not_verified": list(self.not_verified),
         }
 
 
@@ -76,7 +78,8 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     checks += stage_checks(bundle, references)
     has_onnx = importlib.util.find_spec("onnx") is not None
     choice, ran, run_engines = replace(options.choice, threads=options.threads), [], set[str]()
-    for precision in engine_precisions(bundle, choice.backend) if choice.runs_engines else bundle.precisions():
+    precisions, not_run = precisions_to_run(choice, bundle)
+    for precision in precisions:
         with opened(choice, bundle, precision, has_onnx) as found:
             graphs = _graphs_of(bundle, found)
             on_progress(f"Comparing {precision} graphs on {found.ran}: {', '.join(graphs)}")
@@ -84,15 +87,15 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
             checks += check_graphs(found.backend, graphs, references, plain_batch(bundle.manifest), with_chain)
             if with_chain:
                 checks += mask_stage_checks(bundle, found.backend, references)
-            ran.append(found.to_dict())
+            chain = chain_precisions(found.backend, bundle) if with_chain else {}
+            ran.append({**found.to_dict(), "graphs": chain | dict.fromkeys(graphs, precision)})
             notes += [told for told in [found.told()] if told]
             if isinstance(found.backend, TensorRtBackend):
                 run_engines |= {entry.file for entry in found.backend.entries}
     derived, derivation_notes = derivation_checks(bundle, references, on_progress)
-    checks += derived
-    notes += derivation_notes
-    checks += _engine_checks(bundle)
-    notes += _calibration_notes(bundle)
+    engines, engine_notes = engine_checks(bundle)
+    checks += [*derived, *engines]
+    notes += derivation_notes + engine_notes + _calibration_notes(bundle)
     narrow = [name for name, graph in bundle.manifest.graphs.items() if "16" in graph.precision]
     if narrow and not choice.on_gpu:
         told = (
@@ -106,9 +109,14 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     notes += _reference_notes(references)
     for engine in bundle.manifest.engines:
         if engine.file not in run_engines:
-            proved = "was built and its precision proved from the build log; not run: that needs a GPU"
-            notes.append(f"{engine.file} {proved} and --backend {engine.backend}.")
-    return Verification(tuple(checks), tuple(notes), tuple(ran))
+            judged = "was judged by the record of its build, not run: that needs a GPU"
+            notes.append(f"{engine.file} {judged} and --backend {engine.backend}.")
+    not_verified = tuple(
+        {"graph": name, "backend": choice.backend, "reason": not_run[graph.precision]}
+        for name, graph in bundle.manifest.graphs.items()
+        if graph.precision in not_run
+    )
+    return Verification(tuple(checks), tuple(notes), tuple(ran), not_verified)
 
 
 def _graphs_of(bundle: Bundle, found: Opened) -> list[str]:
@@ -198,31 +206,3 @@ def _calibration_notes(bundle: Bundle) -> list[str]:
             told = apart if record.evaluation_pictures else "no evaluation set was named to keep apart from them"
             notes.append(f"{name} was calibrated on {len(record.pictures)} pictures ({record.method}); {told}.")
     return notes
-
-
-def _engine_checks(bundle: Bundle) -> list[Check]:
-    """An engine that cannot run here is still held to its layer table, and to the graph that it was built from."""
-    checks = []
-    for engine in bundle.manifest.engines:
-        bundle.file(engine.file)
-        graph = bundle.graph(graph_key(engine.graph, engine.precision))
-        measured = {
-            "precision_honoured": float(_honours(bundle.file(engine.layers), engine.precision)),
-            "graph_unchanged": float(graph.sha256 == engine.graph_sha256),
-        }
-        for metric, value in measured.items():
-            name = f"{engine.graph}/engine/{metric}"
-            checks.append(Check(name, engine.graph, engine.backend, engine.precision, metric, value, 1.0, value == 1.0))
-    return checks
-
-
-def _honours(path: Path, asked: Precision) -> bool:
-    """Whether the layer table stored beside an engine proves its precision, judged anew."""
-    try:
-        proof = json.loads(path.read_bytes())
-        prove_precision(LayerTable.from_dict(proof), asked, proof["products"], proof.get("kept", ()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} is no layer table: {error!r}. Build the engine again.") from error
-    except ParityError:
-        return False
-    return True

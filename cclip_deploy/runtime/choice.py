@@ -1,7 +1,8 @@
-"""A backend by its name: the one place that knows them all, and the one rule by which another may stand in."""
+"""Backend registry: which backend runs what, and the one rule by which ONNX Runtime on the CPU may stand in."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from cclip_deploy.runtime.backend import Backend
 from cclip_deploy.runtime.engine_file import engines_of
 from cclip_deploy.runtime.onnx_runtime import Device, OnnxRuntimeBackend
 from cclip_deploy.runtime.onnx_runtime_gpu import OnnxRuntimeGpuBackend
-from cclip_deploy.runtime.openvino import OpenVinoBackend
+from cclip_deploy.runtime.openvino import NOT_RUN, OpenVinoBackend
 from cclip_deploy.runtime.tensorrt_binding import BindingName
 from cclip_deploy.runtime.tensorrt_runner import GpuOptions, TensorRtBackend
 
@@ -58,6 +59,11 @@ class Opened:
     asked: str
     ran: str
     why: str | None = None
+
+    @property
+    def device(self) -> str:
+        """`cpu`, `cuda` for engines, or the device of ONNX Runtime's provider."""
+        return str(getattr(self.backend, "device", "cpu"))
 
     def to_dict(self) -> dict[str, str | None]:
         """For every report: who reads a number has to know what computed it."""
@@ -131,6 +137,20 @@ def engine_precisions(bundle: Bundle, backend: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def precisions_to_run(choice: Choice, bundle: Bundle) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The precisions of a bundle that a backend can run and, of each other one, why it cannot.
+
+    UsageError where the bundle has no engine for an engine backend.
+    """
+    if choice.runs_engines:
+        return engine_precisions(bundle, choice.backend), {}
+    reasons = dict(NOT_RUN) if choice.backend == "openvino" else {}
+    if choice.backend == "onnxruntime" and not choice.on_gpu and importlib.util.find_spec("onnx") is None:
+        reasons["bf16"] = "ONNX Runtime has no BF16 kernels for a CPU, and emulating them needs the package onnx"
+    have = bundle.precisions()
+    return tuple(p for p in have if p not in reasons), {p: reasons[p] for p in have if p in reasons}
+
+
 def _open(choice: Choice, bundle: Bundle, precision: str, rounds_as_written: bool) -> Backend:
     if choice.runs_engines:
         engines_of(bundle, choice.backend, precision)
@@ -153,4 +173,5 @@ def _smallest(choice: Choice, bundle: Bundle, precision: str) -> str:
     else:
         entries = bundle.manifest.graphs.items()
         graphs = {name.split(".")[0] for name, entry in entries if entry.precision == precision}
+        graphs = graphs or set(bundle.chain(precision))  # raises, and says what makes them
     return min(graphs, key=lambda graph: bundle.graph(graph).multiply_adds)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
 from cclip_deploy.manifest import EngineEntry, EngineTarget, GraphEntry, TensorSpec
-from cclip_deploy.precisions import REST
+from cclip_deploy.precisions import build_command, precision_of
 from cclip_deploy.runtime.backend import check_tensors
 from cclip_deploy.runtime.engine_context import LoadedEngine
 from cclip_deploy.runtime.gpu import GpuFacts
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def engines_of(bundle: Bundle, backend: str, precision: str) -> dict[str, EngineEntry]:
     """The engines of a bundle for one binding in one precision, by graph; UsageError where there is none.
 
-    In a quantised precision, a graph of which nothing is quantised has its engine in what the rest of it runs in.
+    In a quantized precision, the engines of a prompt encoder and a mask decoder are those of the rest's precision.
     """
     built = [entry for entry in bundle.manifest.engines if entry.backend == backend]
     found = {entry.graph: entry for entry in built if entry.precision == precision}
@@ -35,7 +35,7 @@ def engines_of(bundle: Bundle, backend: str, precision: str) -> dict[str, Engine
             f"{bundle.path} has no {precision} engine for {backend}; it has {have}. "
             f"Build them: {_remedy(backend, precision)}"
         )
-    return {entry.graph: entry for entry in built if entry.precision == REST.get(precision)} | found
+    return {entry.graph: entry for entry in built if entry.precision == precision_of(entry.graph, precision)} | found
 
 
 def check_engine(entry: EngineEntry, binding: ModuleType, facts: GpuFacts) -> None:
@@ -138,5 +138,4 @@ def _numbers(capability: str) -> tuple[int, ...]:
 
 
 def _remedy(backend: str, precision: str) -> str:
-    flags = " ".join(f"--{part}" for part in precision.split("-"))
-    return f"cclip-deploy build-engine BUNDLE {flags} --backend {backend}"
+    return build_command(precision, f"--backend {backend}")

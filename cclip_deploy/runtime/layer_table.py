@@ -1,4 +1,4 @@
-"""What an engine's layers run in, read from the build log, and the proof that it is what was asked.
+"""What an engine's layers run in, read from the build log, and the proof that this is the requested precision.
 
 TensorRT and TensorRT-RTX write the same table into the verbose build log when the profiling verbosity is detailed: a
 line a layer, with its kind, its tensors and their types, and the ONNX nodes it came from. The build log needs no GPU;
@@ -7,7 +7,6 @@ the engine inspector does.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import DataError, ParityError, UsageError
 from cclip_deploy.precisions import PRECISIONS, Precision, is_quantised, product_type, rest_type
+from cclip_deploy.runtime.layer_row import FLAT_WEIGHTS, LayerRow, LayerTensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -36,8 +36,8 @@ _TENSOR = re.compile(
     r"(?:Format/)?Datatype: (?P<type>[^,}]*?)(?:, Format: [^}]*)?(?: ?\})"
 )
 _WEIGHTS = re.compile(r'\bWeights: \{"Type": "(?P<type>\w+)", "Count": (?P<count>\d+)\}')
+_WEIGHTS_KEY = re.compile(r"\bWeights\b")
 _ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?:__\w+)?(?=\[ONNX Layer: |[\x1e\x1f]|$)")
-_PRODUCT_KIND = re.compile(r"correlation|conv|gemm|matrix|fusion|mha|attention", re.IGNORECASE)
 _TYPES = (
     (re.compile(r"bfloat16|bf16", re.IGNORECASE), "bf16"),
     (re.compile(r"half|fp16|float16", re.IGNORECASE), "fp16"),
@@ -51,66 +51,14 @@ _TYPES = (
     (re.compile(r"int64", re.IGNORECASE), "int64"),
     (re.compile(r"bool", re.IGNORECASE), "bool"),
 )
-_COMPUTE_TYPES = frozenset({"fp32", "fp16", "bf16", "fp8", "fp4", "int8", "uint8", "int4"})
+LEAST_SHARE = 1 / 3
+"""An engine of a precision runs more than this part of its products in it: below, it is named for what it is not."""
 
 
 def check_precision(precision: str) -> None:
     """Raise UsageError unless engines can be built, and proved, in this precision."""
     if precision not in PRECISIONS:
         raise UsageError(f"There is no precision {precision!r}. Use {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}.")
-
-
-@dataclass(frozen=True)
-class LayerTensor:
-    """A tensor that a layer reads or writes; -1 stands for a dynamic size."""
-
-    name: str
-    dims: tuple[int, ...]
-    type: str
-
-    @property
-    def elements(self) -> int:
-        """Number of elements with every dynamic size taken as 2: only what is surely one element counts as one."""
-        return math.prod(2 if size < 0 else size for size in self.dims)
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer of an engine: a kernel, with the names of the ONNX nodes that it computes a part of."""
-
-    name: str
-    kind: str
-    inputs: tuple[LayerTensor, ...]
-    constants: tuple[LayerTensor, ...]
-    outputs: tuple[LayerTensor, ...]
-    origins: tuple[str, ...]
-
-    @property
-    def is_product(self) -> bool:
-        """Whether this is a convolution or matrix product; a generated kernel (`kgen`) is one if its name starts so."""
-        is_generated_product = self.kind == "kgen" and self.name.startswith("_gemm")
-        return is_generated_product or bool(_PRODUCT_KIND.search(self.kind))
-
-    @property
-    def types(self) -> frozenset[str]:
-        """Compute types of all tensors; single elements (a product's alpha and beta are FP32 always) do not count."""
-        tensors = (*self.inputs, *self.constants, *self.outputs)
-        return frozenset(t.type for t in tensors if t.elements > 1 and t.type in _COMPUTE_TYPES)
-
-    @property
-    def precision(self) -> str:
-        """The one type of the layer, `mixed` where a cast or an island is fused in, `none` for index and shape work.
-
-        A product's is that of its operands: its largest weights and, if they agree, its activations; a residual
-        or a bias in another type does not count, nor does the output.
-        """
-        if not self.is_product:
-            return _one_of(self.types)
-        weights = sorted(_computing(self.constants), key=lambda tensor: tensor.elements)
-        activations = [tensor.type for tensor in _computing(self.inputs)]
-        if not weights:
-            return _one_of(activations)
-        return weights[-1].type if weights[-1].type in activations else _one_of([weights[-1].type, *activations])
 
 
 @dataclass(frozen=True)
@@ -133,7 +81,7 @@ class LayerTable:
         return products.get(precision, 0) / max(1, sum(products.values()))
 
     def rows_of(self, node: str) -> tuple[LayerRow, ...]:
-        """The layers that compute an ONNX product node: those of a product's kind, or else all that name it."""
+        """The layers that compute an ONNX product node: those known to be products, or else all that name it."""
         naming = tuple(row for row in self.rows if node in row.origins)
         return tuple(row for row in naming if row.is_product) or naming
 
@@ -188,27 +136,32 @@ def product_nodes(graph: ModelProto) -> frozenset[str]:
 def prove_precision(
     table: LayerTable, asked: Precision, products: Collection[str], kept_nodes: Collection[str] = ()
 ) -> None:
-    """Raise ParityError unless every convolution and matrix product of the graph runs in the precision asked for.
+    """Raise ParityError unless every convolution and matrix product of the graph runs in the requested precision.
 
-    Each product has to be found in the table; those kept out of the precision on purpose are proved to run in the
-    rest's. For FP32 no layer may hold a narrower type at all (TF32 inside an FP32 kernel does not show in the table).
+    What is not known is not proved. Each product must be named by a layer of a kind that is known to multiply, whose
+    activations and weights all are in the type; the products kept out of the precision on purpose, in the rest's type.
+    A layer of an unknown kind fails if it handles floating-point or quantized data, because it could hide a product.
+    For FP32 no layer may hold a narrower type at all (TF32 inside an FP32 kernel does not show in the table).
 
     Args:
         table: the engine's layers.
         asked: the precision.
         products: node names, from `product_nodes`.
-        kept_nodes: the products that the graph keeps in the rest's precision on purpose.
+        kept_nodes: the products that the graph keeps in the rest's precision on purpose; fewer than two thirds of all.
     """
     check_precision(asked)
-    expected = {node: rest_type(asked) if node in kept_nodes else product_type(asked) for node in sorted(products)}
-    if not set(products) - set(kept_nodes):
+    names = sorted(products)
+    kept = [node for node in names if node in kept_nodes]
+    if len(kept) == len(names):
         raise ParityError("The graph has no convolution or matrix product, so no precision can be proved.")
+    if len(names) - len(kept) <= LEAST_SHARE * len(names):
+        raise ParityError(
+            f"{asked.upper()} was asked for, but {len(kept)} of {len(names)} convolutions and matrix products are kept "
+            f"in {rest_type(asked).upper()}. Keep fewer, or build in {rest_type(asked)}."
+        )
+    expected = {node: rest_type(asked) if node in kept else product_type(asked) for node in names}
     faults = [fault for node, kind in expected.items() if (fault := _fault_of(node, table.rows_of(node), kind))]
-    strays = [
-        f"{row.name} ({row.kind}, {'+'.join(sorted(row.types))})"
-        for row in table.rows
-        if _is_stray(row, asked, products)
-    ]
+    strays = [stray for row in table.rows if (stray := _stray_of(row, asked, products))]
     if faults or strays:
         raise ParityError(
             f"{asked.upper()} was asked for, but the engine does not run in it: {len(faults)} of {len(expected)} "
@@ -218,23 +171,27 @@ def prove_precision(
 
 
 def _fault_of(node: str, rows: tuple[LayerRow, ...], expected: str) -> str | None:
+    """Why a product node is not proved to run in a type; None where it is."""
     if not rows:
         return f"{node} (in no layer)"
     for row in rows:
-        fused_in = not row.is_product and expected in row.types
-        if row.precision != expected and not fused_in:
+        if not row.is_product:
+            return f"{node} ({row.kind}, {row.precision}) is named only by {row.name}, not known to multiply"
+        if row.precision != expected:
             return f"{node} ({row.kind}, {row.precision})"
     return None
 
 
-def _is_stray(row: LayerRow, asked: Precision, products: Collection[str]) -> bool:
-    """Whether a layer that computes none of the named products speaks against the precision asked for."""
-    if not set(products).isdisjoint(row.origins):
-        return False
-    if asked == "fp32":
-        return bool(row.types - {"fp32"})
-    fitting = {product_type(asked), "none"} | ({rest_type(asked)} if is_quantised(asked) else set())
-    return row.is_product and row.precision not in fitting
+def _stray_of(row: LayerRow, asked: Precision, products: Collection[str]) -> str | None:
+    """What a layer that is not one of the named products has against the precision; None where it has nothing."""
+    told = f"{row.name} ({row.kind}, {'+'.join(sorted(row.types))})"
+    if asked == "fp32" and row.types - {"fp32"}:
+        return told
+    if row.role == "unknown" and row.types:
+        return f"{told} is of an unknown kind"
+    fitting = {product_type(asked)} | ({rest_type(asked)} if is_quantised(asked) else set())
+    is_named = not set(products).isdisjoint(row.origins)
+    return told if row.is_product and not is_named and row.precision not in fitting else None
 
 
 def _first_few(faults: list[str]) -> str:
@@ -242,30 +199,27 @@ def _first_few(faults: list[str]) -> str:
     return f" [{few}]" if few else ""
 
 
-def _one_of(types: Iterable[str]) -> str:
-    """The type that all share, `mixed`, or `none`."""
-    distinct = set(types)
-    return "none" if not distinct else distinct.pop() if len(distinct) == 1 else "mixed"
-
-
-def _computing(tensors: Iterable[LayerTensor]) -> list[LayerTensor]:
-    return [tensor for tensor in tensors if tensor.elements > 1 and tensor.type in _COMPUTE_TYPES]
-
-
 def _read_row(line: str) -> LayerRow:
     found = _ROW.fullmatch(line)
     if found is None:
         raise ParityError(f"A line of the build log's layer table cannot be read: {line[:200]!r}. Please report it.")
-    rest = found["rest"]
-    weights = tuple(LayerTensor("weights", (int(w["count"]),), _type_of(w["type"])) for w in _WEIGHTS.finditer(rest))
+    weights = _read_weights(found["rest"].partition("Metadata: ")[0])
     return LayerRow(
         name=found["name"],
         kind=found["kind"],
         inputs=_read_tensors(found["inputs"]),
         constants=_read_tensors(found["constants"] or "") + weights,
         outputs=_read_tensors(found["outputs"]),
-        origins=tuple(_ORIGIN.findall(rest.partition("Metadata: ")[2])),
+        origins=tuple(_ORIGIN.findall(found["rest"].partition("Metadata: ")[2])),
     )
+
+
+def _read_weights(text: str) -> tuple[LayerTensor, ...]:
+    """Plain TensorRT's weights, of which a layer shows only type and count."""
+    weights = tuple(LayerTensor(FLAT_WEIGHTS, (int(w["count"]),), _type_of(w["type"])) for w in _WEIGHTS.finditer(text))
+    if len(weights) != len(_WEIGHTS_KEY.findall(text)):
+        raise ParityError(f"Weights in the build log's layer table cannot be read: {text[:200]!r}. Please report it.")
+    return weights
 
 
 def _read_tensors(text: str) -> tuple[LayerTensor, ...]:

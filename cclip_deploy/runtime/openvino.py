@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.errors import BundleError, EnvironmentProblem
+from cclip_deploy.errors import BundleError, EnvironmentProblem, PrecisionNotSupported
 from cclip_deploy.manifest import GraphEntry, TensorSpec
 from cclip_deploy.precisions import product_type
 from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
@@ -23,6 +23,8 @@ from cclip_deploy.runtime.openvino_codes import use_all_bits
 DEVICE, PICTURE = "CPU", "image"
 INSTALL = "pip install 'cclip-deploy[openvino]'"
 ARITHMETIC = {"fp32": "f32", "fp16": "f16"}  # whatever else a graph has, its floating-point part is float32
+NOT_RUN = {"int8-fp16": "OpenVINO does not compile convolutions whose INT8 codes are dequantized to FP16"}
+"""Why OpenVINO (2026.4) cannot run the graphs of a precision; it runs those of every other one."""
 REQUESTS_KEPT = 2
 """Of each graph: the decoder's last request holds the features that it read, so the next picture needs a second one."""
 
@@ -38,9 +40,21 @@ class OpenVinoBackend:
     """
 
     name = "openvino"
+    device = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> None:
+        """Nothing is compiled yet.
+
+        Raises:
+            PrecisionNotSupported: OpenVINO cannot run graphs of this precision.
+            EnvironmentProblem: OpenVINO is not installed.
+        """
         check_threads(threads)
+        if precision in NOT_RUN:
+            raise PrecisionNotSupported(
+                f"{NOT_RUN[precision]}, so it cannot run {precision} graphs. Use --backend onnxruntime, or another "
+                f"precision of the bundle: {', '.join(p for p in bundle.precisions() if p not in NOT_RUN)}."
+            )
         self.bundle = bundle
         self.precision = precision
         self.threads = threads
@@ -81,7 +95,7 @@ class OpenVinoBackend:
                 )
             if product_type(entry.precision) == "int8":
                 use_all_bits(model)
-            compiled = compile_graph(self._core, model, self.precision, self.threads)
+            compiled = compile_graph(self._core, model, entry.precision, self.threads)
             self._compiled[graph, one_alone] = CompiledGraph(compiled)
         return self._compiled[graph, one_alone]
 

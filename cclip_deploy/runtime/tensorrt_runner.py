@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import UsageError
 from cclip_deploy.manifest import EngineEntry
+from cclip_deploy.precisions import build_command
 from cclip_deploy.runtime.backend import Kept, KeptOrArrays
 from cclip_deploy.runtime.engine_context import LoadedEngine
 from cclip_deploy.runtime.engine_file import check_engine, engines_of, load_engine
@@ -165,15 +166,21 @@ class TensorRtBackend:
     ) -> None:
         self.close()
 
-    def _engine(self, graph: str) -> LoadedEngine:
+    def entry(self, graph: str) -> EngineEntry:
+        """The engine of a graph; UsageError that names the command which builds it where there is none."""
         if graph not in self._entries:
             raise UsageError(
                 f"{self.bundle.path} has no {self.precision} {self.name} engine of {graph}; it has "
-                f"{', '.join(self._entries)}. Build it: cclip-deploy build-engine BUNDLE --graph {graph}"
+                f"{', '.join(self._entries)}. Build it: "
+                f"{build_command(self.precision, f'--backend {self.name}', f'--graph {graph}')}"
             )
+        return self._entries[graph]
+
+    def _engine(self, graph: str) -> LoadedEngine:
+        entry = self.entry(graph)
         with self._loading:
             if graph not in self._loaded:
-                self._loaded[graph] = load_engine(self.bundle, self._entries[graph], self._binding, self.gpu.facts)
+                self._loaded[graph] = load_engine(self.bundle, entry, self._binding, self.gpu.facts)
             return self._loaded[graph]
 
     @contextmanager

@@ -60,6 +60,21 @@ def test_predict_names_what_ran_instead(bundle: Bundle, film: Path, tmp_path: Pa
     assert "onnxruntime on cpu ran, not tensorrt-rtx as asked" in told
 
 
+def test_predict_says_which_engines_were_not_used_and_what_runs_them(
+    bundle: Bundle, film: Path, tmp_path: Path
+) -> None:
+    arguments = ("predict", bundle.path, film, "--prompt", "left lung", "-o", tmp_path / "out", "--threads", "2")
+    ran = json.loads(invoke(*arguments, "--json").stdout)["ran"]
+    assert (ran["backend"], ran["device"]) == ("onnxruntime", "cpu")
+    assert [row["file"] for row in ran["engines_not_used"]] == [entry.file for entry in bundle.manifest.engines]
+    said = " ".join(invoke(*arguments).stdout.split())
+    assert "Ran: onnxruntime on cpu; image_encoder fp32, prompt_encoder fp32, mask_decoder fp32." in said
+    assert (
+        "The bundle's tensorrt-rtx engines were not used (image_encoder fp32, prompt_encoder fp32, mask_decoder fp32). "
+        "Where there is a GPU, they run with --backend tensorrt-rtx and --precision fp32."
+    ) in said
+
+
 def test_bench_names_what_ran_instead(bundle: Bundle) -> None:
     done = invoke("bench", bundle.path, *RTX, "--allow-fallback", "--rounds", "3", "--warmup", "0", "--json")
     assert done.exit_code == 0, done.stderr

@@ -202,3 +202,38 @@ def test_either_backend_finds_the_same(tiny_bundle_path: Path, films: Path, tmp_
         (row,) = json.loads(done.stdout)["predictions"]
         shares[backend] = row["mean_probability"]
     assert shares["openvino"] == pytest.approx(shares["onnxruntime"], abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("precision", "flags"),
+    [
+        ("int8", "--int8 --calibration DATA"), ("fp8", "--fp8 --calibration DATA"), ("fp16", "--fp16"),
+        ("fp8-fp16", "--fp8 --fp16 --calibration DATA"),
+    ],
+)  # fmt: skip
+def test_a_precision_that_the_bundle_lacks_runs_no_other(
+    precision: str, flags: str, backend: str, tiny_bundle_path: Path, films: Path, tmp_path: Path
+) -> None:
+    done = invoke(
+        "predict", tiny_bundle_path, films, "--prompt", "lung", "--precision", precision, "--backend", backend,
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert f"Make it: cclip-deploy build-engine BUNDLE {flags}\n" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_it_says_what_ran(backend: str, tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    arguments = (
+        "predict", tiny_bundle_path, films / "deep.png", "--prompt", "lung", "--backend", backend, "-o",
+        tmp_path / "out", "--threads", "1",
+    )  # fmt: skip
+    ran = json.loads(invoke(*arguments, "--json").stdout)["ran"]
+    assert (ran["backend"], ran["device"], ran["precision"]) == (backend, "cpu", "fp32")
+    assert ran["graphs"] == {"image_encoder": "fp32", "prompt_encoder": "fp32", "mask_decoder": "fp32"}
+    assert (ran["engines_not_used"], ran["notes"]) == ([], [])
+    said = invoke(*arguments).stdout
+    assert f"Ran: {backend} on cpu; image_encoder fp32, prompt_encoder fp32, mask_decoder fp32." in said
+    assert "engines" not in said

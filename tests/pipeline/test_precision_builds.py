@@ -20,6 +20,7 @@ from cclip_deploy.graph import quantise
 from cclip_deploy.pipeline import mask_agreement
 from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.engine_proof import engine_checks
 from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 from cclip_deploy.precisions import Precision
 from cclip_deploy.runtime.layer_table import LayerTable
@@ -92,6 +93,50 @@ def test_an_int8_bundle_verifies_graphs_chain_and_engines(int8_bundle_path: Path
     assert any("calibrated on 16 pictures (min-max)" in note for note in found.notes)
 
 
+def test_a_record_that_keeps_more_than_its_graph_does_is_not_proved(int8_bundle_path: Path, tmp_path: Path) -> None:
+    copy = copy_of(int8_bundle_path, tmp_path)
+    record = copy / Bundle.open(copy).manifest.engines[0].layers
+    proof = json.loads(record.read_text())
+    first = next(node for node in proof["products"] if node not in proof["kept"])
+    record.write_text(json.dumps({**proof, "kept": sorted([*proof["kept"], first])}))
+    reseal(copy)
+    checks, notes = engine_checks(Bundle.open(copy))
+    assert {check.name for check in checks if not check.passed} == {"image_encoder/engine/precision_honoured"}
+    assert any(f"differ in what is kept out of int8-fp16; first: {first}" in note for note in notes)
+
+
+def test_predict_says_what_each_graph_ran_in(int8_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    image = next((films / "images").iterdir())
+    arguments = ("predict", int8_bundle_path, image, "--prompt", "lung", "--threads", THREADS, "-o", tmp_path / "out")
+    told = json.loads(invoke(*arguments, "--precision", "int8-fp16", "--json").stdout)["ran"]
+    assert told["graphs"] == {"image_encoder": "int8-fp16", "prompt_encoder": "fp16", "mask_decoder": "fp16"}
+    assert any("in FP32 arithmetic" in note for note in told["notes"])
+    done = invoke(*arguments, "--precision", "fp16")
+    assert done.exit_code == 2
+    assert "has no graph 'image_encoder.fp16'" in " ".join(done.stderr.split())
+
+
+def test_what_openvino_cannot_run_is_refused_and_not_verified(
+    int8_bundle_path: Path, films: Path, tmp_path: Path
+) -> None:
+    image = next((films / "images").iterdir())
+    openvino = ("--backend", "openvino", "--threads", THREADS)
+    done = invoke(
+        "predict", int8_bundle_path, image, "--prompt", "lung", "--precision", "int8-fp16", "-o", tmp_path / "out",
+        *openvino,
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert "it cannot run int8-fp16 graphs" in " ".join(done.stderr.split())
+    done = invoke("verify", int8_bundle_path, *openvino, "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [(row["graph"], row["backend"]) for row in told["not_verified"]] == [("image_encoder.int8-fp16", "openvino")]
+    assert "int8-fp16" not in {check["precision"] for check in told["checks"] if check["backend"] == "openvino"}
+    assert {row["precision"] for row in told["ran"]} == {"fp32", "fp16"}
+    said = " ".join(invoke("verify", int8_bundle_path, *openvino).stdout.split())
+    assert "Not verified: image_encoder.int8-fp16 on openvino: OpenVINO does not compile convolutions" in said
+
+
 def test_int8_weights_are_what_makes_the_file_small(int8_bundle_path: Path) -> None:
     sizes = {
         n: (int8_bundle_path / f"graphs/{n}.onnx").stat().st_size for n in ("image_encoder", "image_encoder.int8-fp16")
@@ -132,13 +177,14 @@ def test_a_quantised_graph_without_a_record_does_not_open(int8_bundle_path: Path
         Bundle.open(copy)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "fp8", "fp8-fp16"])
 def test_other_precisions_are_built_and_proved_too(precision: Precision, copy: Path, films: Path) -> None:
     (entry,) = build_engines(Bundle.open(copy), options(films, precision))
     assert entry.precision == precision
     table = LayerTable.from_dict(json.loads((copy / entry.layers).read_text()))
-    rest = {"bf16": set(), "int8": {"fp32"}, "fp8": {"fp32"}}[precision]
-    assert set(table.product_summary()) - rest - {"none"} == {precision}
+    rest = {"int8": {"fp32"}, "fp8": {"fp32"}, "fp8-fp16": {"fp16"}}.get(precision, set())
+    assert set(table.product_summary()) - rest == {precision.removesuffix("-fp16")}
+    assert {row.role for row in table.rows if row.types} <= {"product", "other"}
     found = verify_bundle(Bundle.open(copy), VerifyOptions(threads=THREADS))
     assert found.passed
 

@@ -53,8 +53,11 @@ def test_an_untouched_bundle_passes_on_every_graph_with_both_references(tiny_bun
 
 def test_json_is_the_contract(tiny_bundle_path: Path) -> None:
     told = json.loads(json.dumps(verify(tiny_bundle_path).to_dict(), allow_nan=False))
-    assert told.keys() == {"passed", "checks", "notes", "ran"}
+    assert told.keys() == {"passed", "checks", "notes", "ran", "not_verified"}
     assert told["passed"] is True
+    assert told["not_verified"] == []
+    (ran,) = told["ran"]
+    assert ran["graphs"] == dict.fromkeys(("image_encoder", "prompt_encoder", "mask_decoder", "fused"), "fp32")
     for check in told["checks"]:
         assert check.keys() == {"name", "graph", "backend", "precision", "metric", "value", "limit", "passed"}
         assert check["backend"] == "onnxruntime"

@@ -10,8 +10,9 @@ import pytest
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.runtime import choice as choice_module
-from cclip_deploy.runtime.choice import Choice, engine_precisions, open_backend, opened
+from cclip_deploy.runtime.choice import Choice, engine_precisions, open_backend, opened, precisions_to_run
 from cclip_deploy.runtime.tensorrt_runner import TensorRtBackend
+from cclip_deploy.segmenter import Segmenter
 from tests.runtime.fake_gpu import FakeGpu
 from tests.runtime.fake_tensorrt import FakeTensorRt, engine_bundle
 
@@ -119,3 +120,29 @@ def test_the_cpu_itself_has_nothing_to_fall_back_to(tiny_bundle: Bundle, monkeyp
     monkeypatch.setattr(choice_module, "OnnxRuntimeBackend", refuse)
     with pytest.raises(EnvironmentProblem), opened(Choice(allow_fallback=True), tiny_bundle, "fp32"):
         pass
+
+
+def test_a_backend_says_which_of_a_bundles_precisions_it_cannot_run(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bundle, "precisions", lambda self: ("fp32", "bf16", "int8", "int8-fp16"))
+    assert precisions_to_run(Choice(), tiny_bundle) == (("fp32", "bf16", "int8", "int8-fp16"), {})
+    runs, reasons = precisions_to_run(Choice("openvino"), tiny_bundle)
+    assert runs == ("fp32", "bf16", "int8")
+    assert reasons.keys() == {"int8-fp16"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    runs, reasons = precisions_to_run(Choice(), tiny_bundle)
+    assert runs == ("fp32", "int8", "int8-fp16")
+    assert "needs the package onnx" in reasons["bf16"]
+
+
+def test_engines_of_all_three_graphs_or_none_predict(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    """A quantized image encoder's engine is not replaced by the FP32 one that lies beside it."""
+    bundle = engine_bundle(tiny_bundle_path, tmp_path)
+    fused = bundle.manifest.engines[0].model_copy(update={"graph": "fused", "precision": "int8"})
+    manifest = bundle.manifest.model_copy(update={"engines": (*bundle.manifest.engines, fused)})
+    bundle = Bundle(bundle.path, manifest, bundle.sums)
+    gpu = FakeGpu()
+    backend = TensorRtBackend(bundle, "int8", "tensorrt-rtx", None, gpu, FakeTensorRt(gpu, bundle))  # type: ignore[arg-type]
+    with backend, pytest.raises(UsageError, match=r"no int8 .* engine of image_encoder.*--int8 --calibration DATA"):
+        Segmenter(bundle, backend)

@@ -185,15 +185,19 @@ def test_a_product_in_no_layer_is_refused() -> None:
         prove_precision(table(product_row("correlation", "Half", "Half")), "fp16", {"conv", "head"})
 
 
+CAST, PAD = "__myl_Cast_myl0_1", "__myl_ReplConc_myl0_1"
+"""Names of generated kernels, as TensorRT-RTX 1.7 gives them: the operators, shortened, and the kernel's number."""
+
+
 def test_the_cast_before_a_convolution_does_not_speak_for_it() -> None:
-    cast = rtx_row("c", "kgen", rtx_tensor("x", "8", "Float"), "", rtx_tensor("h", "8", "Half"), "[ONNX Layer: conv]")
+    cast = rtx_row(CAST, "kgen", rtx_tensor("x", "8", "Float"), "", rtx_tensor("h", "8", "Half"), "[ONNX Layer: conv]")
     prove_precision(table(cast, product_row("correlation", "Half", "Half")), "fp16", {"conv"})
     with pytest.raises(ParityError):
         prove_precision(table(cast, product_row("correlation", "Float", "Float")), "fp16", {"conv"})
 
 
 def test_the_padding_before_a_convolution_does_not_speak_for_it() -> None:
-    pad = rtx_row("p", "kgen", rtx_tensor("x", "8", "Float"), "", rtx_tensor("q", "9", "Float"), "[ONNX Layer: conv]")
+    pad = rtx_row(PAD, "kgen", rtx_tensor("x", "8", "Float"), "", rtx_tensor("q", "9", "Float"), "[ONNX Layer: conv]")
     both = table(pad, product_row("correlation", "Half", "Half"))
     assert [row.kind for row in both.rows_of("conv")] == ["correlation"]
     prove_precision(both, "fp16", {"conv"})
@@ -206,14 +210,134 @@ def test_single_elements_do_not_make_a_layer_mixed() -> None:
     assert table(row).summary() == {"fp16": 1}
 
 
-def test_a_product_inside_a_generated_kernel_needs_half_tensors() -> None:
-    def kernel(kind: str) -> str:
-        inputs = f"{rtx_tensor('a', '8,8', kind)},{rtx_tensor('b', '8,8', 'Float')}"
-        return rtx_row("k", "kgen", inputs, "", rtx_tensor("c", "8,8", "Float"), "[ONNX Layer: mm]")
+@pytest.mark.parametrize("kind", ["Half", "Float"])
+def test_a_small_product_that_became_a_multiplication_and_a_sum_counts_with_all_its_operands(kind: str) -> None:
+    """TensorRT-RTX makes such a kernel of MatMul (1, 64) x (64, 1)."""
+    inputs = f"{rtx_tensor('a', '1,64', 'Half')},{rtx_tensor('b', '64,8', kind)}"
+    made = rtx_row("__myl_MulSum_myl0_0", "kgen", inputs, "", rtx_tensor("c", "1,8", "Half"), "[ONNX Layer: mm]")
+    if kind == "Half":
+        prove_precision(table(made), "fp16", {"mm"})
+    else:
+        with pytest.raises(ParityError, match=r"mm \(kgen, mixed\)"):
+            prove_precision(table(made), "fp16", {"mm"})
 
-    prove_precision(table(kernel("Half")), "fp16", {"mm"})
-    with pytest.raises(ParityError, match=r"mm \(kgen, fp32\)"):
-        prove_precision(table(kernel("Float")), "fp16", {"mm"})
+
+def test_a_kernel_that_is_not_known_to_multiply_proves_no_product() -> None:
+    """Its types do not say in which of them it multiplies: the low one may be its output's alone."""
+    low_output = rtx_row(
+        "__myl_AddRelu_myl0_0", "kgen", rtx_tensor("a", "8,8", "Float"), "", rtx_tensor("c", "8,8", "Half"),
+        "[ONNX Layer: mm]",
+    )  # fmt: skip
+    with pytest.raises(ParityError, match=r"mm \(kgen, mixed\) is named only by __myl_AddRelu_myl0_0, not known to"):
+        prove_precision(table(low_output), "fp16", {"mm"})
+
+
+@pytest.mark.parametrize("kind", ["Reformat", "shape_call", "NoOp"])
+def test_a_product_that_only_a_reformat_names_is_not_proved(kind: str) -> None:
+    moved = rtx_row(
+        "Reformatting CopyNode for Input Tensor 0 to conv", kind, rtx_tensor("x", "8,8", "Half"), "",
+        rtx_tensor("y", "8,8", "Half"), "[ONNX Layer: conv]",
+    )  # fmt: skip
+    with pytest.raises(ParityError, match=rf"conv \({kind}, fp16\) is named only by Reformatting"):
+        prove_precision(table(moved), "fp16", {"conv"})
+
+
+@pytest.mark.parametrize("kind", ["Convert", "Myelin", "PluginV2", "conv_like", "runtime_fusion", "kgen"])
+@pytest.mark.parametrize("asked", ["fp32", "fp16", "int8"])
+def test_a_layer_of_an_unknown_kind_is_not_proved_with_or_without_the_products_name(kind: str, asked: str) -> None:
+    types = {"fp32": "Float", "fp16": "Half", "int8": "Int8"}
+    known = product_row("correlation", types[asked], types[asked])
+    for origin in ("[ONNX Layer: head]", ""):
+        pair = f"{rtx_tensor('a', '8,8', types[asked])},{rtx_tensor('b', '8,8', types[asked])}"
+        unknown = rtx_row("mystery_7", kind, pair, "", rtx_tensor("c", "8,8", types[asked]), origin)
+        products = {"conv", "head"} if origin else {"conv"}
+        with pytest.raises(ParityError, match=rf"mystery_7 \({kind}, \w+\) is of an unknown kind"):
+            prove_precision(table(known, unknown), asked, products)  # type: ignore[arg-type]
+
+
+def test_a_kernel_with_an_operator_that_is_not_known_is_of_an_unknown_kind() -> None:
+    known = product_row("correlation", "Half", "Half")
+    for name in ("__myl_CastFrobAdd_myl0_1", "__myl__myl0_1", "_warp_myl0_1"):
+        kernel = rtx_row(name, "kgen", rtx_tensor("a", "8", "Half"), "", rtx_tensor("b", "8", "Half"))
+        with pytest.raises(ParityError, match=rf"{name} \(kgen, fp16\) is of an unknown kind"):
+            prove_precision(table(known, kernel), "fp16", {"conv"})
+
+
+def test_a_layer_of_an_unknown_kind_without_numbers_hides_nothing() -> None:
+    sizes = rtx_row("sizes", "size_call", rtx_tensor("n", "4", "Int64"), "", rtx_tensor("m", "4", "Int64"))
+    prove_precision(table(sizes, product_row("correlation", "Half", "Half")), "fp16", {"conv"})
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        'Weights: {"Count": 216, "Type": "Float"}',
+        "Weights: {Type: Float, Count: 216}",
+        'Weights: "Float"',
+        "Weights: 3",
+    ],
+)
+def test_weights_in_another_syntax_are_no_proof(weights: str) -> None:
+    line = (
+        "Name: conv, LayerType: CaskConvolution, Inputs: [ { Name: in, Location: Device, Dimensions: [1,3,4,4], "
+        "Format/Datatype: Half }], Outputs: [ { Name: out, Location: Device, Dimensions: [1,8,2,2], Format/Datatype: "
+        f"Half }}], ParameterType: Convolution, {weights}, HasBias: 0, Metadata: [ONNX Layer: conv]"
+    )
+    with pytest.raises(ParityError, match="Weights in the build log's layer table cannot be read"):
+        prove_precision(table(line), "fp16", {"conv"})
+
+
+def test_a_convolution_without_weights_in_the_table_is_no_proof() -> None:
+    row = rtx_row(
+        "conv_myl0_2", "correlation", rtx_tensor("x", "-1,3,8,8", "Half"), rtx_tensor("alpha", "1", "Float"),
+        rtx_tensor("y", "-1,8,8,8", "Half"), "[ONNX Layer: conv]",
+    )  # fmt: skip
+    with pytest.raises(ParityError, match=r"conv \(correlation, unknown\)"):
+        prove_precision(table(row), "fp16", {"conv"})
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_fp32_activation_beside_int8_weights_is_not_int8(first: bool) -> None:
+    main, other = rtx_tensor("x", "-1,3,8,8", "Float"), rtx_tensor("r", "-1,8,8,8", "Int8")
+    inputs = f"{main},{other}" if first else f"{other},{main}"
+    row = rtx_row(
+        "conv_myl0_2", "correlation", inputs, rtx_tensor("w", "8,3,3,3", "Int8"), rtx_tensor("y", "-1,8,8,8", "Int8"),
+        "[ONNX Layer: conv]",
+    )  # fmt: skip
+    with pytest.raises(ParityError, match=r"conv \(correlation, mixed\)"):
+        prove_precision(table(row), "int8", {"conv"})
+
+
+def test_scales_and_bias_beside_int8_operands_may_be_fp32() -> None:
+    """As TensorRT-RTX 1.7 logs every INT8 convolution: codes in, codes as weights, FP32 scale, bias and output."""
+    constants = ",".join([rtx_tensor("w", "4,4,3,3", "Int8"), *(rtx_tensor(n, "1,4,1,1", "Float") for n in "sb")])
+    row = rtx_row(
+        "conv_myl0_2", "correlation", rtx_tensor("x", "-1,4,8,8", "Int8"), constants,
+        rtx_tensor("y", "-1,4,8,8", "Float"), "[ONNX Layer: conv]",
+    )  # fmt: skip
+    prove_precision(table(row), "int8", {"conv"})
+
+
+def test_plain_tensorrts_weights_count_beside_a_residual() -> None:
+    def line(weights: str) -> str:
+        ends = "Location: Device, Dimensions: [1,8,4,4], Format/Datatype: Half"
+        return (
+            f"Name: conv, LayerType: CaskConvolution, Inputs: [ {{ Name: in, {ends} }}, {{ Name: skip, {ends} }}], "
+            f"Outputs: [ {{ Name: out, {ends} }}], ParameterType: Convolution, "
+            f'Weights: {{"Type": "{weights}", "Count": 576}}, HasBias: 0, Metadata: [ONNX Layer: conv]'
+        )
+
+    prove_precision(table(line("Half")), "fp16", {"conv"})
+    with pytest.raises(ParityError, match=r"conv \(CaskConvolution, mixed\)"):
+        prove_precision(table(line("Float")), "fp16", {"conv"})
+
+
+@pytest.mark.parametrize(("asked", "low", "high"), [("int8", "Int8", "Float"), ("fp16", "Half", "Float")])
+def test_a_precision_with_all_products_kept_out_of_it_but_one_is_not_proved(asked: str, low: str, high: str) -> None:
+    nodes = [f"conv{i}" for i in range(9)]
+    rows = [product_row("correlation", high if i else low, high if i else low, node) for i, node in enumerate(nodes)]
+    with pytest.raises(ParityError, match=r"8 of 9 convolutions and matrix products are kept in FP32.*build in fp32"):
+        prove_precision(table(*rows), asked, set(nodes), set(nodes[1:]))  # type: ignore[arg-type]
 
 
 def test_a_generated_attention_kernel_is_a_product() -> None:

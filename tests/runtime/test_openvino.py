@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, EnvironmentProblem, PrecisionNotSupported, UsageError
 from cclip_deploy.evidence.parity import check_graphs
 from cclip_deploy.evidence.reference import expand, load_references
 from cclip_deploy.model.network import CausalCLIPSeg
@@ -331,3 +331,8 @@ def test_importing_reading_and_converting_sends_nothing(tiny_bundle_path: Path, 
     )  # fmt: skip
     assert json.loads(done.stdout.splitlines()[-1]) == ["openvino.tools.ovc.telemetry_stub"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_precision_that_openvino_cannot_run_is_refused_before_anything_is_compiled(tiny_bundle: Bundle) -> None:
+    with pytest.raises(PrecisionNotSupported, match=r"cannot run int8-fp16 graphs.* Use --backend onnxruntime"):
+        OpenVinoBackend(tiny_bundle, "int8-fp16")

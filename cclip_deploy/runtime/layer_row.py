@@ -1,0 +1,147 @@
+"""One layer of an engine: its tensors, and whether it is known to compute a convolution or matrix product.
+
+The kinds of TensorRT-RTX, and the operators in the names of its generated kernels, are those of real builds (1.7); the
+kinds of plain TensorRT are those of published engine reports. What is in neither list is `unknown`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+Role = Literal["product", "other", "unknown"]
+
+FLAT_WEIGHTS = "weights"
+"""The name of weights of which the table shows only type and count, as plain TensorRT's does."""
+
+COMPUTE_TYPES = frozenset({"fp32", "fp16", "bf16", "fp8", "fp4", "int8", "uint8", "int4"})
+PRODUCT_KINDS = frozenset({
+    "correlation", "deconv", "gemm", "convolution", "caskconvolution", "caskgemmconvolution",
+    "caskflattenconvolution", "caskjitconv", "caskconvactpool", "fusedconvactconvolution", "cudnnconvolution",
+    "deconvolution", "caskdeconvolution", "caskdeconvolutionv2", "gemmdeconvolution", "matrixmultiply",
+    "caskgemmmatrixmultiply", "caskgemm",
+})  # fmt: skip
+"""Kinds of layers that are convolutions or matrix products, in lower case."""
+OTHER_KINDS = frozenset({
+    "avgpool", "maxpool", "cast", "reshape", "shape_call", "signal", "wait", "reformat", "noop", "identity",
+    "constant", "shuffle", "slice", "concatenation", "concat", "pointwise", "pointwisev2", "elementwise",
+    "activation", "unary", "scale", "select", "pooling", "caskpooling", "tiledpooling", "cudnnpooling", "resize",
+    "reduce", "softmax", "casksoftmaxv2", "topk", "gather", "fill", "onehot", "nonzero",
+})  # fmt: skip
+"""Kinds of layers that are not."""
+_GENERATED_KINDS = frozenset({"kgen", "runtime_function"})
+_FUSION_KINDS = frozenset({"fusion", "runtime_fusion"})
+_GENERATED_NAME = re.compile(r"__myl_(\w+?)_myl\d+_\d+")
+_GENERATED_PRODUCT = re.compile(r"_gem[mv](?:_\w+)?_myl\d+_\d+")
+_OPERATOR = re.compile(r"[A-Z][a-z0-9]*")
+_PRODUCT_OPERATORS = frozenset({"Corr", "Fc"})
+_OTHER_OPERATORS = frozenset({
+    "Abs", "Add", "And", "Asin", "Atan", "Cast", "Ceil", "Conc", "Cos", "Cums", "Div", "Elu", "Eql", "Erf", "Etc",
+    "Exp", "Floo", "Gath", "Grid", "Gtr", "Inor", "Iota", "Isin", "Isna", "Log", "Log1", "Lt", "Max", "Maxr", "Mean",
+    "Min", "Minr", "Move", "Mul", "Neg", "One", "Or", "Pow", "Prod", "Relu", "Repl", "Res", "Resh", "Resi", "Roun",
+    "Scat", "Sele", "Sigm", "Sign", "Silu", "Sin", "Sinh", "Slic", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "Topk",
+    "Tran", "Xor",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerTensor:
+    """A tensor that a layer reads or writes; -1 stands for a dynamic size."""
+
+    name: str
+    dims: tuple[int, ...]
+    type: str
+
+    @property
+    def elements(self) -> int:
+        """Number of elements with every dynamic size taken as 2: only what is surely one element counts as one."""
+        return math.prod(2 if size < 0 else size for size in self.dims)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether at most one size is not 1, as in a bias or in scales of channels."""
+        return sum(size != 1 for size in self.dims) <= 1
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of an engine: a kernel, with the names of the ONNX nodes that it computes a part of."""
+
+    name: str
+    kind: str
+    inputs: tuple[LayerTensor, ...]
+    constants: tuple[LayerTensor, ...]
+    outputs: tuple[LayerTensor, ...]
+    origins: tuple[str, ...]
+
+    @property
+    def role(self) -> Role:
+        """`product` for a convolution or matrix product, `other` for what is known not to be one, else `unknown`."""
+        kind = self.kind.lower()
+        if kind in PRODUCT_KINDS:
+            return "product"
+        if kind in OTHER_KINDS:
+            return "other"
+        if kind not in _GENERATED_KINDS | _FUSION_KINDS:
+            return "unknown"
+        if kind == "kgen" and _GENERATED_PRODUCT.fullmatch(self.name):
+            return "product"
+        return _role_of(self._operators(), is_fusion=kind in _FUSION_KINDS)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether this is known to be a convolution or matrix product."""
+        return self.role == "product"
+
+    @property
+    def types(self) -> frozenset[str]:
+        """Compute types of all tensors; single elements (a product's alpha and beta are FP32 always) do not count."""
+        return frozenset(tensor.type for tensor in _computing((*self.inputs, *self.constants, *self.outputs)))
+
+    @property
+    def operands(self) -> tuple[LayerTensor, ...]:
+        """What a product multiplies: activations and weights, without single elements, biases and scales.
+
+        A vector among the constants is a bias or a scale unless nothing else can be the weights.
+        """
+        activations, constants = _computing(self.inputs), _computing(self.constants)
+        weights = [tensor for tensor in constants if tensor.name == FLAT_WEIGHTS or not tensor.is_vector]
+        return (*activations, *(weights or (constants if len(activations) < 2 else ())))
+
+    @property
+    def precision(self) -> str:
+        """The one type of the layer, `mixed` where a cast or an island is fused in, `none` for index and shape work.
+
+        A product's is that of all its operands, of which it needs two; `unknown` where they are not shown. Its bias,
+        its scales and its output do not count.
+        """
+        if self.is_product:
+            return _one_of(tensor.type for tensor in self.operands) if len(self.operands) > 1 else "unknown"
+        return _one_of(self.types)
+
+    def _operators(self) -> tuple[str, ...]:
+        """The operators in a generated kernel's name, shortened to four letters: ("Cast", "Mul", "Relu")."""
+        found = _GENERATED_NAME.fullmatch(self.name)
+        return tuple(_OPERATOR.findall(found[1])) if found else ()
+
+
+def _role_of(operators: tuple[str, ...], is_fusion: bool) -> Role:
+    """The role of a generated kernel. A fusion is made around a product; small products become `MulSum`."""
+    if not _PRODUCT_OPERATORS.isdisjoint(operators) or ("Mul", "Sum") in pairwise(operators):
+        return "product"
+    is_known = bool(operators) and not is_fusion and _OTHER_OPERATORS.issuperset(operators)
+    return "other" if is_known else "unknown"
+
+
+def _computing(tensors: Iterable[LayerTensor]) -> list[LayerTensor]:
+    return [tensor for tensor in tensors if tensor.elements > 1 and tensor.type in COMPUTE_TYPES]
+
+
+def _one_of(types: Iterable[str]) -> str:
+    """The type that all share, `mixed`, or `none`."""
+    distinct = set(types)
+    return "none" if not distinct else distinct.pop() if len(distinct) == 1 else "mixed"
