@@ -21,7 +21,7 @@ from cclip_deploy.pipeline.demo_report import DemoFacts, save_report
 from cclip_deploy.pipeline.export import ExportOptions, export_bundle, require_export_packages
 from cclip_deploy.pipeline.predict import Prediction, predict
 from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+from cclip_deploy.runtime.choice import Choice, opened
 from cclip_deploy.segmenter import Segmenter
 from cclip_deploy.train.asked_network import BundleNetwork
 from cclip_deploy.train.config import Devices, TrainConfig
@@ -98,11 +98,12 @@ def _run_stages(folder: Path, options: DemoOptions, command: str, tell: Progress
     verified = verify_bundle(bundle, VerifyOptions(threads=options.threads), tell)
     if not verified.passed:
         raise ParityError("The demo's bundle does not verify; nothing of it was kept. Please report this.")
-    segmenter = Segmenter(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", options.threads))
-    tell(f"Scoring {len(held_out)} held-out prompts, each against all others")
-    scores = evaluate_dice(BundleNetwork(segmenter), held_out)
-    benched = bench_bundle(bundle, _bench_options(checkpoint, options), tell)
-    shown = _predict(segmenter, held_out, film, folder / "predictions", tell)
+    with opened(Choice(threads=options.threads), bundle, "fp32") as runs:
+        network = BundleNetwork(bundle, runs)
+        tell(f"Scoring {len(held_out)} held-out prompts, each against all others")
+        scores = evaluate_dice(network, held_out)
+        benched = bench_bundle(bundle, _bench_options(checkpoint, options), tell)
+        shown = _predict(network.segmenter, held_out, film, folder / "predictions", tell)
     return DemoFacts(trained, scores, verified, engines, no_engine, benched, shown, film is not None, folder)
 
 

@@ -14,17 +14,14 @@ from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import CheckpointError
 from cclip_deploy.model.config import InputForm
 from cclip_deploy.prompt_cache import PromptCache, PromptKernels, Tokens
-from cclip_deploy.runtime.backend import Backend
-from cclip_deploy.runtime.choice import ENGINE_BACKENDS, Opened
-from cclip_deploy.runtime.engine_file import engines_of
-from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter, sigmoid
+from cclip_deploy.runtime.choice import Opened
+from cclip_deploy.segmenter import PROMPTS_AT_ONCE, Segmenter, chain_precisions, sigmoid
 
 if TYPE_CHECKING:
     from cclip_deploy.model.checkpoint import LoadedCheckpoint
 
 Floats = NDArray[np.float32]
 THRESHOLD = 0.5
-GRAPHS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
 class AskedNetwork(Protocol):
@@ -48,7 +45,7 @@ class BundleNetwork:
 
     def __init__(self, bundle: Bundle, runs: Opened) -> None:
         """UsageError where the bundle lacks a graph or engine of the backend's precision."""
-        self.graphs = graph_precisions(bundle, runs.backend)
+        self.graphs = chain_precisions(runs.backend, bundle)
         self.segmenter, self.runs = Segmenter(bundle, runs.backend), runs
         self.tokenizer = bundle.tokenizer()
         self.prompt_length, self.threshold = bundle.manifest.prompt_length, bundle.manifest.threshold
@@ -71,14 +68,6 @@ class BundleNetwork:
             "image_hw": list(manifest.image_hw),
             "prompt_length": manifest.prompt_length,
         }
-
-
-def graph_precisions(bundle: Bundle, backend: Backend) -> dict[str, str]:
-    """The precision of the file that runs for each graph; UsageError where the bundle has none for the backend's."""
-    if backend.name in ENGINE_BACKENDS:
-        engines = engines_of(bundle, backend.name, backend.precision)
-        return {graph: engines[graph].precision for graph in GRAPHS if graph in engines}
-    return {graph: bundle.graph_in(graph, backend.precision).precision for graph in GRAPHS}
 
 
 class CheckpointNetwork:
