@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle import CHAIN, Bundle
 from cclip_deploy.data.preprocess import Preprocessing, to_input, to_source
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import CheckpointError
@@ -101,7 +101,7 @@ class CheckpointNetwork:
             "checkpoint_sha256": self.loaded.sha256,
             "backend": "pytorch",
             "precision": "fp32",
-            "graphs": dict.fromkeys(GRAPHS, "fp32"),
+            "graphs": dict.fromkeys(CHAIN, "fp32"),
             "ran": Opened(self._backend, "pytorch on cpu", "pytorch on cpu").to_dict(),
             "image_hw": list(self.form.image_hw),
             "prompt_length": self.form.prompt_length,
