@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from cclip_deploy.data.repair import RepairedPrompt
 from cclip_deploy.errors import CclipError
 from cclip_deploy.files import disk_problem
 
@@ -134,13 +133,6 @@ def write_json(path: Path, value: Any) -> None:
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise disk_problem(path, error) from error
-
-
-def tell_repairs(prompts: Sequence[RepairedPrompt]) -> None:
-    """A line for every prompt that was repaired."""
-    for prompt in prompts:
-        if prompt.repairs:
-            stdout.print(f"Repaired prompt {prompt.written!r}: {prompt.describe()}", markup=False)
 
 
 def table(title: str, *columns: str) -> Table:
