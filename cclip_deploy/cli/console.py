@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,6 @@ from rich.table import Table
 from rich.text import Text
 
 from cclip_deploy.cli.entry import end_interrupted, raise_if_received, received
-from cclip_deploy.data.repair import RepairedPrompt
 from cclip_deploy.errors import CclipError, DataError
 from cclip_deploy.files import disk_problem
 
@@ -153,13 +152,6 @@ def write_json(path: Path, value: Any) -> None:
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise disk_problem(path, error) from error
-
-
-def tell_repairs(prompts: Sequence[RepairedPrompt]) -> None:
-    """A line for every prompt that was repaired."""
-    for prompt in prompts:
-        if prompt.repairs:
-            stdout.print(f"Repaired prompt {prompt.written!r}: {prompt.describe()}", markup=False)
 
 
 def table(title: str, *columns: str) -> Table:

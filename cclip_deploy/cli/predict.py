@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table, tell_repairs
+from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table
 from cclip_deploy.errors import UsageError
 from cclip_deploy.precisions import Precision
 
@@ -87,7 +87,8 @@ def predict(
             numbers = (f"{row.area_share:.2%}", f"{row.mean_probability:.3f}")
             shown.add_row(escape(row.image.name), escape(row.prompt), *numbers, escape(str(row.written.mask)))
         stdout.print(shown)
-        tell_repairs(prompts)
+        for repaired in (p for p in prompts if p.repairs):
+            stdout.print(repaired.describe(), markup=False)
         stdout.print(found.prompt_counts.describe())
         stdout.print(ran.summary(), markup=False)
         for note in ran.notes():

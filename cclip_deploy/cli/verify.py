@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table, tell_repairs
+from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
 from cclip_deploy.errors import ParityError
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ def verify(
     chosen = VerifyOptions(checkpoint, tuple(image or ()), tuple(p.text for p in prompts), threads, choice)
     with progress(quiet=json) as tell:
         result = verify_bundle(Bundle.open(bundle), chosen, tell)
+    notes = [*(p.describe() for p in prompts if p.repairs), *result.notes]
     if json:
-        print_json({**result.to_dict(), "repaired_prompts": [p.to_dict() for p in prompts if p.repairs]})
+        print_json({**result.to_dict(), "notes": notes})
     else:
         _show(str(bundle), result.checks)
-        tell_repairs(prompts)
         for row in result.not_verified:
             stdout.print(f"Not verified: {row['graph']} on {row['backend']}: {row['reason']}.", markup=False)
-        for note in result.notes:
+        for note in notes:
             stdout.print(f"Note: {note}", markup=False)
     if not result.passed:
         failed = [check for check in result.checks if not check.passed]

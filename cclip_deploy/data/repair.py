@@ -41,8 +41,9 @@ class RepairedPrompt:
         return {"written": self.written, "text": self.text, "repairs": [vars(repair) for repair in self.repairs]}
 
     def describe(self) -> str:
-        """`'uppper' to 'upper', 'lowerright' to 'lower right'`"""
-        return ", ".join(f"{repair.found!r} to {repair.put!r}" for repair in self.repairs)
+        """A sentence on what was repaired, for tables and notes."""
+        repairs = ", ".join(f"{repair.found!r} to {repair.put!r}" for repair in self.repairs)
+        return f"Repaired prompt {self.written!r}: {repairs}"
 
 
 def repair_prompt(written: str) -> RepairedPrompt:

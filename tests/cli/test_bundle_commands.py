@@ -237,3 +237,11 @@ def test_ctrl_c_during_a_build_ends_the_installed_program_with_130(copy: Path) -
     assert "Traceback" not in done.stderr
     assert digests(copy) == before
     assert os.listdir(copy.parent) == [copy.name]
+
+
+def test_verify_repairs_prompts_as_predict_does(tiny_bundle_path: Path, tiny_checkpoint: Path) -> None:
+    arguments = ("--checkpoint", tiny_checkpoint, "--prompt", "uppper left lung", "--threads", "1", "--json")
+    notes = json.loads(invoke("verify", tiny_bundle_path, *arguments).stdout)["notes"]
+    assert "Repaired prompt 'uppper left lung': 'uppper' to 'upper'" in notes
+    notes = json.loads(invoke("verify", tiny_bundle_path, *arguments, "--no-repair").stdout)["notes"]
+    assert not any("Repaired" in note for note in notes)
