@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.tables.markers import Page, Renderer
 from benchmarks.tables.sources import Measurements, NotMeasured, markdown, shown, with_interval
+from cclip_deploy.evidence.picture import TITLES
 
 SMALL, LARGE, COUNTS = "rn101_224x224.json", "rn101_416x416.json", "multiply_adds_rn101.json"
 PLAIN, EAGER, WHOLE = "plain export", "pytorch eager", "image and prompt"
@@ -82,6 +83,12 @@ class Bench:
         return self.fastest(lambda name: name in (EAGER, f"{EAGER}, channels last")) or EAGER
 
 
+def _accuracy(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Relative error of the logits, and mean Dice of the masks, to PyTorch's; a dash where they were not measured."""
+    error, dice = row.get("relative_error"), row.get("mask_dice")
+    return f"{error:.1e}" if error else "–", "–" if dice is None else f"{dice:.4f}"
+
+
 def _figure(row: Mapping[str, Any]) -> str:
     scale, unit = UNITS[row["unit"]]
     value, low, high = (None if row[key] is None else row[key] * scale for key in ("value", "low", "high"))
@@ -103,11 +110,11 @@ def one_image(file: str, baselines: Sequence[str] = ()) -> Renderer:
         rows = []
         for row in sorted(bench.candidates(WHOLE), key=_group):
             if row.get("ours") or not baselines or row["name"] in (*baselines, default):
-                error = f"{row['relative_error']:.1e}" if row.get("relative_error") else "–"
                 speed = (bench.ratio(baseline, row["name"]) for baseline in compared.values())
-                rows.append((title_of(row), shown(row["p50_ms"]), *speed, error))
+                rows.append((title_of(row), shown(row["p50_ms"]), *speed, *_accuracy(row)))
         against = [f"against {name}" for name in compared]
-        return markdown((WHOLE, "median, ms", *against, "relative error"), rows, right=(1,))
+        columns = (WHOLE, "median, ms", *against, "relative error", "mask Dice")
+        return markdown(columns, rows, right=(1,))
 
     return render
 
@@ -196,9 +203,9 @@ def rounds(measurements: Measurements) -> str:
 
 
 def title_of(row: Mapping[str, Any]) -> str:
-    """`cclip-deploy, new prompt: OpenVINO, fp32` or a baseline's own name and precision."""
+    """`cclip-deploy, new prompt: OpenVINO, fp32`, or a baseline's title and precision."""
     if not row.get("ours"):
-        return f"{row['name']}, {row['precision']}"
+        return f"{TITLES.get(row['name'], row['name'])}, {row['precision']}"
     prompt = "cached prompt" if row["name"].startswith("cached") else "new prompt"
     return f"**cclip-deploy, {prompt}**: {BACKENDS[row['backend']]}, {row['precision']}"
 
