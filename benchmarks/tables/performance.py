@@ -119,13 +119,17 @@ def one_image(file: str, baselines: Sequence[str] = ()) -> Renderer:
     return render
 
 
-def many_prompts(file: str) -> Renderer:
-    """A renderer of many prompts on an image, a row for each workload, runtime and precision."""
+def many_prompts(file: str, starts: str = "") -> Renderer:
+    """A renderer of many prompts on an image, a row for each workload, runtime and precision.
+
+    `starts` is how the names of the shown workloads begin: `128 `.
+    """
 
     def render(measurements: Measurements) -> str:
         cells: dict[tuple[str, str], dict[str, str]] = {}
         for row in measurements.read(file)["figures"]:
-            if found := WORKLOAD.fullmatch(_plain_name(row["what"])):
+            found = WORKLOAD.fullmatch(_plain_name(row["what"]))
+            if found and found["workload"].startswith(starts):
                 ran = f"{BACKENDS[row['backend']]}, {row.get('precision', 'fp32')}"
                 of = next((name for key, name in AGAINST.items() if found["of"].startswith(key)), "time")
                 cells.setdefault((found["workload"], ran), {})[of] = _figure(row)

@@ -52,7 +52,7 @@ PAGE = Page(
         "demo": demo,
         "multiply-adds": multiply_adds,
         "speed": one_image(SMALL, BASELINES),
-        "many prompts": many_prompts(SMALL),
+        "many prompts": many_prompts(SMALL, "128 "),
         "missed goals": missed_goals,
     },
     {
