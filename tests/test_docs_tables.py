@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import performance
+from benchmarks.tables import performance, precision
 from benchmarks.tables.markers import TABLE, VALUE, Page, unmarked_tables
 from benchmarks.tables.pages import PAGES
 from benchmarks.tables.sources import Measurements, markdown, with_interval
@@ -128,8 +128,8 @@ def kept_benchmark(folder: Path) -> Measurements:
     """A result of `bench --peers` of two runtimes, with prompts that are new and cached, and OpenVINO's defaults."""
     names = {"pytorch eager": 900.0, "pytorch eager, channels last": 750.0, "plain export": 390.0}
     names |= {"plain export, OpenVINO defaults": 188.0, "fused fp32": 130.0, "cached prompt fp32": 100.0}
-    names |= {"fused int8, OpenVINO": 50.0}
-    precisions = {"plain export, OpenVINO defaults": "bf16", "fused int8, OpenVINO": "int8"}
+    names |= {"fused int8, OpenVINO": 50.0, "cached prompt int8, OpenVINO": 40.0}
+    precisions = {name: "int8" for name in names if "int8" in name} | {"plain export, OpenVINO defaults": "bf16"}
     rows = [
         {
             "name": name, "backend": "openvino" if "OpenVINO" in name else "onnxruntime", "stage": "image and prompt",
@@ -174,6 +174,7 @@ def test_the_speed_table_compares_new_prompts_before_cached_ones(tmp_path: Path)
         "| **cclip-deploy, new prompt**: ONNX Runtime, fp32 | 130 | 3.00 × | 5.77 × | 1.45 × | 1.8e-02 | 0.9987 |",
         "| **cclip-deploy, new prompt**: OpenVINO, int8 | 50.0 | 7.80 × | 15.0 × | 3.76 × | 1.8e-02 | 0.9987 |",
         "| **cclip-deploy, cached prompt**: ONNX Runtime, fp32 | 100 | 3.90 × | 7.50 × | 1.88 × | 1.8e-02 | 0.9987 |",
+        "| **cclip-deploy, cached prompt**: OpenVINO, int8 | 40.0 | 9.75 × | 18.8 × | 4.70 × | 1.8e-02 | 0.9987 |",
     ]
 
 
@@ -198,3 +199,51 @@ def test_the_bound_is_the_quotient_of_the_counts(measurements: Measurements) -> 
     """88.18 G of the plain export against 21.87 G of image encoder and decoder, or 23.01 G with a new prompt."""
     assert performance.bound("image_encoder", "mask_decoder")(measurements) == "4.03"
     assert performance.bound("fused")(measurements) == "3.83"
+
+
+@pytest.fixture
+def kept_precisions(tmp_path: Path) -> Measurements:
+    """A kept result of every source of docs/precision.md."""
+
+    def row(name: str, megabytes: float, mean: float) -> dict[str, object]:
+        sizes = {"image_encoder": megabytes * 1e6, "prompt_encoder": 135.2e6, "mask_decoder": 0.7e6}
+        seconds = {"image_encoder": 5.04, "prompt_encoder": 7.2, "mask_decoder": 0.2}
+        return {
+            "precision": name, "layers": {"fp16": 135}, "engine_bytes": sizes, "build_seconds": seconds,
+            "peak_bytes": 2.6e9, "masks": {"mean": mean, "worst": mean - 0.1}, "features_error": 0.00083,
+        }  # fmt: skip
+
+    rows = [row(name, 100.0 + 10 * place, 0.9995 - place / 1e3) for place, name in enumerate(precision.USES)]
+    for file in (precision.TINY, precision.RN101):
+        (tmp_path / file).write_text(json.dumps({"rows": rows}))
+    for file in precision.TUNED.values():
+        shutil.copyfile(ROOT / "docs" / "measurements" / file, tmp_path / file)
+    points = [
+        {"method": method, "calibration_pictures": count, "mean": 0.99 + count / 1e4}
+        for method in precision.METHODS
+        for count in (16, 2)
+    ]
+    (tmp_path / precision.CURVE).write_text(json.dumps(points))
+    return kept_benchmark(tmp_path)
+
+
+def test_precision_tables_show_sizes_builds_and_masks(kept_precisions: Measurements) -> None:
+    costs = precision.costs(precision.RN101)(kept_precisions).splitlines()
+    assert costs[2] == "| fp16 | 135 fp16 | 100.0 + 135.2 | 5.0 + 7.2 | 2.6 | 0.9995 / 0.8995 | 0.00083 |"
+    assert precision.curve(kept_precisions).splitlines()[::2] == [
+        "| mean Dice at | 2 | 16 |",
+        "| min-max | 0.9902 | 0.9916 |",
+        "| percentile 99.99 (the default) | 0.9902 | 0.9916 |",
+    ]
+    assert "| `--bf16` | where FP16 overflows" in precision.choice(kept_precisions)
+
+
+def test_precision_goals_say_what_was_missed(kept_precisions: Measurements) -> None:
+    rows = [row.split(" | ") for row in precision.goals(kept_precisions).splitlines()[2:]]
+    assert [(row[2], row[3]) for row in rows if "rn101" in row[0] and "Dice" not in row[0]] == [
+        ("100.0 / 120.0 MB", "**no** |"),
+        ("235.2 / 265.2 MB", "**no** |"),
+        ("5.0 s, 2.6 GB", "**no** |"),
+    ]
+    assert rows[0][2:] == ["0.9995", "yes |"]
+    assert rows[-1][2:] == ["9.75 ×", "yes |"]
