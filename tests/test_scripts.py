@@ -14,8 +14,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.tables.precision import costs
+from benchmarks.tables.sources import Measurements
+from cclip_deploy.bundle import Bundle
 from cclip_deploy.cli import entry
 from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.export import ExportOptions, export_bundle
+from cclip_deploy.pipeline.mask_agreement import evaluation_images, measure_masks
 from tests.cli.run import without
 from tests.conftest import THREADS, TINY_HW
 from tests.ctrl_c import handled_by
@@ -75,20 +81,30 @@ def test_calibration_curve_prints_a_row_a_method(run_script: Run, tiny_bundle_pa
 
 
 @pytest.mark.slow
-def test_precision_table_has_a_row_a_precision(run_script: Run, tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_precision_table_writes_a_row_a_precision(run_script: Run, tiny_bundle_path: Path, tmp_path: Path) -> None:
     bundle, films = tmp_path / "copy.cclip", tmp_path / "films"
     shutil.copytree(tiny_bundle_path, bundle)
     write_dataset(films, {"train": 8, "test": 2}, TINY_HW, 7)
     said = run_script(
         "engines/precision_table.py", bundle, "--calibration", films, "--evaluation-set", films,
-        "--precision", "fp16", "--precision", "fp8",
+        "--precision", "fp16", "--precision", "fp8", "--json", tmp_path / "precision_tiny.json",
     )  # fmt: skip
-    rows = [line for line in said.splitlines() if line.startswith(("| fp16 |", "| fp8 |"))]
-    assert [row.split(" | ")[0] for row in rows] == ["| fp16", "| fp8"]
-    assert " | ok | " in rows[0]
-    assert [" fp8, " in row for row in rows] == [False, True]
-    table = next(iter(bundle.glob("engines/image_encoder.fp16.*.engine"))).stat().st_size / 1e6
-    assert f" | {table:.1f} + " in rows[0]
+    assert "fp16: verified, " in said
+    rows = json.loads((tmp_path / "precision_tiny.json").read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["fp16", "fp8"]
+    assert ["fp8" in row["layers"] for row in rows] == [False, True]
+    assert rows[0]["features_error"] < rows[1]["features_error"]
+    engines = {path.name.split(".")[0]: path.stat().st_size for path in bundle.glob("engines/*.fp16.*.engine")}
+    assert rows[0]["engine_bytes"] == engines
+    assert (
+        rows[0]["masks"]
+        == measure_masks(
+            judging = evaluation_images(CalibrationOptions((films,), evaluation_set=(films,)))
+            Bundle.open(bundle), "fp16", judging
+        ).to_dict()
+    )
+    table = costs("precision_tiny.json")(Measurements(tmp_path))
+    assert f"| fp16 | {rows[0]['layers']['fp16']} fp16 | {engines['image_encoder'] / 1e6:.1f} + " in table
 
 
 @pytest.mark.slow
@@ -133,7 +149,30 @@ def test_train_synthetic_trains_and_scores(run_script: Run, tmp_path: Path) -> N
     assert "shuffled prompts" in said
 
 
-SCRIPTS = [p.relative_to(ROOT).as_posix() for stage in STAGES for p in sorted((ROOT / stage).glob("*.py"))]
+@pytest.mark.slow
+def test_multiply_adds_counts_the_network_and_the_graphs(
+    run_script: Run, tiny_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """PyTorch's count of the whole network, above that of the plain graph by the second branch."""
+    options = ExportOptions(TINY_HW, plain=True, threads=THREADS)
+    plain = export_bundle(tiny_checkpoint, tmp_path / "plain.cclip", options, "test").bundle
+    run_script(
+        "benchmarks/multiply_adds.py", tiny_bundle_path, plain.path, "--checkpoint", tiny_checkpoint,
+        "-o", tmp_path / "counts.json",
+    )  # fmt: skip
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    graphs = Bundle.open(tiny_bundle_path).manifest.graphs
+    assert counts["graphs"]["image_encoder"] == graphs["image_encoder"].multiply_adds
+    assert counts["plain"] == plain.graph("plain").multiply_adds
+    assert counts["plain"] < counts["published"] < 2 * counts["plain"]
+
+
+SCRIPTS = [
+    path.relative_to(ROOT).as_posix()
+    for stage in STAGES
+    for path in sorted((ROOT / stage).glob("*.py"))
+    if path.name != "__init__.py"
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,0 +1,1 @@
+"""Benchmark scripts, and the tables of README and docs (`benchmarks.tables`)."""

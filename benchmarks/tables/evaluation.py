@@ -1,0 +1,51 @@
+"""Tables of docs/evaluation.md, from the `evaluation.json` that `cclip-deploy evaluate -o` writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.tables.markers import Page
+from benchmarks.tables.sources import Measurements, markdown, with_interval
+
+FILE = "evaluation_tiny.json"
+SCORES = {
+    "dice_per_image": ("Dice, mean over rows", 3),
+    "iou_per_image": ("IoU, mean over rows", 3),
+    "dice_pooled": ("Dice, pooled over all pixels", 3),
+    "iou_pooled": ("IoU, pooled over all pixels", 3),
+    "hd95_px": ("HD95, pixels", 2),
+    "boundary_dice": ("boundary Dice", 3),
+    "expected_calibration_error": ("expected calibration error", 4),
+    "brier": ("Brier score", 4),
+    "empty_found_empty": ("empty references found empty", 3),
+}
+
+
+def scores(measurements: Measurements) -> str:
+    """Every score with its interval and the rows that it is over."""
+    result = measurements.read(FILE)
+    data, tolerance = result["data"], result["policy"]["boundary_tolerance_px"]
+    rows = []
+    for key, (title, digits) in SCORES.items():
+        title = f"{title} within {tolerance:g} pixels" if key == "boundary_dice" else title
+        rows.append((title, estimate(result["scores"][key], digits), str(result["scores"][key]["rows"])))
+    images = f"{data['images']} {data['split']} images"
+    return markdown((f"score, {data['rows']} prompts on {images}", "value [95 % interval]", "rows"), rows)
+
+
+def controls(measurements: Measurements) -> str:
+    """Every prompt control beside the true prompts of the same rows."""
+    shown = ("true_dice", "dice", "difference")
+    rows = [
+        (control["name"], str(control["dice"]["rows"]), *(estimate(control[key]) for key in shown))
+        for control in measurements.read(FILE)["controls"]
+    ]
+    return markdown(("prompt", "rows", "Dice, true prompt", "Dice, this prompt", "paired difference"), rows)
+
+
+def estimate(found: dict[str, Any], digits: int = 3) -> str:
+    """`0.826 [0.806, 0.845]` of an estimate of `evaluation.json`."""
+    return with_interval(found["value"], found["low"], found["high"], digits=digits)
+
+
+PAGE = Page("docs/evaluation.md", {"evaluation scores": scores, "evaluation controls": controls}, {})
