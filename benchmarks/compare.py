@@ -28,8 +28,10 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for ratio in result["ratios"]:
-        interval = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        print(f"{ratio['candidate']} is {ratio['ratio']:.2f} × as fast as {ratio['baseline']} {interval}")
+        interval = "" if ratio["low"] is None else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        print(f"{ratio['candidate']} is {ratio['ratio']:.2f} × as fast as {ratio['baseline']}{interval}")
+    for row in result["not_measured"]:
+        print(f"not measured: {row['name']}: {row['reason']}")
     print(f"kept in {arguments.output}")
 
 
