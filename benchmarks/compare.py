@@ -32,6 +32,8 @@ def main() -> None:
         none = ratio["low"] is None
         interval = "(too few rounds for an interval)" if none else f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
         print(f"{ratio['candidate']} is {ratio['ratio']:.2f} × as fast as {ratio['baseline']} {interval}")
+    for row in result["not_measured"]:
+        print(f"not measured: {row['name']}: {row['reason']}")
     print(f"kept in {arguments.output}")
 
 

@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/suite"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds of timing a bundle")
+    parser.add_argument(
+        "--budget", type=float, default=600.0, help="seconds after which no round is added to the first ten"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     arguments = parser.parse_args()
 

@@ -17,13 +17,16 @@ def bench(
     checkpoint: options.Checkpoint = None,
     plain: Annotated[Path | None, typer.Option(help="A --plain bundle; one is made for the run unless given.")] = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="Time what you would pick instead, too; needs --checkpoint.")
+        bool, typer.Option("--peers", help="Time PyTorch, ONNX Runtime and OpenVINO without this; needs --checkpoint.")
     ] = False,
     compile: Annotated[bool, typer.Option(help="Time torch.compile too.")] = True,
     rounds: Annotated[int, typer.Option(help="Most rounds; each times every candidate once.", min=3)] = 30,
     warmup: Annotated[int, typer.Option(help="Rounds before them that do not count.", min=0)] = 2,
-    budget: Annotated[float, typer.Option(help="Seconds after which no round is added.")] = 180.0,
-    backend: options.Backend = "onnxruntime",
+    budget: Annotated[float, typer.Option(help="Seconds after which no round is added to the first ten.")] = 180.0,
+    backend: Annotated[
+        options.BackendName | None,
+        typer.Option("--backend", help="What runs the bundle: onnxruntime unless given, and openvino with --peers."),
+    ] = None,
     device: options.Device = "cpu",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the JSON in this file, too.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of every candidate.", min=1)] = 2,
@@ -38,7 +41,9 @@ def bench(
     from cclip_deploy.pipeline.bench import bench_bundle
     from cclip_deploy.pipeline.bench_plan import BenchOptions
 
-    choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
+    choice = options.choice(
+        backend or "onnxruntime", device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache
+    )
     chosen = BenchOptions(
         checkpoint, plain, compile, device, threads, rounds, warmup, budget, backend=backend, peers=peers, choice=choice
     )
@@ -59,16 +64,22 @@ def bench(
 def show_times(result: dict[str, Any]) -> None:
     """What each candidate took, and the paired ratios."""
     title = f"{result['bundle']}, {result['threads']} threads"
-    shown = table(title, "candidate", "stage", "p50 ms ", "p90 ms ", "p99 ms ", "n ", "error ")
+    columns = ("candidate", "stage", "runs in", "prompt", "p50 ms ", "p90 ms ", "n ", "error ", "Dice ")
+    shown = table(title, *columns)
     for row in result["results"]:
-        times = (f"{row[key]:.1f}" for key in ("p50_ms", "p90_ms", "p99_ms"))
+        times = (f"{row[key]:.1f}" for key in ("p50_ms", "p90_ms"))
+        prompt = {True: "encoded", False: "cached", None: ""}[row["includes_prompt_encoding"]]
         error = f"{row['relative_error']:.1e}" if "relative_error" in row else ""
-        shown.add_row(row["name"], row["stage"], *times, str(row["n"]), error)
-    ratios = table("Paired ratios, baseline time / candidate time", "candidate", "against", "ratio ", "95 % interval ")
+        dice = f"{row['mask_dice']:.4f}" if row.get("mask_dice") is not None else ""
+        shown.add_row(row["name"], row["stage"], row["precision"], prompt, *times, str(row["n"]), error, dice)
+    stdout.print(shown)
+    title = "Paired ratios of the bundle, baseline time / candidate time"
+    ratios = table(title, "candidate", "against", "ratio ", "95 % interval ")
+    ours = {row["name"] for row in result["results"] if row["role"] == "bundle"}
     for row in result["ratios"]:
-        interval = "too few rounds" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
-        ratios.add_row(row["candidate"], row["baseline"], f"{row['ratio']:.2f} ×", interval)
-    stdout.print(shown, ratios)
+        if row["candidate"] in ours:
+            ratios.add_row(row["candidate"], row["baseline"], f"{row['ratio']:.2f} ×", between(row, ".2f"))
+    stdout.print(ratios)
 
 
 def show_figures(result: dict[str, Any]) -> None:
@@ -76,16 +87,23 @@ def show_figures(result: dict[str, Any]) -> None:
     shown = table("Figures, measured in this run", "figure", "backend", "value ", "95 % interval ", "goal ", "met")
     for row in result["figures"]:
         unit = row["unit"]
-        interval = "" if row["low"] is None else f"{row['low']:.3g} to {with_unit(row['high'], unit)}"
         goal = "" if row["goal"] is None else f"{'≥' if row['at_least'] else '≤'} {with_unit(row['goal'], unit)}"
         met = {True: "[green]yes[/]", False: "[bold red]no[/]", None: ""}[row["met"]]
         what = f"{row['what']} *" if row["extrapolated"] else row["what"]
-        shown.add_row(what, row["backend"] or "", with_unit(row["value"], unit), interval, goal, met)
+        interval = between(row, ".3g", f" {unit}") if unit in ("×", "%") and row["n"] else ""
+        where = " ".join(word for word in (row["backend"], row["precision"]) if word)
+        shown.add_row(what, where, with_unit(row["value"], unit), interval, goal, met)
     stdout.print(shown)
     if any(row["extrapolated"] for row in result["figures"]):
-        stdout.print("* The plain export's time is one run of the same round, times the number of prompts and images.")
-    peak = si(2 * result["peak"]["multiply_adds_per_second"], "FLOP/s")
-    stdout.print(f"{result['peak']['name']} ran at {peak} in the same run.", markup=False)
+        stdout.print("* The baseline's time is one run of the same round, times the number of prompts and images.")
+    if result["peak"] is not None:
+        peak = si(2 * result["peak"]["multiply_adds_per_second"], "FLOP/s")
+        stdout.print(f"{result['peak']['name']} ran at {peak} in the same run.", markup=False)
+
+
+def between(row: dict[str, Any], form: str, unit: str = "") -> str:
+    """A ratio's interval, or why there is none."""
+    return f"none: {row['n']} rounds" if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}{unit}"
 
 
 def with_unit(value: float, unit: str) -> str:

@@ -37,8 +37,9 @@ Threads = Annotated[
 Device = Annotated[
     Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"], typer.Option("--device", help="ONNX Runtime's provider.")
 ]
+BackendName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 Backend = Annotated[
-    Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
+    BackendName,
     typer.Option("--backend", help="What runs: graphs in ONNX Runtime or OpenVINO, or the bundle's engines."),
 ]
 AllowFallback = Annotated[

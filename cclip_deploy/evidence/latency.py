@@ -17,6 +17,8 @@ from cclip_deploy.errors import UsageError
 from cclip_deploy.evidence.fingerprint import fingerprint
 from cclip_deploy.evidence.latency_statistics import MINIMUM_ROUNDS, PairedRatio, paired_ratio, summarise
 
+BUDGET_ROUNDS = 10
+"""Rounds that a budget of seconds never cuts: ratios of fewer have no 95 % interval, or one between their extremes."""
 QUIET_PROBE_SECONDS = 0.02  # several scheduler ticks: the kernel books a running thread's time only at ticks
 QUIET_CORES = 0.2
 QUIET_PATIENCE_SECONDS = 1.0
@@ -38,6 +40,10 @@ class Candidate:
     stage: str
     run: Callable[[], object]
     extra: Mapping[str, object] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, object]:
+        """What a row of the report says besides name, backend, precision, stage and times."""
+        return dict(self.extra)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ def measure_interleaved(
         warmup_rounds: rounds before them, timed apart.
         seed: fixes the orders.
         on_round: called with (measured rounds so far, `rounds`) after each one.
-        budget_seconds: no round is added once warm-up and rounds together took this long, but 3 are always measured.
+        budget_seconds: no round is added once warm-up and rounds together took this long, but `BUDGET_ROUNDS` are
+            always measured, or `rounds` where that is fewer.
         settle: called before each run, says whether the process is at rest; `wait_until_quiet` unless given.
         clock_ns: a monotonic clock.
 
@@ -100,7 +107,7 @@ def measure_interleaved(
     measured: list[_Round] = []
     while len(measured) < rounds:
         spent_seconds = (clock_ns() - started_ns) / 1e9
-        if budget_seconds is not None and spent_seconds >= budget_seconds and len(measured) >= MINIMUM_ROUNDS:
+        if budget_seconds is not None and spent_seconds >= budget_seconds and len(measured) >= BUDGET_ROUNDS:
             break
         measured.append(time_round())
         if on_round is not None:
@@ -179,7 +186,7 @@ def report(
 
 
 def result_row(candidate: Candidate, timing: Timing) -> dict[str, Any]:
-    """One row of `results`: who, on what, how long."""
+    """One row of `results`: who, on what, how long, and every round's time, so that ratios can be computed again."""
     return {
         "name": candidate.name,
         "backend": candidate.backend,
@@ -187,7 +194,8 @@ def result_row(candidate: Candidate, timing: Timing) -> dict[str, Any]:
         "stage": candidate.stage,
         **summarise(timing.samples_ms, timing.warmup_ms).to_dict(),
         "disturbed_n": timing.disturbed_n,
-        **candidate.extra,
+        "samples_ms": timing.samples_ms.tolist(),
+        **candidate.facts(),
     }
 
 

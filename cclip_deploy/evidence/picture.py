@@ -1,4 +1,4 @@
-"""A benchmark as a picture: milliseconds for one image and one prompt, ours beside the peers."""
+"""A benchmark as a picture: milliseconds for one image and one prompt, the bundle against the baselines."""
 
 from __future__ import annotations
 
@@ -11,20 +11,28 @@ from cclip_deploy.errors import DataError, EnvironmentProblem
 OURS, PEER, INK, QUIET = "#0072B2", "#C3C8CE", "#1B1F24", "#57606A"  # Okabe and Ito's blue; ours is darker, too
 STAGE, BASELINE = "image and prompt", "plain export"
 TITLES = {
-    "cached prompt fp32": "cclip-deploy in ONNX Runtime",
-    "cached prompt fp32, OpenVINO": "cclip-deploy in OpenVINO",
+    "fused fp32": "cclip-deploy in ONNX Runtime",
+    "fused fp32, OpenVINO": "cclip-deploy in OpenVINO",
+    "cached prompt fp32": "cclip-deploy, prompt cached, ONNX Runtime",
+    "cached prompt fp32, OpenVINO": "cclip-deploy, prompt cached, OpenVINO",
     "pytorch eager": "PyTorch, whole network",
+    "pytorch eager, channels last": "PyTorch, whole network, channels last",
     "pytorch eager, causal path": "PyTorch, causal path",
+    "pytorch eager, causal path, channels last": "PyTorch, causal path, channels last",
     "torch.compile": "torch.compile, causal path",
     "plain export": "plain export in ONNX Runtime",
     "plain export, onnxslim": "plain export after onnxslim",
     "plain export, OpenVINO": "plain export in OpenVINO",
+    "plain export, OpenVINO defaults": "plain export in OpenVINO, defaults",
     "ov.convert_model": "OpenVINO's own conversion",
+    "ov.convert_model, OpenVINO defaults": "OpenVINO's own conversion, defaults",
 }
 
 
 def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of a result of `bench --peers --json`: a bar a way to run it, the slowest on top.
+    """Write a PNG of a result of `bench --peers --json`: a bar for each way to run it, the slowest on top.
+
+    The bundle's FP32 graphs, with the prompt encoded and cached, and every baseline; what does not run in FP32 says so.
 
     Raises:
         DataError: the result has no plain export, or is no result of `--peers`.
@@ -37,17 +45,17 @@ def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
 
     rows = _rows(result)
     figure = Figure(figsize=(9, 0.44 * len(rows) + 1.35), dpi=120, facecolor="white")
-    axes = figure.add_axes((0.305, 0.02, 0.675, 1 - 1.0 / (0.44 * len(rows) + 1.35)))
+    axes = figure.add_axes((0.375, 0.02, 0.605, 1 - 1.0 / (0.44 * len(rows) + 1.35)))
     times = [row["p50_ms"] for row in rows]
     axes.barh(range(len(rows)), times, color=[OURS if row.get("ours") else PEER for row in rows], height=0.74)
     ratios = {ratio["candidate"]: ratio["ratio"] for ratio in result["ratios"] if ratio["baseline"] == BASELINE}
-    axes.set_yticks(range(len(rows)), [TITLES.get(row["name"], row["name"]) for row in rows])
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     for place, (row, label) in enumerate(zip(rows, axes.get_yticklabels(), strict=True)):
         style: dict[str, Any] = {"color": OURS if row.get("ours") else INK, "fontsize": 10.5}
         style["fontweight"] = "bold" if row.get("ours") else "normal"
         label.set(**style)
         axes.annotate(
-            _said(row["p50_ms"], ratios.get(row["name"])), (row["p50_ms"], place), (6, 0),
+            _said(row, ratios.get(row["name"])), (row["p50_ms"], place), (6, 0),
             textcoords="offset points", va="center", **style,
         )  # fmt: skip
     axes.set(xlim=(0, max(times) * 1.32), ylim=(-0.6, len(rows) - 0.4), xticks=[])
@@ -63,8 +71,8 @@ def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
 
 def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
-        whole = [row for row in result["results"] if row["stage"] == STAGE and row["precision"] == "fp32"]
-        rows = [row for row in whole if not row["name"].startswith("fused")]
+        whole = [row for row in result["results"] if row["stage"] == STAGE]
+        rows = [row for row in whole if not row.get("ours") or row["precision"] == "fp32"]
         known = {row["name"] for row in rows} >= {BASELINE} and "network" in result
     except (KeyError, TypeError) as error:
         raise DataError(f"This is no result of a benchmark: {error!r}. Make one: bench --peers --json") from error
@@ -73,11 +81,19 @@ def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: float(row["p50_ms"]))
 
 
-def _said(time_ms: float, ratio: float | None) -> str:
+def _label(row: Mapping[str, Any]) -> str:
+    precision = "" if row["precision"] == "fp32" else f" ({row['precision'].upper()})"
+    return f"{TITLES.get(row['name'], row['name'])}{precision}"
+
+
+def _said(row: Mapping[str, Any], ratio: float | None) -> str:
+    """The time, the ratio to the baseline and, for what does not run in FP32, the Dice of its masks to FP32's."""
+    time_ms = row["p50_ms"]
     said = f"{time_ms:,.0f} ms" if time_ms >= 20 else f"{time_ms:.1f} ms"
     if ratio is None:
         return f"{said}  ·  the baseline, 1 ×"
-    return f"{said}  ·  {ratio:.{2 if ratio < 1 else 1 if ratio < 10 else 0}f} ×"
+    dice = "" if row["precision"] == "fp32" or row.get("mask_dice") is None else f"  ·  Dice {row['mask_dice']:.3f}"
+    return f"{said}  ·  {ratio:.{2 if ratio < 1 else 1 if ratio < 10 else 0}f} ×{dice}"
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -89,4 +105,5 @@ def _title(result: Mapping[str, Any]) -> str:
 def _subtitle(result: Mapping[str, Any]) -> str:
     cpu = result["fingerprint"]["cpu"]["model"].replace("(R)", "").replace("(TM)", "")
     count = min(row["n"] for row in result["results"])
-    return f"{cpu} · FP32, median of {count} interleaved rounds · × = times as fast as the plain export, paired"
+    runs = f"FP32 unless a bar says otherwise, median of {count} interleaved rounds"
+    return f"{cpu} · {runs} · × = times as fast as the plain export"

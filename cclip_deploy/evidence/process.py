@@ -1,4 +1,4 @@
-"""What a command costs as a user starts it: time from start to end, and the most memory that it held."""
+"""Time and peak memory of a command in a process of its own; the git revision that is running."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,7 +25,7 @@ unit = 1 if sys.platform == "darwin" else 1024
 process.returncode = code = os.waitstatus_to_exitcode(status)
 print(json.dumps({"seconds": seconds, "peak_bytes": usage.ru_maxrss * unit, "code": code}))
 """
-LONGEST_SECONDS = 600
+LONGEST_SECONDS, GIT_SECONDS = 600, 20
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,23 @@ def measure_command(command: Sequence[str], runs: int = 3) -> ProcessCost:
     """
     told = [_run_once(command) for _ in range(1 + runs)][1:]
     return ProcessCost(median(t["seconds"] for t in told), max(t["peak_bytes"] for t in told), runs)
+
+
+def source_revision() -> dict[str, Any] | None:
+    """Commit of the git checkout that this package runs from, and whether tracked files differ; None without one."""
+    checkout = Path(__file__).resolve().parents[2]
+    try:
+        top, commit = _git(checkout, "rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(top).resolve() != checkout:  # installed below another project's checkout
+            return None
+        return {"commit": commit, "modified": bool(_git(checkout, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True).stdout.strip()
 
 
 def _run_once(command: Sequence[str]) -> dict[str, Any]:

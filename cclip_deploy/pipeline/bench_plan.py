@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.evidence.latency import Candidate
-from cclip_deploy.evidence.parity import LIMITS, relative_error
+from cclip_deploy.errors import UsageError
 from cclip_deploy.evidence.reference import END_ID, FIRST_WORD, LAST_WORD, SEED, START_ID, seeded_inputs
+from cclip_deploy.pipeline.bench_candidate import Floats, Tokens
 from cclip_deploy.runtime.choice import BackendName, Choice
 from cclip_deploy.runtime.onnx_runtime import Device
 
 Progress = Callable[[str], None]
 LeftOut = list[dict[str, str]]
-Floats = NDArray[np.float32]
 
 WHOLE, IMAGE, PROMPT, DECODE, MACHINE = (
     "image and prompt", "image alone", "prompt alone", "one more prompt", "matrix product",
 )  # fmt: skip
-PEER_LIMIT = 1e-3
-"""A float32 peer whose logits are farther than this from PyTorch's computes something else."""
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to compare with, and for how long. PyTorch and the peers need the checkpoint.
+    """What to compare with, and for how long. PyTorch and the baselines need the checkpoint.
 
-    `peers` adds what a user would pick instead, both of our backends, `workloads` (pictures, prompts on each), the
-    machine's peak, and what `predict` costs in a process of its own.
+    `peers` adds what a user would run instead, `workloads` (images, prompts on each), the machine's peak, and what
+    `predict` costs in a process of its own. Where no `backend` is given, ONNX Runtime is measured, and with `peers` on
+    a CPU OpenVINO beside it.
     """
 
     checkpoint: Path | None = None
@@ -45,7 +41,7 @@ class BenchOptions:
     warmup_rounds: int = 2
     budget_seconds: float = 180.0
     seed: int = 0
-    backend: BackendName = "onnxruntime"
+    backend: BackendName | None = None
     peers: bool = False
     choice: Choice | None = None
     workloads: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (8, 1))
@@ -56,17 +52,15 @@ class BenchOptions:
         if any(pictures < 1 or prompts < 1 for pictures, prompts in self.workloads):
             raise UsageError(f"Workloads are of 1 or more pictures and prompts, not {self.workloads}.")
 
-    def extra(self) -> dict[str, object]:
-        """What every row of the results says of its run."""
-        return {"threads": self.threads, "device": self.device}
-
     def choice_of(self, backend: BackendName) -> Choice:
         """How a backend is opened; `choice` has the options of GPUs, and whether another may stand in."""
         return replace(self.choice or Choice(), backend=backend, device=self.device, threads=self.threads)
 
     def backends(self) -> tuple[BackendName, ...]:
-        """Ours to be timed: the one that was chosen, both beside the peers."""
-        return ("onnxruntime", "openvino") if self.peers else (self.backend,)
+        """The backends that run the bundle: the one that was given, or the default ones."""
+        if self.backend is not None:
+            return (self.backend,)
+        return ("onnxruntime", "openvino") if self.peers and self.device == "cpu" else ("onnxruntime",)
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class BenchInputs:
     """Seeded pictures (N, 3, H, W) and prompts (P, L); one of each where a stage takes one."""
 
     images: Floats
-    tokens: NDArray[np.int64]
+    tokens: Tokens
 
     @staticmethod
     def for_bundle(bundle: Bundle, options: BenchOptions) -> BenchInputs:
@@ -95,7 +89,7 @@ class BenchInputs:
         return self.images[:1]
 
     @property
-    def prompt(self) -> NDArray[np.int64]:
+    def prompt(self) -> Tokens:
         """(1, L)"""
         return self.tokens[:1]
 
@@ -103,31 +97,6 @@ class BenchInputs:
 def workload_stage(pictures: int, prompts: int) -> str:
     """The stage's name for so many pictures and prompts on each."""
     return f"{pictures} × image, {prompts} × prompt"
-
-
-def with_answers_checked(candidates: Iterable[Candidate], truth: Floats, left_out: LeftOut) -> list[Candidate]:
-    """Run every candidate of the whole stage once, note how far its logits are from PyTorch's, drop peers too far.
-
-    Raises:
-        ParityError: one of ours breaks its precision's limit.
-    """
-    kept = []
-    for candidate in candidates:
-        if candidate.stage != WHOLE:
-            kept.append(candidate)
-            continue
-        error = relative_error(np.asarray(candidate.run()), truth)
-        ours = bool(candidate.extra.get("ours"))
-        if error <= (LIMITS[candidate.precision].relative_error if ours else PEER_LIMIT):
-            kept.append(replace(candidate, extra={**candidate.extra, "relative_error": error}))
-        elif ours:
-            raise ParityError(
-                f"{candidate.name} is {error:.3g} away from PyTorch, so its time means nothing. "
-                f"Check the bundle: cclip-deploy verify BUNDLE --backend {candidate.backend}"
-            )
-        else:
-            left_out.append({"name": candidate.name, "reason": f"computes something else: relative error {error:.3g}"})
-    return kept
 
 
 def _workloads(options: BenchOptions) -> tuple[tuple[int, int], ...]:

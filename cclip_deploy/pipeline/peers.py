@@ -1,10 +1,12 @@
-"""The peers: what a user would run instead of a bundle, on the same weights and threads."""
+"""Baselines: what a user would run instead of a bundle, on the same weights and threads."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,10 @@ import numpy as np
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import UsageError
-from cclip_deploy.evidence.latency import Candidate
-from cclip_deploy.pipeline.bench_plan import MACHINE, WHOLE, BenchInputs, BenchOptions, Floats, LeftOut, Progress
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend, load_onnxruntime, make_session
+from cclip_deploy.pipeline.bench_candidate import Answer, BenchCandidate, Floats, Form, Setting, Tokens
+from cclip_deploy.pipeline.bench_plan import MACHINE, WHOLE, BenchInputs, BenchOptions, LeftOut, Progress
+from cclip_deploy.runtime.choice import open_backend
+from cclip_deploy.runtime.onnx_runtime import load_onnxruntime, make_session
 from cclip_deploy.runtime.openvino import OpenVinoBackend, compile_graph, load_openvino
 
 if TYPE_CHECKING:
@@ -22,121 +25,242 @@ if TYPE_CHECKING:
 
     from cclip_deploy.model.network import CausalCLIPSeg
 
-EAGER, PLAIN = "pytorch eager", "plain export"
 PRODUCT_SIDE = 3072
 SGEMM = f"sgemm {PRODUCT_SIDE}³"
 PRODUCT_MULTIPLY_ADDS = PRODUCT_SIDE**3
 REASON_LENGTH = 160
+PRODUCT_LAYERS = ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul")
+OPENVINO_PRECISIONS = {"i8": "int8", "u8": "int8", "f16": "fp16", "bf16": "bf16", "f32": "fp32"}
+"""OpenVINO's types of arithmetic and ours, the lowest first."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A baseline ready to run: its answer, what its products run in, and further facts for the report."""
+
+    answer: Answer
+    precision: str = "fp32"
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Peers:
-    """Makes candidates; those that cannot run are named in `left_out` with the reason."""
+    """Makes the baselines; those that cannot run are named in `left_out` with the reason.
+
+    `on_cpu` says whether the bundle runs on the CPU: baselines that only run there are not timed beside a GPU.
+    """
 
     inputs: BenchInputs
     options: BenchOptions
     left_out: LeftOut
     tell: Progress
+    on_cpu: bool = True
 
-    def of_pytorch(self, model: CausalCLIPSeg) -> list[Candidate]:
-        """Eager, whole and causal path; compiled, if asked for."""
-        found = [
-            self._candidate(EAGER, "pytorch", self._in_torch(lambda *pair: model(*pair).causal)),
-            self._candidate(f"{EAGER}, causal path", "pytorch", self._in_torch(model.causal_logits)),
-        ]
+    def of_pytorch(self, model: CausalCLIPSeg) -> list[BenchCandidate]:
+        """Eager, whole network and causal path, in both memory formats; compiled, unless switched off."""
+        import torch
+
+        if not self._runs_on_cpu(Form.EAGER, Form.EAGER_CAUSAL, Form.COMPILED):
+            return []
+        last = copy.deepcopy(model)
+        last.to(memory_format=torch.channels_last)
+        found = []
+        for network, setting in ((model, None), (last, Setting.CHANNELS_LAST)):
+            found += [
+                self._candidate(form, "pytorch", self._in_torch(compute, setting), setting)
+                for form, compute in ((Form.EAGER, whole_network(network)), (Form.EAGER_CAUSAL, network.causal_logits))
+            ]
         if not self.options.compile:
-            self.left_out.append({"name": "torch.compile", "reason": "switched off"})
+            self.left_out.append({"name": str(Form.COMPILED), "reason": "switched off"})
             return found
         self.tell("Compiling with torch.compile")
-        return found + self._attempt("torch.compile", "pytorch", lambda: self._in_torch(compiled(model)))
+        return found + self._attempt(Form.COMPILED, "pytorch", lambda: self._in_torch(compiled(model)))
 
-    def of_plain_export(self, plain: Bundle) -> list[Candidate]:
+    def of_plain_export(self, plain: Bundle) -> list[BenchCandidate]:
         """The plain graph in ONNX Runtime; beside it, with `peers`, slimmed, and in OpenVINO."""
-        backend = OnnxRuntimeBackend(plain, "fp32", self.options.device, self.options.threads)
-        backend.load("plain")
-        found = [self._candidate(PLAIN, backend.name, lambda: backend.run("plain", self._arrays())["logits"])]
-        if self.options.peers:
-            path = plain.file(plain.graph("plain").file)
-            self.tell("Slimming the plain export")
-            found += self._attempt(f"{PLAIN}, onnxslim", "onnxruntime", lambda: self._slimmed(path))
-            self.tell("Compiling the plain export in OpenVINO")
-            found += self._attempt(f"{PLAIN}, OpenVINO", "openvino", lambda: self._plain_in_openvino(plain))
+        if self.options.device == "cpu" and not self._runs_on_cpu(Form.PLAIN):
+            return []
+        entry = plain.graph("plain")
+        path, cost = plain.file(entry.file), entry.multiply_adds
+        found = self._attempt(Form.PLAIN, "onnxruntime", lambda: self._plain(plain), multiply_adds=cost)
+        if not self.options.peers or not self._runs_on_cpu(Form.PLAIN_SLIM, f"{Form.PLAIN}, OpenVINO"):
+            return found
+        self.tell("Slimming the plain export")
+        found += self._attempt(Form.PLAIN_SLIM, "onnxruntime", lambda: self._slimmed(path))
+        self.tell("Compiling the plain export in OpenVINO")
+        found += self._attempt(
+            Form.PLAIN, "openvino", lambda: self._plain_in_openvino(plain), Setting.OPENVINO_F32, cost
+        )
+        found += self._attempt(
+            Form.PLAIN, "openvino", lambda: self._with_defaults(lambda core: core.read_model(str(path))),
+            Setting.OPENVINO_DEFAULTS, cost,
+        )  # fmt: skip
         return found
 
-    def of_openvino_conversion(self, model: CausalCLIPSeg) -> list[Candidate]:
-        """OpenVINO's own conversion of the PyTorch module, its causal path."""
+    def of_openvino_conversion(self, model: CausalCLIPSeg) -> list[BenchCandidate]:
+        """OpenVINO's own conversion of the PyTorch module, its causal path, in FP32 and with OpenVINO's defaults."""
+        if not self._runs_on_cpu(Form.CONVERTED):
+            return []
         self.tell("Converting the PyTorch module with OpenVINO")
-        return self._attempt("ov.convert_model", "openvino", lambda: self._converted(model))
+        graphs: list[Any] = []
 
-    def answer_of(self, model: CausalCLIPSeg) -> Floats:
-        """The reference's logits (1, 1, H, W), in the published order of operations."""
-        return self._in_torch(model.causal_logits)()
+        def converted(core: Any) -> Any:
+            if not graphs:
+                graphs.append(self._converted(model))
+            return graphs[0].clone()
 
-    def of_machine(self) -> Candidate:
+        def in_f32() -> Prepared:
+            core = load_openvino().Core()
+            return self._in_openvino(compile_graph(core, converted(core), "fp32", self.options.threads))
+
+        return [
+            *self._attempt(Form.CONVERTED, "openvino", in_f32),
+            *self._attempt(
+                Form.CONVERTED, "openvino", lambda: self._with_defaults(converted), Setting.OPENVINO_DEFAULTS
+            ),
+        ]
+
+    def answer_of(self, model: CausalCLIPSeg) -> Answer:
+        """The reference's answer, in the published order of operations."""
+        return self._in_torch(model.causal_logits).answer
+
+    def of_machine(self) -> BenchCandidate:
         """A float32 product of two large matrices: what this machine's arithmetic can do at best."""
         import torch
 
         torch.set_num_threads(self.options.threads)
         left, right = torch.rand(2, PRODUCT_SIDE, PRODUCT_SIDE)
         into = torch.empty_like(left)
-        extra = {**self.options.extra(), "multiply_adds": PRODUCT_MULTIPLY_ADDS}
-        return Candidate(SGEMM, "pytorch", "fp32", MACHINE, lambda: torch.mm(left, right, out=into), extra)
+        return BenchCandidate(
+            SGEMM, "pytorch", "fp32", MACHINE, lambda: torch.mm(left, right, out=into),
+            {"threads": self.options.threads}, role="machine", form=Form.PRODUCT, device="cpu",
+            multiply_adds=PRODUCT_MULTIPLY_ADDS,
+        )  # fmt: skip
 
-    def _candidate(self, name: str, backend: str, run: Callable[[], object]) -> Candidate:
-        device = {"device": "cpu"} if backend == "pytorch" else {}
-        return Candidate(name, backend, "fp32", WHOLE, run, {**self.options.extra(), **device})
+    def _runs_on_cpu(self, *names: str) -> bool:
+        if not self.on_cpu:
+            reason = f"runs on the CPU only, and the bundle on {self.options.backends()[0]}'s GPU"
+            self.left_out.extend({"name": str(name), "reason": reason} for name in names)
+        return self.on_cpu
 
-    def _attempt(self, name: str, backend: str, prepare: Callable[[], Callable[[], object]]) -> list[Candidate]:
+    def _candidate(
+        self, form: Form, backend: str, prepared: Prepared, setting: Setting | None = None,
+        multiply_adds: int | None = None,
+    ) -> BenchCandidate:  # fmt: skip
+        answer = prepared.answer
+        device = self.options.device if form is Form.PLAIN and backend == "onnxruntime" else "cpu"
+        return BenchCandidate(
+            _name(form, setting), backend, prepared.precision, WHOLE,
+            lambda: answer(self.inputs.image, self.inputs.prompt),
+            {"threads": self.options.threads, **prepared.facts}, role="baseline", form=form, setting=setting,
+            device=device, includes_prompt_encoding=True, multiply_adds=multiply_adds, answer=answer,
+        )  # fmt: skip
+
+    def _attempt(
+        self, form: Form, backend: str, prepare: Callable[[], Prepared], setting: Setting | None = None,
+        multiply_adds: int | None = None,
+    ) -> list[BenchCandidate]:  # fmt: skip
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a stranger's tool about its own insides
-                run = prepare()
-                run()
-        except Exception as error:  # whatever keeps a stranger's tool from working is a fact to report
+                warnings.simplefilter("ignore")  # a third-party tool about its own internals
+                prepared = prepare()
+                prepared.answer(self.inputs.image, self.inputs.prompt)
+        except Exception as error:  # whatever keeps a third-party tool from working is a fact to report
             said = " ".join(str(error).split())[:REASON_LENGTH]
-            self.left_out.append({"name": name, "reason": f"does not work here: {type(error).__name__}: {said}"})
+            reason = f"does not work here: {type(error).__name__}: {said}"
+            self.left_out.append({"name": _name(form, setting), "reason": reason})
             return []
-        return [self._candidate(name, backend, run)]
+        return [self._candidate(form, backend, prepared, setting, multiply_adds)]
 
-    def _arrays(self) -> dict[str, Any]:
-        return {"image": self.inputs.image, "tokens": self.inputs.prompt}
-
-    def _in_torch(self, compute: Callable[..., torch.Tensor]) -> Callable[[], Floats]:
+    def _in_torch(self, compute: Callable[..., torch.Tensor], setting: Setting | None = None) -> Prepared:
         import torch
 
         torch.set_num_threads(self.options.threads)
-        pair = [torch.from_numpy(np.ascontiguousarray(array)) for array in self._arrays().values()]
+        layout = torch.channels_last if setting is Setting.CHANNELS_LAST else torch.contiguous_format
 
-        def run() -> Floats:
+        def answer(image: Floats, tokens: Tokens) -> Floats:
             with torch.inference_mode():
-                return compute(*pair).numpy()
+                pixels = torch.from_numpy(np.ascontiguousarray(image)).contiguous(memory_format=layout)
+                logits: Floats = compute(pixels, torch.from_numpy(np.ascontiguousarray(tokens))).numpy()
+                return logits
 
-        return run
+        return Prepared(answer)
 
-    def _slimmed(self, path: Path) -> Callable[[], Floats]:
+    def _plain(self, plain: Bundle) -> Prepared:
+        device = self.options.device
+        cache = self.options.choice_of("onnxruntime").engine_cache
+        backend = open_backend("onnxruntime", plain, "fp32", device, self.options.threads, engine_cache=cache)
+        return Prepared(lambda image, tokens: backend.run("plain", {"image": image, "tokens": tokens})["logits"])
+
+    def _slimmed(self, path: Path) -> Prepared:
         import onnxslim
 
         model = onnxslim.slim(str(path))
         session = make_session(load_onnxruntime("cpu"), model.SerializeToString(), "cpu", self.options.threads)
-        return lambda: session.run(["logits"], self._arrays())[0]
+        return Prepared(lambda image, tokens: session.run(["logits"], {"image": image, "tokens": tokens})[0])
 
-    def _plain_in_openvino(self, plain: Bundle) -> Callable[[], Floats]:
+    def _plain_in_openvino(self, plain: Bundle) -> Prepared:
         backend = OpenVinoBackend(plain, "fp32", self.options.threads)
         backend.load("plain")
-        return lambda: backend.run("plain", self._arrays())["logits"]
+        facts = {"inference_precision_hint": backend.arithmetic("plain")}
+        return Prepared(
+            lambda image, tokens: backend.run("plain", {"image": image, "tokens": tokens})["logits"], facts=facts
+        )
 
-    def _converted(self, model: CausalCLIPSeg) -> Callable[[], Floats]:
+    def _with_defaults(self, read: Callable[[Any], Any]) -> Prepared:
+        """A model compiled as OpenVINO's documentation shows: nothing is set but the number of threads."""
+        core = load_openvino().Core()
+        return self._in_openvino(core.compile_model(read(core), "CPU", {"INFERENCE_NUM_THREADS": self.options.threads}))
+
+    def _in_openvino(self, runs: Any) -> Prepared:
+        precision, facts = precision_that_runs(runs)
+
+        def answer(image: Floats, tokens: Tokens) -> Floats:
+            logits: Floats = runs([np.ascontiguousarray(image), tokens], share_inputs=True)[0]
+            return logits
+
+        return Prepared(answer, precision, facts)
+
+    def _converted(self, model: CausalCLIPSeg) -> Any:
         import torch
 
-        openvino = load_openvino()
-        arrays = self._arrays()
-        pair = tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays.values())
+        arrays = (self.inputs.image, self.inputs.prompt)
+        pair = tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
         with torch.no_grad():
-            graph = openvino.convert_model(
-                causal_path(model), example_input=pair, input=[tuple(array.shape) for array in arrays.values()]
+            return load_openvino().convert_model(
+                causal_path(model), example_input=pair, input=[tuple(array.shape) for array in arrays]
             )
-        runs = compile_graph(openvino.Core(), graph, "fp32", self.options.threads)
-        return lambda: runs(list(arrays.values()), share_inputs=True)[0]
+
+
+def _name(form: Form, setting: Setting | None) -> str:
+    return str(form) if setting is None else f"{form}, {setting}"
+
+
+def precision_that_runs(compiled: Any) -> tuple[str, dict[str, object]]:
+    """The lowest precision of any convolution or matrix product of a compiled OpenVINO model, and what OpenVINO says.
+
+    Read from the executed graph, whose layers name their kernels' precision, because the hint alone is a request.
+    """
+    counts: Counter[str] = Counter()
+    for layer in compiled.get_runtime_model().get_ordered_ops():
+        facts = {key: str(layer.get_rt_info()[key].astype(str)) for key in ("layerType", "runtimePrecision")}
+        if facts["layerType"] in PRODUCT_LAYERS:
+            counts[facts["runtimePrecision"]] += 1
+    hint = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+    lowest = next((ours for theirs, ours in OPENVINO_PRECISIONS.items() if counts[theirs]), None)
+    if lowest is None:
+        raise UsageError(f"OpenVINO names no precision of a convolution or product, only {dict(counts)}.")
+    return lowest, {"inference_precision_hint": hint, "product_precisions": dict(counts)}
+
+
+def whole_network(model: CausalCLIPSeg) -> Callable[..., torch.Tensor]:
+    """The published network with both of its branches; its causal logits."""
+
+    def compute(image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(image, tokens).causal
+        return logits
+
+    return compute
 
 
 def load_network(bundle: Bundle, options: BenchOptions) -> CausalCLIPSeg:

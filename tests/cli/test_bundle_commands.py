@@ -123,17 +123,23 @@ def test_bench_shows_figures_with_goals_and_keeps_its_json(
 
     figure = {
         "what": "128 prompts on one image", "backend": "openvino", "value": 99.0, "unit": "×", "low": 98.0,
-        "high": 101.0, "goal": 100.0, "at_least": True, "extrapolated": "128 × one run", "met": False,
+        "high": 101.0, "goal": 100.0, "at_least": True, "extrapolated": "128 × one run", "met": False, "n": 12,
+        "precision": "fp32",
     }  # fmt: skip
+    few = {**figure, "what": "few", "low": None, "high": None, "n": 3}
+    row = {"stage": "image and prompt", "precision": "bf16", "p50_ms": 5.0, "p90_ms": 6.0, "n": 12}
+    baseline = {**row, "name": "OpenVINO defaults", "role": "baseline", "includes_prompt_encoding": True}
+    baseline |= {"relative_error": 0.0182, "mask_dice": 0.99144}
     told = {
-        "results": [], "ratios": [], "not_measured": [], "bundle": "b", "threads": 2, "figures": [figure],
+        "results": [baseline], "ratios": [], "not_measured": [], "bundle": "b", "threads": 2, "figures": [figure, few],
         "peak": {"name": "sgemm", "multiply_adds_per_second": 7e10},
     }  # fmt: skip
     monkeypatch.setattr(bench, "bench_bundle", lambda *_: told)
     kept = tmp_path / "new" / "result.json"
     done = invoke("bench", tiny_bundle_path, "--peers", "--checkpoint", "any.pth", "-o", kept)
     assert done.exit_code == 0, done.stderr
-    for words in ("128 prompts on one image *", "99 ×", "98 to 101 ×", "≥ 100 ×", "140 GFLOP/s", "times the number"):
+    for words in ("128 prompts on one image *", "99 ×", "98 to 101 ×", "≥ 100 ×", "140 GFLOP/s", "times the number",
+                  "none: 3 rounds", "bf16", "encoded", "1.8e-02", "0.9914"):  # fmt: skip
         assert words in done.stdout
     assert json.loads(kept.read_text()) == told
 

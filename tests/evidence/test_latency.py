@@ -76,8 +76,8 @@ def test_a_slow_first_call_stays_out_of_the_percentiles() -> None:
     assert (summary.max_ms, summary.first_ms, summary.n, summary.warmup_n) == (2, 1000, 4, 1)
 
 
-@pytest.mark.parametrize(("budget_seconds", "rounds_done"), [(None, 20), (0.95, 10), (0.0, 3)])
-def test_the_budget_ends_the_measurement_but_never_before_three_rounds(
+@pytest.mark.parametrize(("budget_seconds", "rounds_done"), [(None, 20), (1.15, 12), (0.0, 10)])
+def test_the_budget_ends_the_measurement_but_never_before_ten_rounds(
     budget_seconds: float | None, rounds_done: int
 ) -> None:
     clock, seen = Clock(), []
@@ -94,6 +94,23 @@ def test_the_budget_ends_the_measurement_but_never_before_three_rounds(
     )
     assert timings["a"].samples_ms.size == rounds_done
     assert seen == [(done, 20) for done in range(1, rounds_done + 1)]
+
+
+def test_a_budget_adds_no_round_to_those_that_were_requested() -> None:
+    clock = Clock()
+    candidate = clock.candidate("a", lambda _: 100)
+    timings = measure_interleaved([candidate], 4, 0, seed=0, budget_seconds=0.0, settle=at_rest, clock_ns=clock)
+    assert timings["a"].samples_ms.size == 4
+
+
+def test_the_report_holds_every_round_so_that_each_number_can_be_computed_again() -> None:
+    clock = Clock()
+    candidates = [clock.candidate("slow", lambda call: 30 + call), clock.candidate("fast", lambda call: 10 + call)]
+    timings = measure_interleaved(candidates, 12, 1, seed=0, settle=at_rest, clock_ns=clock)
+    told = json.loads(json.dumps(latency.report(candidates, timings, ["slow"], seed=0)))
+    rows = {row["name"]: np.array(row["samples_ms"]) for row in told["results"]}
+    np.testing.assert_allclose(rows["fast"], np.arange(11, 23))
+    assert told["ratios"][0]["ratio"] == pytest.approx(float(np.median(rows["slow"] / rows["fast"])))
 
 
 def test_freeing_the_result_is_not_timed() -> None:

@@ -12,18 +12,22 @@ import pytest
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.evidence.latency import Candidate
 from cclip_deploy.model.checkpoint import save_checkpoint
-from cclip_deploy.pipeline import bench, export, peers
+from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.pipeline import export, peers
 from cclip_deploy.pipeline.bench import bench_bundle
 from cclip_deploy.pipeline.bench_plan import BenchOptions
 from cclip_deploy.pipeline.peers import SGEMM
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+from cclip_deploy.segmenter import Segmenter
 from tests.bundles import change_weights, copy_of, reseal
 from tests.conftest import THREADS, random_network
 
-RESULT_KEYS = {"name", "backend", "precision", "stage", "p50_ms", "p90_ms", "p99_ms", "n", "threads", "device"}
-RATIO_KEYS = {"baseline", "candidate", "ratio", "low", "high"}
+RESULT_KEYS = {
+    "name", "backend", "precision", "stage", "p50_ms", "p90_ms", "p99_ms", "n", "threads", "device", "role", "form",
+    "precision_class", "includes_prompt_encoding", "samples_ms", "multiply_adds",
+}  # fmt: skip
+RATIO_KEYS = {"baseline", "candidate", "ratio", "low", "high", "n"}
 
 
 def quick(**changes: Any) -> BenchOptions:
@@ -51,8 +55,12 @@ def test_a_bundle_alone_is_timed_by_stage_and_the_peers_are_named_as_left_out(ti
 
 def test_json_is_the_contract(tiny_bundle_path: Path) -> None:
     told = json.loads(json.dumps(bench_bundle(Bundle.open(tiny_bundle_path), quick()), allow_nan=False))
-    assert told.keys() == {"fingerprint", "results", "ratios", "threads", "bundle", "not_measured"}
-    assert told["fingerprint"].keys() >= {"cpu", "packages"}
+    assert told.keys() == {
+        "fingerprint", "source", "network", "results", "ratios", "threads", "seed", "bundle", "not_measured",
+    }  # fmt: skip
+    assert told["fingerprint"].keys() >= {"cpu", "packages", "time_utc"}
+    graphs = Bundle.open(tiny_bundle_path).manifest.graphs
+    assert told["network"]["multiply_adds"] == {name: graph.multiply_adds for name, graph in graphs.items()}
     assert told["bundle"] == str(tiny_bundle_path)
     for row in told["results"]:
         assert row.keys() >= RESULT_KEYS
@@ -66,8 +74,9 @@ def test_json_is_the_contract(tiny_bundle_path: Path) -> None:
         )
     for ratio in told["ratios"]:
         assert ratio.keys() >= RATIO_KEYS
-        assert ratio["ratio"] > 0
-        assert ratio["low"] is ratio["high"] is None, "three rounds have no 95 % interval"
+        rows = {row["name"]: np.array(row["samples_ms"]) for row in told["results"]}
+        paired = rows[ratio["baseline"]] / rows[ratio["candidate"]]
+        assert ratio["ratio"] == pytest.approx(float(np.median(paired)))
 
 
 def test_a_checkpoint_and_a_plain_bundle_are_timed_and_paired(
@@ -79,7 +88,9 @@ def test_a_checkpoint_and_a_plain_bundle_are_timed_and_paired(
     assert {"pytorch eager", "pytorch eager, causal path", "plain export"} <= set(names(result))
     assert {row["backend"] for row in result["results"] if "pytorch" in row["name"]} == {"pytorch"}
     assert [row["name"] for row in result["not_measured"]] == ["torch.compile"]
-    assert {ratio["baseline"] for ratio in result["ratios"]} == {"pytorch eager", "plain export"}
+    assert {ratio["baseline"] for ratio in result["ratios"]} == {
+        "pytorch eager", "pytorch eager, channels last", "plain export",
+    }  # fmt: skip
     pairs = {(ratio["baseline"], ratio["candidate"]) for ratio in result["ratios"]}
     assert ("pytorch eager", "fused fp32") in pairs
     assert ("plain export", "cached prompt fp32") in pairs
@@ -195,12 +206,14 @@ def test_a_plain_bundle_of_a_larger_batch_is_refused(
 
 
 OURS = (
-    "fused", "cached prompt", "prompt", "one more prompt", "image pass", "1 × image, 2 × prompt",
-    "2 × image, 1 × prompt",
+    "fused", "cached prompt", "prompt", "one more prompt", "image pass", "1 × image, 2 × prompt, new prompts",
+    "1 × image, 2 × prompt, cached prompts", "2 × image, 1 × prompt, new prompts",
+    "2 × image, 1 × prompt, cached prompts",
 )  # fmt: skip
 PEERS = (
-    "pytorch eager", "pytorch eager, causal path", "plain export", "plain export, onnxslim", "plain export, OpenVINO",
-    "ov.convert_model",
+    "pytorch eager", "pytorch eager, causal path", "pytorch eager, channels last",
+    "pytorch eager, causal path, channels last", "plain export", "plain export, onnxslim", "plain export, OpenVINO",
+    "plain export, OpenVINO defaults", "ov.convert_model", "ov.convert_model, OpenVINO defaults",
 )  # fmt: skip
 
 
@@ -219,7 +232,105 @@ def test_beside_the_peers_both_backends_run_and_every_answer_is_pytorchs(beside_
     assert [row["name"] for row in beside_peers["not_measured"]] == ["torch.compile"]
     whole = [row for row in beside_peers["results"] if row["stage"] == "image and prompt"]
     assert {row["name"] for row in whole} == {*PEERS, *(n for n in ours if n.startswith(("fused", "cached")))}
-    assert all(row["relative_error"] < 2e-5 for row in whole)
+    in_fp32 = [row for row in whole if row["precision_class"] == "fp32"]
+    assert all(row["relative_error"] < 2e-5 and row["mask_dice_worst"] > 0.999 for row in in_fp32)
+    assert {row["name"] for row in whole} - {row["name"] for row in in_fp32} <= {
+        "plain export, OpenVINO defaults", "ov.convert_model, OpenVINO defaults",
+    }  # fmt: skip
+
+
+def test_roles_and_prompt_encoding_are_named_for_every_row(beside_peers: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in beside_peers["results"]}
+    assert {name for name, row in rows.items() if row["role"] == "baseline"} == set(PEERS)
+    assert {name for name, row in rows.items() if row["role"] == "machine"} == {SGEMM}
+    encoded = {name for name, row in rows.items() if row["includes_prompt_encoding"]}
+    ours = ("fused", "prompt", "1 × image, 2 × prompt, new prompts", "2 × image, 1 × prompt, new prompts")
+    assert encoded == {*PEERS, *(f"{name} fp32{backend}" for name in ours for backend in ("", ", OpenVINO"))}
+    costs = {name: row["multiply_adds"] for name, row in rows.items()}
+    counted = beside_peers["network"]["multiply_adds"]
+    assert costs["cached prompt fp32"] == counted["image_encoder"] + counted["mask_decoder"]
+    assert costs["plain export"] == costs["plain export, OpenVINO defaults"] == counted["plain"]
+    many = counted["image_encoder"] + 2 * counted["mask_decoder"]
+    assert costs["1 × image, 2 × prompt, cached prompts fp32"] == many
+    assert costs["1 × image, 2 × prompt, new prompts fp32"] == many + 2 * counted["prompt_encoder"]
+
+
+def test_openvino_with_its_defaults_says_what_it_ran_in(beside_peers: dict[str, Any]) -> None:
+    types = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+    for row in beside_peers["results"]:
+        if row["setting"] == "OpenVINO defaults":
+            assert row["precision"] in types
+            assert types[row["precision"]] in row["product_precisions"]
+            assert row["inference_precision_hint"] == types[row["precision"]]
+            assert 0.9 < row["mask_dice_worst"] <= row["mask_dice"] <= 1
+    forced = next(row for row in beside_peers["results"] if row["name"] == "ov.convert_model")
+    assert (forced["precision"], set(forced["product_precisions"])) == ("fp32", {"f32"})
+
+
+def test_dice_is_of_masks_of_a_useful_size(beside_peers: dict[str, Any], tiny_network: CausalCLIPSeg) -> None:
+    pairs = beside_peers["accuracy"]["pairs"]
+    assert len(pairs) == 4
+    assert all(0.05 <= pair["mask_fraction"] <= 0.95 and pair["used_for_dice"] for pair in pairs)
+    assert 0 < beside_peers["accuracy"]["near_zero_fraction"] < 1
+
+
+def test_new_prompts_are_encoded_in_the_timed_region_and_cached_ones_are_not(
+    tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    decoded: list[np.ndarray] = []
+    run, decode = OnnxRuntimeBackend.run, Segmenter.decode
+
+    def count(self: Any, graph: str, inputs: Any) -> Any:
+        if graph == "prompt_encoder":
+            encoded.append(len(inputs["tokens"]))
+        return run(self, graph, inputs)
+
+    def keep(self: Any, *inputs: Any) -> Any:
+        decoded.append(decode(self, *inputs))
+        return decoded[-1]
+
+    def timings_of(candidates: Any, *_: Any, **__: Any) -> Any:
+        monkeypatch.setattr(OnnxRuntimeBackend, "run", count)
+        monkeypatch.setattr(Segmenter, "decode", keep)
+        for form in ("new prompts", "cached prompts"):
+            encoded.clear()
+            candidate = next(c for c in candidates if c.form == form)
+            candidate.run()
+            seen[form] = list(encoded)
+        raise StopIteration
+
+    seen: dict[str, list[int]] = {}
+    monkeypatch.setattr("cclip_deploy.pipeline.bench.measure_interleaved", timings_of)
+    monkeypatch.setattr("cclip_deploy.pipeline.bench._predict_alone", lambda *_: {})
+    options = quick(
+        checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path, peers=True, backend="onnxruntime",
+        workloads=((1, 20),),
+    )  # fmt: skip
+    with pytest.raises(StopIteration):
+        bench_bundle(Bundle.open(tiny_bundle_path), options)
+    assert seen == {"new prompts": [16, 4], "cached prompts": []}
+    assert decoded[0].shape == (1, 20, 64, 96)
+    np.testing.assert_allclose(decoded[0], decoded[1], rtol=1e-4, atol=1e-4)
+
+
+def test_channels_last_is_measured_in_that_format(
+    tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    seen: dict[bool, set[bool]] = {}
+    real = CausalCLIPSeg.causal_logits
+
+    def watch(self: CausalCLIPSeg, image: Any, tokens: Any) -> Any:
+        weights = [p for p in self.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+        is_last = all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+        seen.setdefault(is_last, set()).add(image.is_contiguous(memory_format=torch.channels_last))
+        return real(self, image, tokens)
+
+    monkeypatch.setattr(CausalCLIPSeg, "causal_logits", watch)
+    bench_bundle(Bundle.open(tiny_bundle_path), quick(checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path))
+    assert seen == {True: {True}, False: {False}}
 
 
 def test_beside_the_peers_the_json_has_figures_the_peak_and_predict(beside_peers: dict[str, Any]) -> None:
@@ -228,32 +339,9 @@ def test_beside_the_peers_the_json_has_figures_the_peak_and_predict(beside_peers
     assert 1e9 < told["peak"]["multiply_adds_per_second"] < 1e14
     assert told["predict"].keys() == {"onnxruntime", "openvino"}
     assert all(0.1 < cost["seconds"] < 60 and cost["peak_bytes"] > 2**25 for cost in told["predict"].values())
-    assert any(figure["what"].startswith("2 prompts on one image against") for figure in told["figures"])
-    assert told["network"] == {"name": "tiny", "image_hw": [64, 96]}
-
-
-def test_a_peer_that_computes_something_else_is_no_peer(
-    tiny_bundle_path: Path, plain_bundle_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = peers.Peers.answer_of
-    monkeypatch.setattr(
-        bench, "our_candidates", lambda *_: [Candidate("mine", "any", "fp32", "image and prompt", answer, {})]
-    )
-
-    def answer() -> Any:
-        return truth[0] * 1.1
-
-    truth: list[Any] = []
-
-    def remember(self: peers.Peers, model: Any) -> Any:
-        truth.append(real(self, model))
-        return truth[0]
-
-    monkeypatch.setattr(peers.Peers, "answer_of", remember)
-    options = quick(checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path)
-    result = bench_bundle(Bundle.open(tiny_bundle_path), options)
-    assert "mine" not in names(result)
-    assert {"name": "mine", "reason": "computes something else: relative error 0.1"} in result["not_measured"]
+    of_two = [f["form"] for f in told["figures"] if f["workload"] == [1, 2] and f["compared_with"] == "plain"]
+    assert of_two == ["new prompts", "cached prompts"] * 2
+    assert (told["network"]["name"], told["network"]["image_hw"]) == ("tiny", [64, 96])
 
 
 def test_a_bundle_that_computes_something_else_is_not_timed(
