@@ -76,20 +76,23 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     checks += stage_checks(bundle, references)
     has_onnx = importlib.util.find_spec("onnx") is not None
     choice, ran, run_engines = replace(options.choice, threads=options.threads), [], set[str]()
+    outputs: list[Check] = []
     for precision in engine_precisions(bundle, choice.backend) if choice.runs_engines else bundle.precisions():
         with opened(choice, bundle, precision, has_onnx) as found:
             graphs = _graphs_of(bundle, found)
             on_progress(f"Comparing {precision} graphs on {found.ran}: {', '.join(graphs)}")
             with_chain = can_chain(bundle.manifest, precision) and _runs_chain(found)
-            checks += check_graphs(found.backend, graphs, references, plain_batch(bundle.manifest), with_chain)
+            outputs += check_graphs(found.backend, graphs, references, plain_batch(bundle.manifest), with_chain)
             if with_chain:
-                checks += mask_stage_checks(bundle, found.backend, references)
+                outputs += mask_stage_checks(bundle, found.backend, references)
             ran.append(found.to_dict())
             notes += [told for told in [found.told()] if told]
             if isinstance(found.backend, TensorRtBackend):
                 run_engines |= {entry.file for entry in found.backend.entries}
     derived, derivation_notes = derivation_checks(bundle, references, on_progress)
-    checks += derived
+    # The first failed check is the one that is named, so a cause comes before what follows from it.
+    checks += [check for check in outputs if check.precision == "fp32"] + derived
+    checks += [check for check in outputs if check.precision != "fp32"]
     notes += derivation_notes
     checks += _engine_checks(bundle)
     notes += _calibration_notes(bundle)
