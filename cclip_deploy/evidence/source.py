@@ -10,7 +10,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,19 +192,22 @@ def record_source(
     )  # fmt: skip
 
 
-def open_clip_ids(sentences: Sequence[str]) -> NDArray[np.int64]:
-    """Ids by open_clip's own tokenizer, (N, 77)."""
+@cache
+def _open_clip() -> Any:
     from open_clip.tokenizer import SimpleTokenizer
 
-    ids: NDArray[np.int64] = SimpleTokenizer()(list(sentences), context_length=CONTEXT).numpy().astype(np.int64)
+    return SimpleTokenizer()
+
+
+def open_clip_ids(sentences: Sequence[str]) -> NDArray[np.int64]:
+    """Ids by open_clip's own tokenizer, (N, 77)."""
+    ids: NDArray[np.int64] = _open_clip()(list(sentences), context_length=CONTEXT).numpy().astype(np.int64)
     return ids
 
 
 def vocabulary_sentences() -> tuple[str, ...]:
     """Sentences of words from all over open_clip's vocabulary, so that a shift anywhere in it changes some id."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    theirs = SimpleTokenizer()
+    theirs = _open_clip()
     words = []
     for start in range(512, len(theirs.encoder) - WORDS_APART, WORDS_APART):
         for place in range(start, start + WORDS_APART):
@@ -218,9 +222,7 @@ def vocabulary_sentences() -> tuple[str, ...]:
 
 def open_clip_vocabulary_hash() -> str:
     """`vocabulary_hash` of open_clip's own tables."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    theirs = SimpleTokenizer()
+    theirs = _open_clip()
     return vocabulary_hash(theirs.encoder, sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__))
 
 

@@ -20,7 +20,7 @@ from cclip_deploy.segmenter import Segmenter
 
 INPUT_NOISE = 1e-5
 """Largest max|a−b|/max|b| of a network input: float32 noise of another processor's resize."""
-IDS_SHOWN = 12
+IDS_SHOWN = 4
 
 Ids = NDArray[np.int64]
 
@@ -99,7 +99,13 @@ def _ids_fault(tokenizer: PromptTokenizer, sentence: str, row: Ids) -> str | Non
     expected = [int(number) for number in np.trim_zeros(row, "b")]
     if ids == expected:
         return None
-    return f"sentence {sentence!r} gives ids {_shown(ids)}, open_clip gives {_shown(expected)}"
+    place = next(
+        (n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected))
+    )
+    return (
+        f"sentence {sentence!r} gives ids {_shown(ids[place:])} from token {place} on, open_clip gives "
+        f"{_shown(expected[place:])}"
+    )
 
 
 def _row_faults(tokenizer: PromptTokenizer, reference: Reference, source: Source) -> Iterator[str]:

@@ -185,9 +185,9 @@ def _compare(bundle: Bundle, folder: Path, manifest: Manifest, work: _Work, on_p
         graphs = [name for name, given in work.precisions.items() if given == precision]
         with_chain = precision == work.options.precision and can_chain(manifest, precision)
         backend = OnnxRuntimeBackend(unsealed, precision, "cpu", work.options.threads, rounds_as_written=True)
-        checks += check_graphs(backend, graphs, references, with_chain=with_chain)
         for name in graphs:
             checks += layer_checks(unsealed, graph_key(name, precision), references)
+        checks += check_graphs(backend, graphs, references, with_chain=with_chain)
     _name_what_is_not_finite(unsealed, checks, references)
     refuse_failures(checks)
 

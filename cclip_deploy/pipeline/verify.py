@@ -79,14 +79,15 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     has_onnx = importlib.util.find_spec("onnx") is not None
     choice, ran, run_engines = replace(options.choice, threads=options.threads), [], set[str]()
     precisions, not_run = precisions_to_run(choice, bundle)
+    outputs: list[Check] = []
     for precision in precisions:
         with opened(choice, bundle, precision, has_onnx) as found:
             graphs = _graphs_of(bundle, found)
             on_progress(f"Comparing {precision} graphs on {found.ran}: {', '.join(graphs)}")
             with_chain = can_chain(bundle.manifest, precision) and _runs_chain(found)
-            checks += check_graphs(found.backend, graphs, references, plain_batch(bundle.manifest), with_chain)
+            outputs += check_graphs(found.backend, graphs, references, plain_batch(bundle.manifest), with_chain)
             if with_chain:
-                checks += mask_stage_checks(bundle, found.backend, references)
+                outputs += mask_stage_checks(bundle, found.backend, references)
             chain = chain_precisions(found.backend, bundle) if with_chain else {}
             ran.append({**found.to_dict(), "graphs": chain | dict.fromkeys(graphs, precision)})
             notes += [told for told in [found.told()] if told]
@@ -94,7 +95,9 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
                 run_engines |= {entry.file for entry in found.backend.entries}
     derived, derivation_notes = derivation_checks(bundle, references, on_progress)
     engines, engine_notes = engine_checks(bundle)
-    checks += [*derived, *engines]
+    # The first failed check is the one that is named, so a cause comes before what follows from it.
+    checks += [check for check in outputs if check.precision == "fp32"] + derived
+    checks += [check for check in outputs if check.precision != "fp32"] + engines
     notes += derivation_notes + engine_notes + _calibration_notes(bundle)
     narrow = [name for name, graph in bundle.manifest.graphs.items() if "16" in graph.precision]
     if narrow and not choice.on_gpu:

@@ -34,7 +34,9 @@ def test_verify_prints_its_contract(tiny_bundle_path: Path) -> None:
     told = json.loads(done.stdout)
     assert told.keys() == {"passed", "checks", "notes", "ran"}
     assert told["passed"] is True
-    assert told["checks"][0].keys() == {"name", "graph", "backend", "precision", "metric", "value", "limit", "passed"}
+    assert told["checks"][0].keys() == {
+        "name", "graph", "backend", "precision", "metric", "value", "limit", "passed", "detail",
+    }  # fmt: skip
 
 
 def test_verify_ends_with_4_where_a_graph_was_altered_and_still_prints_its_json(copy: Path) -> None:

@@ -7,20 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.data.images import read_picture
-from cclip_deploy.data.preprocess import to_input
-from cclip_deploy.errors import BundleError, ImageError, PromptError
+from cclip_deploy.errors import BundleError
 from cclip_deploy.evidence.reference import (
-    PICTURE_PROMPTS,
     THIN,
     TILE,
     Reference,
     expand,
     load_references,
-    picture_inputs,
     record,
     save_reference,
     seeded_inputs,
@@ -55,41 +50,6 @@ def test_seeded_inputs_are_the_same_every_time_and_fill_every_scale() -> None:
     assert abs(float(image.mean())) < 0.3
     assert 0.7 < float(image.std()) < 1.4
     assert np.abs(image[0] - image[1]).max() > 1
-
-
-def test_pictures_and_prompts_become_the_bundles_inputs(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 50)).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    tokenizer, manifest = tiny_bundle.tokenizer(), tiny_bundle.manifest
-    image, tokens = picture_inputs([tmp_path / "a.png"], ["left lung", "heart"], tokenizer, manifest)
-    expected = to_input(read_picture(tmp_path / "a.png").pixels, (64, 96), manifest.preprocessing)
-    np.testing.assert_array_equal(image, expected)
-    np.testing.assert_array_equal(tokens, [tokenizer.encode(p, 24) for p in ("left lung", "heart")])
-
-
-def test_without_pictures_and_prompts_two_films_are_drawn_and_the_prompts_that_fit_are_taken(
-    tiny_bundle: Bundle,
-) -> None:
-    tokenizer, manifest = tiny_bundle.tokenizer(), tiny_bundle.manifest
-    image, tokens = picture_inputs([], [], tokenizer, manifest)
-    again, _ = picture_inputs([], [], tokenizer, manifest)
-    assert image.shape == (2, 3, 64, 96)
-    np.testing.assert_array_equal(image, again)
-    fitting = [prompt for prompt in PICTURE_PROMPTS if len(tokenizer.ids(prompt)) <= 24]
-    np.testing.assert_array_equal(tokens, [tokenizer.encode(prompt, 24) for prompt in fitting])
-    short = manifest.model_copy(update={"prompt_length": 3})
-    _, tokens = picture_inputs([], [], tokenizer, short)
-    np.testing.assert_array_equal(tokens, [tokenizer.encode("lung", 3)])
-
-
-def test_a_prompt_or_picture_of_ones_own_is_never_left_out_in_silence(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    tokenizer, manifest = tiny_bundle.tokenizer(), tiny_bundle.manifest
-    with pytest.raises(PromptError, match="room for 24"):
-        picture_inputs([], ["lung", "lung " * 30], tokenizer, manifest)
-    with pytest.raises(PromptError, match="empty"):
-        picture_inputs([], ["lung", " "], tokenizer, manifest)
-    with pytest.raises(ImageError, match="does not exist"):
-        picture_inputs([tmp_path / "none.png"], [], tokenizer, manifest)
 
 
 def test_pairs_are_every_picture_with_every_prompt() -> None:

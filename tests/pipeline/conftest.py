@@ -11,6 +11,7 @@ import pytest
 
 from cclip_deploy.bundle import Bundle, edited_bundle, write_manifest
 from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.graph.lower import InputsAndOutputs
 from cclip_deploy.pipeline import export
 from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
@@ -44,7 +45,9 @@ def engine_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPath
     return made_once(tmp_path_factory, "engines.cclip", make)
 
 
-def add_precisions(path: Path, precisions: Sequence[Precision]) -> None:
+def add_precisions(
+    path: Path, precisions: Sequence[Precision], keep: tuple[str, ...] = (), io: InputsAndOutputs = "fp32"
+) -> None:
     """Derive the graphs that serve in further precisions, without engines; quantized ones from drawn pictures."""
     films = path.parent / "films"
     if not films.exists():
@@ -52,7 +55,8 @@ def add_precisions(path: Path, precisions: Sequence[Precision]) -> None:
     calibration = CalibrationOptions((films / "images",), "min-max")
     for precision in precisions:
         bundle = Bundle.open(path)
-        options = DeriveOptions(precision, SERVED, calibration if is_quantised(precision) else None, threads=THREADS)
+        chosen = calibration if is_quantised(precision) else None
+        options = DeriveOptions(precision, SERVED, chosen, keep, io, THREADS)
         with edited_bundle(bundle) as folder:
             write_manifest(folder, derive_graphs(bundle, options, folder, lambda _: None).manifest)
 

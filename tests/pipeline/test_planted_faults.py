@@ -22,9 +22,11 @@ from PIL import Image
 from cclip_deploy import segmenter
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data import preprocess, tokens
-from tests.bundles import linked_copy, replace_text, reseal
+from cclip_deploy.pipeline.build import SERVED
+from tests.bundles import copy_of, linked_copy, replace_text, reseal
 from tests.cli.run import invoke
 from tests.conftest import THREADS
+from tests.pipeline.conftest import add_precisions
 
 Array = NDArray[Any]
 Plant = Callable[[Path, pytest.MonkeyPatch], str]
@@ -44,6 +46,7 @@ def tokenizer(name: str, change: Callable[[dict[str, Any]], object], named: str 
     """A fault of tokenizer.json."""
 
     def plant(copy: Path, _: pytest.MonkeyPatch) -> str:
+        keep_graphs(copy)
         told = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
         change(told)
         replace_text(copy / "tokenizer.json", json.dumps(told))
@@ -57,6 +60,7 @@ def manifest(name: str, change: Callable[[dict[str, Any]], object], named: str) 
     """A fault of what the manifest says of preprocessing and threshold."""
 
     def plant(copy: Path, _: pytest.MonkeyPatch) -> str:
+        keep_graphs(copy)
         reseal(copy, change)
         return named
 
@@ -66,7 +70,8 @@ def manifest(name: str, change: Callable[[dict[str, Any]], object], named: str) 
 def code(name: str, change: Callable[[pytest.MonkeyPatch], object], named: str) -> Fault:
     """A fault of the code that runs around the graphs, as another version or library would bring."""
 
-    def plant(_: Path, patch: pytest.MonkeyPatch) -> str:
+    def plant(copy: Path, patch: pytest.MonkeyPatch) -> str:
+        keep_graphs(copy)
         change(patch)
         return named
 
@@ -95,6 +100,7 @@ def edited(
     """A fault of the node at a place among those of a type; `edit` returns what has to be named of it."""
 
     def plant(copy: Path, _: pytest.MonkeyPatch) -> str:
+        keep_graphs(copy, graph)
         path = copy / "graphs" / f"{graph}.onnx"
         model = onnx.load(path)
         named = edit(model, [node for node in model.graph.node if node.op_type == op_type][place])
@@ -106,9 +112,20 @@ def edited(
     return Fault(f"{graph} {op_type} {place}: {name}", plant)
 
 
+def keep_graphs(copy: Path, *low: str) -> None:
+    """Leave the FP32 graphs, and these, in a copy: what is not there costs no time."""
+
+    def drop_others(told: dict[str, Any]) -> None:
+        kept = {name: entry for name, entry in told["graphs"].items() if entry["precision"] == "fp32" or name in low}
+        told["graphs"] = kept
+
+    reseal(copy, drop_others)
+
+
 def put(tensor: onnx.TensorProto, values: Array) -> None:
-    kept = numpy_helper.to_array(tensor).dtype
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values).astype(kept), tensor.name))
+    before = numpy_helper.to_array(tensor)
+    after = np.asarray(values, before.dtype).reshape(before.shape)
+    tensor.CopyFrom(numpy_helper.from_array(after, tensor.name))
 
 
 def shift_ids(told: dict[str, Any]) -> None:
@@ -233,7 +250,7 @@ def swap_ranges(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     assert values[0] != values[1]
     put(stored[node.input[1]], values[1])
     put(stored[others[0]], values[0])
-    return node.input[1]
+    return others[0]
 
 
 def shift_zero_point(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
@@ -335,3 +352,33 @@ def test_a_planted_fault_ends_verify_with_exit_code_4_and_a_name(
     said = [f"{check['name']} {check['detail']}" for check in failed]
     assert any(named in text for text in said), said
     assert failed[0]["name"] in done.stderr
+
+
+def test_a_sound_bundle_passes_in_every_precision(low_bundle_path: Path, tmp_path: Path) -> None:
+    copy = copy_of(low_bundle_path, tmp_path)
+    add_precisions(copy, ("bf16", "fp8", "fp8-fp16"))
+    done = invoke("verify", copy, "--threads", str(THREADS), "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    checked = {
+        (check["graph"], check["precision"]) for check in told["checks"] if check["name"].endswith("/derivation")
+    }
+    assert checked == {
+        *((graph, precision) for graph in SERVED for precision in ("fp16", "bf16")),
+        *(("image_encoder", precision) for precision in ("int8", "int8-fp16", "fp8", "fp8-fp16")),
+    }  # fmt: skip
+    layers = [check for check in told["checks"] if check["metric"] == "layer_error"]
+    assert len(layers) == 8
+    assert all(0 < check["value"] < check["limit"] / 2 for check in layers)
+    assert {check["graph"] for check in told["checks"] if check["precision"] == "all"} == {
+        "tokenizer", "preprocessing", "threshold",
+    }  # fmt: skip
+
+
+def test_a_sound_bundle_passes_in_openvino(low_bundle_path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    copy = copy_of(low_bundle_path, tmp_path)
+    others = [name for name in Bundle.open(copy).manifest.graphs if "int8-fp16" not in name]
+    keep_graphs(copy, *others)
+    done = invoke("verify", copy, "--backend", "openvino", "--threads", str(THREADS), "--json")
+    assert done.exit_code == 0, done.output
