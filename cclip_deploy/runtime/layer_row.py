@@ -39,6 +39,8 @@ _GENERATED_NAME = re.compile(r"__myl_(\w+?)_myl\d+_\d+")
 _GENERATED_PRODUCT = re.compile(r"_gem[mv](?:_\w+)?_myl\d+_\d+")
 _OPERATOR = re.compile(r"[A-Z][a-z0-9]*")
 _PRODUCT_OPERATORS = frozenset({"Corr", "Fc"})
+SMALL_PRODUCT = ("Mul", "Sum")
+"""What a product with a single row becomes in a generated kernel."""
 _OTHER_OPERATORS = frozenset({
     "Abs", "Add", "And", "Asin", "Atan", "Cast", "Ceil", "Conc", "Cos", "Cums", "Div", "Elu", "Eql", "Erf", "Etc",
     "Exp", "Floo", "Gath", "Grid", "Gtr", "Inor", "Iota", "Isin", "Isna", "Log", "Log1", "Lt", "Max", "Maxr", "Mean",
@@ -119,9 +121,26 @@ class LayerRow:
         A product's is that of all its operands, of which it needs two; `unknown` where they are not shown. Its bias,
         its scales and its output do not count.
         """
-        if self.is_product:
-            return _one_of(tensor.type for tensor in self.operands) if len(self.operands) > 1 else "unknown"
-        return _one_of(self.types)
+        if not self.is_product:
+            return _one_of(self.types)
+        if len(self.operands) < 2:
+            return "unknown"
+        operators = self._operators()
+        products = _product_places(operators)
+        if products and "Cast" in operators[: products[-1]]:
+            return self._type_after_casts(operators[products[0] :])
+        return _one_of(tensor.type for tensor in self.operands)
+
+    def _type_after_casts(self, operators: tuple[str, ...]) -> str:
+        """The type of a product that a generated kernel computes from what it casts itself, else `mixed`.
+
+        A product's result has its operands' type. So if nothing is cast after the product, the outputs show that type,
+        and the weights have to have it, too. `operators` are those from the product on.
+        """
+        weights = [tensor for tensor in _computing(self.constants) if not tensor.is_vector]
+        if not weights or not {"Cast", "Etc"}.isdisjoint(operators):
+            return "mixed"
+        return _one_of(tensor.type for tensor in (*weights, *_computing(self.outputs)))
 
     def _operators(self) -> tuple[str, ...]:
         """The operators in a generated kernel's name, shortened to four letters: ("Cast", "Mul", "Relu")."""
@@ -129,9 +148,15 @@ class LayerRow:
         return tuple(_OPERATOR.findall(found[1])) if found else ()
 
 
+def _product_places(operators: tuple[str, ...]) -> list[int]:
+    """Where products are among a generated kernel's operators."""
+    pairs = pairwise((*operators, ""))
+    return [place for place, pair in enumerate(pairs) if pair[0] in _PRODUCT_OPERATORS or pair == SMALL_PRODUCT]
+
+
 def _role_of(operators: tuple[str, ...], is_fusion: bool) -> Role:
-    """The role of a generated kernel. A fusion is made around a product; small products become `MulSum`."""
-    if not _PRODUCT_OPERATORS.isdisjoint(operators) or ("Mul", "Sum") in pairwise(operators):
+    """The role of a generated kernel, of which a fusion is made around a product."""
+    if _product_places(operators):
         return "product"
     is_known = bool(operators) and not is_fusion and _OTHER_OPERATORS.issuperset(operators)
     return "other" if is_known else "unknown"

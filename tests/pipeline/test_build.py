@@ -17,6 +17,7 @@ from cclip_deploy.graph import precision as graph_precision
 from cclip_deploy.pipeline import build
 from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
 from cclip_deploy.pipeline.calibrate import CalibrationOptions
+from cclip_deploy.pipeline.engine_proof import engine_checks
 from cclip_deploy.runtime.engine_settings import EngineSettings
 from cclip_deploy.runtime.layer_table import LayerTable
 from tests.bundles import copy_of, digests, flip_byte
@@ -108,6 +109,19 @@ def test_a_second_precision_is_added_beside_the_first_and_a_second_build_replace
     ]  # fmt: skip
     assert Bundle.open(copy).check_all() == ()
     assert os.listdir(tmp_path) == [copy.name]
+
+
+def test_products_of_a_single_row_are_proved_where_they_are_fused_with_casts(copy: Path) -> None:
+    """For one prompt alone, TensorRT-RTX fuses products with the layer norms, in FP32, before them."""
+    (engine,) = build_engines(
+        Bundle.open(copy), BuildOptions(graphs=("prompt_encoder",), one_alone=True, threads=THREADS)
+    )
+    table = LayerTable.from_dict(json.loads((copy / engine.layers).read_text()))
+    small = [row for row in table.rows if row.is_product and "MulSum" in row.name]
+    assert any("Cast" in row.name and "fp32" in row.types for row in small)
+    assert {row.precision for row in small} == {"fp16"}
+    checks, _ = engine_checks(Bundle.open(copy))
+    assert all(check.passed for check in checks)
 
 
 @pytest.mark.parametrize("stage", ["Building prompt_encoder", "Comparing the fp16", "Converting mask_decoder"])

@@ -222,6 +222,39 @@ def test_a_small_product_that_became_a_multiplication_and_a_sum_counts_with_all_
             prove_precision(table(made), "fp16", {"mm"})
 
 
+@pytest.mark.parametrize(
+    ("operators", "data", "weights", "output", "precision"),
+    [
+        ("AddSqrtDivMulMulAddCastReshMulSum", "Float", "Half", "Half", "fp16"),  # in an FP16 prompt encoder's engine
+        ("AddSqrtDivMulMulAddReshMulSum", "Float", "Half", "Half", "mixed"),
+        ("CastReshMulSum", "Float", "Float", "Half", "mixed"),
+        ("CastReshMulSum", "Float", "Half", "Float", "mixed"),
+        ("CastReshMulSumEtc", "Float", "Half", "Half", "mixed"),
+        ("CastMulSumCast", "Half", "Half", "Half", "mixed"),  # up, multiplied, and down again
+        ("MulSumCastMulSumCast", "Half", "Half", "Half", "mixed"),
+        ("MulSumAddCast", "Half", "Half", "Float", "fp16"),
+    ],
+)
+def test_what_a_kernel_casts_before_a_product_is_read_from_its_name(
+    operators: str, data: str, weights: str, output: str, precision: str
+) -> None:
+    constants = f"{rtx_tensor('w', '64,64', weights)},{rtx_tensor('scale', '1,64', 'Float')}"
+    made = rtx_row(
+        f"__myl_{operators}_myl1_19", "kgen", rtx_tensor("x", "1,64", data), constants,
+        rtx_tensor("y", "1,64", output), "[ONNX Layer: mm]",
+    )  # fmt: skip
+    assert table(made).rows[0].precision == precision
+    if precision == "fp16":
+        prove_precision(table(made), "fp16", {"mm"})
+
+
+def test_a_fusion_that_casts_up_before_its_product_is_not_in_the_low_type() -> None:
+    pair = f"{rtx_tensor('a', '8,8', 'Half')},{rtx_tensor('b', '8,8', 'Half')}"
+    for name, precision in (("__myl_CastFcCast_myl0_1", "mixed"), ("__myl_FcAddCast_myl0_1", "fp16")):
+        row = rtx_row(name, "runtime_fusion", pair, "", rtx_tensor("c", "8,8", "Half"), "[ONNX Layer: mm]")
+        assert table(row).rows[0].precision == precision
+
+
 def test_a_kernel_that_is_not_known_to_multiply_proves_no_product() -> None:
     """Its types do not say in which of them it multiplies: the low one may be its output's alone."""
     low_output = rtx_row(
