@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.errors import ParityError
 from cclip_deploy.evidence.parity import LIMITS, limits_of, mask_dices, relative_error
-from cclip_deploy.evidence.reference import PICTURE_PROMPTS, picture_inputs
+from cclip_deploy.evidence.reference import PICTURE_PROMPTS, drawn_films
 from cclip_deploy.pipeline.bench_candidate import Accuracy, Answer, BenchCandidate, Floats, Tokens
 from cclip_deploy.pipeline.bench_plan import BenchInputs, LeftOut
 
@@ -55,8 +56,10 @@ class JudgedPairs:
         from cclip_deploy.runtime.pytorch import PyTorchBackend
 
         manifest, tokenizer = bundle.manifest, bundle.tokenizer()
-        prompts = [text for text in PROMPTS if len(tokenizer.ids(text)) <= manifest.prompt_length]
-        images, tokens = picture_inputs([], prompts, tokenizer, manifest)
+        length, image_hw = manifest.prompt_length, manifest.image_hw
+        prompts = [text for text in PROMPTS if len(tokenizer.ids(text)) <= length]
+        images = np.concatenate([to_input(p, image_hw, manifest.preprocessing) for p in drawn_films(image_hw)])
+        tokens = np.stack([tokenizer.encode(prompt, length) for prompt in prompts])
         logits = PyTorchBackend(model).all_pairs(images, tokens)
         distance = np.abs((logits >= 0).mean(axis=(2, 3)) - 0.5)
         nearest = np.argsort(distance, axis=None, kind="stable")[:PAIRS]
