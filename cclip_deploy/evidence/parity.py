@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cclip_deploy.bundle import CHAIN
 from cclip_deploy.errors import ParityError
 from cclip_deploy.evidence.reference import Reference, expand, thin
 from cclip_deploy.manifest import Manifest, graph_key
@@ -27,7 +28,6 @@ FEW_PIXELS = 4
 FLOAT32_NOISE = 1e-5
 
 ENCODERS = {"image_encoder": "image", "prompt_encoder": "tokens"}
-CHAIN = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle import CHAIN, Bundle
 from cclip_deploy.errors import CclipError, UsageError
-from cclip_deploy.evidence.parity import CHAIN, can_chain
+from cclip_deploy.evidence.parity import can_chain
 from cclip_deploy.manifest import graph_key
 from cclip_deploy.pipeline.bench_candidate import BenchCandidate, Floats, Form, Tokens
 from cclip_deploy.pipeline.bench_plan import (

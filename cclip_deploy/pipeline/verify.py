@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle import CHAIN, Bundle
 from cclip_deploy.data.images import find_pictures
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import UsageError
-from cclip_deploy.evidence.parity import CHAIN, Check, can_chain, check_graphs, plain_batch, without_useful_masks
+from cclip_deploy.evidence.parity import Check, can_chain, check_graphs, plain_batch, without_useful_masks
 from cclip_deploy.evidence.reference import Reference, load_references
 from cclip_deploy.evidence.stages import check_tokenizer_file, mask_stage_checks, stage_checks
 from cclip_deploy.manifest import graph_key
