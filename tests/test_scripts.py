@@ -139,6 +139,17 @@ def test_suite_measures_and_draw_draws(
 
 
 @pytest.mark.slow
+def test_interval_coverage_keeps_its_result_and_prints_its_tables(run_script: Run, tmp_path: Path) -> None:
+    result = tmp_path / "new" / "coverage.json"
+    said = run_script("benchmarks/interval_coverage.py", "-o", result, "--data-sets", "3")
+    told = json.loads(result.read_text())
+    assert {row["method"] for row in told["patients"]} == {"percentile", "BCa", "studentized"}
+    assert "| Dice, pooled | studentized | " in said
+    again = run_script("benchmarks/interval_coverage.py", "-o", result, "--tables-only")
+    assert said.endswith(again)
+
+
+@pytest.mark.slow
 def test_train_synthetic_trains_and_scores(run_script: Run, tmp_path: Path) -> None:
     said = run_script("training/train_synthetic.py", "-o", tmp_path, "--films", "8", "--epochs", "1")
     assert (tmp_path / "training" / "last.safetensors").is_file()
