@@ -303,3 +303,20 @@ def test_only_a_report_is_replaced(report: Path, of_bundle: EvaluationResult, tm
     with pytest.raises(UsageError, match="will not replace it"):
         write_report(tmp_path / "thesis", of_bundle, replace=True)
     assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_coverage_is_said_with_every_control_and_group(of_bundle: EvaluationResult, report: Path) -> None:
+    numbers, rows = json.loads((report / "evaluation.json").read_text()), of_bundle.data.rows
+    for control in numbers["controls"]:
+        coverage = control["coverage"]
+        assert coverage["rows"] + sum(left["rows"] for left in coverage["left_out"]) == coverage["rows_in_all"] == rows
+        assert coverage["rows"] == control["dice"]["rows"]
+    assert {group["by"]: group["coverage"]["rows"] for group in numbers["group_coverage"]} == {
+        "target size": rows, "side named": rows, "zones named": rows,
+    }  # fmt: skip
+    page, said = (report / "index.html").read_text(), remarks(of_bundle)
+    fixed = next(c["coverage"] for c in numbers["controls"] if c["name"] == "fixed")
+    assert fixed["rows"] < rows
+    assert f"<td>{fixed['rows']} of {rows}</td>" in re.sub(r"<td[^>]*>", "<td>", page)
+    assert any(remark.startswith(f"Control fixed: {fixed['rows']} of {rows} rows; left out are") for remark in said)
+    assert f"Groups by side named: known of {rows} of {rows} rows." in said
