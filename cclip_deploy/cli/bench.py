@@ -10,6 +10,14 @@ import typer
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table, write_json
 
+BASELINES = {
+    "plain": "plain export",
+    "eager": "PyTorch eager",
+    "eager causal": "eager, causal path",
+    "fastest": "fastest in FP32",
+    "defaults": "OpenVINO defaults",
+}
+
 
 @reports_errors
 def bench(
@@ -57,12 +65,14 @@ def bench(
     show_times(result)
     if peers:
         show_figures(result)
+    else:
+        show_ratios(result)
     for row in result["not_measured"]:
         stdout.print(f"Not measured: {row['name']}: {row['reason']}.", markup=False)
 
 
 def show_times(result: dict[str, Any]) -> None:
-    """What each candidate took, and the paired ratios."""
+    """What each candidate took, what it ran in, and how far its answers are from PyTorch's."""
     title = f"{result['bundle']}, {result['threads']} threads"
     columns = ("candidate", "stage", "runs in", "prompt", "p50 ms ", "p90 ms ", "n ", "error ", "Dice ")
     shown = table(title, *columns)
@@ -73,6 +83,10 @@ def show_times(result: dict[str, Any]) -> None:
         dice = f"{row['mask_dice']:.4f}" if row.get("mask_dice") is not None else ""
         shown.add_row(row["name"], row["stage"], row["precision"], prompt, *times, str(row["n"]), error, dice)
     stdout.print(shown)
+
+
+def show_ratios(result: dict[str, Any]) -> None:
+    """The paired ratios of the bundle's candidates."""
     title = "Paired ratios of the bundle, baseline time / candidate time"
     ratios = table(title, "candidate", "against", "ratio ", "95 % interval ")
     ours = {row["name"] for row in result["results"] if row["role"] == "bundle"}
@@ -83,22 +97,44 @@ def show_times(result: dict[str, Any]) -> None:
 
 
 def show_figures(result: dict[str, Any]) -> None:
-    """The figures that the project is held to, and what the baselines of some of them were."""
+    """How many times as fast as each baseline; then the other figures, and those with a goal."""
+    show_speed_ups([row for row in result["figures"] if row["compared_with"] is not None])
     shown = table("Figures, measured in this run", "figure", "backend", "value ", "95 % interval ", "goal ", "met")
     for row in result["figures"]:
+        if row["compared_with"] is not None and row["goal"] is None:
+            continue
         unit = row["unit"]
         goal = "" if row["goal"] is None else f"{'≥' if row['at_least'] else '≤'} {with_unit(row['goal'], unit)}"
         met = {True: "[green]yes[/]", False: "[bold red]no[/]", None: ""}[row["met"]]
-        what = f"{row['what']} *" if row["extrapolated"] else row["what"]
         interval = between(row, ".3g", f" {unit}") if unit in ("×", "%") and row["n"] else ""
-        where = " ".join(word for word in (row["backend"], row["precision"]) if word)
-        shown.add_row(what, where, with_unit(row["value"], unit), interval, goal, met)
+        shown.add_row(row["what"], _where(row), with_unit(row["value"], unit), interval, goal, met)
     stdout.print(shown)
-    if any(row["extrapolated"] for row in result["figures"]):
-        stdout.print("* The baseline's time is one run of the same round, times the number of prompts and images.")
     if result["peak"] is not None:
         peak = si(2 * result["peak"]["multiply_adds_per_second"], "FLOP/s")
         stdout.print(f"{result['peak']['name']} ran at {peak} in the same run.", markup=False)
+
+
+def show_speed_ups(rows: list[dict[str, Any]]) -> None:
+    """A row for each workload, backend and precision, a column for each baseline, the interval below the ratio."""
+    columns = {row["compared_with"]: f"{BASELINES[row['compared_with']]} " for row in rows}
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        what = row["what"].partition(", against ")[0] + " *" * bool(row["extrapolated"])
+        cell = f"{with_unit(row['value'], row['unit'])}\n{between(row, '.3g')}"
+        cells.setdefault((what, _where(row)), {})[row["compared_with"]] = cell
+    shown = table("Times as fast as, 95 % interval", "bundle", "backend", *columns.values())
+    for key, found in cells.items():
+        shown.add_row(*key, *(found.get(column, "") for column in columns))
+    stdout.print(shown)
+    baselines = {row["compared_with"]: f"{row['baseline']}, {row['baseline_precision']}" for row in rows}
+    for column, name in baselines.items():
+        stdout.print(f"{BASELINES[column]}: {name}.", markup=False)
+    if any(row["extrapolated"] for row in rows):
+        stdout.print("* The baseline's time is one run of the same round, times the number of prompts and images.")
+
+
+def _where(row: dict[str, Any]) -> str:
+    return " ".join(word for word in (row["backend"], row["precision"]) if word)
 
 
 def between(row: dict[str, Any], form: str, unit: str = "") -> str:

@@ -13,8 +13,8 @@ STAGE, BASELINE = "image and prompt", "plain export"
 TITLES = {
     "fused fp32": "cclip-deploy in ONNX Runtime",
     "fused fp32, OpenVINO": "cclip-deploy in OpenVINO",
-    "cached prompt fp32": "cclip-deploy, prompt cached, ONNX Runtime",
-    "cached prompt fp32, OpenVINO": "cclip-deploy, prompt cached, OpenVINO",
+    "cached prompt fp32": "cclip-deploy in ONNX Runtime, cached prompt",
+    "cached prompt fp32, OpenVINO": "cclip-deploy in OpenVINO, cached prompt",
     "pytorch eager": "PyTorch, whole network",
     "pytorch eager, channels last": "PyTorch, whole network, channels last",
     "pytorch eager, causal path": "PyTorch, causal path",
@@ -44,8 +44,8 @@ def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
         raise EnvironmentProblem(f"A picture needs matplotlib ({error}). Install it: pip install matplotlib") from error
 
     rows = _rows(result)
-    figure = Figure(figsize=(9, 0.44 * len(rows) + 1.35), dpi=120, facecolor="white")
-    axes = figure.add_axes((0.375, 0.02, 0.605, 1 - 1.0 / (0.44 * len(rows) + 1.35)))
+    figure = Figure(figsize=(10, 0.44 * len(rows) + 1.35), dpi=120, facecolor="white")
+    axes = figure.add_axes((0.42, 0.02, 0.565, 1 - 1.0 / (0.44 * len(rows) + 1.35)))
     times = [row["p50_ms"] for row in rows]
     axes.barh(range(len(rows)), times, color=[OURS if row.get("ours") else PEER for row in rows], height=0.74)
     ratios = {ratio["candidate"]: ratio["ratio"] for ratio in result["ratios"] if ratio["baseline"] == BASELINE}
@@ -58,7 +58,7 @@ def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
             _said(row, ratios.get(row["name"])), (row["p50_ms"], place), (6, 0),
             textcoords="offset points", va="center", **style,
         )  # fmt: skip
-    axes.set(xlim=(0, max(times) * 1.32), ylim=(-0.6, len(rows) - 0.4), xticks=[])
+    axes.set(xlim=(0, max(times) * 1.42), ylim=(-0.6, len(rows) - 0.4), xticks=[])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color(PEER)
     axes.tick_params(length=0)

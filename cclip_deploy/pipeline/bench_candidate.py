@@ -25,6 +25,7 @@ class Form(StrEnum):
     """What is run, whichever library runs it."""
 
     FUSED = "fused"
+    NEW = "new prompt"
     CACHED = "cached prompt"
     PROMPT = "prompt"
     MORE = "one more prompt"

@@ -152,7 +152,7 @@ class _Figures:
                 yield Figure(what, None, plain.multiply_adds / ours, "×")
 
     def _of_one_pair(self, group: Sequence[BenchCandidate]) -> Iterator[Figure]:
-        for ours in _of_forms(group, Form.FUSED, Form.CACHED):
+        for ours in _of_forms(group, Form.FUSED, Form.NEW, Form.CACHED):
             words = "cached prompt" if ours.form is Form.CACHED else "new prompt"
             for baseline in self._baselines(ours.device):
                 figure = self._speed_up(f"one image and one {words}", ours, baseline)

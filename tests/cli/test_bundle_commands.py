@@ -124,11 +124,13 @@ def test_bench_shows_figures_with_goals_and_keeps_its_json(
     from cclip_deploy.pipeline import bench
 
     figure = {
-        "what": "128 prompts on one image", "backend": "openvino", "value": 99.0, "unit": "×", "low": 98.0,
-        "high": 101.0, "goal": 100.0, "at_least": True, "extrapolated": "128 × one run", "met": False, "n": 12,
-        "precision": "fp32",
+        "what": "128 prompts on one image, against the plain export", "backend": "openvino", "value": 99.0, "unit": "×",
+        "low": 98.0, "high": 101.0, "goal": 100.0, "at_least": True, "extrapolated": "128 × one run", "met": False,
+        "n": 12, "precision": "fp32", "compared_with": "plain", "baseline": "plain export",
+        "baseline_precision": "fp32",
     }  # fmt: skip
-    few = {**figure, "what": "few", "low": None, "high": None, "n": 3}
+    few = {**figure, "low": None, "high": None, "n": 3, "compared_with": "defaults", "goal": None, "met": None}
+    few |= {"baseline": "ov.convert_model, OpenVINO defaults", "baseline_precision": "bf16"}
     row = {"stage": "image and prompt", "precision": "bf16", "p50_ms": 5.0, "p90_ms": 6.0, "n": 12}
     baseline = {**row, "name": "OpenVINO defaults", "role": "baseline", "includes_prompt_encoding": True}
     baseline |= {"relative_error": 0.0182, "mask_dice": 0.99144}
@@ -141,7 +143,8 @@ def test_bench_shows_figures_with_goals_and_keeps_its_json(
     done = invoke("bench", tiny_bundle_path, "--peers", "--checkpoint", "any.pth", "-o", kept)
     assert done.exit_code == 0, done.stderr
     for words in ("128 prompts on one image *", "99 ×", "98 to 101 ×", "≥ 100 ×", "140 GFLOP/s", "times the number",
-                  "none: 3 rounds", "bf16", "encoded", "1.8e-02", "0.9914"):  # fmt: skip
+                  "none: 3 rounds", "bf16", "encoded", "1.8e-02", "0.9914", "plain export: plain export, fp32.",
+                  "OpenVINO defaults: ov.convert_model, OpenVINO defaults, bf16."):  # fmt: skip
         assert words in done.stdout
     assert json.loads(kept.read_text()) == told
 

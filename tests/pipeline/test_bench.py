@@ -135,6 +135,10 @@ def test_fp16_graphs_are_timed_and_engines_are_named_as_not_run(engine_bundle_pa
     result = bench_bundle(Bundle.open(engine_bundle_path), quick())
     assert {"cached prompt fp16", "prompt fp16", "one more prompt fp16", "fused fp32"} <= set(names(result))
     assert "fused fp16" not in names(result)  # there is no such graph
+    row = next(row for row in result["results"] if row["name"] == "new prompt fp16")
+    assert (row["stage"], row["includes_prompt_encoding"]) == ("image and prompt", True)
+    costs = result["network"]["multiply_adds"]
+    assert row["multiply_adds"] == sum(costs[name] for name in ("image_encoder", "prompt_encoder", "mask_decoder"))
     left_out = {row["name"]: row["reason"] for row in result["not_measured"]}
     assert left_out["image_encoder fp16 on tensorrt-rtx"] == "engines run on a GPU only"
     assert sum("on tensorrt-rtx" in name for name in left_out) == 3
