@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from cclip_deploy.cli.console import read_json, write_json
+from cclip_deploy.cli.entry import run_script
 from cclip_deploy.train.interval_coverage import (
     CASES,
     PATIENTS,
@@ -28,10 +29,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if not arguments.tables_only:
-        result = simulate(arguments.data_sets)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(coverage_tables(json.loads(arguments.output.read_text(encoding="utf-8"))), end="")
+        write_json(arguments.output, simulate(arguments.data_sets))
+    print(coverage_tables(read_json(arguments.output)), end="")
 
 
 def simulate(data_sets: int) -> dict[str, object]:
@@ -49,4 +48,4 @@ def simulate(data_sets: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

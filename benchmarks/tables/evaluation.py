@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.tables.markers import Page
 from benchmarks.tables.sources import Measurements, markdown, with_interval
+from cclip_deploy.train.interval_coverage import coverage_tables
 
 FILE = "evaluation_tiny.json"
 SCORES = {
@@ -43,9 +45,24 @@ def controls(measurements: Measurements) -> str:
     return markdown(("prompt", "rows", "Dice, true prompt", "Dice, this prompt", "paired difference"), rows)
 
 
+def coverage(part: int) -> Callable[[Measurements], str]:
+    """One of the tables of simulated coverage: of patients, rounds or seeds."""
+    return lambda measurements: coverage_tables(measurements.read("interval_coverage.json")).strip().split("\n\n")[part]
+
+
 def estimate(found: dict[str, Any], digits: int = 3) -> str:
     """`0.826 [0.806, 0.845]` of an estimate of `evaluation.json`."""
     return with_interval(found["value"], found["low"], found["high"], digits=digits)
 
 
-PAGE = Page("docs/evaluation.md", {"evaluation scores": scores, "evaluation controls": controls}, {})
+PAGE = Page(
+    "docs/evaluation.md",
+    {
+        "evaluation scores": scores,
+        "evaluation controls": controls,
+        "coverage of patients": coverage(0),
+        "coverage of rounds": coverage(1),
+        "coverage of seeds": coverage(2),
+    },
+    {},
+)
