@@ -28,7 +28,7 @@ SEEDS = (3, 5, 10)
 ROUNDS = (3, 5, 6, 8, 10, 20, 30)
 MOST_ROWS = 6
 _AT_ONCE = 100
-_TRUTH = (100, 20_000)
+_TRUTH = (25, 20_000)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PatientScores:
 
 @cache
 def true_value(case: PatientScores) -> float:
-    """The score of two million patients."""
+    """The score of half a million patients."""
     above, below = case.draw(np.random.default_rng(10**6), *_TRUTH).sum(axis=(1, 2))
     return float(above / below)
 
