@@ -133,17 +133,13 @@ def wait_until_quiet() -> bool:
     return False
 
 
-def paired_ratios(
-    candidates: Sequence[Candidate], timings: Mapping[str, Timing], baseline: str, seed: int
-) -> list[PairedRatio]:
+def paired_ratios(candidates: Sequence[Candidate], timings: Mapping[str, Timing], baseline: str) -> list[PairedRatio]:
     """Every other candidate of the baseline's stage against the baseline."""
     stages = {candidate.name: candidate.stage for candidate in candidates}
     if baseline not in stages:
         raise UsageError(f"No candidate is named {baseline!r}. Use one of: {', '.join(stages)}.")
     rivals = [name for name, stage in stages.items() if stage == stages[baseline] and name != baseline]
-    return [
-        paired_ratio(timings[baseline].samples_ms, timings[name].samples_ms, seed, baseline, name) for name in rivals
-    ]
+    return [paired_ratio(timings[baseline].samples_ms, timings[name].samples_ms, baseline, name) for name in rivals]
 
 
 def measure_throughput(
@@ -172,16 +168,12 @@ def measure_throughput(
     return Throughput(items / spent_seconds, concurrency, items, spent_seconds)
 
 
-def report(
-    candidates: Sequence[Candidate], timings: Mapping[str, Timing], baselines: Sequence[str], seed: int
-) -> dict[str, Any]:
+def report(candidates: Sequence[Candidate], timings: Mapping[str, Timing], baselines: Sequence[str]) -> dict[str, Any]:
     """What `bench --json` prints: the machine's fingerprint, a row a candidate, ratios to each named baseline."""
     return {
         "fingerprint": fingerprint(),
         "results": [result_row(candidate, timings[candidate.name]) for candidate in candidates],
-        "ratios": [
-            ratio.to_dict() for baseline in baselines for ratio in paired_ratios(candidates, timings, baseline, seed)
-        ],
+        "ratios": [ratio.to_dict() for baseline in baselines for ratio in paired_ratios(candidates, timings, baseline)],
     }
 
 

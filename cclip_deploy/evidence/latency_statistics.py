@@ -85,7 +85,7 @@ def summarise(samples_ms: ArrayLike, warmup_ms: ArrayLike = ()) -> LatencySummar
 
 
 def paired_ratio(
-    baseline_ms: ArrayLike, candidate_ms: ArrayLike, seed: int, baseline: str = "baseline", candidate: str = "candidate"
+    baseline_ms: ArrayLike, candidate_ms: ArrayLike, baseline: str = "baseline", candidate: str = "candidate"
 ) -> PairedRatio:
     """Median over rounds of baseline time / candidate time: above 1 where the candidate is faster.
 
@@ -95,7 +95,6 @@ def paired_ratio(
     Args:
         baseline_ms: (n,) samples, positive; round by round those of `candidate_ms`.
         candidate_ms: (n,) samples, positive.
-        seed: no effect; the interval needs no random numbers.
         baseline: its name.
         candidate: its name.
 

@@ -62,7 +62,7 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
             on_round=lambda done, total: on_progress(f"Round {done} of {total}"),
             budget_seconds=options.budget_seconds,
         )
-        result = report(candidates, timings, ratio_baselines(candidates), options.seed)
+        result = report(candidates, timings, ratio_baselines(candidates))
     result |= {
         "source": source_revision(),
         "network": _network(bundle, candidates),
@@ -99,7 +99,7 @@ def _beside_peers(
     timings: Mapping[str, Timing],
     processes: Mapping[str, ProcessCost],
 ) -> dict[str, Any]:
-    shown = figures(bundle.manifest, candidates, timings, processes, options.seed)
+    shown = figures(bundle.manifest, candidates, timings, processes)
     peaks = [
         {"name": c.name, "multiply_adds_per_second": c.multiply_adds / np.median(timings[c.name].samples_ms) * 1e3}
         for c in candidates

@@ -82,10 +82,9 @@ def figures(
     candidates: Sequence[BenchCandidate],
     timings: Mapping[str, Timing],
     processes: Mapping[str, ProcessCost],
-    seed: int,
 ) -> list[Figure]:
     """All figures of a run: per backend and precision, what includes encoding the prompt before what does not."""
-    return list(_Figures(manifest, candidates, timings, seed).all(processes))
+    return list(_Figures(manifest, candidates, timings).all(processes))
 
 
 def ratio_baselines(candidates: Sequence[BenchCandidate]) -> list[str]:
@@ -117,7 +116,6 @@ class _Figures:
     manifest: Manifest
     candidates: Sequence[BenchCandidate]
     timings: Mapping[str, Timing]
-    seed: int
 
     def all(self, processes: Mapping[str, ProcessCost]) -> Iterator[Figure]:
         yield from self._operations()
@@ -222,7 +220,7 @@ class _Figures:
         return self.timings[candidate.name].samples_ms
 
     def _speed_up(self, what: str, ours: BenchCandidate, baseline: _Baseline, count: int = 1) -> Figure:
-        ratio = paired_ratio(self._ms(baseline.candidate) * count, self._ms(ours), self.seed)
+        ratio = paired_ratio(self._ms(baseline.candidate) * count, self._ms(ours))
         return Figure(
             f"{what}, against {baseline.words}", ours.backend, ratio.ratio, "×", ratio.low, ratio.high, n=ratio.n,
             extrapolated=f"{count} × one run of the same round" if count > 1 else None,
@@ -230,7 +228,7 @@ class _Figures:
         )  # fmt: skip
 
     def _percent(self, what: str, of: BenchCandidate, part: Samples, whole: Samples) -> Figure:
-        ratio = paired_ratio(part, whole, self.seed)
+        ratio = paired_ratio(part, whole)
         low, high = (None if bound is None else 100 * bound for bound in (ratio.low, ratio.high))
         return Figure(what, of.backend, 100 * ratio.ratio, "%", low, high, n=ratio.n, subject=_subject(of))
 

@@ -58,7 +58,7 @@ def rn101(tiny_bundle_path: Path) -> Manifest:
 def found(manifest: Manifest, rows: Sequence[tuple[BenchCandidate, float]] = ROWS) -> list[Figure]:
     timings = {candidate.name: Timing(ms * ROUNDS, np.array([])) for candidate, ms in rows}
     processes = {"onnxruntime": ProcessCost(3.5, 10**9, 3)}
-    return figures(manifest, [candidate for candidate, _ in rows], timings, processes, 0)
+    return figures(manifest, [candidate for candidate, _ in rows], timings, processes)
 
 
 def speed_up(told: list[Figure], form: Form, compared_with: str, precision: str = "fp32") -> Figure:
