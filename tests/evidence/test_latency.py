@@ -236,7 +236,7 @@ def test_the_interval_of_a_median_is_of_the_ranks_that_a_table_gives(rounds: int
 def test_the_interval_covers_the_true_ratio_at_least_as_often_as_it_says(rounds: int) -> None:
     random = np.random.default_rng(3)
     hits = 0
-    for seed in range(1000):
+    for _ in range(1000):
         candidate_ms = random.lognormal(2, 0.3, rounds)
         baseline_ms = 1.5 * candidate_ms * random.lognormal(0, 0.1, rounds)
         ratio = paired_ratio(baseline_ms, candidate_ms)
