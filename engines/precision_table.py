@@ -9,6 +9,7 @@ import argparse
 import json
 import resource
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
@@ -20,18 +21,17 @@ from cclip_deploy.precisions import PRECISIONS, Precision, is_quantised
 from cclip_deploy.runtime.layer_table import LayerTable
 
 
-def measure(
-    path: Path, precision: Precision, calibration: CalibrationOptions, judging: CalibrationOptions, threads: int
-) -> str:
+def measure(path: Path, precision: Precision, options: CalibrationOptions, threads: int) -> str:
     """The end of a row; in a process of its own, whose peak memory is that of this one precision's build."""
-    chosen = calibration if is_quantised(precision) else None
+    # The build knows no evaluation set: it would refuse a precision whose masks are poor, and this table shows them.
+    chosen = replace(options, evaluation_set=()) if is_quantised(precision) else None
     engines = build_engines(Bundle.open(path), BuildOptions(precision, threads=threads, calibration=chosen), print)
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     layers = LayerTable.from_dict(json.loads((path / engines[0].layers).read_bytes()))
     products = ", ".join(f"{count} {kind}" for kind, count in layers.product_summary().items())
     sizes = " + ".join(f"{(path / engine.file).stat().st_size / 1e6:.1f}" for engine in engines[:2])
     seconds = " + ".join(f"{engine.build_seconds:.1f}" for engine in engines[:2])
-    masks = measure_masks(Bundle.open(path), precision, evaluation_images(judging), threads)
+    masks = measure_masks(Bundle.open(path), precision, evaluation_images(options), threads)
     return f"| {products} | {sizes} | {seconds} | {peak_gb:.1f} | {masks.mean:.4f} / {masks.worst:.4f} |"
 
 
@@ -43,14 +43,11 @@ def main() -> None:
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="may be repeated; all but fp32")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    both = CalibrationOptions((given.calibration,), evaluation_set=(given.evaluation_set,))
-    print("\n".join(choose_pictures(both).describe()))  # and no image or patient in both
-    # The build knows no evaluation set: it would refuse a precision whose masks are poor, and this table shows them.
-    calibration = CalibrationOptions((given.calibration,), cache=default_cache())
+    options = CalibrationOptions((given.calibration,), evaluation_set=(given.evaluation_set,), cache=default_cache())
+    print("\n".join(choose_pictures(options).describe()))  # and no image or patient is in both
     kinds: list[Precision] = given.precision or list(PRECISIONS[1:])
-    given_to_all = (calibration, both, given.threads)
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as alone:
-        rows = [alone.submit(measure, given.bundle, kind, *given_to_all).result() for kind in kinds]
+        rows = [alone.submit(measure, given.bundle, kind, options, given.threads).result() for kind in kinds]
     checks = verify_bundle(Bundle.open(given.bundle), VerifyOptions(threads=given.threads)).checks
     print("| precision | verify | products | image + prompt, MB | build, s | peak, GB | Dice, mean / worst |")
     print("|---|---|---" + "|---:" * 4 + "|")
