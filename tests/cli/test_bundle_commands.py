@@ -154,7 +154,8 @@ def test_openvino_runs_where_it_was_asked_for(command: str, tiny_bundle_path: Pa
     done = invoke(command, tiny_bundle_path, "--backend", "openvino", "--threads", "1", "--json")
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
-    assert {row["backend"] for row in told["checks" if command == "verify" else "results"]} == {"openvino"}
+    rows = told["checks" if command == "verify" else "results"]
+    assert {row["backend"] for row in rows} - {"bundle"} == {"openvino"}  # stages run without a backend
 
 
 def test_an_openvino_that_is_not_there_ends_with_3_and_not_in_onnx_runtime(
