@@ -12,7 +12,7 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.errors import ParityError
 from cclip_deploy.evidence.parity import LIMITS, limits_of, mask_dices, relative_error
-from cclip_deploy.evidence.reference import PICTURE_PROMPTS, drawn_films
+from cclip_deploy.evidence.reference import PICTURE_PROMPTS, SHORTEST_PROMPT, drawn_films
 from cclip_deploy.pipeline.bench_candidate import Accuracy, Answer, BenchCandidate, Floats, Tokens
 from cclip_deploy.pipeline.bench_plan import BenchInputs, LeftOut
 
@@ -25,7 +25,7 @@ PROMPTS = (
     *PICTURE_PROMPTS,
     "Bilateral pulmonary infection, two infected areas, all left lung and lower right lung.",
     "Unilateral pulmonary infection, one infected area, lower right lung.",
-    "left lung",
+    SHORTEST_PROMPT,
 )
 PAIRS = 4
 USEFUL_FRACTIONS = (0.05, 0.95)
@@ -56,10 +56,10 @@ class JudgedPairs:
         from cclip_deploy.runtime.pytorch import PyTorchBackend
 
         manifest, tokenizer = bundle.manifest, bundle.tokenizer()
-        length, image_hw = manifest.prompt_length, manifest.image_hw
-        prompts = [text for text in PROMPTS if len(tokenizer.ids(text)) <= length]
-        images = np.concatenate([to_input(p, image_hw, manifest.preprocessing) for p in drawn_films(image_hw)])
-        tokens = np.stack([tokenizer.encode(prompt, length) for prompt in prompts])
+        prompts = [text for text in PROMPTS if len(tokenizer.ids(text)) <= manifest.prompt_length]
+        films = drawn_films(manifest.image_hw)
+        images = np.concatenate([to_input(pixels, manifest.image_hw, manifest.preprocessing) for pixels in films])
+        tokens = np.stack([tokenizer.encode(text, manifest.prompt_length) for text in prompts])
         logits = PyTorchBackend(model).all_pairs(images, tokens)
         distance = np.abs((logits >= 0).mean(axis=(2, 3)) - 0.5)
         nearest = np.argsort(distance, axis=None, kind="stable")[:PAIRS]
