@@ -23,7 +23,7 @@ from cclip_deploy.evidence.reference import (
 )
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.runtime.pytorch import PyTorchBackend
-from tests.bundles import copy_of, reseal
+from tests.bundles import copy_of, linked_copy, reseal
 
 
 @pytest.mark.parametrize("length", [3, 4, 24, 77])
@@ -143,6 +143,35 @@ def test_answers_that_do_not_fit_the_graphs_are_refused(
     with np.load(path) as file:
         arrays = dict(file)
     change(arrays)
+    np.savez_compressed(path, **arrays)
+    reseal(copy)
+    with pytest.raises(BundleError, match=said):
+        load_references(Bundle.open(copy))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without("source/ids"), "holds no reference answers"),
+        (without("source/picture/3"), "answers for other than its 3 pictures"),
+        (without("source/mask/1"), "answers for other than its 4 pictures"),
+        (with_array("source/ids", np.zeros((1, 77), np.int64)), r"source ids \(1, 77\)"),
+        (with_array("source/picture/0", np.zeros((5, 5, 4), np.uint8)), r"source picture \(5, 5, 4\)"),
+        (with_array("source/picture/0", np.zeros((5, 5), np.float64)), "source picture of float64"),
+        (with_array("source/mask/0", np.zeros((1, 96, 15), np.uint8)), "masks"),
+        (with_array("source/probe_inputs", np.zeros((2, 3, 8, 8), np.float32)), "probe inputs"),
+        (with_array("source/preprocessing", np.array("{}]")), "holds no reference answers"),
+    ],
+)
+def test_a_source_that_does_not_fit_its_reference_is_refused(
+    change: Callable[[Arrays], object], said: str, tiny_bundle_path: Path, tmp_path: Path
+) -> None:
+    copy = linked_copy(tiny_bundle_path, tmp_path)
+    path = copy / "reference" / "pictures.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    change(arrays)
+    path.unlink()
     np.savez_compressed(path, **arrays)
     reseal(copy)
     with pytest.raises(BundleError, match=said):
