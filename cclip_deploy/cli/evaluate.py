@@ -35,7 +35,9 @@ def evaluate(
     ] = "one",
     tolerance: Annotated[float, typer.Option(help="Of the boundary Dice, in pixels of the picture.", min=0)] = 2.0,
     worst: Annotated[int, typer.Option(help="How many of the worst cases to draw.", min=0, max=100)] = 8,
-    seed: Annotated[int, typer.Option(help="Of the shuffled prompts and of the bootstrap.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the bootstrap, and of the shuffled control where it draws sentences.", min=0)
+    ] = 0,
     image_size: Annotated[
         str | None,
         typer.Option(help="Of a checkpoint: N or HxW, multiples of 32; as it was trained (else 224) unless given."),
