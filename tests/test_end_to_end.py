@@ -87,7 +87,7 @@ def test_every_product_of_the_engines_is_fp16(inspected: dict[str, Any]) -> None
 def test_verify_passes_in_both_precisions(bundle_path: Path) -> None:
     result = run_command("verify", bundle_path)
     assert result["passed"]
-    assert {check["precision"] for check in result["checks"]} == {"fp32", "fp16"}
+    assert {check["precision"] for check in result["checks"]} == {"fp32", "fp16", "all"}
 
 
 def test_bench_finds_the_deploy_form_faster_than_pytorch(

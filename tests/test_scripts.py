@@ -274,6 +274,12 @@ def test_calibrating_without_onnx(tiny_bundle_path: Path, tmp_path: Path) -> Non
     assert_names_what_is_missing(done, "onnx", "export")
 
 
+def test_counting_without_torch(tiny_bundle_path: Path, tiny_checkpoint: Path) -> None:
+    bundles = (tiny_bundle_path, tiny_bundle_path)
+    done = run_without("torch", "benchmarks/multiply_adds.py", *bundles, "--checkpoint", tiny_checkpoint)
+    assert_names_what_is_missing(done, "torch", "export")
+
+
 @pytest.mark.parametrize("script", ["benchmarks/compare.py", "benchmarks/suite.py"])
 def test_comparing_with_pytorch_without_torch(
     script: str, tiny_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path

@@ -6,7 +6,7 @@ import json
 import resource
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,10 @@ class PrecisionCost:
     build_seconds: dict[str, float]
     peak_bytes: int
     masks: MaskAgreement
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return {**asdict(replace(self, masks=None)), "masks": self.masks.to_dict()}  # type: ignore[arg-type]
 
 
 def measure_precisions(
@@ -83,7 +87,7 @@ def measure_precisions(
         "created": utc_now(),
         "versions": installed_versions(),
         "network": {"name": bundle.manifest.model["name"], "image_hw": list(bundle.manifest.image_hw)},
-        "rows": [{**asdict(cost), **_in_verify(checks, cost.precision)} for cost in costs],
+        "rows": [{**cost.to_dict(), **_in_verify(checks, cost.precision)} for cost in costs],
     }
 
 

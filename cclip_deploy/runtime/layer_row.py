@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal
 
 Role = Literal["product", "other", "unknown"]
@@ -98,6 +98,18 @@ class LayerRow:
     def is_product(self) -> bool:
         """Whether this is known to be a convolution or matrix product."""
         return self.role == "product"
+
+    @property
+    def is_unrolled_product(self) -> bool:
+        """Whether a generated kernel may be a small product that is written out: n multiplications, n - 1 additions.
+
+        Elementwise code can look the same, so this counts only for a kernel that names a product's node.
+        """
+        runs = [(operator, len(list(run))) for operator, run in groupby(self._operators())]
+        return any(
+            (first, second) == ("Mul", "Add") and 2 <= terms <= sums + 1
+            for (first, terms), (second, sums) in pairwise(runs)
+        )
 
     @property
     def types(self) -> frozenset[str]:

@@ -175,7 +175,7 @@ def _fault_of(node: str, rows: tuple[LayerRow, ...], expected: str) -> str | Non
     if not rows:
         return f"{node} (in no layer)"
     for row in rows:
-        if not row.is_product:
+        if not row.is_product and not row.is_unrolled_product:
             return f"{node} ({row.kind}, {row.precision}) is named only by {row.name}, not known to multiply"
         if row.precision != expected:
             return f"{node} ({row.kind}, {row.precision})"

@@ -73,7 +73,8 @@ def test_bench_times_engines_with_features_kept_on_the_device(bundle: Bundle, gp
     result = bench_bundle(bundle, options)
     rows = {row["name"]: row for row in result["results"]}
     assert rows.keys() == {
-        "cached prompt fp32, TensorRT-RTX", "prompt fp32, TensorRT-RTX", "one more prompt fp32, TensorRT-RTX",
+        "new prompt fp32, TensorRT-RTX", "cached prompt fp32, TensorRT-RTX", "prompt fp32, TensorRT-RTX",
+        "one more prompt fp32, TensorRT-RTX",
     }  # fmt: skip
     assert all(row["ran"] == "tensorrt-rtx" for row in rows.values())
     assert not any("on tensorrt-rtx" in row["name"] for row in result["not_measured"])

@@ -47,7 +47,7 @@ def test_every_image_and_prompt_counts_whatever_its_name_and_length(tiny_bundle:
         shutil.copy(tmp_path / "films" / "images" / f"test-0000{number}.png", place / "image.png")
         shutil.copy(next((tmp_path / "films" / "masks").glob(f"test-0000{number}-*")), place / "target.png")
         row = {"image": f"study{number}/image.png", "mask": f"study{number}/target.png", "split": "test"}
-        rows += [row | {"text": "lower left lung"}, row | {"text": "lung " * 30}][: number + 1]
+        rows += [row | {"text": "lower left lung"}, row | {"text": "opacity near the hilum and " * 10}][: number + 1]
     (tmp_path / "set" / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = with_prompts(read_image_set((tmp_path / "set",), "test"))
     agreement = measure_masks(tiny_bundle, "fp32", found, THREADS)

@@ -265,6 +265,28 @@ def test_a_kernel_that_is_not_known_to_multiply_proves_no_product() -> None:
         prove_precision(table(low_output), "fp16", {"mm"})
 
 
+@pytest.mark.parametrize(
+    ("operators", "kind", "fault"),
+    [
+        ("SlicSlicMulMulMulMulAddAddAddMoveResh", "Half", None),  # the demo's FP16 image encoder
+        ("MulMulAdd", "Half", None),
+        ("SlicMulMulMulMulAddAddAddResh", "Float", "mixed"),
+        ("MulMulMulMulAddResh", "Half", "not known to multiply"),  # too few sums
+        ("MulAdd", "Half", "not known to multiply"),
+    ],
+)
+def test_a_small_product_that_is_written_out_counts_with_all_its_types(
+    operators: str, kind: str, fault: str | None
+) -> None:
+    inputs = f"{rtx_tensor('a', '4,4', 'Half')},{rtx_tensor('b', '4,4', kind)}"
+    made = rtx_row(f"__myl_{operators}_myl0_78", "kgen", inputs, "", rtx_tensor("c", "4,4", "Half"), "[ONNX Layer: mm]")
+    if fault is None:
+        prove_precision(table(made), "fp16", {"mm"})
+    else:
+        with pytest.raises(ParityError, match=fault):
+            prove_precision(table(made), "fp16", {"mm"})
+
+
 @pytest.mark.parametrize("kind", ["Reformat", "shape_call", "NoOp"])
 def test_a_product_that_only_a_reformat_names_is_not_proved(kind: str) -> None:
     moved = rtx_row(

@@ -82,7 +82,7 @@ def test_rows_with_an_empty_reference_are_left_out_of_every_mean_over_rows() -> 
     every = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)]
     measured, filled = (Measurements(tuple(rows), (), ()) for rows in (every, every[:4]))
     without = summarise(measured, referrals(5), [CONTROL], "leave-out")
-    alone = summarise(filled, referrals(4), [CONTROL], "one")
+    alone = summarise(filled, referrals(4), [Control.single("fixed", (LEFT, LEFT, LEFT, None), "same")], "one")
     for name in ("dice_per_image", "iou_per_image", "hd95_px", "boundary_dice"):
         found, expected = getattr(without.scores, name), getattr(alone.scores, name)
         assert (found.value, found.rows) == (pytest.approx(expected.value), expected.rows), name
