@@ -12,7 +12,6 @@ from pathlib import Path
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.model.checkpoint import load_checkpoint
 from cclip_deploy.packages import require_packages
 
 
@@ -26,6 +25,8 @@ def main() -> None:
     require_packages("Counting PyTorch's multiply-adds", ("torch", "open_clip"), "export")
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+
+    from cclip_deploy.model.checkpoint import load_checkpoint
 
     bundle, plain = Bundle.open(arguments.bundle), Bundle.open(arguments.plain)
     manifest = bundle.manifest

@@ -97,7 +97,7 @@ def test_precision_table_writes_a_row_a_precision(run_script: Run, tiny_bundle_p
     engines = {path.name.split(".")[0]: path.stat().st_size for path in bundle.glob("engines/*.fp16.*.engine")}
     assert rows[0]["engine_bytes"] == engines
     judging = evaluation_images(CalibrationOptions((films,), evaluation_set=(films,)))
-    assert rows[0]["masks"] == measure_masks(Bundle.open(bundle), "fp16", judging).to_dict()
+    assert rows[0]["masks"] == measure_masks(Bundle.open(bundle), "fp16", judging).model_dump(mode="json")
     table = costs("precision_tiny.json")(Measurements(tmp_path))
     assert f"| fp16 | {rows[0]['layers']['fp16']} fp16 | {engines['image_encoder'] / 1e6:.1f} + " in table
 

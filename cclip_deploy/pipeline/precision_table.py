@@ -6,7 +6,7 @@ import json
 import resource
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class PrecisionCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
-        return {**asdict(replace(self, masks=None)), "masks": self.masks.to_dict()}  # type: ignore[arg-type]
+        return {**vars(self), "masks": self.masks.model_dump(mode="json")}
 
 
 def measure_precisions(
