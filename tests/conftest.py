@@ -6,6 +6,7 @@ import os
 
 # Workers of pytest-xdist share the cores between them. Set before numpy and torch load: spinning threads of a busy
 # machine make tests slow and times meaningless.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from collections.abc import Callable, Iterator
