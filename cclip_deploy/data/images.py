@@ -23,6 +23,7 @@ MAX_PIXELS = 2**26
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _KINDS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "TIFF": "tiff", "BMP": "bmp"}
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
+_EXIF_ORIENTATION, _UPRIGHT, _ON_ITS_SIDE = 274, 1, frozenset({5, 6, 7, 8})
 _DECODING = threading.Lock()
 
 
@@ -61,7 +62,7 @@ def read_picture(path: Path) -> Picture:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, as the header of a PNG, JPEG, TIFF, BMP or DICOM file says them.
+    """Width and height in pixels, right side up, as the header of a PNG, JPEG, TIFF, BMP or DICOM file says them.
 
     Raises:
         ImageError: not a file, empty, or of another type.
@@ -72,8 +73,27 @@ def picture_size(path: Path) -> tuple[int, int]:
         from cclip_deploy.data.dicom import dicom_size
 
         return dicom_size(path)
-    with decoding(path), Image.open(path) as image:
-        return image.size
+    with opened_raster(path) as image:
+        return image.size[::-1] if _orientation(image) in _ON_ITS_SIDE else image.size
+
+
+def picture_orientation(path: Path) -> int:
+    """EXIF orientation of a PNG, JPEG, TIFF or BMP file, 1 to 8; 1, right side up, where it says none, or is DICOM."""
+    if has_dicom_mark(path):
+        return _UPRIGHT
+    with opened_raster(path) as image:
+        return _orientation(image)
+
+
+@contextmanager
+def opened_raster(path: Path) -> Iterator[Image.Image]:
+    """Open a PNG, JPEG, TIFF or BMP file in Pillow, and no other format: some of them start programs.
+
+    Raises:
+        ImageError: the file is of another type, or what the block does with the image fails.
+    """
+    with decoding(path), path.open("rb") as file, _open(path, file) as image:
+        yield image
 
 
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
@@ -185,6 +205,11 @@ def _decode(path: Path) -> Picture:
         image.load()
         pixels, bits = _deep_grey(path, image) if image.mode.startswith(("I", "F")) else _shallow(image)
     return Picture(path=path, pixels=np.ascontiguousarray(pixels, dtype=np.float32), kind=kind, bits=bits)
+
+
+def _orientation(image: Image.Image) -> int:
+    found = image.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
+    return found if found in range(1, 9) else _UPRIGHT
 
 
 def _open(path: Path, file: BinaryIO) -> Image.Image:

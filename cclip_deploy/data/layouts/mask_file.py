@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from cclip_deploy.data.images import check_pixel_count, decoding
+from cclip_deploy.data.images import check_pixel_count, opened_raster
 from cclip_deploy.errors import DataError
 
 GREY_MODES = frozenset({"1", "L", "P", "I;16", "I"})
@@ -21,22 +21,23 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     """A mask, 0 outside and one other value (1 or 255, as a rule) inside: (H, W) bool.
 
     Grey, or colour with three equal channels. A JPEG file, as Kvasir-SEG has them, cannot hold two values: it is cut at
-    half of white (`is_lossy` tells such files).
+    half of white (`is_lossy` tells such files). EXIF orientation is applied, as to images.
 
     Raises:
         DataError: more than two values, or two that are not 0 and another, such as a greyscale picture has.
         ImageError: the file cannot be decoded.
     """
-    with decoding(path), Image.open(path) as image:
-        check_pixel_count(path, *image.size)
-        lossy = image.format in LOSSY_FORMATS
+    with opened_raster(path) as file:
+        check_pixel_count(path, *file.size)
+        lossy = file.format in LOSSY_FORMATS
+        image = ImageOps.exif_transpose(file)
         values = np.asarray(image) if image.mode in GREY_MODES else _equal_channels(path, image)
     return _cut_lossy(path, values) if lossy else _inside(path, values)
 
 
 def is_lossy(path: Path) -> bool:
     """Whether a mask is kept in a format that does not keep its values, so that `read_mask` cuts it."""
-    with decoding(path), Image.open(path) as image:
+    with opened_raster(path) as image:
         return image.format in LOSSY_FORMATS
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cclip_deploy.data.images import has_dicom_mark, is_picture_name, picture_size
+from cclip_deploy.data.images import has_dicom_mark, is_picture_name, picture_orientation, picture_size
 from cclip_deploy.errors import DataError, UsageError
 
 SPLITS = ("train", "val", "test")
@@ -67,7 +67,7 @@ def patient_of(image_name: str, pattern: str | None = None) -> str | None:
 
 
 def check_sizes(image: Path, mask: Path, where: str) -> None:
-    """DataError unless both files exist, can be opened, and have the same size, as their headers say it.
+    """DataError unless both files exist, can be opened, and have the same size and EXIF orientation by their headers.
 
     EnvironmentProblem where the image is DICOM and pydicom is not installed.
     """
@@ -79,6 +79,12 @@ def check_sizes(image: Path, mask: Path, where: str) -> None:
         raise DataError(
             f"{where}: mask {mask} is {shown['mask']} pixels, its image {shown['image']} (width x height). "
             "Give the mask of this very image."
+        )
+    turned = {name: picture_orientation(path) for name, path in (("image", image), ("mask", mask))}
+    if turned["image"] != turned["mask"]:
+        raise DataError(
+            f"{where}: image {image} has EXIF orientation {turned['image']}, its mask {turned['mask']}: one would be "
+            "turned and the other not. Turn the pixels of both upright and save them without the orientation."
         )
 
 

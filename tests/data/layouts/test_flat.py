@@ -62,7 +62,7 @@ def test_without_split_and_subject_rows_train_and_images_are_subjects(write_tabl
         ("image,mask,text,split\na.png,ma.png,left,training\n", "row 2: unknown split 'training'"),
         ("image,mask,text\na.png,ma.png,left\na.png,mb.png,left\n", r"row 3: a\.png has the text 'left' in row 2 too"),
         ('image,mask,text\na.png,ma.png,"left\n', "cannot be read as a CSV table"),
-        ("image,mask,text\ntable.csv,ma.png,left\n", r"row 2: image: .*table\.csv cannot be decoded"),
+        ("image,mask,text\ntable.csv,ma.png,left\n", r"row 2: image: .*table\.csv is not a complete PNG"),
     ],
 )
 def test_a_mistake_is_named_with_its_row(write_table: Callable[[str], Path], table: str, words: str) -> None:

@@ -27,7 +27,7 @@ def test_masks_that_are_no_masks_are_refused(tmp_path: Path) -> None:
     glass = np.array([[[255, 255, 255, 128]]], np.uint8)
     Image.fromarray(glass).save(tmp_path / "glass.png")
     for name, words in (
-        ("grey", "2 values besides 0"), ("colour", "colour mode RGB"), ("text", "cannot be decoded"),
+        ("grey", "2 values besides 0"), ("colour", "colour mode RGB"), ("text", "is not a complete PNG"),
         ("glass", "colour mode RGBA"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=words):

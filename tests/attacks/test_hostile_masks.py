@@ -1,0 +1,76 @@
+"""Masks and images of a data set that are made to harm: each ends in an error that names the file.
+
+Before, a mask was opened with every format that Pillow knows, so a PostScript file named m.png started Ghostscript; and
+an image's EXIF orientation was applied but its mask's was not, so square ones were scored against the wrong place.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cclip_deploy.data.images import read_picture
+from cclip_deploy.data.layouts import read_data_set, read_mask
+from cclip_deploy.errors import DataError, ImageError
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+ORIENTATION = 274
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that appears when a program called `gs` is started."""
+    started = tmp_path / "started"
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {started}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return started
+
+
+def write_set(folder: Path, image: Image.Image, mask: Image.Image, *, turned: str = "") -> Path:
+    """A flat set of one row; `turned` names which of the two has EXIF orientation 6."""
+    folder.mkdir()
+    for name, picture in (("image", image), ("mask", mask)):
+        exif = Image.Exif()
+        if name in turned:
+            exif[ORIENTATION] = 6
+        picture.save(folder / f"{name}.png", exif=exif)
+    (folder / "table.csv").write_text("image,mask,text\nimage.png,mask.png,left lung\n")
+    return folder
+
+
+def pair(height: int, width: int) -> tuple[Image.Image, Image.Image]:
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[: height // 4] = 255
+    return Image.fromarray(pixels), Image.fromarray(pixels)
+
+
+def test_a_postscript_file_called_png_starts_nothing(ghostscript: Path, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", *pair(32, 32))
+    (folder / "mask.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(ImageError, match=r"mask\.png is not a complete PNG"):
+        read_mask(folder / "mask.png")
+    with pytest.raises(DataError, match=r"mask\.png"):
+        read_data_set(folder)
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("side", [(32, 32), (32, 48)])
+@pytest.mark.parametrize("turned", ["image", "mask"])
+def test_an_orientation_that_one_of_the_two_has_is_refused(side: tuple[int, int], turned: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"orientation|pixels, its image"):
+        read_data_set(write_set(tmp_path / "set", *pair(*side), turned=turned))
+
+
+def test_an_orientation_that_both_have_turns_both(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", *pair(32, 48), turned="image mask")
+    (row,) = read_data_set(folder).referrals
+    pixels, mask = read_picture(row.image).pixels, read_mask(row.mask)
+    assert pixels.shape == mask.shape == (48, 32)
+    assert np.array_equal(pixels > 0.5, mask)
