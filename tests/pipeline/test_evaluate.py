@@ -131,9 +131,10 @@ def test_a_low_precision_is_measured_and_named(
     )
 
 
-def test_a_precision_that_the_bundle_lacks_is_an_error(tiny_bundle_path: Path, films: Path) -> None:
-    with pytest.raises(UsageError, match=r"fp16"):
-        evaluate(NetworkChoice(tiny_bundle_path, precision="fp16"), films, EvaluationOptions())
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-fp16", "fp8"])
+def test_a_precision_that_the_bundle_lacks_is_an_error(precision: str, tiny_bundle_path: Path, films: Path) -> None:
+    with pytest.raises(UsageError, match=f"build-engine BUNDLE --{precision.replace('-', ' --')}"):
+        evaluate(NetworkChoice(tiny_bundle_path, precision=precision), films, EvaluationOptions())
 
 
 def test_engines_that_are_not_there_are_an_error_and_never_replaced(tiny_bundle_path: Path, films: Path) -> None:
