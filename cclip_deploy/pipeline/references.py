@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.data.images import read_picture
-from cclip_deploy.data.preprocess import to_input
+from cclip_deploy.data.preprocess import resize_pixels, to_input
 from cclip_deploy.data.synthetic import MIN_SIDE_PX, make_film
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.evidence.parity import useful
@@ -28,6 +28,7 @@ Array = NDArray[np.generic]
 Floats = NDArray[np.float32]
 
 DRAWINGS, PROMPTS_KEPT = 3, 2
+LARGEST = 4
 FURTHER_PROMPTS = (
     "Unilateral pulmonary infection, one infected area, lower right lung.",
     "Unilateral pulmonary infection, one infected area, upper left lung.",
@@ -82,7 +83,7 @@ def make_references(
 
 def _choose(network: PyTorchBackend, manifest: Manifest, pictures: Sequence[Path], prompts: Sequence[str]) -> _Asked:
     tokenizer = PromptTokenizer.from_open_clip()
-    given = tuple(pack_pixels(read_picture(path).pixels) for path in pictures)
+    given = tuple(_raw(read_picture(path).pixels, manifest.image_hw) for path in pictures)
     best: _Asked | None = None
     for raw, own_prompts in [(given, ())] if given else _drawings(manifest.image_hw):
         texts = tuple(prompts) or _fitting((*own_prompts, *PICTURE_PROMPTS, *FURTHER_PROMPTS), tokenizer, manifest)
@@ -95,6 +96,15 @@ def _choose(network: PyTorchBackend, manifest: Manifest, pictures: Sequence[Path
             break
     assert best is not None  # there is at least one set of pictures
     return best
+
+
+def _raw(pixels: Floats, image_hw: tuple[int, int]) -> Array:
+    """A picture as a reference keeps it: of a larger one, at most `LARGEST` times the network's size, in 16 bits."""
+    hw = (min(pixels.shape[0], LARGEST * image_hw[0]), min(pixels.shape[1], LARGEST * image_hw[1]))
+    if hw == pixels.shape[:2]:
+        return pack_pixels(pixels)
+    reduced = np.rint(resize_pixels(pixels, hw, TRAINED_PREPROCESSING) * 65535).astype(np.uint16)  # (1 or 3, h, w)
+    return reduced[0] if len(reduced) == 1 else np.ascontiguousarray(np.moveaxis(reduced, 0, -1))
 
 
 def _ask(

@@ -139,3 +139,19 @@ def test_pixels_are_packed_without_loss(kind: type, white: int, tmp_path: Path) 
     np.testing.assert_array_equal(unpack_pixels(packed), pixels)
     odd = (pixels / np.float32(3)).astype(np.float32)
     assert pack_pixels(odd) is odd
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_a_large_picture_is_kept_at_four_times_the_networks_size(
+    channels: tuple[int, ...], tiny_network: CausalCLIPSeg, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    """A bundle does not carry a whole radiograph; the shorter side, below the limit, stays as it is."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 1000)[None, :, *[None for _ in channels]], (100, 1000, *channels))
+    Image.fromarray(np.rint(ramp).astype(np.uint8)).save(tmp_path / "large.png")
+    network = PyTorchBackend(tiny_network)
+    reference = make_references(network, tiny_bundle.manifest, [tmp_path / "large.png"], ["left lung"])[1]
+    assert reference.source is not None
+    kept = reference.source.pictures[0]
+    assert (kept.shape, kept.dtype) == ((100, 4 * HW[1], *channels), np.uint16)
+    expected = np.linspace(0, 1, 4 * HW[1])
+    np.testing.assert_allclose(unpack_pixels(kept)[50].reshape(4 * HW[1], -1)[:, 0], expected, atol=0.01)
