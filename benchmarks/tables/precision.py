@@ -30,7 +30,9 @@ def choice(measurements: Measurements) -> str:
         rows.append((option, purpose, _dice(by_name[name]["masks"])))
         if name in TUNED:
             tuned = measurements.read(TUNED[name])["tuned"]
-            rows.append((f"`--{name}` with the tuned profile", "as above, with margin", _dice(tuned["held_out"])))
+            kept = len(measurements.read(TUNED[name])["keep"])
+            purpose = f"as above, {kept} of {len(tuned['damage'])} blocks in FP32"
+            rows.append((f"`--{name}` with the tuned profile", purpose, _dice(tuned["held_out"])))
     return markdown(("precision", "for", "mean Dice to FP32 / worst image"), rows)
 
 

@@ -21,6 +21,9 @@ from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.layer_table import LayerTable
 
+FEATURES = "image_encoder/pictures/features"
+"""The check of `verify` whose error the table shows: on images, as noise lies outside of the calibrated ranges."""
+
 
 @dataclass(frozen=True)
 class PrecisionCost:
@@ -64,8 +67,8 @@ def measure_precisions(
         on_progress: is called with a line of text.
 
     Returns:
-        JSON: network, versions, and under `rows` each `PrecisionCost` with `features_error`, the largest relative error
-        of the image encoder in `verify`, and `failed_checks`.
+        JSON: network, versions, and under `rows` each `PrecisionCost` with `features_error`, the relative error of
+        the image encoder's features in `verify`, and `failed_checks`.
 
     Raises:
         DataError, UsageError: as `choose_pictures`, also where an image is in both sets.
@@ -111,5 +114,5 @@ def measure_precision(
 
 def _in_verify(checks: Sequence[Check], precision: Precision) -> dict[str, Any]:
     ours = [check for check in checks if check.precision == precision]
-    errors = [c.value for c in ours if (c.graph, c.metric) == ("image_encoder", "relative_error")]
+    errors = [c.value for c in ours if (c.name, c.metric) == (FEATURES, "relative_error")]
     return {"features_error": max(errors), "failed_checks": sum(not check.passed for check in ours)}
