@@ -11,8 +11,8 @@ from cclip_deploy.errors import DataError, EnvironmentProblem
 OURS, PEER, INK, QUIET = "#0072B2", "#C3C8CE", "#1B1F24", "#57606A"  # Okabe and Ito's blue; ours is darker, too
 STAGE, BASELINE = "image and prompt", "plain export"
 TITLES = {
-    "fused fp32": "cclip-deploy in ONNX Runtime",
-    "fused fp32, OpenVINO": "cclip-deploy in OpenVINO",
+    "fused fp32": "cclip-deploy in ONNX Runtime, new prompt",
+    "fused fp32, OpenVINO": "cclip-deploy in OpenVINO, new prompt",
     "cached prompt fp32": "cclip-deploy in ONNX Runtime, cached prompt",
     "cached prompt fp32, OpenVINO": "cclip-deploy in OpenVINO, cached prompt",
     "pytorch eager": "PyTorch, whole network",

@@ -72,7 +72,7 @@ def test_what_does_not_run_in_fp32_says_so_with_its_dice(monkeypatch: pytest.Mon
     draw_benchmark(told, tmp_path / "b.png")
     assert "plain export in OpenVINO, defaults (BF16)" in texts
     assert "200 ms  ·  2.0 ×  ·  Dice 0.991" in texts
-    assert {"cclip-deploy in ONNX Runtime", "cclip-deploy in ONNX Runtime, cached prompt"} <= texts
+    assert {"cclip-deploy in ONNX Runtime, new prompt", "cclip-deploy in ONNX Runtime, cached prompt"} <= texts
     assert not any("int8" in text.lower() for text in texts)
 
 
