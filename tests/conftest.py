@@ -28,8 +28,9 @@ from tests.published.checkpoint import state_dict
 TINY_HW = (64, 96)
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 LONGEST = (
-    "test_end_to_end.py", "train/test_run.py", "test_scripts.py", "train/test_devices.py", "cli/test_export.py",
-    "pipeline/test_precision_builds.py", "pipeline/test_bench.py", "graph/test_trace.py", "pipeline/test_tune.py",
+    "test_end_to_end.py", "train/test_run.py", "test_scripts.py", "pipeline/test_planted_faults.py",
+    "train/test_devices.py", "cli/test_export.py", "pipeline/test_verify.py", "pipeline/test_precision_builds.py",
+    "pipeline/test_bench.py", "pipeline/test_bench_backends.py", "graph/test_trace.py", "pipeline/test_tune.py",
     "pipeline/test_demo.py", "pipeline/test_build.py", "pipeline/test_export.py",
 )  # fmt: skip
 """Files that take long, about in the order of their seconds."""
