@@ -251,7 +251,7 @@ def _describe(
         rows=len(referrals),
         images=len({referral.image for referral in referrals}),
         patients=len({referral.subject for referral in referrals}),
-        patients_known=any(not referral.subject.endswith(referral.image.name) for referral in referrals),
+        patients_known=any(referral.patient is not None for referral in referrals),
         empty_masks=sum(row.overlap.reference == 0 for row in measurements.rows),
         repaired_prompts=repaired,
         cut_prompts=sum(row.cut for row in measurements.rows),
