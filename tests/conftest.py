@@ -27,20 +27,12 @@ from tests.published.checkpoint import state_dict
 
 TINY_HW = (64, 96)
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-LONGEST = (
-    "test_end_to_end.py", "train/test_run.py", "test_scripts.py", "pipeline/test_planted_faults.py",
-    "train/test_devices.py", "cli/test_export.py", "pipeline/test_verify.py", "pipeline/test_precision_builds.py",
-    "pipeline/test_bench.py", "pipeline/test_bench_backends.py", "graph/test_trace.py", "pipeline/test_tune.py",
-    "pipeline/test_demo.py", "pipeline/test_build.py", "pipeline/test_export.py",
-)  # fmt: skip
-"""Files that take long, about in the order of their seconds."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files come first: a file stays in one worker, and a long one at the end would leave the other idle."""
-    tests = Path(__file__).parent
-    places = {tests / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+    """Put files with slow tests first: a file stays in one worker, and a slow one at the end leaves the other idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,8 @@ from tests.bundles import change_weights, copy_of, digests, flip_byte, reseal
 from tests.cli.run import interrupt_at, invoke, run
 from tests.ctrl_c import press_in_the_log
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def copy(tiny_bundle_path: Path, tmp_path: Path) -> Path:

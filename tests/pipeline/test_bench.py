@@ -23,6 +23,8 @@ from cclip_deploy.segmenter import Segmenter
 from tests.bundles import change_weights, copy_of, reseal
 from tests.conftest import THREADS, random_network
 
+pytestmark = pytest.mark.slow
+
 RESULT_KEYS = {
     "name", "backend", "precision", "stage", "p50_ms", "p90_ms", "p99_ms", "n", "threads", "device", "role", "form",
     "precision_class", "includes_prompt_encoding", "samples_ms", "multiply_adds",

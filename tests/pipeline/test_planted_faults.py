@@ -28,6 +28,8 @@ from tests.cli.run import invoke
 from tests.conftest import THREADS
 from tests.pipeline.conftest import add_precisions
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[Any]
 Plant = Callable[[Path, pytest.MonkeyPatch], str]
 EARLY, MIDDLE, LATE = 1, 18, 41

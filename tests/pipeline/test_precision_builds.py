@@ -28,6 +28,8 @@ from tests.bundles import copy_of, digests, reseal
 from tests.cli.run import invoke
 from tests.conftest import THREADS, TINY_HW
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an extra: pip install 'cclip-deploy[rtx]'")
 
 IMAGE = ("image_encoder",)

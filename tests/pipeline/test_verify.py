@@ -21,6 +21,8 @@ from tests.bundles import change_weights, copy_of, digests, flip_byte, reseal
 from tests.conftest import THREADS, random_network
 from tests.pipeline.conftest import add_precisions
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = VerifyOptions(threads=THREADS)
 
 
