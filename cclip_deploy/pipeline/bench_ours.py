@@ -57,7 +57,7 @@ def our_candidates(
         CclipError: nothing can be measured; the error is that of the first precision.
     """
     for entry in bundle.manifest.graphs.values():
-        bundle.file(entry.file)
+        bundle.check(entry.file)
     found: list[BenchCandidate] = []
     problems: list[CclipError] = []
     for backend_name in options.backends():

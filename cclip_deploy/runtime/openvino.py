@@ -85,8 +85,8 @@ class OpenVinoBackend:
     def _graph(self, graph: str, one_alone: bool) -> CompiledGraph:
         if (graph, one_alone) not in self._compiled:
             entry = self._entry(graph)
-            path = self.bundle.file(entry.file)
-            model = read_graph(self._core, path)
+            path = self.bundle.path / entry.file
+            model = read_graph(self._core, self.bundle.read(entry.file), path)
             inputs, outputs = ({t.name for t in told} for told in (entry.inputs, entry.outputs))
             check_tensors(path, entry, _specs(model.inputs, inputs), _specs(model.outputs, outputs))
             if one_alone:
@@ -163,10 +163,14 @@ def describe_device() -> list[str]:
     return [str(core.get_property(DEVICE, "FULL_DEVICE_NAME")), *kinds]
 
 
-def read_graph(core: Any, path: Path) -> Any:
-    """An ONNX file as OpenVINO's model, safe to compile."""
+def read_graph(core: Any, content: bytes, path: Path) -> Any:
+    """The bytes of an ONNX file as OpenVINO's model, safe to compile; the model keeps a copy of what it needs.
+
+    Raises:
+        BundleError: OpenVINO does not read them; the message names `path`.
+    """
     try:
-        model = core.read_model(str(path))
+        model = core.read_model(content)
     except RuntimeError as error:
         raise BundleError(f"OpenVINO cannot read {path}: {_reason(error)}. Export the bundle again.") from error
     spread_channel_constants(model)
