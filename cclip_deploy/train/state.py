@@ -123,10 +123,9 @@ def load_state(folder: Path, learner: Learner, identity: Identity) -> Progress:
     path = folder / STATE
     saved = _read(path)
     try:
-        then = Identity(**json.loads(saved["identity"]))
+        differing = Identity(**json.loads(saved["identity"])).differences(identity)
     except (TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
-    differing = then.differences(identity)
     if differing:
         raise UsageError(
             f"{path} is the state of another training, which differs in {'; '.join(differing)}. "
