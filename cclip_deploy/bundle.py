@@ -2,85 +2,155 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
-
+from cclip_deploy.chain import check_chain, file_hashes, parse_manifest
+from cclip_deploy.checksums import (
+    FILE_BYTES,
+    SUMS,
+    SUMS_BYTES,
+    format_sums,
+    hash_bytes,
+    hash_file,
+    parse_sums,
+    read_file,
+    require_equal,
+    require_listed,
+)
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, UsageError
-from cclip_deploy.files import link_or_copy, sha256_file, whole_folder
-from cclip_deploy.manifest import SCHEMA_VERSION, GraphEntry, Manifest, graph_key, inside
-from cclip_deploy.precisions import build_command, is_quantised, precision_of
+from cclip_deploy.files import link_or_copy, whole_folder
+from cclip_deploy.manifest import GraphEntry, Manifest, graph_key
+from cclip_deploy.precisions import build_command, precision_of
 
 CHAIN = ("image_encoder", "prompt_encoder", "mask_decoder")
 """The graphs that serve: a picture's features and a prompt's kernel make a mask."""
-MANIFEST, SUMS, TOKENIZER = "manifest.json", "SHA256SUMS", "tokenizer.json"
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
+MANIFEST_BYTES, TOKENIZER_BYTES, RECORD_BYTES = 16 * 2**20, 32 * 2**20, 64 * 2**20
+"""The largest files of each kind that are read; records are calibrations and layer tables."""
+OPEN_ATTEMPTS, OPEN_PAUSE_S = 5, 0.01
 
 
 class Bundle:
-    """A bundle opened for reading: its manifest is checked at once, every other file when it is first asked for."""
+    """A bundle opened for reading, as it was at that moment.
+
+    SHA256SUMS is read once. Every later read gives the bytes that it lists or is a BundleError, so what a program loads
+    early and late, or loads again, is of one bundle, even where another one has taken its place meanwhile.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, sums: Mapping[str, str]) -> None:
         self.path = path
         self.manifest = manifest
         self.sums = sums
-        self._checked: set[str] = {MANIFEST}
-        self._checking: dict[str, Future[None]] = {}
+        self._ahead: dict[str, Future[bytes]] = {}
+        self._sizes: dict[str, int] = {}
         self._tokenizer: PromptTokenizer | None = None
+        self._is_unsealed = False
 
     @staticmethod
     def open(path: Path) -> Bundle:
-        """Read and check SHA256SUMS and the manifest; BundleError says what is wrong and what to do."""
+        """Read and check SHA256SUMS and the manifest; BundleError says what is wrong and what to do.
+
+        While a bundle is replaced, its name is missing for a moment, or the two files are of two bundles; then it is
+        tried again.
+        """
         path = Path(path)
-        if not path.is_dir():
-            raise BundleError(f"There is no bundle at {path}. Make one: cclip-deploy export CHECKPOINT -o {path}")
-        if not (path / SUMS).is_file() or not (path / MANIFEST).is_file():
-            raise BundleError(f"{path} is no bundle: it lacks {MANIFEST} or {SUMS}. Give the folder that export wrote.")
-        sums = _read_sums(path / SUMS)
-        _check_sum(path, MANIFEST, sums)
-        manifest = _read_manifest(path / MANIFEST)
-        _check_chain(path / MANIFEST, manifest, sums)
-        return Bundle(path, manifest, sums)
+        for _ in range(OPEN_ATTEMPTS - 1):
+            listed = _sums_of(path)
+            try:
+                return _open(path)
+            except BundleError:
+                if listed is not None and listed == _sums_of(path):
+                    raise
+                time.sleep(OPEN_PAUSE_S)
+        return _open(path)
 
     @staticmethod
-    def unsealed(folder: Path, manifest: Manifest) -> Bundle:
-        """A bundle that is being made, its files taken as they lie there; never for one that was found on a disk."""
-        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-        bundle = Bundle(folder, manifest, {})
-        bundle._checked.update(files)
+    def unsealed(folder: Path, manifest: Manifest, sums: Mapping[str, str] | None = None) -> Bundle:
+        """A bundle that is being made; never for one that was found on a disk.
+
+        Files are checked against the manifest's hashes and, where it has none, against `sums`, those of the bundle that
+        they were linked from. A file with neither is taken as it is.
+        """
+        bundle = Bundle(folder, manifest, {**(sums or {}), **dict(file_hashes(manifest))})
+        bundle._is_unsealed = True
         return bundle
 
-    def file(self, name: str) -> Path:
-        """The path of a file of this bundle, its checksum verified."""
-        if name not in self._checked:
-            if name in self._checking:
-                self._checking.pop(name).result()
-            else:
-                _check_sum(self.path, name, self.sums)
-            self._checked.add(name)
-        return self.path / name
+    @property
+    def identity(self) -> str:
+        """SHA-256 over all of the bundle: that of its SHA256SUMS."""
+        return hash_bytes(format_sums(self.sums).encode())
 
-    def check_ahead(self, *graphs: str) -> None:
-        """Begin to verify graphs, one after the other, beside the caller's own work.
+    def read(self, name: str, most_bytes: int = FILE_BYTES) -> bytes:
+        """The content of a file, its checksum verified on these bytes.
 
-        `file` waits for the verdict and raises it. A graph that the bundle lacks is passed over: who needs it is told.
+        Raises:
+            BundleError: it has no checksum or another content, is missing, or has more than `most_bytes` bytes.
         """
-        files = [self.manifest.graphs[name].file for name in graphs if name in self.manifest.graphs]
-        thread = ThreadPoolExecutor(1, "cclip-checksums")
-        for file in files:
-            if file not in self._checked and file not in self._checking:
-                self._checking[file] = thread.submit(_check_sum, self.path, file, self.sums)
+        ahead = self._ahead.pop(name, None)
+        return self._read(name, most_bytes) if ahead is None else ahead.result()
+
+    def read_ahead(self, precision: str, *graphs: str) -> None:
+        """Begin to read graphs, one after the other, beside the caller's own work.
+
+        The bytes are kept until `read` takes them, which raises what went wrong. A graph that the bundle lacks is
+        passed over: whoever needs it gets the error.
+        """
+        keys = [graph_key(name, precision_of(name, precision)) for name in graphs]
+        thread = ThreadPoolExecutor(1, "cclip-reads")
+        for file in (self.manifest.graphs[key].file for key in keys if key in self.manifest.graphs):
+            if file not in self._ahead:
+                self._ahead[file] = thread.submit(self._read, file, FILE_BYTES)
         thread.shutdown(wait=False)
+
+    def check(self, name: str) -> int:
+        """Verify a file's checksum, without keeping its content; returns its size in bytes."""
+        if name not in self._sizes:
+            with self._explained(name):
+                digest, self._sizes[name] = hash_file(self.path / name)
+                require_equal(self.path / name, digest, self.sums.get(name, digest))
+        return self._sizes[name]
 
     def check_all(self) -> tuple[str, ...]:
         """Verify every checksum; returns the names of files that lie in the folder without one."""
         for name in self.sums:
-            self.file(name)
+            self._sizes.pop(name, None)
+            self.check(name)
+        return self.strays()
+
+    def strays(self) -> tuple[str, ...]:
+        """The names of files that lie in the folder without a checksum."""
         present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
         return tuple(sorted(present - set(self.sums) - {SUMS}))
+
+    def require_in_place(self) -> None:
+        """BundleError where another bundle, or none, lies in this one's place."""
+        if not self._is_unsealed and _sums_of(self.path) != format_sums(self.sums).encode():
+            raise BundleError(
+                f"{self.path} was replaced or changed since it was opened. Open it again; nothing else was loaded."
+            )
+
+    def _read(self, name: str, most_bytes: int) -> bytes:
+        with self._explained(name):
+            content = read_file(self.path / name, most_bytes)
+            digest = hash_bytes(content)
+            require_equal(self.path / name, digest, self.sums.get(name, digest))
+        return content
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Refuse a file without a checksum, and say of any other failure whether the bundle was replaced."""
+        if not self._is_unsealed:
+            require_listed(self.path, name, self.sums)
+        try:
+            yield
+        except BundleError:
+            self.require_in_place()
+            raise
 
     def graph(self, name: str) -> GraphEntry:
         """The entry of a graph; UsageError lists what there is."""
@@ -110,7 +180,8 @@ class Bundle:
     def tokenizer(self) -> PromptTokenizer:
         """The tokenizer that the prompts of this bundle go through."""
         if self._tokenizer is None:
-            self._tokenizer = PromptTokenizer.load(self.file(TOKENIZER))
+            content = self.read(TOKENIZER, TOKENIZER_BYTES)
+            self._tokenizer = PromptTokenizer.load(content, self.path / TOKENIZER)
         return self._tokenizer
 
     def precisions(self) -> tuple[str, ...]:
@@ -142,18 +213,24 @@ def edited_bundle(bundle: Bundle) -> Iterator[Path]:
     Never write into an existing file of the copy: it is the old bundle's too. Write a new one, or unlink first.
 
     Raises:
-        BundleError: a file was altered, or has no checksum: it must not get a new one that calls it right.
+        BundleError: a file was altered, before the block or in it, or has no checksum: it must not get a new one that
+            calls it right. Or another bundle took this one's place in the meantime.
     """
-    if strays := bundle.check_all():
+    if strays := bundle.strays():
         raise BundleError(
             f"{bundle.path} holds {', '.join(strays)}, which no checksum covers. Move that elsewhere and run it again."
         )
     with whole_folder(bundle.path) as unfinished:
         for name in bundle.sums:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (bundle.path / name).is_file():
+                bundle.check(name)  # raises
             link_or_copy(bundle.path / name, unfinished / name)
+            digest, _ = hash_file(unfinished / name)
+            require_equal(bundle.path / name, digest, bundle.sums[name])
         yield unfinished
-        _seal(unfinished)
+        _seal(unfinished, bundle)
+        bundle.require_in_place()
 
 
 def check_output(path: Path, replace: bool) -> None:
@@ -173,85 +250,39 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, edited: Bundle | None = None) -> None:
+    """Write SHA256SUMS; what is still a link to a file of the bundle that was edited has to have its checksum."""
     (folder / SUMS).unlink(missing_ok=True)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    lines = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        sums[name], _ = hash_file(path)
+        if edited is not None and name in edited.sums and _is_link_to(edited.path / name, path):
+            require_equal(edited.path / name, sums[name], edited.sums[name])
+    (folder / SUMS).write_text(format_sums(sums), encoding="utf-8")
 
 
-def _read_sums(path: Path) -> dict[str, str]:
-    sums: dict[str, str] = {}
+def _is_link_to(old: Path, new: Path) -> bool:
+    return old.exists() and old.samefile(new)
+
+
+def _sums_of(path: Path) -> bytes | None:
+    """SHA256SUMS as it lies there now, None where there is none to read."""
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            digest, name = line.split("  ", 1)
-            sums[inside(name)] = digest
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is damaged: {error}. Export or copy the bundle again.") from error
-    return sums
+        return read_file(path / SUMS, SUMS_BYTES)
+    except BundleError:
+        return None
 
 
-def _check_sum(folder: Path, name: str, sums: Mapping[str, str]) -> None:
-    path = folder / name
-    if name not in sums:
-        raise BundleError(
-            f"{name} has no checksum in {folder / SUMS}, so it will not be loaded. Export the bundle again."
-        )
-    try:
-        if not path.is_file():
-            raise BundleError(f"{path} is missing from the bundle. Copy or export the bundle again.")
-        found = sha256_file(path)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}). Check its permissions and the disk.") from error
-    if found != sums[name]:
-        raise BundleError(
-            f"{path} was altered: its SHA-256 begins {found[:12]}, {SUMS} says {sums[name][:12]}. "
-            "Copy or export the bundle again; nothing of it was loaded."
-        )
-
-
-def _read_manifest(path: Path) -> Manifest:
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BundleError(
-            f"{path} is not a manifest of schema {SCHEMA_VERSION}: {place}: {first['msg']}. Export the bundle again."
-        ) from error
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} has schema {manifest.schema_version}, this version reads {SCHEMA_VERSION}. Export it again."
-        )
-    return manifest
-
-
-def _check_chain(path: Path, manifest: Manifest, sums: Mapping[str, str]) -> None:
-    """Raise BundleError where the manifest speaks of other files, origins or sizes than the bundle has."""
-    told = [(graph.file, graph.sha256) for graph in manifest.graphs.values()]
-    told += [(engine.file, engine.sha256) for engine in manifest.engines]
-    told += [
-        (graph.calibration.file, graph.calibration.sha256) for graph in manifest.graphs.values() if graph.calibration
-    ]
-    for file, sha256 in told:
-        if sums.get(file) != sha256:
-            raise BundleError(
-                f"{path} speaks of a {file} with SHA-256 {sha256[:12]}, {SUMS} of another. "
-                "Copy or export the bundle again."
-            )
-    for name, graph in manifest.graphs.items():
-        source = manifest.graphs.get(name.removesuffix(f".{graph.precision}"))
-        origin = manifest.checkpoint.sha256 if graph.precision == "fp32" else source and source.sha256
-        if is_quantised(graph.precision) and graph.calibration is None:
-            raise BundleError(f"{path}: graph {name} does not say what it was calibrated with. Build it again.")
-        if graph.made_from_sha256 != origin:
-            raise BundleError(f"{path}: graph {name} was not made from what lies in this bundle. Build it again.")
-        for tensor in graph.inputs:
-            sides = {
-                "image": (tensor.shape[2:], manifest.image_hw),
-                "features": (tensor.shape[1:3], manifest.image_hw),  # channels last
-                "tokens": (tensor.shape[1:], (manifest.prompt_length,)),
-            }
-            have, expected = sides.get(tensor.name, ((), ()))
-            if have != expected:
-                raise BundleError(f"{path}: input {tensor.name} of {name} is {tensor.shape}, not of size {expected}.")
+def _open(path: Path) -> Bundle:
+    if not path.is_dir():
+        raise BundleError(f"There is no bundle at {path}. Make one: cclip-deploy export CHECKPOINT -o {path}")
+    if not (path / SUMS).is_file() or not (path / MANIFEST).is_file():
+        raise BundleError(f"{path} is no bundle: it lacks {MANIFEST} or {SUMS}. Give the folder that export wrote.")
+    sums = parse_sums(read_file(path / SUMS, SUMS_BYTES), path / SUMS)
+    content = read_file(path / MANIFEST, MANIFEST_BYTES)
+    require_listed(path, MANIFEST, sums)
+    require_equal(path / MANIFEST, hash_bytes(content), sums[MANIFEST])
+    manifest = parse_manifest(content, path / MANIFEST)
+    check_chain(path / MANIFEST, manifest, sums)
+    return Bundle(path, manifest, sums)

@@ -7,12 +7,15 @@ from importlib import metadata
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from cclip_deploy.data.preprocess import Preprocessing
 from cclip_deploy.precisions import Precision
 
 SCHEMA_VERSION = 2
+MOST_REFERENCES = 64
+LARGEST_SIDE, LONGEST_PROMPT = 16_384, 77
+MOST_SIDES, MOST_TENSORS = 8, 16
 VERSIONED = ("cclip-deploy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
 
 
@@ -21,6 +24,8 @@ def inside(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path:
         raise ValueError(f"{path!r} leaves the bundle")
+    if PurePosixPath(path).as_posix() != path or not path.isprintable():
+        raise ValueError(f"{path!r} is not written in the plain form folder/file")
     return path
 
 
@@ -30,7 +35,19 @@ def _named(model: dict[str, Any]) -> dict[str, Any]:
     return model
 
 
-RelativePath = Annotated[str, AfterValidator(inside)]
+def _small(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    for tensor in tensors:
+        sizes = [side for side in tensor.shape if isinstance(side, int)]
+        if len(tensor.shape) > MOST_SIDES or any(not 0 < size < 2**31 for size in sizes):
+            raise ValueError(f"{tensor.name} has a shape of no tensor: {str(tensor.shape)[:80]}")
+    return tensors
+
+
+RelativePath = Annotated[str, AfterValidator(inside), StringConstraints(max_length=1024)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(max_length=256)]
+Text = Annotated[str, StringConstraints(max_length=2**18)]
+Side = Annotated[int, Field(gt=0, le=LARGEST_SIDE)]
 
 
 class _Entry(BaseModel):
@@ -45,11 +62,14 @@ class TensorSpec(_Entry):
     shape: tuple[int | str, ...]
 
 
+Tensors = Annotated[tuple[TensorSpec, ...], Field(max_length=MOST_TENSORS), AfterValidator(_small)]
+
+
 class CalibrationEntry(_Entry):
     """The calibration record that a quantised graph took its scales from."""
 
     file: RelativePath
-    sha256: str
+    sha256: Sha256
 
 
 class GraphEntry(_Entry):
@@ -60,26 +80,29 @@ class GraphEntry(_Entry):
     """
 
     file: RelativePath
-    sha256: str
-    made_from_sha256: str
+    sha256: Sha256
+    made_from_sha256: Sha256
     precision: Precision
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    multiply_adds: int
+    inputs: Tensors
+    outputs: Tensors
+    multiply_adds: Annotated[int, Field(ge=0)]
     calibration: CalibrationEntry | None = None
-    high_precision_nodes: tuple[str, ...] | None = None
+    high_precision_nodes: Annotated[tuple[Name, ...], Field(max_length=10_000)] | None = None
 
     def dynamic(self) -> bool:
         """Whether any input has a dynamic dimension."""
         return any(isinstance(side, str) for tensor in self.inputs for side in tensor.shape)
 
 
+Shape = Annotated[tuple[int, ...], Field(max_length=MOST_SIDES)]
+
+
 class EngineTarget(_Entry):
     """The GPUs of an engine: of these compute capabilities or, `and_later`, from the least on; of one name, if any."""
 
-    compute_capabilities: tuple[str, ...]
+    compute_capabilities: Annotated[tuple[Name, ...], Field(max_length=32)]
     and_later: bool = False
-    gpu: str | None = None
+    gpu: Name | None = None
 
 
 class EngineEntry(_Entry):
@@ -88,27 +111,27 @@ class EngineEntry(_Entry):
     `timing_cache_sha256` is the cache that the build began with: the same one again may choose other kernels.
     """
 
-    graph: str
-    backend: str
-    backend_version: str
+    graph: Name
+    backend: Name
+    backend_version: Name
     precision: Precision
     file: RelativePath
-    sha256: str
-    graph_sha256: str
+    sha256: Sha256
+    graph_sha256: Sha256
     layers: RelativePath
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-    target: str
+    shapes: Annotated[dict[Name, tuple[Shape, Shape, Shape]], Field(max_length=MOST_TENSORS)]
+    target: Name
     build_seconds: float
     runs_on: EngineTarget | None = None
     stripped: bool = False
-    timing_cache_sha256: str | None = None
+    timing_cache_sha256: Sha256 | None = None
 
 
 class CheckpointOrigin(_Entry):
     """The checkpoint that a bundle was exported from."""
 
-    name: str
-    sha256: str
+    name: Name
+    sha256: Sha256
     layout: Literal["ours", "published"]
     tensors_dropped: int
 
@@ -117,19 +140,19 @@ class Manifest(_Entry):
     """All that a bundle says of itself."""
 
     schema_version: int = SCHEMA_VERSION
-    created: str
-    command: str
-    versions: dict[str, str]
-    model: Annotated[dict[str, Any], AfterValidator(_named)]
+    created: Name
+    command: Text
+    versions: Annotated[dict[Name, Name], Field(max_length=64)]
+    model: Annotated[dict[Name, Any], Field(max_length=64), AfterValidator(_named)]
     form: Literal["deploy", "plain"]
-    image_hw: tuple[int, int]
-    prompt_length: int
+    image_hw: tuple[Side, Side]
+    prompt_length: Annotated[int, Field(gt=0, le=LONGEST_PROMPT)]
     threshold: float = 0.5
     preprocessing: Preprocessing
     checkpoint: CheckpointOrigin
-    graphs: dict[str, GraphEntry]
-    engines: tuple[EngineEntry, ...] = ()
-    references: tuple[RelativePath, ...] = ()
+    graphs: Annotated[dict[Name, GraphEntry], Field(max_length=64)]
+    engines: Annotated[tuple[EngineEntry, ...], Field(max_length=256)] = ()
+    references: Annotated[tuple[RelativePath, ...], Field(max_length=MOST_REFERENCES)] = ()
 
 
 def graph_key(graph: str, precision: str) -> str:

@@ -32,13 +32,17 @@ class Segmenter:
         """Open the tokenizer and the prompt cache; graphs are loaded when they are first needed.
 
         Raises:
-            UsageError: the bundle is a plain one or lacks a graph of the backend's precision, or `prompt_cache` is a
-                file.
+            UsageError: the bundle is a plain one, lacks a graph of the backend's precision, or is another than the
+                backend's; or `prompt_cache` is a file.
             EnvironmentProblem: `prompt_cache` cannot be written.
         """
         if bundle.manifest.form != "deploy":
             raise UsageError(
                 f"{bundle.path} was exported with --plain, as a reference for benchmarks. Export it without --plain."
+            )
+        if getattr(backend, "bundle", bundle).sums != bundle.sums:
+            raise UsageError(
+                f"The backend was opened with another bundle than {bundle.path} is now. Open both from one Bundle."
             )
         self.bundle = bundle
         self.backend = backend

@@ -18,7 +18,6 @@ from cclip_deploy import bundle as bundle_module
 from cclip_deploy.bundle import Bundle, check_output, edited_bundle, new_bundle, write_manifest
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
 from cclip_deploy.evidence.reference import load_references
-from cclip_deploy.files import sha256_file
 from cclip_deploy.manifest import graph_key
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from tests.bundles import Change, copy_of, digests, flip_byte, reseal, seal
@@ -53,8 +52,8 @@ def test_a_changed_byte_in_any_file_is_refused_by_name(tiny_bundle_path: Path, t
 def test_nothing_of_an_altered_file_reaches_what_would_load_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[object] = []
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: loaded.append(a))
-    monkeypatch.setattr(Tokenizer, "from_file", lambda *a: loaded.append(a))
-    monkeypatch.setattr("numpy.load", lambda *a, **k: loaded.append(a))
+    monkeypatch.setattr(Tokenizer, "from_buffer", lambda *a: loaded.append(a))
+    monkeypatch.setattr("zipfile.ZipFile", lambda *a, **k: loaded.append(a))
     for name in ("graphs/prompt_encoder.onnx", "tokenizer.json", "reference/seeded.npz"):
         flip_byte(copy / name)
     bundle = Bundle.open(copy)
@@ -84,11 +83,11 @@ def test_what_is_no_folder_or_no_bundle_is_said_so(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_a_message(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> str:
+    def refuse(*args: object, **options: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("cclip_deploy.bundle.sha256_file", refuse)
-    with pytest.raises(BundleError, match=r"manifest\.json cannot be read \(Permission denied\)"):
+    monkeypatch.setattr("cclip_deploy.checksums.open", refuse, raising=False)
+    with pytest.raises(BundleError, match=r"SHA256SUMS cannot be read \(Permission denied\)"):
         Bundle.open(copy)
 
 
@@ -97,7 +96,7 @@ def test_a_file_without_a_checksum_is_listed_and_not_loaded(copy: Path) -> None:
     bundle = Bundle.open(copy)
     assert bundle.check_all() == ("graphs/stray.onnx",)
     with pytest.raises(BundleError, match="no checksum"):
-        bundle.file("graphs/stray.onnx")
+        bundle.read("graphs/stray.onnx")
 
 
 def test_an_unknown_graph_is_answered_with_those_there_are(tiny_bundle: Bundle) -> None:
@@ -331,22 +330,25 @@ def test_a_bundle_that_is_the_working_folder_can_be_edited(copy: Path, monkeypat
     assert Bundle.open(copy).manifest.command == "edited"
 
 
-def test_checking_ahead_hashes_once_and_tells_what_it_found_when_asked(
+def test_reading_ahead_reads_once_gives_each_content_once_and_tells_what_it_found_when_asked(
     tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     flip_byte(copy / "graphs" / "image_encoder.onnx")
     opened = Bundle.open(copy)
-    hashed: list[str] = []
-    monkeypatch.setattr(bundle_module, "sha256_file", lambda path: (hashed.append(path.name), sha256_file(path))[1])
+    read: list[str] = []
+    real = bundle_module.read_file
+    monkeypatch.setattr(bundle_module, "read_file", lambda path, *a: (read.append(path.name), real(path, *a))[1])
     for _ in range(2):
-        opened.check_ahead("prompt_encoder", "image_encoder", "nowhere")
-    assert opened.file("graphs/prompt_encoder.onnx").is_file()
-    opened.check_ahead("prompt_encoder")
-    for _ in range(2):
-        with pytest.raises(BundleError, match=r"image_encoder\.onnx was altered"):
-            opened.file("graphs/image_encoder.onnx")
-    assert sorted(hashed) == ["image_encoder.onnx", "image_encoder.onnx", "prompt_encoder.onnx"]
+        opened.read_ahead("fp32", "prompt_encoder", "image_encoder", "nowhere")
+    assert opened.read("graphs/prompt_encoder.onnx") == (copy / "graphs/prompt_encoder.onnx").read_bytes()
+    assert read.count("prompt_encoder.onnx") == 1
+    with pytest.raises(BundleError, match=r"image_encoder\.onnx was altered"):
+        opened.read("graphs/image_encoder.onnx")
+    assert [name for name in read if name.endswith(".onnx")] == ["prompt_encoder.onnx", "image_encoder.onnx"]
+    for name in ("graphs/prompt_encoder.onnx", "graphs/prompt_encoder.onnx"):
+        assert opened.read(name)  # nothing is kept for a second reader
+    assert read.count("prompt_encoder.onnx") == 3
 
 
 def with_graphs(bundle: Bundle, *keys: str) -> Bundle:

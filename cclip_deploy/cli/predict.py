@@ -54,7 +54,8 @@ def predict(
     if checkpoint is not None and not explain:
         raise UsageError("--checkpoint is for --explain; masks come from the bundle. Give both, or neither.")
     opened = Bundle.open(bundle)
-    opened.check_ahead(*(() if prompt_cache else ("prompt_encoder",)), "image_encoder", "mask_decoder")
+    if backend in ("onnxruntime", "openvino"):
+        opened.read_ahead(precision, *(() if prompt_cache else ("prompt_encoder",)), "image_encoder", "mask_decoder")
 
     from cclip_deploy.pipeline.predict import predict as run
     from cclip_deploy.pipeline.predict import refuse_failures

@@ -37,10 +37,10 @@ class PromptTokenizer:
         self.end_id = self._id(END)
 
     @staticmethod
-    def load(path: Path) -> PromptTokenizer:
-        """Read a tokenizer.json; a file that is none is a DataError."""
+    def load(content: bytes, path: Path) -> PromptTokenizer:
+        """Read the content of a tokenizer.json; DataError, which names `path`, where it is none."""
         try:
-            return PromptTokenizer(Tokenizer.from_file(str(path)))
+            return PromptTokenizer(Tokenizer.from_buffer(content))
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(
                 f"{path} is no tokenizer.json of `tokenizers`: {error}. Export the bundle again."

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.synthetic import make_film
 from cclip_deploy.errors import BundleError
+from cclip_deploy.evidence.npz import read_arrays
 from cclip_deploy.evidence.source import Source
+from cclip_deploy.manifest import GraphEntry
 
 if TYPE_CHECKING:
     from cclip_deploy.runtime.pytorch import PyTorchBackend
@@ -24,6 +26,8 @@ Array = NDArray[np.generic]
 Floats = NDArray[np.float32]
 
 SEED = 20240
+REFERENCE_BYTES = 2**30
+"""Of all arrays of a bundle's references, which `verify` holds in memory."""
 START_ID, END_ID, FIRST_WORD, LAST_WORD = 49406, 49407, 320, 49000
 PICTURE_PROMPTS = (
     "Bilateral pulmonary infection, two infected areas, lower left lung and upper right lung.",
@@ -142,13 +146,18 @@ def load_references(bundle: Bundle) -> list[Reference]:
     """The references that a bundle carries, their checksums verified.
 
     Raises:
-        BundleError: there are none, or they do not answer for every graph of the bundle.
+        BundleError: there are none, they have more than `REFERENCE_BYTES` bytes in all, or they do not answer for every
+            graph of the bundle.
     """
-    references = [_load(bundle.file(name)) for name in bundle.manifest.references]
+    references: list[Reference] = []
+    bytes_left = REFERENCE_BYTES
+    for name in bundle.manifest.references:
+        arrays = _arrays(bundle, name, bytes_left)
+        bytes_left -= sum(array.nbytes * _cost(key) for key, array in arrays.items())
+        references.append(_reference(bundle.path / name, arrays))
+        _check_answers(references[-1], bundle)
     if not references:
         raise BundleError(f"{bundle.path} carries no reference answers. Export it again.")
-    for reference in references:
-        _check_answers(reference, bundle)
     return references
 
 
@@ -168,17 +177,42 @@ def _check_answers(reference: Reference, bundle: Bundle) -> None:
         faults.append(f"logits {reference.logits.shape}")
     if reference.source is not None:
         faults += _source_faults(reference, reference.source)
+    faults += _kind_faults(reference)
     for name, graph in manifest.graphs.items():
         if graph.precision != "fp32" or name in ("fused", "plain"):
             continue
         missing = {output.name for output in graph.outputs} - reference.outputs.get(name, {}).keys()
         faults += [f"no {name}/{output}" for output in sorted(missing)]
         if name == "mask_decoder":
-            faults += [f"no {tensor.name}" for tensor in graph.inputs if tensor.name not in reference.decoder_inputs]
+            faults += _decoder_faults(reference, graph)
     if faults:
         raise BundleError(
             f"Reference {reference.name} of {bundle.path} does not fit its graphs: {', '.join(faults)}. Export again."
         )
+
+
+def _kind_faults(reference: Reference) -> list[str]:
+    """Arrays that are no float32, and tokens that are no int64."""
+    outputs = {f"{graph}/{key}": array for graph, each in reference.outputs.items() for key, array in each.items()}
+    floats = {"image": reference.image, "logits": reference.logits, **reference.decoder_inputs, **outputs}
+    faults = [f"{name} of {array.dtype}" for name, array in floats.items() if array.dtype != np.float32]
+    return faults + [f"tokens of {reference.tokens.dtype}"] * (reference.tokens.dtype != np.int64)
+
+
+def _decoder_faults(reference: Reference, graph: GraphEntry) -> list[str]:
+    """Inputs of the mask decoder that are missing or, once their tiles are blown up, not of the graph's shape."""
+    faults = []
+    for tensor in graph.inputs:
+        array = reference.decoder_inputs.get(tensor.name)
+        if array is None:
+            faults.append(f"no {tensor.name}")
+            continue
+        scale = (1, TILE, TILE, 1) if tensor.name == "features" else (1,) * array.ndim
+        sides = [side * factor for side, factor in zip(array.shape, scale, strict=False)]
+        fits = all(side == told or isinstance(told, str) for side, told in zip(sides, tensor.shape, strict=False))
+        if array.ndim != len(tensor.shape) or not fits or (tensor.name == "features" and len(array) != 1):
+            faults.append(f"{tensor.name} {array.shape}")
+    return faults
 
 
 def _source_faults(reference: Reference, source: Source) -> list[str]:
@@ -192,11 +226,23 @@ def _source_faults(reference: Reference, source: Source) -> list[str]:
     return faults
 
 
-def _load(path: Path) -> Reference:
+def _cost(key: str) -> int:
+    """How many bytes an array takes for each one of its file: masks are kept as bits."""
+    return 8 if key.startswith("source/mask/") else 1
+
+
+def _arrays(bundle: Bundle, name: str, most_bytes: int) -> dict[str, Any]:
     try:
-        # Opened here, because np.load leaves a damaged file open.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+        return read_arrays(bundle.read(name, REFERENCE_BYTES), most_bytes, _cost)
+    except _NO_NPZ as error:
+        raise BundleError(
+            f"{bundle.path / name} holds no reference answers, or too large ones: {error}. Export the bundle again, "
+            "with fewer or smaller pictures if these are your own."
+        ) from error
+
+
+def _reference(path: Path, arrays: Mapping[str, Any]) -> Reference:
+    try:
         outputs: dict[str, dict[str, Floats]] = {}
         for key in arrays:
             if key.startswith("out/"):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
-from cclip_deploy.files import sha256_file
 from cclip_deploy.model.config import RN101, InputForm, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import from_published, is_published_layout, list_names, to_published
@@ -25,6 +28,11 @@ FORMAT_FAMILY = "cclip-deploy checkpoint "
 FORMAT = FORMAT_FAMILY + "1"
 TRAINED_ON = "trained_on"
 REASON_SHOWN = 90
+CHECKPOINT_BYTES = 16 * 2**30
+PROGRAM_BYTES = 16 * 2**20
+"""Of a TorchScript archive, whose programs are compressed; it is refused as such."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+COUNTS = (torch.int64, torch.int32)
 # How torch's unpickler words its refusals of whatever is neither a tensor nor a container.
 CODE_REFUSALS = ("GLOBAL", "Can only build", "Can only create", "Trying to call reduce")
 
@@ -75,25 +83,44 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}. Give the path of a .safetensors or .pth file.")
-    config, form, tensors, layout, dropped = _read(path)
-    model = _build(config, tensors, path, layout)
-    return LoadedCheckpoint(model, layout, path, sha256_file(path), dropped, form)
+    content = _content_of(path)
+    sha256 = hashlib.sha256(content).hexdigest()
+    config, form, tensors, layout, dropped = _read(content, path)
+    del content
+    return LoadedCheckpoint(_build(config, tensors, path, layout), layout, path, sha256, dropped, form)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors or a torch file, unwrapped, and the safetensors metadata (else empty)."""
-    with path.open("rb") as file:
-        head = file.read(16)
-    if len(head) == 16 and head[8:9] == b"{":
-        return _read_safetensors(path)
-    return _unwrap(_read_torch(path), path), {}
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors or a torch file, unwrapped; raises as `load_checkpoint` does."""
+    return _tensors_in(_content_of(path), path)[0]
+
+
+def _content_of(path: Path) -> bytes:
+    """A file's bytes, read once and never mapped: a mapped file that somebody cuts off kills the process."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > CHECKPOINT_BYTES:
+                raise CheckpointError(f"{path} has {size:,} bytes, and at most {CHECKPOINT_BYTES:,} are read.")
+            return file.read(size)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}. Check its permissions and the disk."
+        ) from error
+
+
+def _tensors_in(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, and the metadata of a safetensors file (else empty)."""
+    if len(content) >= 16 and content[8:9] == b"{":
+        return _in_safetensors(content, path)
+    return _unwrap(_in_torch(content, path), path), {}
 
 
 _Read = tuple[ModelConfig, InputForm | None, dict[str, Tensor], Literal["ours", "published"], tuple[str, ...]]
 
 
-def _read(path: Path) -> _Read:
-    tensors, metadata = read_tensors(path)
+def _read(content: bytes, path: Path) -> _Read:
+    tensors, metadata = _tensors_in(content, path)
     written_as = next((key for key in metadata if key.startswith(FORMAT_FAMILY)), None)
     if written_as is not None:
         if written_as != FORMAT:
@@ -134,23 +161,25 @@ def _describe_stranger(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return f"{path} is no CausalCLIPSeg checkpoint: it holds {shown}. Give one in our layout or the published one."
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _in_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+        tensors = load_safetensors(content)  # checks the header, which is read again for its metadata
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return dict(sorted(tensors.items())), header.get("__metadata__") or {}
+    except (SafetensorError, KeyError) as error:  # a KeyError is a type of tensor that torch lacks
         reason = str(error).splitlines()[0][:REASON_SHOWN]
         raise CheckpointError(
             f"{path} is a damaged or truncated safetensors file ({reason}). Copy it again."
         ) from error
 
 
-def _read_torch(path: Path) -> object:
+def _in_torch(content: bytes, path: Path) -> object:
+    _refuse_compressed(content, path)
     try:
         with warnings.catch_warnings():
             # Of old pickle protocols and TorchScript archives: what is wrong with them comes as an error.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make torch stumble over anything
         raise CheckpointError(f"{path} {_torch_refusal(str(error))}") from error
 
@@ -171,9 +200,15 @@ def _torch_refusal(message: str) -> str:
     )
 
 
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
+def _refuse_compressed(content: bytes, path: Path) -> None:
+    """CheckpointError for an archive that unpacks to much more than its size: torch stores tensors uncompressed."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            unpacked = sum(member.file_size for member in file.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # torch says what it is
+    if unpacked > len(content) + PROGRAM_BYTES:
+        raise CheckpointError(f"{path} is no checkpoint: it unpacks to {unpacked:,} bytes. Save it with torch.save.")
 
 
 def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
@@ -205,10 +240,11 @@ def _build(config: ModelConfig, tensors: dict[str, Tensor], path: Path, layout: 
         if tensors[name].shape != wanted[name].shape
     ]
     _refuse(path, "has {} of another shape", misshaped)
-    # Copies, because both readers map the file: whoever wrote it again would change or crash a network in use.
+    refuse_types(path, tensors, wanted, name_of)
+    # Copies, one at a time: tensors of a torch file may share memory.
     cast = {
-        name: tensor.to(wanted[name].dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        name: tensors.pop(name).to(wanted[name].dtype, copy=True, memory_format=torch.contiguous_format)
+        for name in wanted
     }
     _refuse(path, "has {} with values that are not finite", [
         name_of(name) for name, tensor in cast.items() if tensor.is_floating_point() and not _is_finite(tensor)
@@ -217,12 +253,30 @@ def _build(config: ModelConfig, tensors: dict[str, Tensor], path: Path, layout: 
     return model.eval().requires_grad_(False)
 
 
+def refuse_types(
+    path: Path | str,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    name_of: Callable[[str], str] = str,
+) -> None:
+    """CheckpointError for tensors that no network's weights or counters have, such as codes, booleans, complex numbers.
+
+    `wanted` are tensors of the same names; `name_of` gives the names that the message has.
+    """
+    _refuse(path, "has {} of another type", [
+        f"{name_of(name)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in (FLOATS if wanted[name].is_floating_point() else COUNTS)
+        or tensor.layout is not torch.strided
+    ])  # fmt: skip
+
+
 def _is_finite(tensor: Tensor) -> bool:
     # Extremes carry NaN and infinity along, in one pass without a mask as large as the tensor.
     return all(value.isfinite() for value in tensor.aminmax())
 
 
-def _refuse(path: Path, what: str, names: list[str]) -> None:
+def _refuse(path: Path | str, what: str, names: list[str]) -> None:
     if names:
         count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
         raise CheckpointError(f"{path} {what.format(count)}: {list_names(names)}. Is it whole, and of this network?")

@@ -10,7 +10,7 @@ import open_clip
 from torch import Tensor
 
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem
-from cclip_deploy.model.checkpoint import read_tensors
+from cclip_deploy.model.checkpoint import read_tensors, refuse_types
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import image_tower_name, list_names
 
@@ -55,6 +55,7 @@ def load_clip_weights(model: CausalCLIPSeg, source: str) -> ClipStart:
     unexpected = [name for name in missing if not name.startswith(RESIDUAL) and not name.endswith(COUNTER)]
     if unexpected:
         raise CheckpointError(f"{source} lacks {list_names(unexpected)}, which CLIP has. Is it whole?")
+    refuse_types(source, renamed, towers)
     model.load_state_dict({name: t.to(towers[name].dtype) for name, t in renamed.items()}, strict=False)
     return ClipStart(tuple(renamed), missing)
 
@@ -73,7 +74,7 @@ def _read_clip(source: str) -> Mapping[str, Tensor]:
         raise CheckpointError(
             f"{source!r} is neither a file nor one of open_clip's weights for {ARCHITECTURE}: {names}."
         )
-    tensors, _ = read_tensors(path)
+    tensors = read_tensors(path)
     if not any(name.startswith("visual.") for name in tensors):
         raise CheckpointError(f"{source} holds no CLIP network (no tensor is named visual.…).")
     return tensors

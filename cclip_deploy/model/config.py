@@ -11,6 +11,9 @@ STRIDE = 32
 CONTEXT_LENGTH = 77
 SHORTEST_PROMPT = 3
 LARGEST = 65536
+MOST_LAYERS = 128
+"""Of a stage or tower; the deepest CLIP has 36."""
+LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         values = asdict(self)
         sizes = [*self.vision_layers, *(values[name] for name in values if name not in ("name", "vision_layers"))]
+        if type(self.name) is not str or not 0 < len(self.name) <= LONGEST_NAME or not self.name.isprintable():
+            raise UsageError(f"A config's name is a text of 1 to {LONGEST_NAME} characters, not {self.name!r:.80}.")
         if len(self.vision_layers) != 4 or any(type(size) is not int or not 0 < size <= LARGEST for size in sizes):
             raise UsageError(f"Config {self.name!r} has sizes that are no whole numbers from 1 to {LARGEST}: {values}.")
+        if max(*self.vision_layers, self.text_layers) > MOST_LAYERS:
+            raise UsageError(
+                f"Config {self.name!r} has stages of {self.vision_layers} blocks and {self.text_layers} text layers; "
+                f"each has at most {MOST_LAYERS}."
+            )
         if (32 * self.vision_width) % self.vision_heads or self.text_width % self.text_heads:
             raise UsageError(
                 f"Config {self.name!r} splits {32 * self.vision_width} channels on {self.vision_heads} heads and "

@@ -67,8 +67,9 @@ class Accuracy:
 class BenchCandidate(Candidate):
     """A candidate of `bench`; figures are computed from these fields, never from its name.
 
-    `precision` is what its convolutions and matrix products run in. `includes_prompt_encoding` is None where no prompt
-    is involved. `workload` is (images, prompts on each). `multiply_adds` are counted in the graph, where there is one.
+    `precision` is that of its graphs or, for a baseline, what its convolutions and matrix products run in.
+    `includes_prompt_encoding` is None where no prompt is involved. `workload` is (images, prompts on each).
+    `multiply_adds` are counted in the graph, where there is one.
     """
 
     role: Role

@@ -57,7 +57,7 @@ def our_candidates(
         CclipError: nothing can be measured; the error is that of the first precision.
     """
     for entry in bundle.manifest.graphs.values():
-        bundle.file(entry.file)
+        bundle.check(entry.file)
     found: list[BenchCandidate] = []
     problems: list[CclipError] = []
     for backend_name in options.backends():
@@ -165,7 +165,9 @@ class _OnBackend:
     def _named(
         self, form: Form, stage: str, run: Callable[[], object], name: str = "", **fields: Any
     ) -> BenchCandidate:
-        extra = {"threads": self.options.threads, "ran": self.ours.ran}
+        extra: dict[str, object] = {"threads": self.options.threads, "ran": self.ours.ran}
+        if self.ours.arithmetic is not None:
+            extra["arithmetic"] = self.ours.arithmetic
         if self.ours.why is not None:
             extra |= {"asked": self.ours.asked, "fallback_reason": self.ours.why}
         backend, precision = self.backend.name, self.backend.precision

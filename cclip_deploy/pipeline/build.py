@@ -76,9 +76,10 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
     with edited_bundle(bundle) as folder:
         derived = derive_graphs(bundle, wanted, folder, on_progress)
         manifest = derived.manifest
+        unsealed = Bundle.unsealed(folder, manifest, bundle.sums)
         if is_quantised(options.precision) and options.calibration and options.calibration.evaluation_set:
             on_progress(f"Comparing {options.precision} masks with FP32's on the evaluation set")
-            unsealed, images = Bundle.unsealed(folder, manifest), evaluation_images(options.calibration)
+            images = evaluation_images(options.calibration)
             agreement = hold_masks_to_fp32(unsealed, options.precision, images, options.threads)
             write_agreement(agreement, folder)
         entries = []
@@ -86,7 +87,7 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
             source = manifest.graphs[graph_key(graph, derived.precisions[graph])]
             on_progress(f"Building {graph} {source.precision} for {options.backend}")
             chosen = _engine_options(graph, source, derived, options)
-            built = build_engine(folder / source.file, chosen, binding, partial(_tell, on_progress, graph))
+            built = build_engine(unsealed.read(source.file), chosen, binding, partial(_tell, on_progress, graph))
             runs_on = engine_target(options.settings, binding, own_gpu)
             entries.append(_write_engine(folder, graph, source, built, chosen, runs_on))
         names = {(entry.graph, entry.precision, entry.backend) for entry in entries}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle import RECORD_BYTES, Bundle
 from cclip_deploy.data.image_sets import ImageSource, counted
 from cclip_deploy.errors import BundleError
 from cclip_deploy.graph.calibration import Method
@@ -102,9 +102,9 @@ def read_record(bundle: Bundle, graph: GraphEntry) -> CalibrationRecord:
     """
     if graph.calibration is None:
         raise BundleError(f"{graph.file} does not say what it was calibrated with. Build it again.")
-    path = bundle.file(graph.calibration.file)
+    path, content = bundle.path / graph.calibration.file, bundle.read(graph.calibration.file, RECORD_BYTES)
     try:
-        record = CalibrationRecord.model_validate_json(path.read_bytes())
+        record = CalibrationRecord.model_validate_json(content)
     except ValidationError as error:
         raise BundleError(f"{path} is no calibration record: {error.errors()[0]['msg']}. Build it again.") from error
     if record.graph_sha256 != graph.made_from_sha256:

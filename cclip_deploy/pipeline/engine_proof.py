@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle import RECORD_BYTES, Bundle
 from cclip_deploy.errors import BundleError, ParityError
 from cclip_deploy.evidence.parity import Check
 from cclip_deploy.manifest import EngineEntry, GraphEntry, graph_key
+from cclip_deploy.pipeline.graph_model import load_model
 from cclip_deploy.precisions import Precision, is_quantised, product_type, rest_type
 from cclip_deploy.runtime.engine_builder import BuiltEngine
 from cclip_deploy.runtime.layer_table import LayerTable, product_nodes, prove_precision
@@ -50,7 +50,7 @@ def engine_checks(bundle: Bundle) -> tuple[list[Check], list[str]]:
     checks, notes = [], []
     for engine in bundle.manifest.engines:
         graph = bundle.graph(graph_key(engine.graph, engine.precision))
-        record = _read_record(bundle.file(engine.layers))
+        record = _read_record(bundle.read(engine.layers, RECORD_BYTES), bundle.path / engine.layers)
         reason = _why_not_proved(bundle, engine, graph, record)
         if reason is not None:
             notes.append(f"{engine.file} is not proved to run in {engine.precision}: {reason}")
@@ -78,16 +78,16 @@ def _why_not_proved(bundle: Bundle, engine: EngineEntry, graph: GraphEntry, reco
     if record["graph_sha256"] != graph.sha256:
         return "its record belongs to another graph. Build the engine again."
     return (
-        _why_no_engine(bundle.file(engine.file), engine, graph, record["table"])
-        or _why_other_products(bundle.file(graph.file), engine.precision, record)
+        _why_no_engine(bundle.read(engine.file), engine, graph, record["table"])
+        or _why_other_products(bundle, engine, record)
         or _why_no_precision(record, engine.precision)
     )
 
 
-def _read_record(path: Path) -> Mapping[str, Any]:
+def _read_record(content: bytes, path: Path) -> Mapping[str, Any]:
     """A record with its `table` read; BundleError where it is none."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(content)
         lists = {name: frozenset(record.get(name, ())) for name in ("products", "kept")}
         if "products" not in record:
             raise KeyError("products")
@@ -96,31 +96,28 @@ def _read_record(path: Path) -> Mapping[str, Any]:
         raise BundleError(f"{path} is no layer table: {error!r}. Build the engine again.") from error
 
 
-def _why_no_engine(path: Path, engine: EngineEntry, graph: GraphEntry, table: LayerTable) -> str | None:
-    """Why a file is not an engine of its binding with a graph's inputs and outputs and a table's nodes."""
+def _why_no_engine(content: bytes, engine: EngineEntry, graph: GraphEntry, table: LayerTable) -> str | None:
+    """Why bytes are not an engine of its binding with a graph's inputs and outputs and a table's nodes."""
     magic = MAGIC.get(engine.backend, ())
-    if path.stat().st_size < LENGTH_BYTES.stop:
+    if len(content) < LENGTH_BYTES.stop:
         return f"the file is no {engine.backend} engine."
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if not content[:4].startswith(magic):
-            return f"the file is no {engine.backend} engine: it begins with {content[:4]!r}."
-        names = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
-        if engine.backend == "tensorrt-rtx":
-            length = int.from_bytes(content[LENGTH_BYTES], "little")
-            if length != len(content):
-                return f"the file is no whole engine: it has {len(content)} bytes, its header says {length}."
-            names += [NODE.format(node) for node in sorted({node for row in table.rows for node in row.origins})]
-        missing = next((name for name in names if content.find(name.encode()) < 0), None)
+    if not content[:4].startswith(magic):
+        return f"the file is no {engine.backend} engine: it begins with {content[:4]!r}."
+    names = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
+    if engine.backend == "tensorrt-rtx":
+        length = int.from_bytes(content[LENGTH_BYTES], "little")
+        if length != len(content):
+            return f"the file is no whole engine: it has {len(content)} bytes, its header says {length}."
+        names += [NODE.format(node) for node in sorted({node for row in table.rows for node in row.origins})]
+    missing = next((name for name in names if name.encode() not in content), None)
     return None if missing is None else f"{missing} of its graph does not occur in the file: it is another engine."
 
 
-def _why_other_products(graph: Path, precision: str, record: Mapping[str, Any]) -> str | None:
+def _why_other_products(bundle: Bundle, engine: EngineEntry, record: Mapping[str, Any]) -> str | None:
     """Why the products of a record are not those of its graph; None, too, where the package onnx is not installed."""
     if importlib.util.find_spec("onnx") is None:
         return None
-    import onnx
-
-    model = onnx.load(graph)
+    precision, model = engine.precision, load_model(bundle, graph_key(engine.graph, engine.precision))
     products = product_nodes(model)
     if record["products"] != products:
         other = sorted(record["products"] ^ products)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle import RECORD_BYTES, Bundle
 from cclip_deploy.errors import BundleError
 from cclip_deploy.manifest import EngineEntry, TensorSpec
 from cclip_deploy.runtime.layer_table import LayerTable
@@ -29,7 +29,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
                 "precision": entry.precision,
                 "made_from_sha256": entry.made_from_sha256,
                 "file": entry.file,
-                "bytes": bundle.file(entry.file).stat().st_size,
+                "bytes": bundle.check(entry.file),
             }
             for name, entry in manifest.graphs.items()
         },
@@ -49,14 +49,16 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _engine(bundle: Bundle, engine: EngineEntry) -> dict[str, Any]:
-    layers = bundle.file(engine.layers)
+    content = bundle.read(engine.layers, RECORD_BYTES)
     try:
-        table = LayerTable.from_dict(json.loads(layers.read_bytes()))
+        table = LayerTable.from_dict(json.loads(content))
     except ValueError as error:
-        raise BundleError(f"{layers} is no layer table: {error}. Build the engine again.") from error
+        raise BundleError(
+            f"{bundle.path / engine.layers} is no layer table: {error}. Build the engine again."
+        ) from error
     return {
         **engine.model_dump(mode="json"),
-        "bytes": bundle.file(engine.file).stat().st_size,
+        "bytes": bundle.check(engine.file),
         "all_layers": table.summary(),
         "product_layers": table.product_summary(),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,11 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import UsageError
 from cclip_deploy.pipeline.bench_candidate import Answer, BenchCandidate, Floats, Form, Setting, Tokens
 from cclip_deploy.pipeline.bench_plan import MACHINE, WHOLE, BenchInputs, BenchOptions, LeftOut, Progress
+from cclip_deploy.pipeline.graph_model import load_model
 from cclip_deploy.runtime.choice import open_backend
 from cclip_deploy.runtime.onnx_runtime import load_onnxruntime, make_session
 from cclip_deploy.runtime.openvino import OpenVinoBackend, compile_graph, load_openvino
+from cclip_deploy.runtime.openvino_precision import arithmetic_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +30,6 @@ PRODUCT_SIDE = 3072
 SGEMM = f"sgemm {PRODUCT_SIDE}³"
 PRODUCT_MULTIPLY_ADDS = PRODUCT_SIDE**3
 REASON_LENGTH = 160
-PRODUCT_LAYERS = ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul")
-OPENVINO_PRECISIONS = {"i8": "int8", "u8": "int8", "f16": "fp16", "bf16": "bf16", "f32": "fp32"}
-"""OpenVINO's types of arithmetic and ours, the lowest first."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +79,18 @@ class Peers:
         if self.options.device == "cpu" and not self._runs_on_cpu(Form.PLAIN):
             return []
         entry = plain.graph("plain")
-        path, cost = plain.file(entry.file), entry.multiply_adds
+        cost = entry.multiply_adds
         found = self._attempt(Form.PLAIN, "onnxruntime", lambda: self._plain(plain), multiply_adds=cost)
         if not self.options.peers or not self._runs_on_cpu(Form.PLAIN_SLIM, f"{Form.PLAIN}, OpenVINO"):
             return found
         self.tell("Slimming the plain export")
-        found += self._attempt(Form.PLAIN_SLIM, "onnxruntime", lambda: self._slimmed(path))
+        found += self._attempt(Form.PLAIN_SLIM, "onnxruntime", lambda: self._slimmed(plain))
         self.tell("Compiling the plain export in OpenVINO")
         found += self._attempt(
             Form.PLAIN, "openvino", lambda: self._plain_in_openvino(plain), Setting.OPENVINO_F32, cost
         )
         found += self._attempt(
-            Form.PLAIN, "openvino", lambda: self._with_defaults(lambda core: core.read_model(str(path))),
+            Form.PLAIN, "openvino", lambda: self._with_defaults(lambda core: core.read_model(plain.read(entry.file))),
             Setting.OPENVINO_DEFAULTS, cost,
         )  # fmt: skip
         return found
@@ -192,19 +190,19 @@ class Peers:
         backend = open_backend("onnxruntime", plain, "fp32", device, self.options.threads, engine_cache=cache)
         return Prepared(lambda image, tokens: backend.run("plain", {"image": image, "tokens": tokens})["logits"])
 
-    def _slimmed(self, path: Path) -> Prepared:
+    def _slimmed(self, plain: Bundle) -> Prepared:
         import onnxslim
 
-        model = onnxslim.slim(str(path))
+        model = onnxslim.slim(load_model(plain, "plain"))
         session = make_session(load_onnxruntime("cpu"), model.SerializeToString(), "cpu", self.options.threads)
         return Prepared(lambda image, tokens: session.run(["logits"], {"image": image, "tokens": tokens})[0])
 
     def _plain_in_openvino(self, plain: Bundle) -> Prepared:
         backend = OpenVinoBackend(plain, "fp32", self.options.threads)
         backend.load("plain")
-        facts = {"inference_precision_hint": backend.arithmetic("plain")}
         return Prepared(
-            lambda image, tokens: backend.run("plain", {"image": image, "tokens": tokens})["logits"], facts=facts
+            lambda image, tokens: backend.run("plain", {"image": image, "tokens": tokens})["logits"],
+            facts=backend.read_back["plain"].facts(),
         )
 
     def _with_defaults(self, read: Callable[[Any], Any]) -> Prepared:
@@ -213,13 +211,13 @@ class Peers:
         return self._in_openvino(core.compile_model(read(core), "CPU", {"INFERENCE_NUM_THREADS": self.options.threads}))
 
     def _in_openvino(self, runs: Any) -> Prepared:
-        precision, facts = precision_that_runs(runs)
+        ran = arithmetic_of(runs)
 
         def answer(image: Floats, tokens: Tokens) -> Floats:
             logits: Floats = runs([np.ascontiguousarray(image), tokens], share_inputs=True)[0]
             return logits
 
-        return Prepared(answer, precision, facts)
+        return Prepared(answer, ran.lowest, ran.facts())
 
     def _converted(self, model: CausalCLIPSeg) -> Any:
         import torch
@@ -234,23 +232,6 @@ class Peers:
 
 def _name(form: Form, setting: Setting | None) -> str:
     return str(form) if setting is None else f"{form}, {setting}"
-
-
-def precision_that_runs(compiled: Any) -> tuple[str, dict[str, object]]:
-    """The lowest precision of any convolution or matrix product of a compiled OpenVINO model, and what OpenVINO says.
-
-    Read from the executed graph, whose layers name their kernels' precision, because the hint alone is a request.
-    """
-    counts: Counter[str] = Counter()
-    for layer in compiled.get_runtime_model().get_ordered_ops():
-        facts = {key: str(layer.get_rt_info()[key].astype(str)) for key in ("layerType", "runtimePrecision")}
-        if facts["layerType"] in PRODUCT_LAYERS:
-            counts[facts["runtimePrecision"]] += 1
-    hint = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
-    lowest = next((ours for theirs, ours in OPENVINO_PRECISIONS.items() if counts[theirs]), None)
-    if lowest is None:
-        raise UsageError(f"OpenVINO names no precision of a convolution or product, only {dict(counts)}.")
-    return lowest, {"inference_precision_hint": hint, "product_precisions": dict(counts)}
 
 
 def whole_network(model: CausalCLIPSeg) -> Callable[..., torch.Tensor]:

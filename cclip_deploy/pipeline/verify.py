@@ -89,8 +89,9 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
             if with_chain:
                 outputs += mask_stage_checks(bundle, found.backend, references)
             chain = chain_precisions(found.backend, bundle) if with_chain else {}
-            ran.append({**found.to_dict(), "graphs": chain | dict.fromkeys(graphs, precision)})
-            notes += [told for told in [found.told()] if told]
+            chain |= dict.fromkeys(graphs, precision)
+            ran.append({**found.to_dict(), "graphs": chain})
+            notes += [told for told in [found.told()] if told] + found.arithmetic_notes(chain)
             if isinstance(found.backend, TensorRtBackend):
                 run_engines |= {entry.file for entry in found.backend.entries}
     derived, derivation_notes = derivation_checks(bundle, references, on_progress)
@@ -100,7 +101,7 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     checks += [check for check in outputs if check.precision != "fp32"] + engines
     notes += derivation_notes + engine_notes + _calibration_notes(bundle)
     narrow = [name for name, graph in bundle.manifest.graphs.items() if "16" in graph.precision]
-    if narrow and not choice.on_gpu:
+    if narrow and any(row["ran"] == "onnxruntime on cpu" for row in ran):
         told = (
             "ran in FP32 arithmetic with every result rounded as the graph says: no CPU kernel does so"
             if has_onnx

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.precisions import product_type
 from cclip_deploy.runtime.backend import Backend
 from cclip_deploy.runtime.engine_file import engines_of
 from cclip_deploy.runtime.onnx_runtime import Device, OnnxRuntimeBackend
@@ -65,9 +66,32 @@ class Opened:
         """`cpu`, `cuda` for engines, or the device of ONNX Runtime's provider."""
         return str(getattr(self.backend, "device", "cpu"))
 
-    def to_dict(self) -> dict[str, str | None]:
+    @property
+    def arithmetic(self) -> dict[str, str] | None:
+        """What the products of each graph that was loaded run in, where the backend reads it back; OpenVINO does."""
+        return getattr(self.backend, "arithmetic", None)
+
+    def to_dict(self) -> dict[str, object]:
         """For every report: who reads a number has to know what computed it."""
-        return {"asked": self.asked, "ran": self.ran, "precision": self.backend.precision, "fallback_reason": self.why}
+        return {
+            "asked": self.asked,
+            "ran": self.ran,
+            "precision": self.backend.precision,
+            "arithmetic": self.arithmetic,
+            "fallback_reason": self.why,
+        }
+
+    def arithmetic_notes(self, graphs: Mapping[str, str]) -> list[str]:
+        """A sentence on the graphs whose products ran in another type than their precision, `graphs` by name."""
+        other = {
+            graph: ran
+            for graph, ran in (self.arithmetic or {}).items()
+            if graph in graphs and ran != product_type(graphs[graph])
+        }
+        if not other:
+            return []
+        listed = ", ".join(f"{graph} ({graphs[graph]}) in {ran}" for graph, ran in other.items())
+        return [f"On this processor, OpenVINO computes the products of {listed}: it has no kernels of that precision."]
 
     def told(self) -> str | None:
         """The same as a sentence, where something else runs than was asked for."""

@@ -6,7 +6,6 @@ have been checked.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle import Bundle
@@ -64,10 +63,7 @@ def load_engine(bundle: Bundle, entry: EngineEntry, binding: ModuleType, facts: 
         EnvironmentProblem: it was built for another version or GPU, or TensorRT does not take it.
     """
     check_engine(entry, binding, facts)
-    content = bundle.file(entry.file).read_bytes()
-    # Of the very bytes that are deserialised: the file may have been exchanged since its checksum was read.
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise BundleError(f"{entry.file} is not the engine that the manifest names. Build it again.")
+    content = bundle.read(entry.file)
     complaints: list[str] = []
 
     def listen(severity: str, message: str) -> None:
@@ -100,10 +96,10 @@ def _put_weights_back(
     bundle: Bundle, entry: EngineEntry, engine: Any, binding: Any, logger: Any, complaints: list[str]
 ) -> None:
     """Fill an engine that was built without weights from the graph that it was built from."""
-    graph = bundle.file(_graph_of(bundle, entry).file)
+    graph = _graph_of(bundle, entry).file
     refitter = binding.Refitter(engine, logger)
     parser = binding.OnnxParserRefitter(refitter, logger)
-    if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+    if not parser.refit_from_bytes(bundle.read(graph)) or not refitter.refit_cuda_engine():
         said = " | ".join(complaints[-3:]) or "nothing"
         raise EnvironmentProblem(f"The weights of {graph} could not be put into {entry.file}. TensorRT says: {said}")
 

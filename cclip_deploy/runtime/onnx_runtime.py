@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,14 @@ Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 Provider = tuple[str, dict[str, str]]
 _BAD_GRAPH = ("InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NoModel", "InvalidArgument")
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+
+
+@dataclass(frozen=True)
+class NamedGraph:
+    """The bytes of an ONNX graph, and the file that messages name."""
+
+    content: bytes = field(repr=False)
+    path: Path
 
 
 class OnnxRuntimeBackend:
@@ -75,10 +84,11 @@ class OnnxRuntimeBackend:
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             entry = self.bundle.graph_in(graph, self.precision)
-            path = self.bundle.file(entry.file)
+            path, content = self.bundle.path / entry.file, self.bundle.read(entry.file)
             is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
             widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
-            model = _widened(path) if widens else str(path)
+            model = NamedGraph(_widened(content, path) if widens else content, path)
+            del content  # as large as the weights
             providers = self._providers(entry)
             session = make_session(self._runtime, model, self.device, self.threads, entry.precision, providers)
             check_tensors(path, entry, _specs(session.get_inputs()), _specs(session.get_outputs()))
@@ -107,17 +117,18 @@ def _as_taken(value: NDArray[np.generic], half: bool) -> NDArray[np.generic]:
     return np.ascontiguousarray(value, np.float16 if half else None)
 
 
-def _widened(path: Path) -> bytes:
+def _widened(content: bytes, path: Path) -> bytes:
     """A graph of 16 bits as FP32 arithmetic with the same roundings."""
     try:
-        import onnx
+        import onnx  # noqa: F401
     except ImportError as error:
         raise EnvironmentProblem(
             f"Rounding as BF16 or FP16 does on a CPU needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
         ) from error
+    from cclip_deploy.graph.parse import parse_graph
     from cclip_deploy.graph.widen import widen
 
-    return bytes(widen(onnx.load(path)).SerializeToString())
+    return bytes(widen(parse_graph(content, path)).SerializeToString())
 
 
 def load_onnxruntime(device: Device) -> Any:
@@ -143,7 +154,7 @@ def load_onnxruntime(device: Device) -> Any:
 
 def make_session(
     runtime: Any,
-    model: str | bytes,
+    model: NamedGraph | bytes,
     device: Device = "cpu",
     threads: int | None = None,
     precision: str = "fp32",
@@ -172,25 +183,26 @@ def make_session(
         options.inter_op_num_threads = 1
     wanted = list(providers) or [(PROVIDERS[device], {})]
     plugged = _plugged_devices(runtime, device)
+    content, what = (model.content, str(model.path)) if isinstance(model, NamedGraph) else (model, "a graph")
     try:
         if plugged:
             options.add_provider_for_devices(plugged, wanted[0][1])
         # Without `enable_fallback`, a provider that fails is an error instead of a session on the CPU.
         session = runtime.InferenceSession(
-            model,
+            content,
             options,
             **({} if plugged else {"providers": wanted}),
             disabled_optimizers=disabled,
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions have no common public base
-        what = model if isinstance(model, str) else "a graph"
         if device != "cpu" and type(error).__name__ not in _BAD_GRAPH:
             raise EnvironmentProblem(
                 f"ONNX Runtime cannot run {what} on {device}: {str(error).splitlines()[0][:200]}. "
                 "Run cclip-deploy doctor, or ask for --device cpu."
             ) from error
         raise BundleError(f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0][:200]}") from error
+    session._model_bytes = None  # kept for a fallback that is switched off, and as large as the weights
     if PROVIDERS[device] not in session.get_providers():
         raise EnvironmentProblem(
             f"ONNX Runtime was asked for {device} and fell back to {session.get_providers()}: no usable GPU, driver or "

@@ -19,10 +19,10 @@ from cclip_deploy.manifest import GraphEntry, TensorSpec
 from cclip_deploy.precisions import product_type
 from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
 from cclip_deploy.runtime.openvino_codes import use_all_bits
+from cclip_deploy.runtime.openvino_precision import Arithmetic, arithmetic_of, hint_for, refuse_lower
 
 DEVICE, PICTURE = "CPU", "image"
 INSTALL = "pip install 'cclip-deploy[openvino]'"
-ARITHMETIC = {"fp32": "f32", "fp16": "f16"}  # whatever else a graph has, its floating-point part is float32
 NOT_RUN = {"int8-fp16": "OpenVINO does not compile convolutions whose INT8 codes are dequantized to FP16"}
 """Why OpenVINO (2026.4) cannot run the graphs of a precision; it runs those of every other one."""
 REQUESTS_KEPT = 2
@@ -47,7 +47,8 @@ class OpenVinoBackend:
 
         Raises:
             PrecisionNotSupported: OpenVINO cannot run graphs of this precision.
-            EnvironmentProblem: OpenVINO is not installed.
+            EnvironmentProblem: OpenVINO is not installed. Loading a graph raises it where this processor would run the
+                graph's products in a lower precision than its own.
         """
         check_threads(threads)
         if precision in NOT_RUN:
@@ -60,6 +61,7 @@ class OpenVinoBackend:
         self.threads = threads
         self._core = load_openvino().Core()
         self._compiled: dict[tuple[str, bool], CompiledGraph] = {}
+        self.read_back: dict[str, Arithmetic] = {}
 
     def load(self, graph: str) -> None:
         self._graph(graph, _takes_pictures(self._entry(graph)))
@@ -74,10 +76,10 @@ class OpenVinoBackend:
         one_alone = _takes_pictures(entry) and len(arrays[PICTURE]) == 1
         return self._graph(graph, one_alone).infer(arrays, [output.name for output in entry.outputs])
 
-    def arithmetic(self, graph: str) -> str:
-        """What the compiled graph's floating-point operators run in, as OpenVINO says: 'f32', 'f16' or 'bf16'."""
-        compiled = self._graph(graph, _takes_pictures(self._entry(graph))).compiled
-        return str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """What the products of each graph that was loaded run in: 'fp32', 'bf16', …; wider than the graph, or as it."""
+        return {graph: ran.lowest for graph, ran in self.read_back.items()}
 
     def _entry(self, graph: str) -> GraphEntry:
         return self.bundle.graph_in(graph, self.precision)
@@ -85,8 +87,8 @@ class OpenVinoBackend:
     def _graph(self, graph: str, one_alone: bool) -> CompiledGraph:
         if (graph, one_alone) not in self._compiled:
             entry = self._entry(graph)
-            path = self.bundle.file(entry.file)
-            model = read_graph(self._core, path)
+            path = self.bundle.path / entry.file
+            model = read_graph(self._core, self.bundle.read(entry.file), path)
             inputs, outputs = ({t.name for t in told} for told in (entry.inputs, entry.outputs))
             check_tensors(path, entry, _specs(model.inputs, inputs), _specs(model.outputs, outputs))
             if one_alone:
@@ -96,6 +98,8 @@ class OpenVinoBackend:
             if product_type(entry.precision) == "int8":
                 use_all_bits(model)
             compiled = compile_graph(self._core, model, entry.precision, self.threads)
+            self.read_back[graph] = arithmetic_of(compiled)
+            refuse_lower(entry.file, entry.precision, self.read_back[graph])
             self._compiled[graph, one_alone] = CompiledGraph(compiled)
         return self._compiled[graph, one_alone]
 
@@ -163,10 +167,14 @@ def describe_device() -> list[str]:
     return [str(core.get_property(DEVICE, "FULL_DEVICE_NAME")), *kinds]
 
 
-def read_graph(core: Any, path: Path) -> Any:
-    """An ONNX file as OpenVINO's model, safe to compile."""
+def read_graph(core: Any, content: bytes, path: Path) -> Any:
+    """The bytes of an ONNX file as OpenVINO's model, safe to compile; the model keeps a copy of what it needs.
+
+    Raises:
+        BundleError: OpenVINO does not read them; the message names `path`.
+    """
     try:
-        model = core.read_model(str(path))
+        model = core.read_model(content)
     except RuntimeError as error:
         raise BundleError(f"OpenVINO cannot read {path}: {_reason(error)}. Export the bundle again.") from error
     spread_channel_constants(model)
@@ -179,7 +187,7 @@ def compile_graph(core: Any, model: Any, precision: str = "fp32", threads: int |
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "EXECUTION_MODE_HINT": "ACCURACY",
-        "INFERENCE_PRECISION_HINT": ARITHMETIC.get(precision, "f32"),
+        "INFERENCE_PRECISION_HINT": hint_for(precision, core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")),
         "ENABLE_HYPER_THREADING": False,
         "ENABLE_CPU_PINNING": False,
     }

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
 from cclip_deploy.files import whole_file
+from cclip_deploy.model.checkpoint import refuse_types
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import TrainConfig
 
@@ -121,36 +122,43 @@ def load_state(folder: Path, learner: Learner, identity: Identity) -> Progress:
     """
     path = folder / STATE
     saved = _read(path)
-    then = Identity(**json.loads(saved["identity"]))
-    differing = then.differences(identity)
+    try:
+        differing = Identity(**json.loads(saved["identity"])).differences(identity)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
     if differing:
         raise UsageError(
             f"{path} is the state of another training, which differs in {'; '.join(differing)}. "
             "Give that recipe and data set, or train into another folder."
         )
     try:
+        refuse_types(path, saved["model"], learner.model.state_dict())
         learner.model.load_state_dict(saved["model"])
         for optimiser, state in zip(learner.optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(state)
         if learner.average is not None:
+            refuse_types(path, saved["average"], learner.average.state_dict())
             learner.average.load_state_dict(saved["average"])
         learner.fabric.strategy.precision.load_state_dict(saved["precision"])
         torch.random.set_rng_state(saved["random"])
         return Progress(**json.loads(saved["progress"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}. Train into another folder.") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _damaged(path, error) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make torch stumble over anything
-        raise CheckpointError(
-            f"{path} is a damaged state of a training ({str(error).splitlines()[0][:90]}). Train into another folder."
-        ) from error
+        raise _damaged(path, error) from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or "identity" not in saved:
         raise CheckpointError(f"{path} is no {FORMAT!r}. Resume with the cclip-deploy that wrote it.")
     return saved
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:90]
+    return CheckpointError(f"{path} is a damaged state of a training ({reason}). Train into another folder.")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import pickle
+import shutil
 import struct
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from cclip_deploy.errors import CheckpointError
+from cclip_deploy.model import checkpoint
 from cclip_deploy.model.checkpoint import FORMAT, load_checkpoint
-from cclip_deploy.model.config import TINY
+from cclip_deploy.model.config import TINY, ModelConfig
 from tests.model.published_stub import published_stub
 
 SMALL = {f"layer{n}.weight": torch.arange(12.0).reshape(3, 4) + n for n in range(3)}
@@ -201,10 +207,137 @@ def test_a_config_that_cannot_be_is_refused_before_anything_is_built(config: str
 
 
 def test_a_config_of_more_blocks_than_tensors_is_not_built_first(tmp_path: Path) -> None:
-    """Minutes of building would go before the first missing tensor is found."""
-    config = json.dumps({**TINY.to_dict(), "vision_layers": [1, 1, 65536, 1]})
+    """Seconds of building would go before the first missing tensor is found."""
+    config = json.dumps({**TINY.to_dict(), "vision_layers": [1, 1, 128, 1]})
     message = refusal(save(SMALL, {FORMAT: config}), tmp_path)
-    assert "names a config of 65541 blocks and holds 3 tensors" in message
+    assert "names a config of 133 blocks and holds 3 tensors" in message
+
+
+@pytest.mark.parametrize(
+    "change", [{"vision_layers": [1, 1, 20_000, 1]}, {"text_layers": 20_000}, {"text_layers": 129}], ids=str
+)
+def test_a_config_of_thousands_of_blocks_is_refused_before_it_is_built(
+    change: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 20,000 small tensors in the file, minutes went into building the network."""
+    monkeypatch.setattr(checkpoint, "CausalCLIPSeg", lambda config: pytest.fail("was built"))
+    tensors = {str(number): torch.zeros(1) for number in range(20_100)}
+    message = refusal(save(tensors, {FORMAT: json.dumps({**TINY.to_dict(), **change})}), tmp_path)
+    assert "each has at most 128" in message
+
+
+@pytest.mark.parametrize("name", [None, 1, ["tiny"], "", "x" * 65, "two\nlines", "\x1b[2J"], ids=repr)
+def test_a_config_without_a_plain_name_is_refused(name: object, tmp_path: Path) -> None:
+    """`null` was taken, and failed in `export` and in the manifest."""
+    config = json.dumps({**TINY.to_dict(), "name": name})
+    assert "name is a text of 1 to 64 characters" in refusal(save(SMALL, {FORMAT: config}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.int8, torch.uint8, torch.bool, torch.complex64, torch.int64, torch.float8_e4m3fn], ids=str
+)
+def test_weights_of_a_type_that_networks_do_not_have_are_refused(
+    kind: torch.dtype, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Codes without their scales, booleans and the real part of complex numbers were taken for weights."""
+    tensors = load_file(tiny_checkpoint)
+    name = "head.mix.weight"
+    tensors[name] = torch.ones(tensors[name].shape).to(kind)
+    message = refusal(save(tensors, {FORMAT: json.dumps(TINY.to_dict())}), tmp_path)
+    assert f"has 1 tensor of another type: {name} {str(kind).removeprefix('torch.')}" in message
+
+
+def test_a_counter_that_is_no_whole_number_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny_checkpoint)
+    name = next(name for name in tensors if name.endswith("num_batches_tracked"))
+    tensors[name] = torch.tensor(1.5)
+    message = refusal(save(tensors, {FORMAT: json.dumps(TINY.to_dict())}), tmp_path)
+    assert f"of another type: {name} float32" in message
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t.to(torch.int8), lambda t: t.clone().to_sparse()], ids=["int8", "sparse"])
+def test_a_published_weight_of_another_type_is_named_as_published(
+    spoil: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    tensors = published_stub()
+    name = "proj.txt.bias"
+    assert f"of another type: {name} " in refusal(saved({**tensors, name: spoil(tensors[name])}), tmp_path)
+
+
+CUT_OFF = """
+import os, sys
+from pathlib import Path
+import safetensors, safetensors.torch, torch
+
+path = sys.argv[1]
+
+def cutting(read):
+    def reading(*arguments, **options):
+        found = read(*arguments, **options)
+        os.truncate(path, 100)
+        return found
+    return reading
+
+for place, name in ((torch, "load"), (safetensors, "safe_open"), (safetensors.torch, "load")):
+    setattr(place, name, cutting(getattr(place, name)))
+from cclip_deploy.model.checkpoint import load_checkpoint
+print(load_checkpoint(Path(path)).layout, os.path.getsize(path))
+"""
+
+
+@pytest.mark.parametrize("kind", ["ours", "published"])
+def test_a_file_that_is_cut_off_while_it_is_read_does_not_kill_the_process(
+    kind: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Before, the file was mapped, and the process ended with SIGBUS at the first weight behind its new end."""
+    path = tmp_path / "cut"
+    path.write_bytes(tiny_checkpoint.read_bytes() if kind == "ours" else saved(published_stub()))
+    done = subprocess.run([sys.executable, "-c", CUT_OFF, str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{kind} 100\n"), done.stderr
+
+
+@pytest.mark.parametrize("left", [0, 8, 100, 5000])
+def test_a_file_that_is_cut_off_as_it_is_opened_is_refused(
+    left: int, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copyfile(tiny_checkpoint, tmp_path / "cut.safetensors"))
+    opens = io.open
+
+    def cutting(file: Any, *arguments: Any, **options: Any) -> Any:
+        found = opens(file, *arguments, **options)
+        if file == path:
+            os.truncate(path, left)
+        return found
+
+    monkeypatch.setattr(io, "open", cutting)
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors is (no checkpoint|a damaged)"):
+        load_checkpoint(path)
+
+
+def test_the_hash_of_a_checkpoint_is_of_the_bytes_that_were_loaded(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file was read for its tensors first and for its hash later."""
+    path = Path(shutil.copyfile(tiny_checkpoint, tmp_path / "changing.safetensors"))
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    real = checkpoint.CausalCLIPSeg
+
+    def change_first(config: ModelConfig) -> Any:
+        path.write_bytes(b"something else")
+        return real(config)
+
+    monkeypatch.setattr(checkpoint, "CausalCLIPSeg", change_first)
+    assert load_checkpoint(path).sha256 == expected
+
+
+def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path: Path) -> None:
+    """Kilobytes of deflated zeros."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(SMALL_ZIP)) as plain, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member) + bytes(3 * 10**6))
+    assert len(buffer.getvalue()) < 10**5
+    assert "it unpacks to" in refusal(buffer.getvalue(), tmp_path)
 
 
 def test_a_format_of_the_future_is_named(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ CHANGES: dict[str, Callable[[Array], Array]] = {
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_one_wrong_layer_of_a_network_stands_out(tiny_bundle: Bundle, precision: Precision, name: str) -> None:
-    full = onnx.load(tiny_bundle.file("graphs/image_encoder.onnx"))
+    full = onnx.load(tiny_bundle.path / "graphs/image_encoder.onnx")
     wrong = onnx.ModelProto()
     wrong.CopyFrom(full)
     node = [n for n in wrong.graph.node if n.op_type == "Conv"][18]

@@ -80,7 +80,7 @@ def test_loaded_network_does_not_change_with_its_file(
     shutil.copy(tiny_checkpoint, path)
     if suffix == ".pth":
         torch.save(load_file(tiny_checkpoint), path)
-    tensors, _ = read_tensors(path)
+    tensors = read_tensors(path)
     model = checkpoint._build(TINY, tensors, path, "ours")
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
@@ -138,10 +138,10 @@ def test_a_whole_published_checkpoint_is_loaded_from_its_wrapping(save_published
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
 def test_every_usual_wrapping_is_taken_off(key: str, save_published: Callable[..., Path]) -> None:
     tensors = {name: torch.full((), float(n)).expand(shape) for n, (name, shape) in enumerate(layout().items())}
-    bare, _ = read_tensors(save_published(tensors))
+    bare = read_tensors(save_published(tensors))
     bare = {name: tensor.flatten()[:1].clone() for name, tensor in bare.items()}
     for wrapped in ({key: tensors}, {key: {f"module.{name}": t for name, t in tensors.items()}, "optimizer": {}}):
-        read, _ = read_tensors(save_published(wrapped))
+        read = read_tensors(save_published(wrapped))
         assert read.keys() == bare.keys()
         assert all(torch.equal(read[name].flatten()[:1], bare[name]) for name in bare)
 

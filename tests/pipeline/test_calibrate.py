@@ -35,7 +35,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrated(bundle: Bundle, options: CalibrationOptions, said: list[str] | None = None) -> CalibrationRecord:
-    model = onnx.load(bundle.file("graphs/image_encoder.onnx"))
+    model = onnx.load(bundle.path / "graphs/image_encoder.onnx")
     tell = (lambda line: None) if said is None else said.append
     return calibrate(bundle, "image_encoder", model, choose_pictures(options), options, THREADS, tell)
 
@@ -202,7 +202,7 @@ def test_min_max_ranges_are_the_largest_values_that_the_graph_gives(tiny_bundle:
     record = calibrated(tiny_bundle, CalibrationOptions((films,), "min-max"))
     assert record.graph_sha256 == tiny_bundle.graph("image_encoder").sha256
     assert (record.method, record.percentile, len(record.pictures)) == ("min-max", None, 10)
-    model = onnx.load(tiny_bundle.file("graphs/image_encoder.onnx"))
+    model = onnx.load(tiny_bundle.path / "graphs/image_encoder.onnx")
     tensor = next(node.output[0] for node in model.graph.node if node.op_type == "Relu")
     model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, 1, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -177,14 +177,8 @@ def keep_case(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tokens, "clean_prompt", lambda text: " ".join(text.split()))
     load = tokens.PromptTokenizer.load
 
-    def without_lowering(path: Path) -> tokens.PromptTokenizer:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        told["normalizer"] = None
-        path = path.with_name("cased.json")
-        path.write_text(json.dumps(told))
-        found = load(path)
-        path.unlink()
-        return found
+    def without_lowering(content: bytes, path: Path) -> tokens.PromptTokenizer:
+        return load(json.dumps(json.loads(content) | {"normalizer": None}).encode(), path)
 
     patch.setattr(tokens.PromptTokenizer, "load", staticmethod(without_lowering))
 

@@ -246,7 +246,7 @@ def test_a_precision_without_codes_is_tuned_without_calibration(
     assert profile.precision == precision
     assert profile.tuned.calibration is None
     assert (
-        profile.tuned.damage.keys() == blocks_of(onnx.load(bundle.file("graphs/image_encoder.onnx")), precision).keys()
+        profile.tuned.damage.keys() == blocks_of(onnx.load(bundle.path / "graphs/image_encoder.onnx"), precision).keys()
     )
     assert "in fp32" in profile.why
 

@@ -57,7 +57,8 @@ def test_engines_are_run_by_their_binding_and_closed_at_the_end(
     with opened(Choice("tensorrt-rtx"), engines, "fp32") as found:
         assert found.backend.name == "tensorrt-rtx"
         assert found.to_dict() == {
-            "asked": "tensorrt-rtx", "ran": "tensorrt-rtx", "precision": "fp32", "fallback_reason": None,
+            "asked": "tensorrt-rtx", "ran": "tensorrt-rtx", "precision": "fp32", "arithmetic": None,
+            "fallback_reason": None,
         }  # fmt: skip
         assert found.told() is None
     assert gpu.is_closed
