@@ -18,6 +18,8 @@ from cclip_deploy.precisions import build_command, is_quantised, precision_of
 CHAIN = ("image_encoder", "prompt_encoder", "mask_decoder")
 """The graphs that serve: a picture's features and a prompt's kernel make a mask."""
 MANIFEST, SUMS, TOKENIZER = "manifest.json", "SHA256SUMS", "tokenizer.json"
+LOADED_FOLDERS = ("graphs", "engines")
+"""What lies here is given to runtimes, some of which open neighbours of a file, so nothing may lie here unlisted."""
 
 
 class Bundle:
@@ -54,7 +56,12 @@ class Bundle:
         return bundle
 
     def file(self, name: str) -> Path:
-        """The path of a file of this bundle, its checksum verified."""
+        """The path of a file of this bundle, its checksum verified.
+
+        BundleError, too, for a graph or an engine that has neighbours which SHA256SUMS does not list.
+        """
+        if self.sums and name.startswith(tuple(f"{folder}/" for folder in LOADED_FOLDERS)):
+            _refuse_unlisted(self.path, self.sums)
         if name not in self._checked:
             if name in self._checking:
                 self._checking.pop(name).result()
@@ -76,7 +83,11 @@ class Bundle:
         thread.shutdown(wait=False)
 
     def check_all(self) -> tuple[str, ...]:
-        """Verify every checksum; returns the names of files that lie in the folder without one."""
+        """Verify every checksum; returns the names of files that lie in the folder without one.
+
+        BundleError where one of those is among the graphs or engines.
+        """
+        _refuse_unlisted(self.path, self.sums)
         for name in self.sums:
             self.file(name)
         present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
@@ -189,6 +200,19 @@ def _read_sums(path: Path) -> dict[str, str]:
     except (ValueError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is damaged: {error}. Export or copy the bundle again.") from error
     return sums
+
+
+def _refuse_unlisted(folder: Path, sums: Mapping[str, str]) -> None:
+    """Raise BundleError where anything that SHA256SUMS does not list lies among the graphs or engines."""
+    for kind in LOADED_FOLDERS:
+        if (folder / kind).is_symlink():
+            raise BundleError(f"{folder / kind} is a link. Copy or export the bundle again.")
+        for path in (folder / kind).rglob("*"):
+            name = path.relative_to(folder).as_posix()
+            if name not in sums and (path.is_symlink() or not path.is_dir()):
+                raise BundleError(
+                    f"{folder} holds {name}, which {SUMS} does not list: a runtime might load it. Move it elsewhere."
+                )
 
 
 def _check_sum(folder: Path, name: str, sums: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ from cclip_deploy.files import sha256_input
 from cclip_deploy.graph.calibration import METHODS, Method, TensorStatistics, ranges_of, with_outputs
 from cclip_deploy.pipeline.calibration_cache import read_entry, write_entry
 from cclip_deploy.pipeline.calibration_record import CalibrationImages, CalibrationPicture, CalibrationRecord
+from cclip_deploy.pipeline.graph_model import load_model
 
 if TYPE_CHECKING:
     import onnx
@@ -158,11 +159,9 @@ def collect_statistics(
     bundle: Bundle, graph: str, paths: Sequence[Path], threads: int | None = None
 ) -> dict[str, TensorStatistics]:
     """What each tensor of a graph that is to be quantised held over the pictures; for the documentation's curve."""
-    import onnx
-
     from cclip_deploy.graph.lower import tensors_to_calibrate
 
-    model = onnx.load(bundle.file(bundle.graph(graph).file))
+    model = load_model(bundle, graph)
     return _statistics(bundle, graph, model, tensors_to_calibrate(model), paths, threads, lambda _: None)
 
 

@@ -14,6 +14,7 @@ from cclip_deploy.graph.calibration import METHODS, Method, ranges_of
 from cclip_deploy.graph.lower import lower
 from cclip_deploy.manifest import graph_key
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, choose_pictures, collect_statistics
+from cclip_deploy.pipeline.graph_model import load_model
 from cclip_deploy.pipeline.mask_agreement import MaskAgreement, evaluation_images, measure_masks
 from cclip_deploy.precisions import Precision
 
@@ -70,8 +71,6 @@ def _judge(
     threads: int | None,
 ) -> MaskAgreement:
     """Masks of the bundle with an image encoder of these ranges, in a copy that is thrown away."""
-    import onnx
-
     from cclip_deploy.graph.describe import describe_graph, save_graph
 
     source = bundle.graph(IMAGE)
@@ -80,7 +79,7 @@ def _judge(
         for file in bundle.sums:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(bundle.file(file), folder / file)
-        file, model = f"graphs/{graph_key(IMAGE, precision)}.onnx", onnx.load(bundle.file(source.file))
+        file, model = f"graphs/{graph_key(IMAGE, precision)}.onnx", load_model(bundle, IMAGE)
         (folder / file).unlink(missing_ok=True)
         lowered = lower(model, precision, ranges).model
         save_graph(lowered, folder / file)

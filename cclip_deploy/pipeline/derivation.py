@@ -16,6 +16,7 @@ from cclip_deploy.evidence.parity import Check
 from cclip_deploy.evidence.reference import Reference
 from cclip_deploy.manifest import GraphEntry
 from cclip_deploy.pipeline.calibration_record import read_record
+from cclip_deploy.pipeline.graph_model import load_model
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -88,10 +89,7 @@ def layer_checks(
 
 def _models(bundle: Bundle, name: str) -> tuple[ModelProto, ModelProto]:
     """A low-precision graph and the FP32 graph that it is made from."""
-    import onnx
-
-    found, full = (onnx.load(bundle.file(bundle.graph(key).file)) for key in (name, name.split(".")[0]))
-    return found, full
+    return load_model(bundle, name), load_model(bundle, name.split(".")[0])
 
 
 def _derivation_check(bundle: Bundle, name: str, found: ModelProto, full: ModelProto) -> Check:

@@ -16,7 +16,8 @@ from cclip_deploy.manifest import CalibrationEntry, GraphEntry, Manifest, graph_
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
 from cclip_deploy.pipeline.calibration_record import write_record
 from cclip_deploy.pipeline.derivation import layer_checks
-from cclip_deploy.precisions import REST, Precision, is_quantised, product_type
+from cclip_deploy.pipeline.graph_model import load_model
+from cclip_deploy.precisions import REST, Precision, is_quantised, precision_of, product_type
 
 if TYPE_CHECKING:
     import onnx
@@ -92,11 +93,9 @@ class _Work:
         self.found: set[str] = set()
 
     def add(self, name: str) -> None:
-        import onnx
-
         from cclip_deploy.graph.lower import lower, matching, named_products, tensors_to_calibrate
 
-        model = onnx.load(self.bundle.file(self.bundle.graph(name).file))
+        model = load_model(self.bundle, name)
         precision = self.options.precision
         if is_quantised(precision) and not tensors_to_calibrate(model):
             precision = REST[precision]
@@ -194,14 +193,12 @@ def _compare(bundle: Bundle, folder: Path, manifest: Manifest, work: _Work, on_p
 
 def _name_what_is_not_finite(bundle: Bundle, checks: list[Check], references: list[Reference]) -> None:
     """ParityError that names the first layer with a NaN or an overflow, where a graph gave such values."""
-    import onnx
-
     from cclip_deploy.evidence.finite import refuse_non_finite
 
     for check in checks:
         if np.isfinite(check.value) or check.graph not in bundle.manifest.graphs or check.metric == "layer_error":
             continue
         reference = next(r for r in references if r.name == check.name.split("/")[1])
-        models = [bundle.graph(check.graph), bundle.graph_in(check.graph, check.precision)]
-        full, low = (onnx.load(bundle.file(entry.file)) for entry in models)
+        keys = (check.graph, graph_key(check.graph, precision_of(check.graph, check.precision)))
+        full, low = (load_model(bundle, key) for key in keys)
         refuse_non_finite(check.graph, low, full, check.precision, reference.inputs_of(check.graph))

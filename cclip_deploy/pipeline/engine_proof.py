@@ -17,6 +17,7 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError, ParityError
 from cclip_deploy.evidence.parity import Check
 from cclip_deploy.manifest import EngineEntry, GraphEntry, graph_key
+from cclip_deploy.pipeline.graph_model import load_model
 from cclip_deploy.precisions import Precision, is_quantised, product_type, rest_type
 from cclip_deploy.runtime.engine_builder import BuiltEngine
 from cclip_deploy.runtime.layer_table import LayerTable, product_nodes, prove_precision
@@ -79,7 +80,7 @@ def _why_not_proved(bundle: Bundle, engine: EngineEntry, graph: GraphEntry, reco
         return "its record belongs to another graph. Build the engine again."
     return (
         _why_no_engine(bundle.file(engine.file), engine, graph, record["table"])
-        or _why_other_products(bundle.file(graph.file), engine.precision, record)
+        or _why_other_products(bundle, engine, record)
         or _why_no_precision(record, engine.precision)
     )
 
@@ -114,13 +115,11 @@ def _why_no_engine(path: Path, engine: EngineEntry, graph: GraphEntry, table: La
     return None if missing is None else f"{missing} of its graph does not occur in the file: it is another engine."
 
 
-def _why_other_products(graph: Path, precision: str, record: Mapping[str, Any]) -> str | None:
+def _why_other_products(bundle: Bundle, engine: EngineEntry, record: Mapping[str, Any]) -> str | None:
     """Why the products of a record are not those of its graph; None, too, where the package onnx is not installed."""
     if importlib.util.find_spec("onnx") is None:
         return None
-    import onnx
-
-    model = onnx.load(graph)
+    precision, model = engine.precision, load_model(bundle, graph_key(engine.graph, engine.precision))
     products = product_nodes(model)
     if record["products"] != products:
         other = sorted(record["products"] ^ products)

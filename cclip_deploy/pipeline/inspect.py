@@ -9,6 +9,7 @@ from typing import Any
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError
 from cclip_deploy.manifest import EngineEntry, TensorSpec
+from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.layer_table import LayerTable
 
 
@@ -29,7 +30,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
                 "precision": entry.precision,
                 "made_from_sha256": entry.made_from_sha256,
                 "file": entry.file,
-                "bytes": bundle.file(entry.file).stat().st_size,
+                "bytes": len(read_checked(bundle, entry)),
             }
             for name, entry in manifest.graphs.items()
         },

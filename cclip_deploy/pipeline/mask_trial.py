@@ -17,6 +17,7 @@ from cclip_deploy.data.image_sets import SetImage
 from cclip_deploy.data.images import read_picture
 from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.evidence.parity import mask_dices
+from cclip_deploy.pipeline.graph_model import load_model
 from cclip_deploy.precisions import Precision, is_quantised, rest_type
 from cclip_deploy.prompt_cache import PromptKernels
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend, load_onnxruntime, make_session
@@ -102,13 +103,11 @@ class MaskTrial:
         return logits
 
     def _lowered_parts(self, bundle: Bundle, rest: str) -> Mapping[str, Any]:
-        import onnx
-
         from cclip_deploy.graph.precision import to_bf16, to_fp16
 
         narrow = to_bf16 if rest == "bf16" else to_fp16
         names = ("prompt_encoder", "mask_decoder")
-        return {name: self._session(narrow(onnx.load(bundle.file(bundle.graph(name).file)))) for name in names}
+        return {name: self._session(narrow(load_model(bundle, name))) for name in names}
 
     def _session(self, model: ModelProto) -> Any:
         """A session that rounds where the graph says so, as `verify` runs it."""

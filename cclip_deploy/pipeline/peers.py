@@ -16,7 +16,9 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import UsageError
 from cclip_deploy.pipeline.bench_candidate import Answer, BenchCandidate, Floats, Form, Setting, Tokens
 from cclip_deploy.pipeline.bench_plan import MACHINE, WHOLE, BenchInputs, BenchOptions, LeftOut, Progress
+from cclip_deploy.pipeline.graph_model import load_model
 from cclip_deploy.runtime.choice import open_backend
+from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.onnx_runtime import load_onnxruntime, make_session
 from cclip_deploy.runtime.openvino import OpenVinoBackend, compile_graph, load_openvino
 
@@ -81,18 +83,19 @@ class Peers:
         if self.options.device == "cpu" and not self._runs_on_cpu(Form.PLAIN):
             return []
         entry = plain.graph("plain")
-        path, cost = plain.file(entry.file), entry.multiply_adds
+        cost = entry.multiply_adds
         found = self._attempt(Form.PLAIN, "onnxruntime", lambda: self._plain(plain), multiply_adds=cost)
         if not self.options.peers or not self._runs_on_cpu(Form.PLAIN_SLIM, f"{Form.PLAIN}, OpenVINO"):
             return found
         self.tell("Slimming the plain export")
-        found += self._attempt(Form.PLAIN_SLIM, "onnxruntime", lambda: self._slimmed(path))
+        found += self._attempt(Form.PLAIN_SLIM, "onnxruntime", lambda: self._slimmed(plain))
         self.tell("Compiling the plain export in OpenVINO")
         found += self._attempt(
             Form.PLAIN, "openvino", lambda: self._plain_in_openvino(plain), Setting.OPENVINO_F32, cost
         )
         found += self._attempt(
-            Form.PLAIN, "openvino", lambda: self._with_defaults(lambda core: core.read_model(str(path))),
+            Form.PLAIN, "openvino",
+            lambda: self._with_defaults(lambda core: core.read_model(read_checked(plain, entry))),
             Setting.OPENVINO_DEFAULTS, cost,
         )  # fmt: skip
         return found
@@ -192,10 +195,10 @@ class Peers:
         backend = open_backend("onnxruntime", plain, "fp32", device, self.options.threads, engine_cache=cache)
         return Prepared(lambda image, tokens: backend.run("plain", {"image": image, "tokens": tokens})["logits"])
 
-    def _slimmed(self, path: Path) -> Prepared:
+    def _slimmed(self, plain: Bundle) -> Prepared:
         import onnxslim
 
-        model = onnxslim.slim(str(path))
+        model = onnxslim.slim(load_model(plain, "plain"))
         session = make_session(load_onnxruntime("cpu"), model.SerializeToString(), "cpu", self.options.threads)
         return Prepared(lambda image, tokens: session.run(["logits"], {"image": image, "tokens": tokens})[0])
 

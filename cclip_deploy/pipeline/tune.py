@@ -23,6 +23,7 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.image_sets import DataSetOptions, read_image_set
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
+from cclip_deploy.pipeline.graph_model import load_model
 from cclip_deploy.pipeline.mask_agreement import LEAST_DICE, LEAST_MEAN_DICE, with_prompts
 from cclip_deploy.pipeline.mask_trial import MaskTrial
 from cclip_deploy.pipeline.tuning_halves import Halves, deal_out, hashes
@@ -99,10 +100,8 @@ class _Search:
         halves: Halves,
         tell: Progress,
     ) -> None:
-        import onnx
-
         self.options, self.tell = options, tell
-        self.model: ModelProto = onnx.load(bundle.file(bundle.graph(IMAGE).file))
+        self.model = load_model(bundle, IMAGE)
         self.blocks = blocks_of(self.model, options.precision)
         self.costs, self.total = _multiply_adds(self.model, self.blocks)
         self.ranges: dict[str, float] | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
 from cclip_deploy.manifest import GraphEntry, TensorSpec
 from cclip_deploy.precisions import is_quantised
-from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
+from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, check_threads, run_failure
+from cclip_deploy.runtime.graph_check import read_checked
+from cclip_deploy.runtime.watchdog import check_seconds_limit, time_limit
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -30,7 +34,16 @@ INSTALL = {
 Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 Provider = tuple[str, dict[str, str]]
 _BAD_GRAPH = ("InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NoModel", "InvalidArgument")
+_BAD_INPUT = ("InvalidArgument", "ValueError")
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+
+
+@dataclass(frozen=True)
+class NamedGraph:
+    """The bytes of an ONNX graph, and the file that messages name."""
+
+    content: bytes = field(repr=False)
+    path: Path
 
 
 class OnnxRuntimeBackend:
@@ -38,6 +51,8 @@ class OnnxRuntimeBackend:
 
     On a CPU, ONNX Runtime leaves out the roundings between FP16 operators. With `rounds_as_written` they are all made,
     as a GPU makes them, which needs onnx and time: for parity, not for speed. BF16 runs in no other way.
+
+    A run that takes longer than `seconds_limit` is stopped, between two operators, and is an EnvironmentProblem.
     """
 
     name = "onnxruntime"
@@ -49,12 +64,15 @@ class OnnxRuntimeBackend:
         device: Device = "cpu",
         threads: int | None = None,
         rounds_as_written: bool = False,
+        seconds_limit: float | None = None,
     ) -> None:
+        check_seconds_limit(seconds_limit)
         self.bundle = bundle
         self.precision = precision
         self.device = device
         self.threads = threads
         self.rounds_as_written = rounds_as_written
+        self.seconds_limit = seconds_limit
         self._runtime = load_onnxruntime(device)
         self._sessions: dict[str, Any] = {}
 
@@ -69,16 +87,49 @@ class OnnxRuntimeBackend:
         names = [output.name for output in session.get_outputs()]
         halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
         given = {name: _as_taken(value, name in halves) for name, value in inputs.items()}
-        values = session.run(names, given)
-        return {name: value.astype(np.float32, copy=False) for name, value in zip(names, values, strict=True)}
+        with self._guarded(graph) as options:
+            values = session.run(names, given, options)
+        answer = {name: value.astype(np.float32, copy=False) for name, value in zip(names, values, strict=True)}
+        entry = self.bundle.graph_in(graph, self.precision)
+        check_answer(self.bundle.path / entry.file, entry, inputs, answer)
+        return answer
+
+    @contextmanager
+    def _guarded(self, graph: str) -> Iterator[Any]:
+        """Options for one run; whatever the run raises becomes an error that names the graph.
+
+        Raises:
+            UsageError: the inputs are not those of the graph.
+            EnvironmentProblem: memory ran out, the device failed or `seconds_limit` passed.
+            BundleError: an operator failed.
+        """
+        path = self.bundle.path / self.bundle.graph_in(graph, self.precision).file
+        options = self._runtime.RunOptions()
+        options.log_severity_level = 4  # failures are raised, so they need not be logged too
+        try:
+            with time_limit(self.seconds_limit, lambda: setattr(options, "terminate", True), str(path)):
+                yield options
+        except CclipError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            if not isinstance(error, MemoryError) and "while running" not in str(error):
+                if self.device != "cpu" and type(error).__name__ not in _BAD_INPUT:
+                    raise EnvironmentProblem(
+                        f"ONNX Runtime cannot run {path} on {self.device}: {reason}. Run cclip-deploy doctor, or use "
+                        "--device cpu."
+                    ) from error
+                raise UsageError(f"These inputs do not fit {path}: {reason}") from error
+            raise run_failure("ONNX Runtime", path, error) from error
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             entry = self.bundle.graph_in(graph, self.precision)
-            path = self.bundle.file(entry.file)
+            path, content = self.bundle.path / entry.file, read_checked(self.bundle, entry)
             is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
             widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
-            model = _widened(path) if widens else str(path)
+            model = NamedGraph(_widened(content) if widens else content, path)
+            del content  # as large as the weights
             providers = self._providers(entry)
             session = make_session(self._runtime, model, self.device, self.threads, entry.precision, providers)
             check_tensors(path, entry, _specs(session.get_inputs()), _specs(session.get_outputs()))
@@ -107,7 +158,7 @@ def _as_taken(value: NDArray[np.generic], half: bool) -> NDArray[np.generic]:
     return np.ascontiguousarray(value, np.float16 if half else None)
 
 
-def _widened(path: Path) -> bytes:
+def _widened(content: bytes) -> bytes:
     """A graph of 16 bits as FP32 arithmetic with the same roundings."""
     try:
         import onnx
@@ -117,7 +168,7 @@ def _widened(path: Path) -> bytes:
         ) from error
     from cclip_deploy.graph.widen import widen
 
-    return bytes(widen(onnx.load(path)).SerializeToString())
+    return bytes(widen(onnx.load_model_from_string(content)).SerializeToString())
 
 
 def load_onnxruntime(device: Device) -> Any:
@@ -143,7 +194,7 @@ def load_onnxruntime(device: Device) -> Any:
 
 def make_session(
     runtime: Any,
-    model: str | bytes,
+    model: NamedGraph | bytes,
     device: Device = "cpu",
     threads: int | None = None,
     precision: str = "fp32",
@@ -170,6 +221,7 @@ def make_session(
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+    content, what = (model.content, str(model.path)) if isinstance(model, NamedGraph) else (model, "a graph")
     wanted = list(providers) or [(PROVIDERS[device], {})]
     plugged = _plugged_devices(runtime, device)
     try:
@@ -177,20 +229,20 @@ def make_session(
             options.add_provider_for_devices(plugged, wanted[0][1])
         # Without `enable_fallback`, a provider that fails is an error instead of a session on the CPU.
         session = runtime.InferenceSession(
-            model,
+            content,
             options,
             **({} if plugged else {"providers": wanted}),
             disabled_optimizers=disabled,
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions have no common public base
-        what = model if isinstance(model, str) else "a graph"
         if device != "cpu" and type(error).__name__ not in _BAD_GRAPH:
             raise EnvironmentProblem(
                 f"ONNX Runtime cannot run {what} on {device}: {str(error).splitlines()[0][:200]}. "
                 "Run cclip-deploy doctor, or ask for --device cpu."
             ) from error
         raise BundleError(f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0][:200]}") from error
+    session._model_bytes = None  # kept for a fallback that is switched off, and as large as the weights
     if PROVIDERS[device] not in session.get_providers():
         raise EnvironmentProblem(
             f"ONNX Runtime was asked for {device} and fell back to {session.get_providers()}: no usable GPU, driver or "

@@ -76,9 +76,9 @@ def test_both_runtimes_give_the_numbers_of_plain_rounding(tmp_path: Path) -> Non
     ranges = ranges_of(model)
     path = tmp_path / "low.onnx"
     onnx.save(lower(model, "int8", ranges).model, path)
-    session = make_session(load_onnxruntime("cpu"), str(path), "cpu", 1, "int8")
+    session = make_session(load_onnxruntime("cpu"), path.read_bytes(), "cpu", 1, "int8")
     core = load_openvino().Core()
-    compiled = compile_graph(core, read_graph(core, path), "int8", 1)
+    compiled = compile_graph(core, read_graph(core, path.read_bytes(), path), "int8", 1)
     answers = [session.run(["y"], {"image": IMAGE})[0], compiled.create_infer_request().infer({"image": IMAGE})["y"]]
 
     def rounded(values: np.ndarray, largest: np.ndarray | float) -> np.ndarray:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -61,8 +62,8 @@ def test_a_graph_is_checked_and_loaded_once_and_only_when_it_is_needed(
     loaded: list[str] = []
     real = onnxruntime.InferenceSession
 
-    def session(model: str, *args: Any, **kwargs: Any) -> Any:
-        loaded.append(Path(model).stem)
+    def session(model: bytes, *args: Any, **kwargs: Any) -> Any:
+        loaded.append(onnx.load_model_from_string(model).graph.name)
         return real(model, *args, **kwargs)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
@@ -125,7 +126,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused() -> None:
     fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
     runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *a, **k: fallen)
     with pytest.raises(EnvironmentProblem, match="asked for cuda and fell back"):
-        make_session(runtime, "graph.onnx", "cuda")
+        make_session(runtime, b"", "cuda")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", bytes(1000)], ids=["empty", "text", "zeros"])
@@ -145,7 +146,7 @@ def test_a_graph_that_does_not_take_and_give_what_the_manifest_says_is_refused(
     real = path.read_bytes()
     path.write_bytes(decoder.read_bytes())
     reseal(copy)
-    with pytest.raises(BundleError, match=r"prompt_encoder\.onnx has inputs .*'features'.*, the manifest says"):
+    with pytest.raises(BundleError, match=r"prompt_encoder\.onnx .* has inputs .*'features'.*, the manifest says"):
         OnnxRuntimeBackend(Bundle.open(copy)).load("prompt_encoder")
     path.write_bytes(real)
     reseal(copy, lambda manifest: manifest["graphs"]["prompt_encoder"]["outputs"][0].update(dtype="float16"))

@@ -67,7 +67,7 @@ def run(model: onnx.ModelProto, path: Path) -> tuple[int, np.ndarray, np.ndarray
     """How many pairs were changed; the tensor; what the pair made of it."""
     onnx.save(model, path)
     core = load_openvino().Core()
-    read = read_graph(core, path)
+    read = read_graph(core, path.read_bytes(), path)
     changed = use_all_bits(read)
     x = np.random.default_rng(0).normal(0, 2.5, (1, 4, 6, 6)).astype(np.float32)
     answers = compile_graph(core, read, "int8", threads=1)({"x": x})
