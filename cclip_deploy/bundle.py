@@ -121,7 +121,7 @@ class Bundle:
     def tokenizer(self) -> PromptTokenizer:
         """The tokenizer that the prompts of this bundle go through."""
         if self._tokenizer is None:
-            self._tokenizer = PromptTokenizer.load(self.file(TOKENIZER))
+            self._tokenizer = PromptTokenizer.parse(self.file(TOKENIZER).read_bytes(), self.path / TOKENIZER)
         return self._tokenizer
 
     def precisions(self) -> tuple[str, ...]:
