@@ -53,7 +53,7 @@ def _engine(bundle: Bundle, engine: EngineEntry) -> dict[str, Any]:
     layers = bundle.file(engine.layers)
     try:
         table = LayerTable.from_dict(json.loads(layers.read_bytes()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{layers} is no layer table: {error}. Build the engine again.") from error
     return {
         **engine.model_dump(mode="json"),
