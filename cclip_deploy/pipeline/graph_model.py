@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cclip_deploy.bundle import Bundle
+from cclip_deploy.graph.parse import parse_graph
 from cclip_deploy.runtime.graph_check import read_checked
 
 if TYPE_CHECKING:
@@ -18,6 +19,5 @@ def load_model(bundle: Bundle, key: str) -> ModelProto:
         UsageError: there is no such graph.
         BundleError: the file is missing or altered, or is no graph that exports make.
     """
-    import onnx
-
-    return onnx.load_model_from_string(read_checked(bundle, bundle.graph(key)))
+    entry = bundle.graph(key)
+    return parse_graph(read_checked(bundle, entry), bundle.path / entry.file)

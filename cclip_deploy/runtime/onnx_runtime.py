@@ -128,7 +128,7 @@ class OnnxRuntimeBackend:
             path, content = self.bundle.path / entry.file, read_checked(self.bundle, entry)
             is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
             widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
-            model = NamedGraph(_widened(content) if widens else content, path)
+            model = NamedGraph(_widened(content, path) if widens else content, path)
             del content  # as large as the weights
             providers = self._providers(entry)
             session = make_session(self._runtime, model, self.device, self.threads, entry.precision, providers)
@@ -158,17 +158,18 @@ def _as_taken(value: NDArray[np.generic], half: bool) -> NDArray[np.generic]:
     return np.ascontiguousarray(value, np.float16 if half else None)
 
 
-def _widened(content: bytes) -> bytes:
+def _widened(content: bytes, path: Path) -> bytes:
     """A graph of 16 bits as FP32 arithmetic with the same roundings."""
     try:
-        import onnx
+        import onnx  # noqa: F401
     except ImportError as error:
         raise EnvironmentProblem(
             f"Rounding as BF16 or FP16 does on a CPU needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
         ) from error
+    from cclip_deploy.graph.parse import parse_graph
     from cclip_deploy.graph.widen import widen
 
-    return bytes(widen(onnx.load_model_from_string(content)).SerializeToString())
+    return bytes(widen(parse_graph(content, path)).SerializeToString())
 
 
 def load_onnxruntime(device: Device) -> Any:

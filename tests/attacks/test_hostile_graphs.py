@@ -341,3 +341,16 @@ def test_a_limit_that_is_kept_changes_nothing(tiny_bundle: Bundle, name: str) ->
 def test_a_limit_that_is_none_is_refused(tiny_bundle: Bundle, name: str, limit: float) -> None:
     with pytest.raises(UsageError, match="seconds_limit"):
         BACKENDS[name](tiny_bundle, seconds_limit=limit)
+
+
+def test_bytes_that_only_protobuf_refuses_are_an_error_in_words(copy: Path) -> None:
+    """Half a text among the metadata, which the structure check leaves out. Before: a traceback of conversions."""
+    content = (copy / PLACE).read_bytes() + b"\x72\x02\x0a\x7f"  # metadata_props
+    check(content, Bundle.open(copy))
+    (copy / PLACE).unlink()
+    (copy / PLACE).write_bytes(content)
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"mask_decoder\.onnx is no ONNX graph"):
+        load_model(Bundle.open(copy), GRAPH)
+    with pytest.raises(BundleError, match=r"mask_decoder\.onnx"):
+        OnnxRuntimeBackend(Bundle.open(copy), threads=1).load(GRAPH)

@@ -1,0 +1,22 @@
+"""ONNX graphs from bytes that were checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cclip_deploy.errors import BundleError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+def parse_graph(content: bytes, path: Path) -> ModelProto:
+    """The model of an ONNX file's bytes; BundleError, which names `path`, where they are none."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        return onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise BundleError(f"{path} is no ONNX graph ({error}). Export the bundle again.") from error
