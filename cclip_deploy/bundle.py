@@ -33,6 +33,8 @@ MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 MANIFEST_BYTES, TOKENIZER_BYTES, RECORD_BYTES = 16 * 2**20, 32 * 2**20, 64 * 2**20
 """The largest files of each kind that are read; records are calibrations and layer tables."""
 OPEN_ATTEMPTS, OPEN_PAUSE_S = 5, 0.01
+LOADED_FOLDERS = ("graphs", "engines")
+"""What lies here is given to runtimes, some of which open neighbours of a file, so nothing may lie here unlisted."""
 
 
 class Bundle:
@@ -116,7 +118,11 @@ class Bundle:
         return self._sizes[name]
 
     def check_all(self) -> tuple[str, ...]:
-        """Verify every checksum; returns the names of files that lie in the folder without one."""
+        """Verify every checksum; returns the names of files that lie in the folder without one.
+
+        BundleError where one of those is among the graphs or engines.
+        """
+        _refuse_unlisted(self.path, self.sums)
         for name in self.sums:
             self._sizes.pop(name, None)
             self.check(name)
@@ -147,6 +153,8 @@ class Bundle:
         if not self._is_unsealed:
             require_listed(self.path, name, self.sums)
         try:
+            if not self._is_unsealed and name.split("/")[0] in LOADED_FOLDERS:
+                _refuse_unlisted(self.path, self.sums)
             yield
         except BundleError:
             self.require_in_place()
@@ -181,7 +189,7 @@ class Bundle:
         """The tokenizer that the prompts of this bundle go through."""
         if self._tokenizer is None:
             content = self.read(TOKENIZER, TOKENIZER_BYTES)
-            self._tokenizer = PromptTokenizer.load(content, self.path / TOKENIZER)
+            self._tokenizer = PromptTokenizer.parse(content, self.path / TOKENIZER)
         return self._tokenizer
 
     def precisions(self) -> tuple[str, ...]:
@@ -286,3 +294,16 @@ def _open(path: Path) -> Bundle:
     manifest = parse_manifest(content, path / MANIFEST)
     check_chain(path / MANIFEST, manifest, sums)
     return Bundle(path, manifest, sums)
+
+
+def _refuse_unlisted(folder: Path, sums: Mapping[str, str]) -> None:
+    """Raise BundleError where anything that SHA256SUMS does not list lies among the graphs or engines."""
+    for kind in LOADED_FOLDERS:
+        if (folder / kind).is_symlink():
+            raise BundleError(f"{folder / kind} is a link. Copy or export the bundle again.")
+        for path in (folder / kind).rglob("*"):
+            name = path.relative_to(folder).as_posix()
+            if name not in sums and (path.is_symlink() or not path.is_dir()):
+                raise BundleError(
+                    f"{folder} holds {name}, which {SUMS} does not list: a runtime might load it. Move it elsewhere."
+                )

@@ -34,6 +34,7 @@ class Segmenter:
         Raises:
             UsageError: the bundle is a plain one, lacks a graph of the backend's precision, or is another than the
                 backend's; or `prompt_cache` is a file.
+            BundleError: the tokenizer has more tokens than the network.
             EnvironmentProblem: `prompt_cache` cannot be written.
         """
         if bundle.manifest.form != "deploy":
@@ -48,6 +49,7 @@ class Segmenter:
         self.backend = backend
         self.precisions = chain_precisions(backend, bundle)
         self._tokenizer = bundle.tokenizer()
+        self._vocabulary_size = _vocabulary_size(bundle)
         folder = None if prompt_cache is None else KernelFolder(prompt_cache, kernel_origin(bundle, backend.precision))
         self._cache = PromptCache(folder)
 
@@ -81,7 +83,10 @@ class Segmenter:
         return self.encode_tokens(self._token_rows(prompts))
 
     def encode_tokens(self, rows: Sequence[Tokens]) -> PromptKernels:
-        """As `encode_prompts`, for token rows (L,) that are made already, such as those of prompts that were cut."""
+        """As `encode_prompts`, for token rows (L,) that are made already, such as those of prompts that were cut.
+
+        UsageError where an id is outside the vocabulary: not every runtime refuses it.
+        """
         return PromptKernels.join(list(self._kernel_parts(rows)))
 
     def prepare(self, prompts: Sequence[str]) -> None:
@@ -132,6 +137,12 @@ class Segmenter:
         return [self._tokenizer.encode(prompt, length) for prompt in prompts]
 
     def _kernel_parts(self, rows: Sequence[Tokens]) -> Iterator[PromptKernels]:
+        for row in rows:
+            if row.size and not 0 <= int(row.min()) <= int(row.max()) < self._vocabulary_size:
+                raise UsageError(
+                    f"Token ids reach from {row.min()} to {row.max()}; those of {self.bundle.path} are 0 to "
+                    f"{self._vocabulary_size - 1}. Make them with the bundle's own tokenizer."
+                )
         for start in range(0, len(rows), PROMPTS_AT_ONCE):
             yield self._cache.kernels(rows[start : start + PROMPTS_AT_ONCE], self._run_prompt_encoder)
 
@@ -151,6 +162,17 @@ class Segmenter:
                 f"{self.bundle.path} gave logits that are not finite, so no mask. Check it: cclip-deploy verify BUNDLE."
             )
         return logits
+
+
+def _vocabulary_size(bundle: Bundle) -> int:
+    """Of the network, which has to have every token of the tokenizer; ids beyond it are outside the weights."""
+    tokens = bundle.tokenizer().vocabulary_size
+    size = bundle.manifest.model.get("vocabulary_size", tokens)
+    if not isinstance(size, int) or size < tokens:
+        raise BundleError(
+            f"{bundle.path} has a tokenizer of {tokens} tokens and a network of {size}. Export the bundle again."
+        )
+    return size
 
 
 def sigmoid(logits: Floats) -> Floats:

@@ -92,11 +92,12 @@ def test_a_file_that_cannot_be_read_is_a_message(copy: Path, monkeypatch: pytest
 
 
 def test_a_file_without_a_checksum_is_listed_and_not_loaded(copy: Path) -> None:
-    (copy / "graphs" / "stray.onnx").write_bytes(b"anything")
+    (copy / "reports").mkdir(exist_ok=True)
+    (copy / "reports" / "stray.txt").write_bytes(b"anything")
     bundle = Bundle.open(copy)
-    assert bundle.check_all() == ("graphs/stray.onnx",)
+    assert bundle.check_all() == ("reports/stray.txt",)
     with pytest.raises(BundleError, match="no checksum"):
-        bundle.read("graphs/stray.onnx")
+        bundle.read("reports/stray.txt")
 
 
 def test_an_unknown_graph_is_answered_with_those_there_are(tiny_bundle: Bundle) -> None:

@@ -21,6 +21,7 @@ from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.engine_builder import BuiltEngine, EngineOptions, build_engine
 from cclip_deploy.runtime.engine_settings import EngineSettings, engine_target, is_rtx
 from cclip_deploy.runtime.gpu import GpuInterface, open_gpu
+from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.layer_table import check_precision
 from cclip_deploy.runtime.tensorrt_binding import BindingName, check_targets, load_binding
 
@@ -87,7 +88,8 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
             source = manifest.graphs[graph_key(graph, derived.precisions[graph])]
             on_progress(f"Building {graph} {source.precision} for {options.backend}")
             chosen = _engine_options(graph, source, derived, options)
-            built = build_engine(unsealed.read(source.file), chosen, binding, partial(_tell, on_progress, graph))
+            content = read_checked(unsealed, source)
+            built = build_engine(content, chosen, binding, partial(_tell, on_progress, graph))
             runs_on = engine_target(options.settings, binding, own_gpu)
             entries.append(_write_engine(folder, graph, source, built, chosen, runs_on))
         names = {(entry.graph, entry.precision, entry.backend) for entry in entries}

@@ -92,7 +92,7 @@ def _read_record(content: bytes, path: Path) -> Mapping[str, Any]:
         if "products" not in record:
             raise KeyError("products")
         return {**record, **lists, "table": LayerTable.from_dict(record)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path} is no layer table: {error!r}. Build the engine again.") from error
 
 

@@ -1,4 +1,4 @@
-"""A bundle's graph as an ONNX model, from the bytes that its checksum was verified on."""
+"""A bundle's graph as an ONNX model, from bytes whose checksum and structure were checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.graph.parse import parse_graph
+from cclip_deploy.runtime.graph_check import read_checked
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -16,7 +17,7 @@ def load_model(bundle: Bundle, key: str) -> ModelProto:
 
     Raises:
         UsageError: there is no such graph.
-        BundleError: the file is missing, altered or no ONNX graph.
+        BundleError: the file is missing or altered, or is no graph that exports make.
     """
-    file = bundle.graph(key).file
-    return parse_graph(bundle.read(file), bundle.path / file)
+    entry = bundle.graph(key)
+    return parse_graph(read_checked(bundle, entry), bundle.path / entry.file)

@@ -9,6 +9,7 @@ from typing import Any
 from cclip_deploy.bundle import RECORD_BYTES, Bundle
 from cclip_deploy.errors import BundleError
 from cclip_deploy.manifest import EngineEntry, TensorSpec
+from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.layer_table import LayerTable
 
 
@@ -29,7 +30,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
                 "precision": entry.precision,
                 "made_from_sha256": entry.made_from_sha256,
                 "file": entry.file,
-                "bytes": bundle.check(entry.file),
+                "bytes": len(read_checked(bundle, entry)),
             }
             for name, entry in manifest.graphs.items()
         },
@@ -52,7 +53,7 @@ def _engine(bundle: Bundle, engine: EngineEntry) -> dict[str, Any]:
     content = bundle.read(engine.layers, RECORD_BYTES)
     try:
         table = LayerTable.from_dict(json.loads(content))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(
             f"{bundle.path / engine.layers} is no layer table: {error}. Build the engine again."
         ) from error

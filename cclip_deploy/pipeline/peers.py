@@ -17,6 +17,7 @@ from cclip_deploy.pipeline.bench_candidate import Answer, BenchCandidate, Floats
 from cclip_deploy.pipeline.bench_plan import MACHINE, WHOLE, BenchInputs, BenchOptions, LeftOut, Progress
 from cclip_deploy.pipeline.graph_model import load_model
 from cclip_deploy.runtime.choice import open_backend
+from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.onnx_runtime import load_onnxruntime, make_session
 from cclip_deploy.runtime.openvino import OpenVinoBackend, compile_graph, load_openvino
 from cclip_deploy.runtime.openvino_precision import arithmetic_of
@@ -90,7 +91,8 @@ class Peers:
             Form.PLAIN, "openvino", lambda: self._plain_in_openvino(plain), Setting.OPENVINO_F32, cost
         )
         found += self._attempt(
-            Form.PLAIN, "openvino", lambda: self._with_defaults(lambda core: core.read_model(plain.read(entry.file))),
+            Form.PLAIN, "openvino",
+            lambda: self._with_defaults(lambda core: core.read_model(read_checked(plain, entry))),
             Setting.OPENVINO_DEFAULTS, cost,
         )  # fmt: skip
         return found

@@ -20,6 +20,7 @@ from cclip_deploy.pipeline.calibration_record import read_record
 from cclip_deploy.pipeline.derivation import derivation_checks
 from cclip_deploy.pipeline.engine_proof import engine_checks
 from cclip_deploy.runtime.choice import Choice, Opened, opened, precisions_to_run
+from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.tensorrt_runner import TensorRtBackend
 from cclip_deploy.segmenter import chain_precisions
 
@@ -69,11 +70,14 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     """Check every checksum, every graph in every precision, and every engine's proof of precision.
 
     Raises:
-        BundleError: a file was altered.
+        BundleError: a file was altered, is among the graphs or engines without being listed, or is a graph that no
+            export makes.
         UsageError: pictures were given without a checkpoint to ask.
     """
     on_progress("Checking checksums")
     strays = bundle.check_all()
+    for entry in bundle.manifest.graphs.values():
+        read_checked(bundle, entry)
     references, notes, checks = _references(bundle, options, on_progress)
     checks += stage_checks(bundle, references)
     has_onnx = importlib.util.find_spec("onnx") is not None

@@ -9,8 +9,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.errors import BundleError, UsageError
+from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
 from cclip_deploy.manifest import GraphEntry, TensorSpec
+
+_NO_MEMORY = ("allocate", "bad_alloc", "out of memory")
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -76,6 +78,34 @@ def check_tensors(path: Path, entry: GraphEntry, inputs: Iterable[TensorSpec], o
         real, expected = ({t.name: (t.dtype, _sides(t.shape)) for t in tensors} for tensors in (have, told))
         if real != expected:
             raise BundleError(f"{path} has {what} {real}, the manifest says {expected}. Export the bundle again.")
+
+
+def check_answer(path: Path, entry: GraphEntry, inputs: Arrays, outputs: Arrays) -> None:
+    """Raise BundleError unless outputs have the shapes that the manifest says for these inputs."""
+    sides: dict[str, int] = {}
+    for tensor in entry.inputs:
+        if tensor.name in inputs:
+            pairs = zip(tensor.shape, inputs[tensor.name].shape, strict=False)
+            sides |= {name: size for name, size in pairs if isinstance(name, str)}
+    for tensor in entry.outputs:
+        if tensor.name not in outputs:
+            continue
+        shape = outputs[tensor.name].shape
+        expected = tuple(sides.get(side, side) if isinstance(side, str) else side for side in tensor.shape)
+        if shape != expected:
+            raise BundleError(f"{path} gave {tensor.name} of shape {shape}, not {expected}. Export the bundle again.")
+
+
+def run_failure(runtime: str, path: Path, error: Exception) -> CclipError:
+    """What a runtime raised while it ran a graph, as an error that names the graph."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
+    reason = " ".join(lines)[:300] or type(error).__name__
+    if isinstance(error, MemoryError) or any(words in reason.lower() for words in _NO_MEMORY):
+        return EnvironmentProblem(
+            f"{runtime} has not enough memory to run {path}: {reason}. Use a smaller image, fewer prompts at once, or "
+            "a machine with more memory."
+        )
+    return BundleError(f"{runtime} cannot run {path}: {reason}. Check it: cclip-deploy verify BUNDLE.")
 
 
 def check_threads(threads: int | None) -> None:

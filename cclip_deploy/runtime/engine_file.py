@@ -15,6 +15,7 @@ from cclip_deploy.precisions import build_command, precision_of
 from cclip_deploy.runtime.backend import check_tensors
 from cclip_deploy.runtime.engine_context import LoadedEngine
 from cclip_deploy.runtime.gpu import GpuFacts
+from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.tensorrt_binding import binding_label, listening_logger, numpy_type
 
 if TYPE_CHECKING:
@@ -96,12 +97,12 @@ def _put_weights_back(
     bundle: Bundle, entry: EngineEntry, engine: Any, binding: Any, logger: Any, complaints: list[str]
 ) -> None:
     """Fill an engine that was built without weights from the graph that it was built from."""
-    graph = _graph_of(bundle, entry).file
+    graph = _graph_of(bundle, entry)
     refitter = binding.Refitter(engine, logger)
     parser = binding.OnnxParserRefitter(refitter, logger)
-    if not parser.refit_from_bytes(bundle.read(graph)) or not refitter.refit_cuda_engine():
+    if not parser.refit_from_bytes(read_checked(bundle, graph)) or not refitter.refit_cuda_engine():
         said = " | ".join(complaints[-3:]) or "nothing"
-        raise EnvironmentProblem(f"The weights of {graph} could not be put into {entry.file}. TensorRT says: {said}")
+        raise EnvironmentProblem(f"The weights of {graph.file} do not go into {entry.file}. TensorRT says: {said}")
 
 
 def _specs(engine: Any, graph: GraphEntry, binding: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
 from cclip_deploy.manifest import GraphEntry, TensorSpec
 from cclip_deploy.precisions import is_quantised
-from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
+from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, check_threads, run_failure
+from cclip_deploy.runtime.graph_check import read_checked
+from cclip_deploy.runtime.watchdog import check_seconds_limit, time_limit
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -31,6 +34,7 @@ INSTALL = {
 Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 Provider = tuple[str, dict[str, str]]
 _BAD_GRAPH = ("InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NoModel", "InvalidArgument")
+_BAD_INPUT = ("InvalidArgument", "ValueError")
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
@@ -47,6 +51,8 @@ class OnnxRuntimeBackend:
 
     On a CPU, ONNX Runtime leaves out the roundings between FP16 operators. With `rounds_as_written` they are all made,
     as a GPU makes them, which needs onnx and time: for parity, not for speed. BF16 runs in no other way.
+
+    A run that takes longer than `seconds_limit` is stopped, between two operators, and is an EnvironmentProblem.
     """
 
     name = "onnxruntime"
@@ -58,12 +64,15 @@ class OnnxRuntimeBackend:
         device: Device = "cpu",
         threads: int | None = None,
         rounds_as_written: bool = False,
+        seconds_limit: float | None = None,
     ) -> None:
+        check_seconds_limit(seconds_limit)
         self.bundle = bundle
         self.precision = precision
         self.device = device
         self.threads = threads
         self.rounds_as_written = rounds_as_written
+        self.seconds_limit = seconds_limit
         self._runtime = load_onnxruntime(device)
         self._sessions: dict[str, Any] = {}
 
@@ -78,13 +87,45 @@ class OnnxRuntimeBackend:
         names = [output.name for output in session.get_outputs()]
         halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
         given = {name: _as_taken(value, name in halves) for name, value in inputs.items()}
-        values = session.run(names, given)
-        return {name: value.astype(np.float32, copy=False) for name, value in zip(names, values, strict=True)}
+        with self._guarded(graph) as options:
+            values = session.run(names, given, options)
+        answer = {name: value.astype(np.float32, copy=False) for name, value in zip(names, values, strict=True)}
+        entry = self.bundle.graph_in(graph, self.precision)
+        check_answer(self.bundle.path / entry.file, entry, inputs, answer)
+        return answer
+
+    @contextmanager
+    def _guarded(self, graph: str) -> Iterator[Any]:
+        """Options for one run; whatever the run raises becomes an error that names the graph.
+
+        Raises:
+            UsageError: the inputs are not those of the graph.
+            EnvironmentProblem: memory ran out, the device failed or `seconds_limit` passed.
+            BundleError: an operator failed.
+        """
+        path = self.bundle.path / self.bundle.graph_in(graph, self.precision).file
+        options = self._runtime.RunOptions()
+        options.log_severity_level = 4  # failures are raised, so they need not be logged too
+        try:
+            with time_limit(self.seconds_limit, lambda: setattr(options, "terminate", True), str(path)):
+                yield options
+        except CclipError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            if not isinstance(error, MemoryError) and "while running" not in str(error):
+                if self.device != "cpu" and type(error).__name__ not in _BAD_INPUT:
+                    raise EnvironmentProblem(
+                        f"ONNX Runtime cannot run {path} on {self.device}: {reason}. Run cclip-deploy doctor, or use "
+                        "--device cpu."
+                    ) from error
+                raise UsageError(f"These inputs do not fit {path}: {reason}") from error
+            raise run_failure("ONNX Runtime", path, error) from error
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             entry = self.bundle.graph_in(graph, self.precision)
-            path, content = self.bundle.path / entry.file, self.bundle.read(entry.file)
+            path, content = self.bundle.path / entry.file, read_checked(self.bundle, entry)
             is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
             widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
             model = NamedGraph(_widened(content, path) if widens else content, path)

@@ -75,9 +75,10 @@ class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
                 binding.bind_cpu_input(name, np.ascontiguousarray(array, np.float16 if name in halves else None))
         for name in names:
             binding.bind_output(name, memory if keep is None or name in keep else self._memory)
-        binding.synchronize_inputs()
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        with self._guarded(graph) as options:
+            binding.synchronize_inputs()
+            session.run_with_iobinding(binding, options)
+            binding.synchronize_outputs()
         return names, binding.get_outputs()
 
     def _providers(self, entry: GraphEntry) -> list[Provider]:

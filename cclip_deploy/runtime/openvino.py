@@ -17,9 +17,11 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError, EnvironmentProblem, PrecisionNotSupported
 from cclip_deploy.manifest import GraphEntry, TensorSpec
 from cclip_deploy.precisions import product_type
-from cclip_deploy.runtime.backend import Arrays, check_tensors, check_threads
+from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, check_threads, run_failure
+from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.openvino_codes import use_all_bits
 from cclip_deploy.runtime.openvino_precision import Arithmetic, arithmetic_of, hint_for, refuse_lower
+from cclip_deploy.runtime.watchdog import check_seconds_limit, time_limit
 
 DEVICE, PICTURE = "CPU", "image"
 INSTALL = "pip install 'cclip-deploy[openvino]'"
@@ -42,8 +44,16 @@ class OpenVinoBackend:
     name = "openvino"
     device = "cpu"
 
-    def __init__(self, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: str = "fp32",
+        threads: int | None = None,
+        seconds_limit: float | None = None,
+    ) -> None:
         """Nothing is compiled yet.
+
+        A run that takes longer than `seconds_limit` is stopped, between two operators, and is an EnvironmentProblem.
 
         Raises:
             PrecisionNotSupported: OpenVINO cannot run graphs of this precision.
@@ -51,6 +61,7 @@ class OpenVinoBackend:
                 graph's products in a lower precision than its own.
         """
         check_threads(threads)
+        check_seconds_limit(seconds_limit)
         if precision in NOT_RUN:
             raise PrecisionNotSupported(
                 f"{NOT_RUN[precision]}, so it cannot run {precision} graphs. Use --backend onnxruntime, or another "
@@ -59,6 +70,7 @@ class OpenVinoBackend:
         self.bundle = bundle
         self.precision = precision
         self.threads = threads
+        self.seconds_limit = seconds_limit
         self._core = load_openvino().Core()
         self._compiled: dict[tuple[str, bool], CompiledGraph] = {}
         self.read_back: dict[str, Arithmetic] = {}
@@ -74,7 +86,9 @@ class OpenVinoBackend:
         entry = self._entry(graph)
         arrays = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
         one_alone = _takes_pictures(entry) and len(arrays[PICTURE]) == 1
-        return self._graph(graph, one_alone).infer(arrays, [output.name for output in entry.outputs])
+        answer = self._graph(graph, one_alone).infer(arrays, [output.name for output in entry.outputs])
+        check_answer(self.bundle.path / entry.file, entry, arrays, answer)
+        return answer
 
     @property
     def arithmetic(self) -> dict[str, str]:
@@ -88,7 +102,7 @@ class OpenVinoBackend:
         if (graph, one_alone) not in self._compiled:
             entry = self._entry(graph)
             path = self.bundle.path / entry.file
-            model = read_graph(self._core, self.bundle.read(entry.file), path)
+            model = read_graph(self._core, read_checked(self.bundle, entry), path)
             inputs, outputs = ({t.name for t in told} for told in (entry.inputs, entry.outputs))
             check_tensors(path, entry, _specs(model.inputs, inputs), _specs(model.outputs, outputs))
             if one_alone:
@@ -100,7 +114,7 @@ class OpenVinoBackend:
             compiled = compile_graph(self._core, model, entry.precision, self.threads)
             self.read_back[graph] = arithmetic_of(compiled)
             refuse_lower(entry.file, entry.precision, self.read_back[graph])
-            self._compiled[graph, one_alone] = CompiledGraph(compiled)
+            self._compiled[graph, one_alone] = CompiledGraph(compiled, path, self.seconds_limit)
         return self._compiled[graph, one_alone]
 
 
@@ -112,16 +126,32 @@ class CompiledGraph:
     convolutions.
     """
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, path: Path, seconds_limit: float | None = None) -> None:
         self.compiled = compiled
+        self.path = path
+        self.seconds_limit = seconds_limit
         self._finished: deque[_Finished] = deque(maxlen=REQUESTS_KEPT)
         self._lock = Lock()
 
     def infer(self, inputs: Mapping[str, NDArray[np.generic]], names: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-        """The outputs of these names."""
+        """The outputs of these names.
+
+        Raises:
+            EnvironmentProblem: memory ran out or the time limit passed.
+            BundleError: an operator failed, or the inputs are not the graph's.
+        """
         request = self._free_request()
-        answers = request.infer(inputs, share_inputs=True, share_outputs=True)
-        named = {name: answers[self.compiled.output(name)] for name in names}
+        try:
+            if self.seconds_limit is None:
+                answers = request.infer(inputs, share_inputs=True, share_outputs=True)
+                named = {name: answers[self.compiled.output(name)] for name in names}
+            else:
+                with time_limit(self.seconds_limit, request.cancel, str(self.path)):
+                    request.start_async(inputs, share_inputs=True)
+                    request.wait()
+                named = {name: request.get_tensor(self.compiled.output(name)).data for name in names}
+        except (RuntimeError, MemoryError) as error:
+            raise run_failure("OpenVINO", self.path, error) from error
         with self._lock:
             self._finished.append((request, [weakref.ref(array) for array in named.values()]))
         return named

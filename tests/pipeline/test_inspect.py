@@ -78,7 +78,7 @@ def test_an_altered_bundle_is_not_described(engine_bundle_path: Path, tmp_path: 
             describe_bundle(copy)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"layers": 3}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"layers": 3}', "\x00", "[" * 100_000])
 def test_a_layer_table_that_is_none_is_an_error(engine_bundle_path: Path, tmp_path: Path, content: str) -> None:
     copy = copy_of(engine_bundle_path, tmp_path)
     (copy / Bundle.open(copy).manifest.engines[0].layers).write_text(content)

@@ -175,12 +175,14 @@ def group_digits(told: dict[str, Any]) -> None:
 
 def keep_case(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tokens, "clean_prompt", lambda text: " ".join(text.split()))
-    load = tokens.PromptTokenizer.load
+    build = tokens._build
 
-    def without_lowering(content: bytes, path: Path) -> tokens.PromptTokenizer:
-        return load(json.dumps(json.loads(content) | {"normalizer": None}).encode(), path)
+    def without_lowering(*vocabulary_and_merges: Any) -> tokens.Tokenizer:
+        tokenizer = build(*vocabulary_and_merges)
+        tokenizer.normalizer = tokens.normalizers.Sequence([])
+        return tokenizer
 
-    patch.setattr(tokens.PromptTokenizer, "load", staticmethod(without_lowering))
+    patch.setattr(tokens, "_build", without_lowering)
 
 
 def reverse_channels(patch: pytest.MonkeyPatch) -> None:

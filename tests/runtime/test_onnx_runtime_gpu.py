@@ -21,6 +21,7 @@ from cclip_deploy.segmenter import Segmenter
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 RTX = "NvTensorRTRTXExecutionProvider"
+GRAPH = NamedGraph(b"", Path("graph.onnx"))
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_session_that_fell_back_is_refused(device: Any) -> None:
     fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
     runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *a, **k: fallen)
     with pytest.raises(EnvironmentProblem, match=f"asked for {device} and fell back"):
-        make_session(runtime, b"a graph", device)
+        make_session(runtime, GRAPH, device)
 
 
 def test_a_provider_that_fails_is_a_problem_of_the_machine_not_of_the_bundle() -> None:
@@ -100,7 +101,7 @@ def test_a_provider_that_fails_is_a_problem_of_the_machine_not_of_the_bundle() -
 
     runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=session)
     with pytest.raises(EnvironmentProblem, match=r"cannot run graph\.onnx on cuda: CUDA failure 100.*doctor"):
-        make_session(runtime, NamedGraph(b"", Path("graph.onnx")), "cuda")
+        make_session(runtime, GRAPH, "cuda")
     assert seen["enable_fallback"] == 0
 
 
@@ -141,12 +142,12 @@ def test_a_session_of_the_rtx_package_takes_its_devices_and_options() -> None:
         SessionOptions=Options, get_available_providers=list, get_ep_devices=lambda: [device],
         InferenceSession=lambda model, options, **k: SimpleNamespace(get_providers=lambda: [RTX], given=k),
     )  # fmt: skip
-    session = make_session(runtime, b"a graph", "tensorrt-rtx", providers=[(RTX, {"nv_x": "1"})])
+    session = make_session(runtime, GRAPH, "tensorrt-rtx", providers=[(RTX, {"nv_x": "1"})])
     assert given == [([device], {"nv_x": "1"})]
     assert "providers" not in session.given
     runtime.get_ep_devices = list
     with pytest.raises(EnvironmentProblem, match="finds no GPU"):
-        make_session(runtime, b"a graph", "tensorrt-rtx")
+        make_session(runtime, GRAPH, "tensorrt-rtx")
 
 
 def test_loading_asks_for_the_plugin_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
