@@ -118,18 +118,18 @@ class Bundle:
         return self._sizes[name]
 
     def check_all(self) -> tuple[str, ...]:
-        """Verify every checksum; returns the names of files that lie in the folder without one.
-
-        BundleError where one of those is among the graphs or engines.
-        """
-        _refuse_unlisted(self.path, self.sums)
+        """Verify every checksum; returns the names of files that lie in the folder without one, as `strays` does."""
         for name in self.sums:
             self._sizes.pop(name, None)
             self.check(name)
         return self.strays()
 
     def strays(self) -> tuple[str, ...]:
-        """The names of files that lie in the folder without a checksum."""
+        """The names of files that lie in the folder without a checksum.
+
+        BundleError where one of those is among the graphs or engines.
+        """
+        _refuse_unlisted(self.path, self.sums)
         present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
         return tuple(sorted(present - set(self.sums) - {SUMS}))
 
