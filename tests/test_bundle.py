@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -346,9 +347,18 @@ def test_reading_ahead_reads_once_gives_each_content_once_and_tells_what_it_foun
     with pytest.raises(BundleError, match=r"image_encoder\.onnx was altered"):
         opened.read("graphs/image_encoder.onnx")
     assert [name for name in read if name.endswith(".onnx")] == ["prompt_encoder.onnx", "image_encoder.onnx"]
-    for name in ("graphs/prompt_encoder.onnx", "graphs/prompt_encoder.onnx"):
-        assert opened.read(name)  # nothing is kept for a second reader
-    assert read.count("prompt_encoder.onnx") == 3
+    content = opened.read("graphs/prompt_encoder.onnx")
+    assert read.count("prompt_encoder.onnx") == 2  # nothing was kept for a second reader
+    assert sys.getrefcount(content) == 2  # nor is it now
+
+
+def test_a_check_that_failed_fails_again(copy: Path) -> None:
+    flip_byte(copy / "graphs" / "fused.onnx")
+    opened = Bundle.open(copy)
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"fused\.onnx was altered"):
+            opened.check("graphs/fused.onnx")
+    assert opened.check("graphs/mask_decoder.onnx") == (copy / "graphs/mask_decoder.onnx").stat().st_size
 
 
 def with_graphs(bundle: Bundle, *keys: str) -> Bundle:
