@@ -182,7 +182,7 @@ class Bundle:
         """The tokenizer that the prompts of this bundle go through."""
         if self._tokenizer is None:
             content = self.read(TOKENIZER, TOKENIZER_BYTES)
-            self._tokenizer = PromptTokenizer.load(content, self.path / TOKENIZER)
+            self._tokenizer = PromptTokenizer.parse(content, self.path / TOKENIZER)
         return self._tokenizer
 
     def precisions(self) -> tuple[str, ...]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import onnxruntime
 import pytest
-from tokenizers import Tokenizer
 
 from cclip_deploy import bundle as bundle_module
 from cclip_deploy.bundle import Bundle, check_output, edited_bundle, new_bundle, write_manifest
+from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
 from cclip_deploy.evidence.reference import load_references
 from cclip_deploy.manifest import graph_key
@@ -53,7 +53,7 @@ def test_a_changed_byte_in_any_file_is_refused_by_name(tiny_bundle_path: Path, t
 def test_nothing_of_an_altered_file_reaches_what_would_load_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[object] = []
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: loaded.append(a))
-    monkeypatch.setattr(Tokenizer, "from_buffer", lambda *a: loaded.append(a))
+    monkeypatch.setattr(PromptTokenizer, "parse", lambda *a: loaded.append(a))
     monkeypatch.setattr("zipfile.ZipFile", lambda *a, **k: loaded.append(a))
     for name in ("graphs/prompt_encoder.onnx", "tokenizer.json", "reference/seeded.npz"):
         flip_byte(copy / name)
@@ -93,11 +93,12 @@ def test_a_file_that_cannot_be_read_is_a_message(copy: Path, monkeypatch: pytest
 
 
 def test_a_file_without_a_checksum_is_listed_and_not_loaded(copy: Path) -> None:
-    (copy / "graphs" / "stray.onnx").write_bytes(b"anything")
+    (copy / "reports").mkdir(exist_ok=True)
+    (copy / "reports" / "stray.txt").write_bytes(b"anything")
     bundle = Bundle.open(copy)
-    assert bundle.check_all() == ("graphs/stray.onnx",)
+    assert bundle.check_all() == ("reports/stray.txt",)
     with pytest.raises(BundleError, match="no checksum"):
-        bundle.read("graphs/stray.onnx")
+        bundle.read("reports/stray.txt")
 
 
 def test_an_unknown_graph_is_answered_with_those_there_are(tiny_bundle: Bundle) -> None:

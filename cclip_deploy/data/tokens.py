@@ -37,7 +37,7 @@ class PromptTokenizer:
         self.end_id = self._id(END)
 
     @staticmethod
-    def load(content: bytes, path: Path) -> PromptTokenizer:
+    def parse(content: bytes, path: Path) -> PromptTokenizer:
         """Read the content of a tokenizer.json; DataError, which names `path`, where it is none."""
         try:
             return PromptTokenizer(Tokenizer.from_buffer(content))
@@ -66,7 +66,7 @@ class PromptTokenizer:
         return PromptTokenizer(tokenizer)
 
     def to_json(self) -> str:
-        """The whole tokenizer as `load` reads it."""
+        """The whole tokenizer as `parse` reads it."""
         return str(self._tokenizer.to_str(pretty=False))
 
     def ids(self, prompt: str) -> list[int]:

@@ -86,7 +86,7 @@ def test_every_character_that_python_knows_is_split_as_open_clip_splits_it() -> 
 def test_the_file_gives_the_same_ids_again(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(TOKENIZER.to_json())
-    again = PromptTokenizer.load(path.read_bytes(), path)
+    again = PromptTokenizer.parse(path.read_bytes(), path)
     assert (again.start_id, again.end_id) == (49406, 49407)
     assert [again.ids(prompt) for prompt in PROMPTS.values()] == [theirs(prompt) for prompt in PROMPTS.values()]
 
@@ -147,14 +147,14 @@ def test_cutting_is_open_clip_s(prompt: str, length: int) -> None:
 def test_a_file_that_is_no_tokenizer_is_a_data_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json is no tokenizer.json of `tokenizers`"):
-        PromptTokenizer.load((tmp_path / "tokenizer.json").read_bytes(), tmp_path / "tokenizer.json")
+        PromptTokenizer.parse((tmp_path / "tokenizer.json").read_bytes(), tmp_path / "tokenizer.json")
 
 
 def test_another_vocabulary_is_not_clip_s(tmp_path: Path) -> None:
     other = Tokenizer(models.WordLevel(vocab={"lung": 0, "<unk>": 1}, unk_token="<unk>"))
     (tmp_path / "tokenizer.json").write_text(other.to_str())
     with pytest.raises(DataError, match="it is not CLIP's"):
-        PromptTokenizer.load((tmp_path / "tokenizer.json").read_bytes(), tmp_path / "tokenizer.json")
+        PromptTokenizer.parse((tmp_path / "tokenizer.json").read_bytes(), tmp_path / "tokenizer.json")
 
 
 def test_the_file_is_plain_json_with_clip_s_49408_tokens() -> None:

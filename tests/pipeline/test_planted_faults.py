@@ -173,12 +173,12 @@ def group_digits(told: dict[str, Any]) -> None:
 
 def keep_case(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tokens, "clean_prompt", lambda text: " ".join(text.split()))
-    load = tokens.PromptTokenizer.load
+    parse = tokens.PromptTokenizer.parse
 
     def without_lowering(content: bytes, path: Path) -> tokens.PromptTokenizer:
-        return load(json.dumps(json.loads(content) | {"normalizer": None}).encode(), path)
+        return parse(json.dumps(json.loads(content) | {"normalizer": None}).encode(), path)
 
-    patch.setattr(tokens.PromptTokenizer, "load", staticmethod(without_lowering))
+    patch.setattr(tokens.PromptTokenizer, "parse", staticmethod(without_lowering))
 
 
 def reverse_channels(patch: pytest.MonkeyPatch) -> None:
