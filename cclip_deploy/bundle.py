@@ -110,11 +110,12 @@ class Bundle:
         thread.shutdown(wait=False)
 
     def check(self, name: str) -> int:
-        """Verify a file's checksum, without keeping its content; returns its size in bytes."""
+        """Verify a file's checksum once, without keeping its content; returns its size in bytes."""
         if name not in self._sizes:
             with self._explained(name):
-                digest, self._sizes[name] = hash_file(self.path / name)
+                digest, size = hash_file(self.path / name)
                 require_equal(self.path / name, digest, self.sums.get(name, digest))
+            self._sizes[name] = size
         return self._sizes[name]
 
     def check_all(self) -> tuple[str, ...]:

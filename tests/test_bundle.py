@@ -6,16 +6,17 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
-from tokenizers import Tokenizer
 
 from cclip_deploy import bundle as bundle_module
 from cclip_deploy.bundle import Bundle, check_output, edited_bundle, new_bundle, write_manifest
+from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
 from cclip_deploy.evidence.reference import load_references
 from cclip_deploy.manifest import graph_key
@@ -52,7 +53,7 @@ def test_a_changed_byte_in_any_file_is_refused_by_name(tiny_bundle_path: Path, t
 def test_nothing_of_an_altered_file_reaches_what_would_load_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[object] = []
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: loaded.append(a))
-    monkeypatch.setattr(Tokenizer, "from_buffer", lambda *a: loaded.append(a))
+    monkeypatch.setattr(PromptTokenizer, "parse", lambda *a: loaded.append(a))
     monkeypatch.setattr("zipfile.ZipFile", lambda *a, **k: loaded.append(a))
     for name in ("graphs/prompt_encoder.onnx", "tokenizer.json", "reference/seeded.npz"):
         flip_byte(copy / name)
@@ -347,9 +348,18 @@ def test_reading_ahead_reads_once_gives_each_content_once_and_tells_what_it_foun
     with pytest.raises(BundleError, match=r"image_encoder\.onnx was altered"):
         opened.read("graphs/image_encoder.onnx")
     assert [name for name in read if name.endswith(".onnx")] == ["prompt_encoder.onnx", "image_encoder.onnx"]
-    for name in ("graphs/prompt_encoder.onnx", "graphs/prompt_encoder.onnx"):
-        assert opened.read(name)  # nothing is kept for a second reader
-    assert read.count("prompt_encoder.onnx") == 3
+    content = opened.read("graphs/prompt_encoder.onnx")
+    assert read.count("prompt_encoder.onnx") == 2  # nothing was kept for a second reader
+    assert sys.getrefcount(content) == 2  # nor is it now
+
+
+def test_a_check_that_failed_fails_again(copy: Path) -> None:
+    flip_byte(copy / "graphs" / "fused.onnx")
+    opened = Bundle.open(copy)
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"fused\.onnx was altered"):
+            opened.check("graphs/fused.onnx")
+    assert opened.check("graphs/mask_decoder.onnx") == (copy / "graphs/mask_decoder.onnx").stat().st_size
 
 
 def with_graphs(bundle: Bundle, *keys: str) -> Bundle:

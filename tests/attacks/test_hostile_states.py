@@ -42,7 +42,7 @@ def test_a_sound_state_is_loaded(state: dict[str, Any], tmp_path: Path) -> None:
         ("identity", "{}"),
         ("identity", '{"recipe": 1, "data": 2}'),
         ("identity", 7),
-        ("identity", "[" * 100_000),
+        pytest.param("identity", "[" * 100_000, id="identity-deep"),
         ("model", None),
         ("model", []),
         ("model", {}),

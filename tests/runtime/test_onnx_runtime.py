@@ -121,6 +121,14 @@ def test_a_missing_onnxruntime_is_told_with_the_command_that_gets_it(monkeypatch
         load_onnxruntime("cpu")
 
 
+def test_a_session_does_not_keep_the_bytes_that_it_was_made_from(tiny_bundle: Bundle) -> None:
+    """They are as large as the weights, which the session has as well."""
+    content = tiny_bundle.read("graphs/mask_decoder.onnx")
+    session = make_session(load_onnxruntime("cpu"), content, threads=1)
+    assert session.get_inputs()
+    assert sys.getrefcount(content) == 2
+
+
 def test_a_session_that_fell_back_to_the_cpu_is_refused() -> None:
     fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
     runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *a, **k: fallen)
