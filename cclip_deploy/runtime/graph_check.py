@@ -8,8 +8,9 @@ from pathlib import Path
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import BundleError
 from cclip_deploy.manifest import GraphEntry
-from cclip_deploy.runtime.graph_sizes import RULES, Shape, tensor_shapes
+from cclip_deploy.runtime.graph_sizes import tensor_shapes
 from cclip_deploy.runtime.onnx_wire import Graph, GraphError, read_model
+from cclip_deploy.runtime.shape_rules import RULES, Shape
 
 OPSETS = range(18, 23)
 """Versions of the standard operators that exports are written in; the rules for shapes are those of these."""

@@ -132,7 +132,11 @@ class OnnxRuntimeBackend:
             del content  # as large as the weights
             providers = self._providers(entry)
             session = make_session(self._runtime, model, self.device, self.threads, entry.precision, providers)
-            check_tensors(path, entry, _specs(session.get_inputs()), _specs(session.get_outputs()))
+            try:
+                inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
+            except UnicodeDecodeError as error:
+                raise BundleError(f"{path} has names that are not UTF-8. Export the bundle again.") from error
+            check_tensors(path, entry, inputs, outputs)
             self._sessions[graph] = session
         return self._sessions[graph]
 

@@ -354,3 +354,13 @@ def test_bytes_that_only_protobuf_refuses_are_an_error_in_words(copy: Path) -> N
         load_model(Bundle.open(copy), GRAPH)
     with pytest.raises(BundleError, match=r"mask_decoder\.onnx"):
         OnnxRuntimeBackend(Bundle.open(copy), threads=1).load(GRAPH)
+
+
+def test_a_name_of_a_size_that_is_no_text_is_an_error_in_words(copy: Path) -> None:
+    """Found by flipping bytes: ONNX Runtime took it, and reading the graph's inputs back was a UnicodeDecodeError."""
+    content = (copy / PLACE).read_bytes().replace(b"prompts", b"promp\xff\xfe")
+    (copy / PLACE).unlink()
+    (copy / PLACE).write_bytes(content)
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"mask_decoder\.onnx has names that are not UTF-8"):
+        OnnxRuntimeBackend(Bundle.open(copy), threads=1).load(GRAPH)

@@ -16,8 +16,9 @@ from cclip_deploy.graph.lower import lower, tensors_to_calibrate
 from cclip_deploy.manifest import GraphEntry
 from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.graph_check import check_graph
-from cclip_deploy.runtime.graph_sizes import RULES, tensor_shapes
+from cclip_deploy.runtime.graph_sizes import tensor_shapes
 from cclip_deploy.runtime.onnx_wire import read_model
+from cclip_deploy.runtime.shape_rules import RULES
 
 Made = tuple[str, onnx.ModelProto, GraphEntry]
 
@@ -48,7 +49,7 @@ def test_every_graph_that_is_made_passes(made: list[Made]) -> None:
 
 
 def test_the_allowed_operators_are_those_of_the_graphs_that_are_made(made: list[Made]) -> None:
-    """Red where an export gains an operator, which needs a rule in graph_sizes.py, or loses its last use of one.
+    """Red where an export gains an operator, which needs a rule in shape_rules.py, or loses its last use of one.
 
     `Sub` is in the graphs of --with-confounding alone, whose export would take another four seconds.
     """
