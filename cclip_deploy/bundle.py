@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, UsageError
-from cclip_deploy.files import link_or_copy, sha256_file, whole_folder
+from cclip_deploy.files import link_or_copy, restore_folder, sha256_file, whole_folder
 from cclip_deploy.manifest import SCHEMA_VERSION, GraphEntry, Manifest, graph_key, inside
 from cclip_deploy.precisions import build_command, is_quantised, precision_of
 
@@ -35,6 +35,8 @@ class Bundle:
     def open(path: Path) -> Bundle:
         """Read and check SHA256SUMS and the manifest; BundleError says what is wrong and what to do."""
         path = Path(path)
+        if not path.is_dir():
+            restore_folder(path)
         if not path.is_dir():
             raise BundleError(f"There is no bundle at {path}. Make one: cclip-deploy export CHECKPOINT -o {path}")
         if not (path / SUMS).is_file() or not (path / MANIFEST).is_file():
@@ -124,11 +126,13 @@ def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         UsageError: something is at `path` already and `replace` is false, or it is no bundle.
+        TargetInUse: another run is writing it.
         EnvironmentProblem: the disk is full or not writable.
     """
     path = Path(path)
     check_output(path, replace)
     with whole_folder(path) as unfinished:
+        check_output(path, replace)
         unfinished.mkdir()
         yield unfinished
         _seal(unfinished)
@@ -139,16 +143,22 @@ def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
 def edited_bundle(bundle: Bundle) -> Iterator[Path]:
     """A copy of a bundle by hard links, to add files to; it replaces the old one when the block ends well.
 
-    Never write into an existing file of the copy: it is the old bundle's too. Write a new one, or unlink first.
+    No other run can edit the bundle meanwhile. Never write into an existing file of the copy: it is the old bundle's
+    too. Write a new one, or unlink first.
 
     Raises:
-        BundleError: a file was altered, or has no checksum: it must not get a new one that calls it right.
+        TargetInUse: another run is editing or replacing it.
+        BundleError: it is no longer the bundle that was opened, or a file was altered, or has no checksum: it must not
+            get a new one that calls it right.
     """
-    if strays := bundle.check_all():
-        raise BundleError(
-            f"{bundle.path} holds {', '.join(strays)}, which no checksum covers. Move that elsewhere and run it again."
-        )
     with whole_folder(bundle.path) as unfinished:
+        if _read_sums(bundle.path / SUMS) != bundle.sums:
+            raise BundleError(f"{bundle.path} was changed by another run since it was opened. Run it again.")
+        if strays := bundle.check_all():
+            raise BundleError(
+                f"{bundle.path} holds {', '.join(strays)}, which no checksum covers. Move that elsewhere and run it "
+                "again."
+            )
         for name in bundle.sums:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(bundle.path / name, unfinished / name)
@@ -159,6 +169,7 @@ def edited_bundle(bundle: Bundle) -> Iterator[Path]:
 def check_output(path: Path, replace: bool) -> None:
     """UsageError where a new bundle cannot go; asked before any work is done."""
     path = Path(path)
+    restore_folder(path)
     if not path.exists():
         return
     if not replace:
