@@ -55,15 +55,14 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     """As `whole_folder`, but never put in place: a folder to work in, on the disk of `path`."""
     path = path.resolve()
     unfinished = temporary_path(path)
-    try:
-        with _made(path.parent), locked(lock_beside(path), path):
+    with _held(path.parent, lock_beside(path), path):
+        try:
             _settle(path)
-            try:
-                yield unfinished
-            finally:
-                _settle(path)
-    except OSError as error:
-        raise _problem(path, unfinished, error) from error
+            yield unfinished
+        except OSError as error:
+            raise _problem(path, unfinished, error) from error
+        finally:
+            _settle(path)
 
 
 @contextmanager
@@ -80,12 +79,7 @@ def writing_into(folder: Path) -> Iterator[None]:
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, where a folder is expected. Choose another output.")
-    with ExitStack() as held:
-        try:
-            held.enter_context(_made(folder))
-            held.enter_context(locked(folder / f".{LOCK}", folder))
-        except OSError as error:
-            raise disk_problem(folder, error) from error
+    with _held(folder, folder / f".{LOCK}", folder):
         clear_leftovers(folder)
         _settle_sets(folder)
         yield
@@ -104,16 +98,19 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UsageError(f"{path} is a device or pipe, where a file is expected. Choose another output.")
-    unfinished = path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(path.parent, path.name)
-        with unfinished_file(path) as unfinished:
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(path.parent, path.name)
+            unfinished = stack.enter_context(unfinished_file(path))
+        except OSError as error:
+            raise disk_problem(path, error) from error
+        try:
             yield unfinished
             _sync(unfinished)
             unfinished.replace(path)
-    except OSError as error:
-        raise _problem(path, unfinished, error) from error
+        except OSError as error:
+            raise _problem(path, unfinished, error) from error
 
 
 def replace_together(files: Mapping[Path, bytes]) -> None:
@@ -209,6 +206,18 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+@contextmanager
+def _held(folder: Path, lock: Path, target: Path) -> Iterator[None]:
+    """A folder that is there, made if need be, and a lock that is held."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_made(folder))
+            stack.enter_context(locked(lock, target))
+        except OSError as error:
+            raise disk_problem(target, error) from error
+        yield
 
 
 @contextmanager

@@ -33,10 +33,10 @@ CONTROL_CODES = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 class _SafeConsole(Console):
-    """Drops what would steer the terminal: file names and manifests are strangers' text."""
+    """Drops what would steer the terminal or has no encoding: file names and manifests are untrusted text."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(text.translate(CONTROL_CODES), **options)
+        return super().render_str(printable(text).translate(CONTROL_CODES), **options)
 
 
 stdout = _SafeConsole(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)

@@ -19,6 +19,7 @@ from pathlib import Path
 from cclip_deploy.errors import UsageError
 from cclip_deploy.files import whole_file, writing_into
 from cclip_deploy.locks import is_bookkeeping
+from cclip_deploy.names import json_text
 from cclip_deploy.packages import require_training_packages
 from cclip_deploy.pipeline.ablation_cell import Cell, CellResult, run_cell
 from cclip_deploy.pipeline.ablation_data import prepare_data
@@ -88,7 +89,7 @@ def _claim(output: Path, plan: AblationPlan) -> None:
     if output.exists() and (not output.is_dir() or not all(map(is_bookkeeping, output.iterdir()))):
         raise UsageError(f"{output} exists and holds no ablation. Choose another output folder.")
     with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(claim, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(json_text(claim), encoding="utf-8")
 
 
 def _cell(
