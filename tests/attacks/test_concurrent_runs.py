@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cclip_deploy import bundle
 from cclip_deploy.bundle import Bundle, edited_bundle, new_bundle
 from cclip_deploy.cli.console import write_json
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
@@ -92,8 +94,8 @@ def test_a_training_holds_its_folder(tmp_path: Path) -> None:
 def test_of_two_edits_of_a_bundle_the_second_is_refused(tiny_bundle_path: Path, tmp_path: Path) -> None:
     """Before, both ended well and the engines of one remained."""
     copy = linked_copy(tiny_bundle_path, tmp_path)
-    bundle, same = Bundle.open(copy), Bundle.open(copy)
-    with edited_bundle(bundle) as folder:
+    first, same = Bundle.open(copy), Bundle.open(copy)
+    with edited_bundle(first) as folder:
         (folder / "reports").mkdir()
         (folder / "reports" / "first").write_text("1")
         with pytest.raises(EnvironmentProblem, match="being written"), edited_bundle(same):
@@ -106,12 +108,20 @@ def test_of_two_edits_of_a_bundle_the_second_is_refused(tiny_bundle_path: Path, 
     assert os.listdir(tmp_path) == [copy.name]
 
 
-def test_a_bundle_that_appears_meanwhile_is_not_replaced(tiny_bundle_path: Path, tmp_path: Path) -> None:
-    """The output is looked at again under the lock: it was free when the first of two exports began."""
-    context = new_bundle(tmp_path / "copy.cclip")
-    linked_copy(tiny_bundle_path, tmp_path)
-    with pytest.raises(UsageError, match="exists already"):
-        context.__enter__()
+def test_a_bundle_that_another_run_has_just_finished_is_not_replaced(
+    tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output is looked at again under the lock: it was free when the second of two exports began."""
+
+    @contextmanager
+    def after_the_other(path: Path) -> Iterator[Path]:
+        linked_copy(tiny_bundle_path, tmp_path)
+        with whole_folder(path) as unfinished:
+            yield unfinished
+
+    monkeypatch.setattr(bundle, "whole_folder", after_the_other)
+    with pytest.raises(UsageError, match="exists already"), new_bundle(tmp_path / "copy.cclip"):
+        pytest.fail("The block of the second run was entered.")
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -217,9 +227,17 @@ def test_a_mask_that_does_not_say_of_what_it_is_is_not_replaced(tiny_bundle_path
     assert os.listdir(films.out) == ["film-lung-mask.png"]
 
 
-def test_a_json_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_json_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench -o` once wrote into the file itself, and left half of it on a full disk."""
     write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
+    write = Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        write(path, text[:3], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(EnvironmentProblem, match="The disk is full"):
+        write_json(tmp_path / "a.json", {"a": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["a.json"]
