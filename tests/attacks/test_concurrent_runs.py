@@ -1,4 +1,4 @@
-"""Two runs with one target: one of them works, the other is told so before it does anything.
+"""Two runs with one target: one of them works, the other is refused before it does anything.
 
 Before: temporary names held the process id, which is 1 in every container. Two containers on one volume had one
 folder between them, and the first to fail removed what the other was filling: `synth` published 94 of about 600 films

@@ -47,9 +47,9 @@ def test_a_data_set_of_such_a_name_has_its_whole_report(tiny_bundle_path: Path, 
     report = tmp_path / f"report{ODD}"
     done = invoke("evaluate", tiny_bundle_path, films, "-o", report, "--json", "--threads", "1", "--worst", "1")
     assert done.exit_code == 0, done.output
-    told = strict_json(done.stdout_bytes)
-    assert told["data"]["folder"].endswith(f"set{SHOWN}")
-    assert strict_json((report / "evaluation.json").read_bytes())["data"] == told["data"]
+    document = strict_json(done.stdout_bytes)
+    assert document["data"]["folder"].endswith(f"set{SHOWN}")
+    assert strict_json((report / "evaluation.json").read_bytes())["data"] == document["data"]
     with (report / "rows.csv").open(encoding="utf-8", newline="") as file:
         assert all(f"set{SHOWN}" in row["image"] for row in csv.DictReader(file))
     assert f"set{SHOWN}" in (report / "index.html").read_text(encoding="utf-8")

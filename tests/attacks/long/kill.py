@@ -325,9 +325,9 @@ def main() -> None:
                     event = events[min(moment, len(events)) - 1]
                     print(f"FAILED {program.name}, {number.name} at {moment} ({event}): {error}", flush=True)
             total += program.kills
-            told = ", ".join(f"{count} {end}" for end, count in sorted(ends.items()))
-            told += f"; {time.monotonic() - began:.0f} s"
-            print(f"{program.name}: {program.kills} kills at {len(events)} operations: {told}", flush=True)
+            summary = ", ".join(f"{count} {end}" for end, count in sorted(ends.items()))
+            summary += f"; {time.monotonic() - began:.0f} s"
+            print(f"{program.name}: {program.kills} kills at {len(events)} operations: {summary}", flush=True)
     print(f"{total} kills, {failed} failed, seed {chosen.seed}, {time.monotonic() - started:.0f} s")
     sys.exit(1 if failed else 0)
 
