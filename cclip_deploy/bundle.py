@@ -23,7 +23,7 @@ from cclip_deploy.checksums import (
 )
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import BundleError, UsageError
-from cclip_deploy.files import link_or_copy, whole_folder
+from cclip_deploy.files import link_or_copy, restore_folder, whole_folder
 from cclip_deploy.manifest import GraphEntry, Manifest, graph_key
 from cclip_deploy.precisions import build_command, precision_of
 
@@ -204,11 +204,13 @@ def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         UsageError: something is at `path` already and `replace` is false, or it is no bundle.
+        TargetInUse: another run is writing it.
         EnvironmentProblem: the disk is full or not writable.
     """
     path = Path(path)
     check_output(path, replace)
     with whole_folder(path) as unfinished:
+        check_output(path, replace)
         unfinished.mkdir()
         yield unfinished
         _seal(unfinished)
@@ -219,17 +221,21 @@ def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
 def edited_bundle(bundle: Bundle) -> Iterator[Path]:
     """A copy of a bundle by hard links, to add files to; it replaces the old one when the block ends well.
 
-    Never write into an existing file of the copy: it is the old bundle's too. Write a new one, or unlink first.
+    No other run can edit the bundle meanwhile. Never write into an existing file of the copy: it is the old bundle's
+    too. Write a new one, or unlink first.
 
     Raises:
-        BundleError: a file was altered, before the block or in it, or has no checksum: it must not get a new one that
-            calls it right. Or another bundle took this one's place in the meantime.
+        TargetInUse: another run is editing or replacing it.
+        BundleError: it is no longer the bundle that was opened, or a file was altered, before the block or in it, or
+            has no checksum: it must not get a new one that calls it right.
     """
-    if strays := bundle.strays():
-        raise BundleError(
-            f"{bundle.path} holds {', '.join(strays)}, which no checksum covers. Move that elsewhere and run it again."
-        )
     with whole_folder(bundle.path) as unfinished:
+        bundle.require_in_place()
+        if strays := bundle.strays():
+            raise BundleError(
+                f"{bundle.path} holds {', '.join(strays)}, which no checksum covers. Move that elsewhere and run it "
+                "again."
+            )
         for name in bundle.sums:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             if not (bundle.path / name).is_file():
@@ -245,6 +251,7 @@ def edited_bundle(bundle: Bundle) -> Iterator[Path]:
 def check_output(path: Path, replace: bool) -> None:
     """UsageError where a new bundle cannot go; asked before any work is done."""
     path = Path(path)
+    restore_folder(path)
     if not path.exists():
         return
     if not replace:
@@ -284,6 +291,8 @@ def _sums_of(path: Path) -> bytes | None:
 
 
 def _open(path: Path) -> Bundle:
+    if not path.is_dir():
+        restore_folder(path)
     if not path.is_dir():
         raise BundleError(f"There is no bundle at {path}. Make one: cclip-deploy export CHECKPOINT -o {path}")
     if not (path / SUMS).is_file() or not (path / MANIFEST).is_file():

@@ -25,6 +25,10 @@ class EnvironmentProblem(CclipError):
     exit_code = 3
 
 
+class TargetInUse(EnvironmentProblem):
+    """Another run is writing the same file or folder; the message names its process, host and start."""
+
+
 class ParityError(CclipError):
     """A graph or an engine does not compute what the reference computed, or is not what was asked."""
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
 import threading
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.errors import EnvironmentProblem, ParityError, UsageError
 from cclip_deploy.files import disk_problem
+from cclip_deploy.locks import clear_leftovers, unfinished_file
 
 KERNELS_IN_MEMORY = 4096
 SUFFIX = ".kernel"
@@ -108,6 +106,7 @@ class KernelFolder:
     little-endian float32. The reader knows the facts and so every byte of the line and the length: a file that
     differs, whose checksum fails or that holds a number that is not finite is not used. Files are written under a
     hidden name and renamed, so that none is ever seen half-written; two writers of one prompt write the same facts.
+    What a killed process left under a hidden name is removed when the folder is next opened.
     """
 
     def __init__(self, folder: Path, origin: KernelOrigin) -> None:
@@ -121,15 +120,13 @@ class KernelFolder:
         self.origin = origin
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder} is a file, where a folder for prompt kernels is expected. Choose another.")
-        probe = self._hidden_name()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(bytes(4 * self._floats()))
+            clear_leftovers(self.folder)
+            with unfinished_file(self.folder / f"probe{SUFFIX}") as probe:
+                probe.write_bytes(bytes(4 * self._floats()))
         except OSError as error:
             raise _cache_problem(self.folder, error) from error
-        finally:
-            with suppress(OSError):
-                probe.unlink()
 
     def path(self, tokens: Tokens) -> Path:
         """Where the kernel of a prompt lies."""
@@ -163,21 +160,16 @@ class KernelFolder:
         """
         arrays = (kernels.kernel, kernels.tap_bias, kernels.bias)
         body = self.origin.header(tokens) + b"".join(a.astype(_LITTLE_ENDIAN).tobytes() for a in arrays)
-        unfinished = self._hidden_name()
+        path = self.path(tokens)
         try:
-            unfinished.write_bytes(hashlib.sha256(body).digest() + body)
-            os.replace(unfinished, self.path(tokens))
+            with unfinished_file(path) as unfinished:
+                unfinished.write_bytes(hashlib.sha256(body).digest() + body)
+                unfinished.replace(path)
         except OSError as error:
             raise _cache_problem(self.folder, error) from error
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
 
     def _floats(self) -> int:
         return 9 * self.origin.channels + 9 + 1
-
-    def _hidden_name(self) -> Path:
-        return self.folder / f".{uuid.uuid4().hex}.part"
 
 
 class PromptCache:

@@ -6,7 +6,7 @@ from cclip_deploy.cli.entry import start
 
 
 def main() -> None:
-    """Run the command line; SIGTERM ends it as Ctrl-C does, with nothing left half-written."""
+    """Run the command line; SIGTERM and SIGHUP end it as Ctrl-C does, with nothing left half-written."""
     start(_run)
 
 

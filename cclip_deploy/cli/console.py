@@ -22,7 +22,8 @@ from rich.text import Text
 
 from cclip_deploy.cli.entry import end_interrupted, raise_if_received, received
 from cclip_deploy.errors import CclipError, DataError
-from cclip_deploy.files import disk_problem
+from cclip_deploy.files import whole_file
+from cclip_deploy.names import json_text, printable
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -32,10 +33,10 @@ CONTROL_CODES = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 class _SafeConsole(Console):
-    """Drops what would steer the terminal: file names and manifests are strangers' text."""
+    """Drops what would steer the terminal or has no encoding: file names and manifests are untrusted text."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(text.translate(CONTROL_CODES), **options)
+        return super().render_str(printable(text).translate(CONTROL_CODES), **options)
 
 
 stdout = _SafeConsole(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -134,7 +135,7 @@ def picture_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output, and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    sys.stdout.write(json_text(value))
 
 
 def read_json(path: Path) -> Any:
@@ -146,12 +147,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """One JSON document in a file; EnvironmentProblem where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise disk_problem(path, error) from error
+    """One JSON document in a file, whole or not at all; EnvironmentProblem where it cannot be written."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json_text(value), encoding="utf-8")
 
 
 def table(title: str, *columns: str) -> Table:
@@ -172,4 +170,4 @@ def si(count: float, unit: str = "") -> str:
 
 def command_line() -> str:
     """The command as it was typed, for manifests and reports."""
-    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return printable(shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))

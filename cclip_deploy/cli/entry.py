@@ -1,4 +1,4 @@
-"""Entry wrapper of the console script and of the stage scripts: SIGINT, SIGTERM and exit codes.
+"""Entry wrapper of the console script and of the stage scripts: signals, standard streams and exit codes.
 
 Imports little, so that the handlers are installed before anything that takes time to import.
 """
@@ -10,16 +10,19 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from cclip_deploy.cli.streams import guard_streams
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 received: list[int] = []
-"""SIGINT and SIGTERM as they came: compiled code may swallow the KeyboardInterrupt that `receive` raises."""
+"""Those of SIGNALS that came: compiled code may swallow the KeyboardInterrupt that `receive` raises."""
 
 
 class Interrupted(SystemExit):
-    """End of the process after SIGINT (130) or SIGTERM (143); the message is already on standard error."""
+    """End after SIGINT (130), SIGTERM (143) or SIGHUP (129); the message is already on standard error."""
 
 
 def receive(number: int, frame: object) -> NoReturn:
-    """Handle SIGINT or SIGTERM: remember it, and raise KeyboardInterrupt."""
+    """Handle one of SIGNALS: remember it, and raise KeyboardInterrupt."""
     received.append(number)
     raise KeyboardInterrupt
 
@@ -37,19 +40,35 @@ def end_interrupted() -> NoReturn:
 
 
 def start(program: Callable[[], None]) -> None:
-    """Run a program; if SIGINT or SIGTERM comes, it ends with one line and 130 or 143, wherever it was."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Run a program; if one of SIGNALS comes, it ends with one line and 128 + its number, wherever it was.
+
+    A SIGHUP that is ignored, as `nohup` has it, stays ignored. What standard output does not take ends the program as
+    `guard_streams` says.
+    """
+    guard_streams()
+    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT]
+    for number in handled:
         signal.signal(number, receive)
     try:
-        program()
+        _run_and_flush(program)
     except BaseException as error:
         if not received or isinstance(error, Interrupted):
             raise
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
     if received:
         end_interrupted()
+
+
+def _run_and_flush(program: Callable[[], None]) -> None:
+    """Output that is lost has to be known before the exit code is chosen, not as the interpreter ends."""
+    try:
+        program()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -63,10 +64,8 @@ def evaluate(
     from cclip_deploy.model.config import image_hw
     from cclip_deploy.pipeline.evaluate import EvaluationOptions, NetworkChoice
     from cclip_deploy.pipeline.evaluate import evaluate as run
-    from cclip_deploy.pipeline.evaluation_report import check_report_folder, write_report
+    from cclip_deploy.pipeline.evaluation_report import fill_report, new_report
 
-    if output is not None:
-        check_report_folder(output, force)
     size = None if image_size is None else image_hw(image_size)
     runs = None
     if backend is not None or device != "cpu":
@@ -74,10 +73,11 @@ def evaluate(
         runs = options.choice(name, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
     choice = NetworkChoice(network, runs, precision, threads, size, prompt_length)
     chosen = EvaluationOptions(split, layout, subject, threshold, empty_masks, tolerance, worst, seed)
-    with progress(quiet=json or stdout.is_terminal) as tell, picture_progress(quiet=json) as on_picture:
+    report = nullcontext() if output is None else new_report(output, force)
+    with report as folder, progress(json or stdout.is_terminal) as tell, picture_progress(quiet=json) as on_picture:
         result = run(choice, dataset, chosen, command_line(), tell, on_picture)
-        if output is not None:
-            write_report(output, result, force)
+        if folder is not None:
+            fill_report(folder, result)
     if json:
         print_json(result.to_dict())
     else:

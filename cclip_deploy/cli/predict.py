@@ -27,6 +27,7 @@ def predict(
         "predictions"
     ),
     threshold: Annotated[float | None, typer.Option(help="Probability from which a pixel counts.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace masks that are there and are of another picture.")] = False,
     repair: options.Repair = True,
     prompt_cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps what was computed of each prompt, for the next time.")
@@ -57,8 +58,8 @@ def predict(
     if backend in ("onnxruntime", "openvino"):
         opened.read_ahead(precision, *(() if prompt_cache else ("prompt_encoder",)), "image_encoder", "mask_decoder")
 
+    from cclip_deploy.pipeline.predict import PredictOptions, refuse_failures
     from cclip_deploy.pipeline.predict import predict as run
-    from cclip_deploy.pipeline.predict import refuse_failures
     from cclip_deploy.pipeline.run_report import report_run
     from cclip_deploy.runtime.choice import opened as open_choice
     from cclip_deploy.segmenter import Segmenter
@@ -68,7 +69,8 @@ def predict(
     with open_choice(choice, opened, precision) as runs, picture_progress(quiet=json) as on_picture:
         segmenter = Segmenter(opened, runs.backend, prompt_cache)
         explainer = _open_explainer(segmenter, checkpoint) if explain else None
-        found = run(segmenter, images, [p.text for p in prompts], output, threshold, on_picture, explainer)
+        chosen = PredictOptions(threshold, force, explainer)
+        found = run(segmenter, images, [p.text for p in prompts], output, chosen, on_picture)
         ran = report_run(runs, segmenter)
     if json:
         failed = [{"image": str(path), "error": reason} for path, reason in found.failed]

@@ -15,6 +15,7 @@ from cclip_deploy.data.layouts.reading import has_layout
 from cclip_deploy.data.layouts.referral import patient_of
 from cclip_deploy.errors import DataError
 from cclip_deploy.files import sha256_input
+from cclip_deploy.names import printable
 
 MASK_FOLDERS = frozenset({
     "mask", "masks", "labelcol", "label", "labels", "gt", "gts", "groundtruth", "ground_truth", "ground-truth",
@@ -203,7 +204,7 @@ def _looks_like_mask(picture: Path, folder: Path) -> bool:
 
 def _describe(path: Path, images: Sequence[SetImage], layout: str | None, split: str | None) -> ImageSource:
     return ImageSource(
-        name=path.resolve().name,
+        name=printable(path.resolve().name),
         layout=layout,
         split=split,
         images=len(images),

@@ -32,13 +32,14 @@ class Picture:
     """One decoded picture.
 
     `pixels` is (H, W) or (H, W, 3) float32 in [0, 1], 0 is black, right side up. `bits` is the depth that `pixels`
-    carries for each channel.
+    carries for each channel. `sha256` is of the file's bytes, in hex; empty where it was not computed.
     """
 
     path: Path
     pixels: NDArray[np.float32]
     kind: str
     bits: int
+    sha256: str = ""
 
 
 def read_picture(path: Path) -> Picture:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
-import os
 import re
 import unicodedata
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from cclip_deploy.data.images import Picture, picture_stem
+from cclip_deploy.data.images import Picture, opened_raster, picture_stem
 from cclip_deploy.data.png import encode_png
 from cclip_deploy.data.preprocess import check_unit_range
 from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.files import replace_together
 
 OVERLAY_LONGEST_PX = 1024
+SOURCE = "cclip-deploy picture SHA-256"
+"""The PNG text by which a mask says what picture it is of."""
 
 _ENLARGE_BELOW_PX, _CAPTION_LEAST_PX, _CAPTION_LINES = 512, 320, 6
 _PREDICTED, _REFERENCE = (56, 199, 214), (255, 179, 71)
@@ -47,7 +47,7 @@ def write_segmentation(
 
     `probability` is (H, W) in [0, 1], of the picture's size. The mask is 8-bit, 255 where probability >= threshold
     and 0 elsewhere. The probability is 16-bit grey, 65535 = 1. All are complete under hidden names before the first
-    takes its own.
+    takes its own, and replaced as one (`files.replace_together`). The mask keeps `picture.sha256` as PNG text.
 
     Raises:
         UsageError: a wrong shape, value, threshold or stem.
@@ -64,14 +64,34 @@ def write_segmentation(
     mask = probability >= threshold
     written = WrittenMask(*(folder / f"{stem}-{what}.png" for what in ("mask", "probability", "overlay")))
     deep = np.multiply(probability, 65535, dtype=np.float64)
-    _save_together(
-        {
-            written.mask: mask.view(np.uint8) * np.uint8(255),
-            written.probability: np.rint(deep, out=deep).astype(np.uint16),
-            written.overlay: np.asarray(draw_overlay(picture.pixels, mask, prompt)),
-        }
-    )
+    source = {SOURCE: picture.sha256} if picture.sha256 else {}
+    encoded = {
+        written.mask: encode_png(mask.view(np.uint8) * np.uint8(255), source),
+        written.probability: encode_png(np.rint(deep, out=deep).astype(np.uint16)),
+        written.overlay: encode_png(np.asarray(draw_overlay(picture.pixels, mask, prompt))),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_together(encoded)
+    except OSError as error:
+        raise _writing_problem(folder, error) from error
     return written
+
+
+def mask_path(folder: Path, stem: str) -> Path:
+    """Where `write_segmentation` puts the mask."""
+    return folder / f"{stem}-mask.png"
+
+
+def mask_source(path: Path) -> str | None:
+    """SHA-256 of the picture file that a mask was made from; None where the mask does not say.
+
+    Raises:
+        ImageError: the file is no picture.
+    """
+    with opened_raster(path) as image:
+        found = image.info.get(SOURCE)
+        return found if isinstance(found, str) else None
 
 
 def file_stem(picture_path: Path, prompt: str, used: set[str]) -> str:
@@ -121,23 +141,6 @@ def draw_overlay(
 def _slug(text: str, separators: str) -> str:
     latin = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(separators, "-", latin).strip("-.")
-
-
-def _save_together(images: dict[Path, NDArray[Any]]) -> None:
-    """Save all as PNG, or none: each under a hidden name first, then all renamed."""
-    parts = {target: target.with_name(f".{uuid.uuid4().hex}.part") for target in images}
-    try:
-        for target, part in parts.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(encode_png(images[target]))
-        for target, part in parts.items():
-            os.replace(part, target)
-    except OSError as error:
-        raise _writing_problem(next(iter(images)).parent, error) from error
-    finally:
-        for part in parts.values():
-            with contextlib.suppress(OSError):
-                part.unlink()
 
 
 def _writing_problem(folder: Path, error: OSError) -> EnvironmentProblem:

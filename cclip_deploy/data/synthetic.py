@@ -218,6 +218,7 @@ def write_dataset(
 
     Raises:
         UsageError: the folder exists, a split or a count means nothing, or the layout cannot hold what is asked.
+        TargetInUse: another run is writing the folder.
         EnvironmentProblem: the disk did not take it, or an Excel table without openpyxl.
     """
     _check_counts(counts, prompts_per_film)
@@ -227,8 +228,6 @@ def write_dataset(
         if asking.confounding is None:
             raise UsageError("test_rho is given without confounders. Name some, or leave it out.")
         asking_of["test"] = replace(asking, confounding=replace(asking.confounding, rho=test_rho))
-    if folder.exists():
-        raise UsageError(f"{folder} exists already. Choose another folder, or delete this one first.")
 
     def draw() -> Iterator[WrittenFilm]:
         done, films = 0, sum(counts.values())
@@ -240,6 +239,8 @@ def write_dataset(
                 on_film(done, films)
 
     with whole_folder(folder) as unfinished:
+        if folder.exists():
+            raise UsageError(f"{folder} exists already. Choose another folder, or delete this one first.")
         write_layout(unfinished, layout, draw())
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
+from cclip_deploy.files import whole_file
 from cclip_deploy.model.config import RN101, InputForm, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import from_published, is_published_layout, list_names, to_published
@@ -60,18 +61,13 @@ def save_checkpoint(model: CausalCLIPSeg, path: Path, form: InputForm | None = N
     # One key: safetensors writes several in any order.
     metadata = {FORMAT: json.dumps({**model.config.to_dict(), **trained_on})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
         try:
             save_file(tensors, unfinished, metadata)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise EnvironmentProblem(
-            f"Could not write {path}: {error}. Free some space or choose another folder."
-        ) from error
+        except SafetensorError as error:  # how its own writer says that the disk did not take it
+            raise EnvironmentProblem(
+                f"Could not write {path}: {error}. Free some space or choose another folder."
+            ) from error
 
 
 def load_checkpoint(path: Path) -> LoadedCheckpoint:

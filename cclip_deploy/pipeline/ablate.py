@@ -17,7 +17,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from cclip_deploy.errors import UsageError
-from cclip_deploy.files import whole_file
+from cclip_deploy.files import whole_file, writing_into
+from cclip_deploy.locks import is_bookkeeping
+from cclip_deploy.names import json_text
 from cclip_deploy.packages import require_training_packages
 from cclip_deploy.pipeline.ablation_cell import Cell, CellResult, run_cell
 from cclip_deploy.pipeline.ablation_data import prepare_data
@@ -50,9 +52,15 @@ def ablate(plan: AblationPlan, output: Path, jobs: int = 1, tell: Tell = lambda 
     Raises:
         UsageError: the folder holds another ablation, or a loss stopped being a number.
         DataError: a data set without val or test split.
+        TargetInUse: another run writes into the folder.
         EnvironmentProblem: a package is missing, or the disk is full; what was done is kept.
     """
     require_training_packages()
+    with writing_into(output):
+        return _ablate(plan, output, jobs, tell)
+
+
+def _ablate(plan: AblationPlan, output: Path, jobs: int, tell: Tell) -> Ablation:
     _claim(output, plan)
     tuned = [arm for arm in plan.arms if len(plan.settings_of(arm)) > 1 and plan.arms[arm].settings_of is None]
     tries = [
@@ -78,10 +86,10 @@ def _claim(output: Path, plan: AblationPlan) -> None:
         if then != claim:
             raise UsageError(f"{output} holds an ablation on other films. Choose another output folder.")
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or not all(map(is_bookkeeping, output.iterdir()))):
         raise UsageError(f"{output} exists and holds no ablation. Choose another output folder.")
     with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(claim, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(json_text(claim), encoding="utf-8")
 
 
 def _cell(

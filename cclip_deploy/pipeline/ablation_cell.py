@@ -15,6 +15,7 @@ from cclip_deploy.data.layouts import of_split, read_data_set
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.files import whole_file
+from cclip_deploy.names import json_text
 from cclip_deploy.pipeline.ablation_data import CellData
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.run import own_threads
@@ -72,7 +73,7 @@ def run_cell(cell: Cell, tell: Tell = lambda message: None) -> CellResult:
         result = _train_and_measure(cell, tell)
     record = {"identity": {"recipe": identity.recipe, "data": identity.data}, "result": asdict(result)}
     with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(json_text(record), encoding="utf-8")
     _clear(cell.folder)
     return result
 

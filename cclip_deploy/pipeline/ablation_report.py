@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.files import disk_problem, whole_file
+from cclip_deploy.files import whole_file
 from cclip_deploy.manifest import installed_versions, utc_now
+from cclip_deploy.names import json_text, printable
 from cclip_deploy.packages import require_packages
 from cclip_deploy.pipeline.ablate import Ablation
 from cclip_deploy.pipeline.ablation_pairs import compare_pairs, pair_rows, power_rows
@@ -72,9 +72,9 @@ def tables(ablation: Ablation) -> list[Table]:
 
 def write_report(folder: Path, ablation: Ablation, command: str) -> None:
     """Write tables, numbers and picture into a folder, each file whole; EnvironmentProblem where the disk is full."""
-    for name, text in ((NUMBERS, json.dumps(to_dict(ablation, command), indent=1) + "\n"), (TABLES, _text(ablation))):
+    for name, text in ((NUMBERS, json_text(to_dict(ablation, command))), (TABLES, _text(ablation))):
         with whole_file(folder / name) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+            unfinished.write_text(printable(text), encoding="utf-8")
     draw_arms(ablation, folder / PICTURE)
 
 
@@ -128,10 +128,9 @@ def draw_arms(ablation: Ablation, path: Path) -> None:
         axes.margins(x=0.12)
     panels[0].set_yticks(range(len(arms)), list(reversed(arms)))
     panels[0].set_ylim(-0.6, len(arms) - 0.4)
-    try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
-    except OSError as error:
-        raise disk_problem(path, error) from error
+    kind = path.suffix[1:] or "png"
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
 
 
 def _draw_spread(axes: Any, place: int, spread: Spread, is_reference: bool) -> None:

@@ -21,6 +21,7 @@ from cclip_deploy.data.preprocess import to_input
 from cclip_deploy.errors import DataError, ParityError, UsageError
 from cclip_deploy.files import sha256_input
 from cclip_deploy.graph.calibration import METHODS, Method, TensorStatistics, ranges_of, with_outputs
+from cclip_deploy.names import printable
 from cclip_deploy.pipeline.calibration_cache import read_entry, write_entry
 from cclip_deploy.pipeline.calibration_record import CalibrationImages, CalibrationPicture, CalibrationRecord
 from cclip_deploy.pipeline.graph_model import load_model
@@ -93,7 +94,10 @@ def choose_pictures(options: CalibrationOptions) -> CalibrationSet:
     chosen = dict(list(by_hash.items())[: options.limit])
     pictures = tuple(
         CalibrationPicture(
-            name=image.path.name, sha256=sha256, pixels_sha256=_pixel_hash(image.path), patient=image.patient
+            name=printable(image.path.name),
+            sha256=sha256,
+            pixels_sha256=_pixel_hash(image.path),
+            patient=image.patient,
         )
         for sha256, image in chosen.items()
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from cclip_deploy.files import disk_problem
+from cclip_deploy.files import whole_file
 
 FORMAT = 1
 
@@ -36,15 +35,8 @@ def write_entry(cache: Path, key: str, ranges: dict[str, float]) -> None:
     Raises:
         EnvironmentProblem: the disk is full or the folder cannot be written.
     """
-    path = _path(cache, key)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
+    with whole_file(_path(cache, key)) as unfinished:
         unfinished.write_text(json.dumps({"sha256": _digest(key, ranges), "ranges": ranges}), encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise disk_problem(path, error) from error
 
 
 def _path(cache: Path, key: str) -> Path:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.image_sets import ImageSet
-from cclip_deploy.files import link_or_copy
+from cclip_deploy.files import link_or_copy, scratch_folder
 from cclip_deploy.graph.calibration import METHODS, Method, ranges_of
 from cclip_deploy.graph.lower import lower
 from cclip_deploy.manifest import graph_key
@@ -74,8 +72,7 @@ def _judge(
     from cclip_deploy.graph.describe import describe_graph, save_graph
 
     source = bundle.graph(IMAGE)
-    with tempfile.TemporaryDirectory(dir=bundle.path.parent, prefix=".curve.") as name:
-        folder = Path(name)
+    with scratch_folder(bundle.path.with_name(f"{bundle.path.name}.curve")) as folder:
         for file in bundle.sums:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(bundle.path / file, folder / file)

@@ -12,7 +12,7 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.layouts import Referral, of_split, read_flat
 from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.errors import EnvironmentProblem, ParityError, UsageError
-from cclip_deploy.files import whole_folder
+from cclip_deploy.files import restore_folder, whole_folder
 from cclip_deploy.packages import require_training_packages
 from cclip_deploy.pipeline.bench import bench_bundle
 from cclip_deploy.pipeline.bench_plan import BenchOptions
@@ -64,6 +64,7 @@ def run_demo(output: Path, options: DemoOptions, command: str, on_progress: Prog
         UsageError: something else than a demo is at `output`.
         ParityError: the exported bundle does not verify.
     """
+    restore_folder(output)
     if output.exists() and not (output / FACTS).is_file():
         raise UsageError(f"{output} exists and is no earlier demo. Choose another output.")
     require_export_packages()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cclip_deploy.evidence.page import Figure, Section, Table, write_page
+from cclip_deploy.names import json_text, printable
 from cclip_deploy.pipeline.predict import Prediction
 from cclip_deploy.pipeline.verify import Verification
 from cclip_deploy.train.run import TrainReport
@@ -119,8 +119,8 @@ class DemoFacts:
 
 def save_report(folder: Path, facts: DemoFacts, json_name: str, page_name: str) -> None:
     """Write the numbers and the page."""
-    (folder / json_name).write_text(json.dumps(facts.to_dict(), indent=1) + "\n", encoding="utf-8")
-    (folder / page_name).write_text(_page(facts), encoding="utf-8")
+    (folder / json_name).write_text(json_text(facts.to_dict()), encoding="utf-8")
+    (folder / page_name).write_text(printable(_page(facts)), encoding="utf-8")
 
 
 def _page(facts: DemoFacts) -> str:

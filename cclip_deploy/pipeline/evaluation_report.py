@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cclip_deploy.data.images import read_picture
@@ -14,7 +14,8 @@ from cclip_deploy.data.layouts import read_mask
 from cclip_deploy.data.masks import draw_overlay
 from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.evidence.page import Figure, Section, Table, Tile, write_page
-from cclip_deploy.files import disk_problem, whole_folder
+from cclip_deploy.files import restore_folder, whole_folder
+from cclip_deploy.names import json_text, printable
 from cclip_deploy.pipeline.evaluate import EvaluationResult
 from cclip_deploy.train.intervals import FEW_PATIENTS
 from cclip_deploy.train.measuring import ShownCase
@@ -36,6 +37,7 @@ def check_report_folder(folder: Path, replace: bool) -> None:
             f"The report's plots need matplotlib ({error}). Install it: pip install 'cclip-deploy[train]'. "
             "Or leave -o out."
         ) from error
+    restore_folder(folder)
     if not folder.exists():
         return
     if not replace:
@@ -44,17 +46,30 @@ def check_report_folder(folder: Path, replace: bool) -> None:
         raise UsageError(f"{folder} holds no {NUMBERS}, so --force will not replace it. Choose another output.")
 
 
-def write_report(folder: Path, result: EvaluationResult, replace: bool = False) -> None:
-    """Write the report, whole or not at all; raises what `check_report_folder` does, and where the disk is full."""
+@contextmanager
+def new_report(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill by `fill_report`, held for this run; it takes its name when the block ends well.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `check_report_folder`; TargetInUse where another run writes it.
+    """
     check_report_folder(folder, replace)
-    try:
-        with whole_folder(folder) as unfinished:
-            unfinished.mkdir()
-            (unfinished / NUMBERS).write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-            (unfinished / ROWS).write_text(_rows_csv(result), encoding="utf-8", newline="")
-            (unfinished / PAGE).write_text(_page(result), encoding="utf-8")
-    except OSError as error:
-        raise disk_problem(folder, error) from error
+    with whole_folder(folder) as unfinished:
+        check_report_folder(folder, replace)
+        unfinished.mkdir()
+        yield unfinished
+
+
+def fill_report(folder: Path, result: EvaluationResult) -> None:
+    """Write the page, the numbers and the rows into a folder that `new_report` gave."""
+    for name, text in ((NUMBERS, json_text(result.to_dict())), (ROWS, _rows_csv(result)), (PAGE, _page(result))):
+        (folder / name).write_text(printable(text), encoding="utf-8", newline="")
+
+
+def write_report(folder: Path, result: EvaluationResult, replace: bool = False) -> None:
+    """Write the report, whole or not at all; raises what `new_report` does, and where the disk is full."""
+    with new_report(folder, replace) as unfinished:
+        fill_report(unfinished, result)
 
 
 def score_rows(result: EvaluationResult) -> list[tuple[str, str, str]]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +12,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.errors import EnvironmentProblem
 from cclip_deploy.files import disk_problem
+from cclip_deploy.locks import unfinished_file
 from cclip_deploy.pipeline.explain import Seen
 
 if TYPE_CHECKING:
@@ -63,15 +61,12 @@ def write_explanation(
     figure = _draw(pixels, mask, prompt, _panels(seen, answer))
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        unfinished.write_bytes(file.getvalue())
-        os.replace(unfinished, path)
+        with unfinished_file(path) as unfinished:
+            unfinished.write_bytes(file.getvalue())
+            unfinished.replace(path)
     except OSError as error:
         raise disk_problem(path, error) from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
     return path
 
 

@@ -13,6 +13,7 @@ from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import UsageError
 from cclip_deploy.manifest import CheckpointOrigin, GraphEntry, Manifest, installed_versions, utc_now
 from cclip_deploy.model.config import InputForm
+from cclip_deploy.names import printable
 from cclip_deploy.packages import require_packages
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def export_bundle(
         CheckpointError: the checkpoint cannot be used.
         UsageError: `output` exists, or an option cannot be.
         ParityError: a graph differs from PyTorch by more than the limits.
+        TargetInUse: another run is writing `output`.
         EnvironmentProblem: a package is missing or the disk is full.
     """
     check_output(output, options.replace)
@@ -70,10 +72,10 @@ def export_bundle(
         import torch
 
         torch.set_num_threads(options.threads)
-    on_progress(f"Reading {checkpoint}")
-    loaded = load_checkpoint(checkpoint)
-    form = _input_form(options, loaded.form or InputForm())
     with new_bundle(output, options.replace) as folder:
+        on_progress(f"Reading {checkpoint}")
+        loaded = load_checkpoint(checkpoint)
+        form = _input_form(options, loaded.form or InputForm())
         manifest = _write_graphs(loaded, options, form, command, folder, on_progress)
         manifest = _write_references(loaded, options, manifest, folder, on_progress)
         checks = _compare(folder, manifest, options.threads, on_progress)
@@ -141,7 +143,7 @@ def _write_graphs(
     (folder / TOKENIZER).write_text(PromptTokenizer.from_open_clip().to_json(), encoding="utf-8")
     return Manifest(
         created=utc_now(),
-        command=command,
+        command=printable(command),
         versions=installed_versions(),
         model=loaded.config.to_dict(),
         form="plain" if options.plain else "deploy",
@@ -149,7 +151,7 @@ def _write_graphs(
         prompt_length=form.prompt_length,
         preprocessing=Preprocessing(),
         checkpoint=CheckpointOrigin(
-            name=loaded.path.name,
+            name=printable(loaded.path.name),
             sha256=loaded.sha256,
             layout=loaded.layout,
             tensors_dropped=len(loaded.dropped),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cclip_deploy.errors import EnvironmentProblem, UsageError
-from cclip_deploy.files import disk_problem
+from cclip_deploy.files import whole_file
 from cclip_deploy.pipeline.tuning_profile import TunedProfile
 
 MEAN, WORST, INK, QUIET = "#0072B2", "#D55E00", "#1B1F24", "#57606A"  # Okabe and Ito's blue and vermilion
@@ -47,8 +47,6 @@ def draw_front(profile: TunedProfile, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     axes.legend(frameon=False, loc="lower left")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
-    except OSError as error:
-        raise disk_problem(path, error) from error
+    kind = path.suffix[1:] or "png"
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})

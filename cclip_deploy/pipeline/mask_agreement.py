@@ -14,6 +14,7 @@ from cclip_deploy.data.images import read_picture
 from cclip_deploy.errors import ParityError
 from cclip_deploy.evidence.parity import mask_dices
 from cclip_deploy.evidence.reference import PICTURE_PROMPTS
+from cclip_deploy.names import printable
 from cclip_deploy.pipeline.calibrate import CalibrationOptions, read_evaluation_set
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.segmenter import Segmenter
@@ -88,7 +89,7 @@ def measure_masks(bundle: Bundle, precision: str, images: ImageSet, threads: int
         mean=float(np.mean(every)),
         worst=means[worst],
         worst_mask=min(every),
-        worst_picture=worst.name,
+        worst_picture=printable(worst.name),
     )
 
 

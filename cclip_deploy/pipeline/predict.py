@@ -6,19 +6,20 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.data.images import Picture, find_pictures, read_picture
-from cclip_deploy.data.masks import WrittenMask, file_stem, write_segmentation
-from cclip_deploy.errors import ImageError, UsageError
-from cclip_deploy.files import disk_problem
+from cclip_deploy.data.masks import WrittenMask, file_stem, mask_path, mask_source, write_segmentation
+from cclip_deploy.errors import DataError, ImageError, UsageError
+from cclip_deploy.files import sha256_input, writing_into
+from cclip_deploy.names import printable
 from cclip_deploy.pipeline.explain import Explainer
 from cclip_deploy.pipeline.explanation_picture import write_explanation
 from cclip_deploy.prompt_cache import CacheCounts
@@ -46,9 +47,9 @@ class Prediction:
         if self.explanation is not None:
             files["explanation"] = self.explanation
         return {
-            "image": str(self.image),
+            "image": printable(self.image),
             "prompt": self.prompt,
-            "files": {what: str(path) for what, path in files.items()},
+            "files": {what: printable(path) for what, path in files.items()},
             "area_share": self.area_share,
             "mean_probability": self.mean_probability,
             "mean_probability_inside": self.mean_probability_inside,
@@ -64,39 +65,72 @@ class Predictions:
     prompt_counts: CacheCounts
 
 
+@dataclass(frozen=True)
+class PredictOptions:
+    """How masks are made and written.
+
+    Attributes:
+        threshold: probability from which a pixel counts, between 0 and 1; None is the bundle's own.
+        replace: masks of other pictures may be replaced.
+        explainer: draws an explanation beside every mask.
+    """
+
+    threshold: float | None = None
+    replace: bool = False
+    explainer: Explainer | None = None
+
+
 def predict(
     segmenter: Segmenter,
     images: Sequence[Path],
     prompts: Sequence[str],
     output: Path,
-    threshold: float | None = None,
+    options: PredictOptions = PredictOptions(),
     on_picture: Callable[[Path, int, int], None] = lambda path, number, total: None,
-    explainer: Explainer | None = None,
 ) -> Predictions:
     """Segment every prompt on every picture; a picture that cannot be read is reported and the rest go on.
 
     One thread reads a few pictures ahead and two write behind, while this one runs the network. At most
     `READ_AHEAD` pictures wait to be segmented and `WRITE_BEHIND` masks to be written, whatever the number of pictures
     and prompts. Results have the order of the pictures and prompts. `on_picture` is told each picture, its number and
-    how many there are, when its turn comes. With an `explainer`, every mask has its explanation beside it.
+    how many there are, when its turn comes. The output is held for this run; in it, masks of the same picture file are
+    replaced, and those of another one only where `options.replace`.
 
     Raises:
-        UsageError: no prompt, or an output that is a file.
+        UsageError: no prompt, an output that is a file, or that holds masks of another picture under the same name.
+        TargetInUse: another run writes into the output.
         ImageError: a picture does not exist, or a folder holds none.
         PromptError: a prompt is empty or too long, before anything is written.
         EnvironmentProblem: the output cannot be written; what was written before is whole.
     """
-    if threshold is not None and not 0 < threshold < 1:
-        raise UsageError(f"A threshold of {threshold} is not between 0 and 1. Leave it out for the bundle's own.")
+    if options.threshold is not None and not 0 < options.threshold < 1:
+        raise UsageError(
+            f"A threshold of {options.threshold} is not between 0 and 1. Leave it out for the bundle's own."
+        )
+    with writing_into(output):
+        paths = find_pictures(images)
+        used: set[str] = set()
+        stems = {path: [file_stem(path, prompt, used) for prompt in prompts] for path in paths}
+        if not options.replace:
+            _refuse_other_pictures(output, stems)
+        return _predict(segmenter, stems, prompts, output, options, on_picture)
+
+
+def _predict(
+    segmenter: Segmenter,
+    stems: Mapping[Path, Sequence[str]],
+    prompts: Sequence[str],
+    output: Path,
+    options: PredictOptions,
+    on_picture: Callable[[Path, int, int], None],
+) -> Predictions:
     counted_before = segmenter.prompt_counts
-    paths = find_pictures(images)
     segmenter.prepare(prompts)
-    _make_folder(output)
-    limit = segmenter.bundle.manifest.threshold if threshold is None else threshold
+    paths, explainer = list(stems), options.explainer
+    limit = segmenter.bundle.manifest.threshold if options.threshold is None else options.threshold
     done: list[Prediction] = []
     failed: list[tuple[Path, str]] = []
     writing: deque[Future[Prediction]] = deque()
-    used_stems: set[str] = set()
     with _threads(1, "reader") as reader, _threads(WRITERS, "writer") as writers:
         for number, (path, read) in enumerate(_read_ahead(reader, paths), start=1):
             on_picture(path, number, len(paths))
@@ -108,8 +142,7 @@ def predict(
             seen = None if explainer is None else explainer.look(picture.pixels)
             features = None if seen is None else seen.features
             probabilities = segmenter.probabilities(picture.pixels, prompts, features)
-            for prompt, probability in zip(prompts, probabilities, strict=True):
-                stem = file_stem(path, prompt, used_stems)
+            for prompt, probability, stem in zip(prompts, probabilities, stems[path], strict=True):
                 explanation = None
                 if explainer is not None and seen is not None:
                     answer = explainer.confounding_answer(prompt)
@@ -135,13 +168,33 @@ def refuse_failures(predictions: Predictions) -> None:
     )
 
 
-def _make_folder(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file, where a folder for the masks is expected. Choose another output.")
+def _refuse_other_pictures(output: Path, stems: Mapping[Path, Sequence[str]]) -> None:
+    """UsageError where masks that are there already are of another picture, or do not say of which."""
+    for path, names in stems.items():
+        there = [mask for mask in (mask_path(output, name) for name in names) if mask.exists()]
+        try:
+            sha256 = sha256_input(path) if there else ""
+        except DataError:  # a picture that cannot be read has no masks to write
+            continue
+        for mask in there:
+            source = _source_of(mask)
+            if source != sha256:
+                said = "does not say what picture it is of" if source is None else "is of another picture"
+                raise UsageError(
+                    f"{mask} is there and {said}; the mask of {path} would replace it. Choose another output folder, "
+                    "or give --force to replace it."
+                )
+
+
+def _source_of(mask: Path) -> str | None:
     try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_problem(output, error) from error
+        return mask_source(mask)
+    except ImageError:
+        return None
+
+
+def _read(path: Path) -> Picture:
+    return replace(read_picture(path), sha256=sha256_input(path))
 
 
 @contextmanager
@@ -164,7 +217,7 @@ def _read_ahead(reader: ThreadPoolExecutor, paths: Sequence[Path]) -> Iterator[t
     """Each path with its picture, which the reader begins a little before it is asked for."""
     ahead: deque[tuple[Path, Future[Picture]]] = deque()
     for path in paths:
-        ahead.append((path, reader.submit(read_picture, path)))
+        ahead.append((path, reader.submit(_read, path)))
         if len(ahead) > READ_AHEAD:
             yield ahead.popleft()
     while ahead:

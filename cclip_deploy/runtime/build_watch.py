@@ -63,7 +63,7 @@ class BuildWatch:
 
 @contextmanager
 def signals_cancel(watch: BuildWatch) -> Iterator[None]:
-    """Let SIGINT and SIGTERM cancel the build, and raise what their handlers raised when it has returned.
+    """Let SIGINT, SIGTERM and SIGHUP cancel the build, and raise what their handlers raised when it has returned.
 
     A handler runs wherever Python code does, also in the logger that the binding calls, and the binding discards what
     is raised there.
@@ -71,7 +71,8 @@ def signals_cancel(watch: BuildWatch) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     callables = {number: handler for number, handler in handlers.items() if callable(handler)}
 
     def hear(number: int, frame: FrameType | None) -> None:

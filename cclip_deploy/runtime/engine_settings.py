@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cclip_deploy.errors import EnvironmentProblem, UsageError
-from cclip_deploy.files import disk_problem, reading_problem
+from cclip_deploy.files import reading_problem, whole_file
 from cclip_deploy.manifest import EngineTarget
 from cclip_deploy.runtime.tensorrt_binding import binding_label
 
@@ -144,14 +144,8 @@ class TimingCache:
     def write(self) -> TimingCacheUse:
         """Put what the build has measured in the file, whole or not at all."""
         content = bytes(self._config.get_timing_cache().serialize())
-        unfinished = self.path.with_name(f".{self.path.name}.unfinished")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.path) as unfinished:
             unfinished.write_bytes(content)
-            unfinished.replace(self.path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise disk_problem(self.path, error) from error
         return TimingCacheUse(self._given_sha256, hashlib.sha256(content).hexdigest())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.errors import EnvironmentProblem
 from cclip_deploy.files import whole_file
+from cclip_deploy.names import json_text
 
 LOG_FOLDER, RECORD = "logs", "run.json"
 LEVELS = (3, 4, 5)
@@ -60,4 +60,4 @@ class Journal:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """run.json, whole or not at all."""
     with whole_file(folder / RECORD) as unfinished:
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(json_text(record), encoding="utf-8")

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from cclip_deploy.data.layouts import DataSet, Referral, of_split, read_data_set
 from cclip_deploy.data.synthetic import share_out_films, write_dataset
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, UsageError
+from cclip_deploy.files import writing_into
+from cclip_deploy.locks import is_bookkeeping
 from cclip_deploy.model.config import CONFIGS
 from cclip_deploy.packages import require_training_packages
 from cclip_deploy.train.config import TrainConfig
@@ -92,6 +94,7 @@ def train(
     Raises:
         DataError: the data set is not what it should be.
         UsageError: the folder holds another training, or the loss stopped being a number.
+        TargetInUse: another run trains in the folder.
         EnvironmentProblem: a package or a device is missing, or the disk did not take a file; what was saved before is
             still there.
     """
@@ -125,15 +128,33 @@ def find_data(config: TrainConfig, tell: Tell = lambda message: None) -> Path:
 def _train(
     config: TrainConfig, data_folder: Path, folder: Path, on_progress: OnProgress, options: RunOptions, tell: Tell
 ) -> TrainReport:
+    from cclip_deploy.train.devices import launch
+
+    started_s = time.perf_counter()
+    fabric = launch(config.devices)
+    with writing_into(folder) if fabric.is_global_zero else nullcontext():
+        if fabric.is_global_zero:
+            _check_folder(folder, options)
+        run = _Run(config, data_folder, folder, options)
+        return _train_in(run, fabric, started_s, on_progress, tell)
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: TrainConfig
+    data_folder: Path
+    folder: Path
+    options: RunOptions
+
+
+def _train_in(run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgress, tell: Tell) -> TrainReport:
     import torch
 
-    from cclip_deploy.train.devices import launch
     from cclip_deploy.train.journal import Journal, write_record
     from cclip_deploy.train.loop import Training, run_epochs
     from cclip_deploy.train.state import STATE, Identity, Progress, load_state
 
-    started_s = time.perf_counter()
-    fabric = launch(config.devices)
+    config, data_folder, folder, options = run.config, run.data_folder, run.folder, run.options
     tell(f"Reading {data_folder}")
     tokenizer = PromptTokenizer.from_open_clip()
     data_set = read_data_set(data_folder, config.data.layout, config.data.subject)
@@ -145,8 +166,6 @@ def _train(
         open_training_set(splits[split], tokenizer, config) if split in splits else None for split in ("train", "val")
     )
     assert train_set is not None
-    if fabric.is_global_zero:
-        _clear_unfinished(folder)
     with _own_settings(config, fabric):
         learner, clip = _make_learner(config, fabric, tell)
         resumed = options.resume and (folder / STATE).exists()
@@ -171,14 +190,8 @@ def _train(
 def _check_folder(folder: Path, options: RunOptions) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file. Choose another folder for the training.")
-    if folder.is_dir() and any(folder.iterdir()) and not options.resume:
+    if folder.is_dir() and not all(map(is_bookkeeping, folder.iterdir())) and not options.resume:
         raise UsageError(f"{folder} is not empty. Go on with --resume, or choose another folder.")
-
-
-def _clear_unfinished(folder: Path) -> None:
-    """Take away what a killed process was writing."""
-    for unfinished in folder.glob(".*.unfinished"):
-        unfinished.unlink(missing_ok=True)
 
 
 def _read_splits(data_set: DataSet, config: TrainConfig, options: RunOptions) -> dict[str, list[Referral]]:

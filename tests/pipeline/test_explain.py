@@ -14,7 +14,7 @@ from cclip_deploy.errors import CheckpointError, UsageError
 from cclip_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cclip_deploy.pipeline.explain import BundleExplainer, CheckpointExplainer, open_explainer
 from cclip_deploy.pipeline.explanation_picture import write_explanation
-from cclip_deploy.pipeline.predict import predict
+from cclip_deploy.pipeline.predict import PredictOptions, predict
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.segmenter import Segmenter
 from tests.bundles import copy_of, reseal
@@ -100,7 +100,7 @@ def test_another_checkpoint_is_refused(segmenter: Segmenter, tmp_path: Path) -> 
 def test_predict_draws_an_explanation_beside_every_mask(segmenter: Segmenter, tmp_path: Path) -> None:
     Image.fromarray(np.uint8(PIXELS * 255)).save(tmp_path / "film.png")
     found = predict(segmenter, [tmp_path / "film.png"], [PROMPT, "$right$"], tmp_path / "out",
-                    explainer=BundleExplainer(segmenter))  # fmt: skip
+                    PredictOptions(explainer=BundleExplainer(segmenter)))  # fmt: skip
     names = [Path(str(row.explanation)).name for row in found.done]
     assert names == ["film-lower-left-lung-explanation.png", "film-right-explanation.png"]
     assert found.done[0].to_dict()["files"]["explanation"].endswith(names[0])  # type: ignore[index]

@@ -17,7 +17,7 @@ from cclip_deploy.data.images import read_picture
 from cclip_deploy.data.preprocess import to_source
 from cclip_deploy.errors import EnvironmentProblem, ImageError, PromptError, UsageError
 from cclip_deploy.pipeline import predict as pipeline
-from cclip_deploy.pipeline.predict import READ_AHEAD, WRITE_BEHIND, predict, refuse_failures
+from cclip_deploy.pipeline.predict import READ_AHEAD, WRITE_BEHIND, PredictOptions, predict, refuse_failures
 from cclip_deploy.prompt_cache import CacheCounts
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.segmenter import Segmenter
@@ -177,13 +177,15 @@ def test_an_empty_mask_has_no_probability_inside(fast: Segmenter, tmp_path: Path
 def test_the_threshold_is_the_bundles_unless_one_is_given(fast: Segmenter, tmp_path: Path) -> None:
     path = save_png(tmp_path / "a.png", (64, 96))
     own = predict(fast, [path], ["lung"], tmp_path / "a").done[0]
-    assert predict(fast, [path], ["lung"], tmp_path / "b", threshold=0.5).done[0].area_share == own.area_share
-    shares = [predict(fast, [path], ["lung"], tmp_path / "c", threshold=t).done[0].area_share for t in (0.2, 0.5, 0.9)]
+    assert predict(fast, [path], ["lung"], tmp_path / "b", PredictOptions(0.5)).done[0].area_share == own.area_share
+    shares = [
+        predict(fast, [path], ["lung"], tmp_path / "c", PredictOptions(t)).done[0].area_share for t in (0.2, 0.5, 0.9)
+    ]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > shares[2]
     for threshold in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UsageError, match="is not between 0 and 1"):
-            predict(fast, [path], ["lung"], tmp_path / "d", threshold)
+            predict(fast, [path], ["lung"], tmp_path / "d", PredictOptions(threshold))
     assert not (tmp_path / "d").exists()
 
 

@@ -144,7 +144,7 @@ train(TrainConfig.model_validate_json(Path(config).read_text()), Path(data), Pat
     arguments = [tmp_path / "recipe.json", data_folder, tmp_path / "killed"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    (tmp_path / "killed" / f".{STATE}.1.unfinished").write_bytes(b"half")
+    (tmp_path / "killed" / f".{STATE}.0123456789abcdef.unfinished").write_bytes(b"half")
     resumed = train(config, data_folder, tmp_path / "killed", options=GO_ON)
     assert (resumed.resumed_at_step, resumed.steps) == (5, 8)
     assert not list((tmp_path / "killed").glob(".*"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cclip_deploy.data.images import has_dicom_mark, is_picture_name, picture_orientation, picture_size
 from cclip_deploy.errors import DataError, UsageError
+from cclip_deploy.names import printable
 
 SPLITS = ("train", "val", "test")
 SUBJECT_PATTERNS = (
@@ -62,7 +63,8 @@ def patient_of(image_name: str, pattern: str | None = None) -> str | None:
         except re.error as error:
             raise UsageError(f"{known!r} is no regular expression: {error}. Example: 'sub-S\\d+'.") from error
         if found:
-            return found[1] if found.re.groups else found[0]
+            patient = found[1] if found.re.groups else found[0]
+            return patient and printable(patient)
     return None
 
 
