@@ -16,6 +16,7 @@ def data(
     folder: Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)],
     layout: options.DataLayout = None,
     subject: options.Subject = None,
+    allow_outside: options.AllowOutside = False,
     bundle: options.TokenizerBundle = None,
     prompt_length: options.PromptLength = None,
     json: options.Json = False,
@@ -27,7 +28,7 @@ def data(
 
     with progress(quiet=json) as tell:
         tell(f"Reading {folder}")
-        data_set = read_data_set(folder, layout, subject)
+        data_set = read_data_set(folder, layout, subject, allow_outside)
         report = report_data_set(data_set, *open_tokenizer(bundle, prompt_length), tell_every(tell, "Mask"))
     if json:
         print_json(report.to_dict())

@@ -28,6 +28,7 @@ def evaluate(
     force: Annotated[bool, typer.Option(help="Replace a report that is there already.")] = False,
     layout: options.DataLayout = None,
     subject: options.Subject = None,
+    allow_outside: options.AllowOutside = False,
     threshold: Annotated[float | None, typer.Option(help="Probability from which a pixel counts.")] = None,
     empty_masks: Annotated[
         Literal["one", "leave-out"],
@@ -73,7 +74,9 @@ def evaluate(
         name = backend or "onnxruntime"
         runs = options.choice(name, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
     choice = NetworkChoice(network, runs, precision, threads, size, prompt_length)
-    chosen = EvaluationOptions(split, layout, subject, threshold, empty_masks, tolerance, worst, seed)
+    chosen = EvaluationOptions(
+        split, layout, subject, threshold, empty_masks, tolerance, worst, seed, allow_outside
+    )  # fmt: skip
     with progress(quiet=json or stdout.is_terminal) as tell, picture_progress(quiet=json) as on_picture:
         result = run(choice, dataset, chosen, command_line(), tell, on_picture)
         if output is not None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cclip_deploy.errors import UsageError
+from cclip_deploy.limits import LARGEST_IMAGE_SIDE
 
 STRIDE = 32
 CONTEXT_LENGTH = 77
@@ -137,8 +138,12 @@ def image_hw(text: str | int) -> tuple[int, int]:
 
 
 def check_image_hw(hw: tuple[int, int]) -> None:
-    """Raise UsageError unless both sides are positive multiples of 32."""
+    """Raise UsageError unless both sides are positive multiples of 32, up to LARGEST_IMAGE_SIDE."""
     for side in hw:
+        if side > LARGEST_IMAGE_SIDE:
+            raise UsageError(
+                f"Image size {hw[0]}x{hw[1]} is out of range. Use sides of {STRIDE} to {LARGEST_IMAGE_SIDE}."
+            )
         if side < STRIDE or side % STRIDE:
             near = max(STRIDE, round(side / STRIDE) * STRIDE)
             raise UsageError(

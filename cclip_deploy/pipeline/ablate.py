@@ -19,6 +19,7 @@ from pathlib import Path
 from cclip_deploy.errors import UsageError
 from cclip_deploy.files import whole_file
 from cclip_deploy.packages import require_training_packages
+from cclip_deploy.paths import read_json
 from cclip_deploy.pipeline.ablation_cell import Cell, CellResult, run_cell
 from cclip_deploy.pipeline.ablation_data import prepare_data
 from cclip_deploy.pipeline.ablation_plan import AblationPlan
@@ -74,7 +75,7 @@ def _claim(output: Path, plan: AblationPlan) -> None:
     claim = {"films": None if plan.films is None else plan.films.model_dump(mode="json")}
     path = output / PLAN
     if path.exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = read_json(path)
         if then != claim:
             raise UsageError(f"{output} holds an ablation on other films. Choose another output folder.")
         return

@@ -24,7 +24,7 @@ def read_entry(cache: Path, key: str, on_progress: Callable[[str], None]) -> dic
         ranges = {str(name): float(value) for name, value in content["ranges"].items()}
         if content["sha256"] == _digest(key, ranges) and all(map(math.isfinite, ranges.values())):
             return ranges
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     on_progress(f"{path} was altered; calibrating again")
     return None

@@ -14,6 +14,7 @@ from cclip_deploy.data.layouts import Referral, of_split, read_data_set
 from cclip_deploy.errors import BundleError, UsageError
 from cclip_deploy.manifest import installed_versions, utc_now
 from cclip_deploy.precisions import Precision
+from cclip_deploy.runtime.backend import check_threads
 from cclip_deploy.train.controls import make_controls
 from cclip_deploy.train.evaluation import EmptyPolicy, Evaluation, summarise
 from cclip_deploy.train.intervals import FEW_PATIENTS, METHOD
@@ -58,6 +59,8 @@ class EvaluationOptions:
     tolerance_px: float = BOUNDARY_TOLERANCE_PX
     worst: int = 8
     seed: int = 0
+    allow_outside: bool = False
+    """Whether the data set's tables may name files outside its folder."""
 
     def check(self) -> None:
         """UsageError where a number means nothing."""
@@ -162,7 +165,7 @@ def evaluate(
     options.check()
     started_s = time.monotonic()
     on_progress(f"Reading {folder}")
-    data = read_data_set(folder, options.layout, options.subject_pattern)
+    data = read_data_set(folder, options.layout, options.subject_pattern, options.allow_outside)
     referrals = of_split(data.referrals, options.split)
     repaired = sum(data.referrals[row].split == options.split for row, _ in data.repaired)
     on_progress(f"Opening {choice.path}")
@@ -236,6 +239,7 @@ def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
     trained = loaded.form or InputForm()
     form = InputForm(choice.image_hw or trained.image_hw, choice.prompt_length or trained.prompt_length)
     tokenizer, _ = open_tokenizer(None, form.prompt_length)
+    check_threads(choice.threads)
     if choice.threads is not None:
         torch.set_num_threads(choice.threads)
     return CheckpointNetwork(loaded, form, tokenizer)

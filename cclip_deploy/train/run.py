@@ -19,6 +19,7 @@ from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.model.config import CONFIGS
 from cclip_deploy.packages import require_training_packages
+from cclip_deploy.paths import check_writable
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.training_set import fingerprint, open_training_set
 
@@ -132,11 +133,11 @@ def _train(
     from cclip_deploy.train.loop import Training, run_epochs
     from cclip_deploy.train.state import STATE, Identity, Progress, load_state
 
-    started_s = time.perf_counter()
+    started_s, source = time.perf_counter(), config.data
     fabric = launch(config.devices)
     tell(f"Reading {data_folder}")
     tokenizer = PromptTokenizer.from_open_clip()
-    data_set = read_data_set(data_folder, config.data.layout, config.data.subject)
+    data_set = read_data_set(data_folder, source.layout, source.subject, source.allow_outside)
     if data_set.repaired:
         tell(f"Repaired typing errors in {len(data_set.repaired)} prompts; cclip-deploy data lists them")
     splits = _read_splits(data_set, config, options)
@@ -171,6 +172,7 @@ def _train(
 def _check_folder(folder: Path, options: RunOptions) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file. Choose another folder for the training.")
+    check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not options.resume:
         raise UsageError(f"{folder} is not empty. Go on with --resume, or choose another folder.")
 

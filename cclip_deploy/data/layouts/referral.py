@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cclip_deploy.data.images import has_dicom_mark, is_picture_name, picture_orientation, picture_size
 from cclip_deploy.errors import DataError, UsageError
+from cclip_deploy.paths import is_file, shown
 
 SPLITS = ("train", "val", "test")
 SUBJECT_PATTERNS = (
@@ -104,8 +105,8 @@ def name_some(names: Iterable[str]) -> str:
 
 def _read_size(path: Path, what: str) -> tuple[int, int]:
     """Width and height, as the file's header says them."""
-    if not path.is_file():
-        raise DataError(f"{what} {path} does not exist. Correct the table or restore the file.")
+    if not is_file(path):
+        raise DataError(f"{what} {shown(path)} does not exist. Correct the table or restore the file.")
     try:
         return picture_size(path)
     except DataError as error:
