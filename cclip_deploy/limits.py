@@ -8,11 +8,13 @@ LARGEST_IMAGE_SIDE = 4096
 """Pixels of a side of the network's input."""
 
 MAX_PIXELS = 2**26
-"""Pixels of a picture times its channels: 256 MiB as float32."""
+"""Pixels of a picture."""
+MAX_VALUES = 2**27
+"""Pixels of a picture times its channels: 512 MiB as float32."""
 MAX_SIDE = 2**15
 """Pixels of a side of a picture."""
 LARGEST_PICTURE_FILE = 2**29
-"""Bytes of a picture's file; 512 MiB is twice the largest picture without compression."""
+"""Bytes of a picture's file."""
 MOST_PICTURE_BYTES = 2**30
 """Bytes of all pictures, masks and probabilities that are read ahead or wait to be written."""
 

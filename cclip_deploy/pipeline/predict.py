@@ -8,8 +8,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,18 @@ from numpy.typing import NDArray
 
 from cclip_deploy.data.images import Picture, find_pictures, read_picture
 from cclip_deploy.data.masks import WrittenMask, file_stem, write_segmentation
-from cclip_deploy.errors import ImageError, UsageError
+from cclip_deploy.data.room import Room
+from cclip_deploy.errors import CclipError, ImageError, UsageError
 from cclip_deploy.files import disk_problem
+from cclip_deploy.paths import check_writable
 from cclip_deploy.pipeline.explain import Explainer
 from cclip_deploy.pipeline.explanation_picture import write_explanation
 from cclip_deploy.prompt_cache import CacheCounts
 from cclip_deploy.segmenter import Segmenter
 
 READ_AHEAD, WRITE_BEHIND, WRITERS = 2, 4, 2
+BYTES_PER_PIXEL = 16
+"""Of a mask that is written: its probability and what becomes of it."""
 _NICENESS = 10
 
 
@@ -73,12 +78,14 @@ def predict(
     on_picture: Callable[[Path, int, int], None] = lambda path, number, total: None,
     explainer: Explainer | None = None,
 ) -> Predictions:
-    """Segment every prompt on every picture; a picture that cannot be read is reported and the rest go on.
+    """Segment every prompt on every picture; a picture that cannot be used is reported and the rest go on.
 
     One thread reads a few pictures ahead and two write behind, while this one runs the network. At most
     `READ_AHEAD` pictures wait to be segmented and `WRITE_BEHIND` masks to be written, whatever the number of pictures
-    and prompts. Results have the order of the pictures and prompts. `on_picture` is told each picture, its number and
-    how many there are, when its turn comes. With an `explainer`, every mask has its explanation beside it.
+    and prompts, and fewer where they are so large that they pass `MOST_PICTURE_BYTES`. Whatever reading a picture
+    raises, and a lack of memory afterwards, is that picture's failure. Results have the order of the pictures and
+    prompts. `on_picture` is called with each picture, its number and how many there are, when its turn comes. With an
+    `explainer`, every mask has its explanation beside it.
 
     Raises:
         UsageError: no prompt, or an output that is a file.
@@ -92,34 +99,84 @@ def predict(
     paths = find_pictures(images)
     segmenter.prepare(prompts)
     _make_folder(output)
+    check_writable(output)
     limit = segmenter.bundle.manifest.threshold if threshold is None else threshold
-    done: list[Prediction] = []
-    failed: list[tuple[Path, str]] = []
-    writing: deque[Future[Prediction]] = deque()
-    used_stems: set[str] = set()
-    with _threads(1, "reader") as reader, _threads(WRITERS, "writer") as writers:
-        for number, (path, read) in enumerate(_read_ahead(reader, paths), start=1):
+    run, found = _Run(segmenter, prompts, output, limit, explainer), _Found()
+    with _threads(WRITERS, "writer") as writers, _threads(1, "reader") as reader, closing(Room()) as room:
+        for number, (path, read) in enumerate(_read_ahead(reader, paths, room), start=1):
             on_picture(path, number, len(paths))
             try:
                 picture = read.result()
-            except ImageError as error:
-                failed.append((path, str(error)))
+            except Exception as error:  # whatever a decoder raises on a stranger's bytes
+                found.fail(path, error)
                 continue
-            seen = None if explainer is None else explainer.look(picture.pixels)
-            features = None if seen is None else seen.features
-            probabilities = segmenter.probabilities(picture.pixels, prompts, features)
-            for prompt, probability in zip(prompts, probabilities, strict=True):
-                stem = file_stem(path, prompt, used_stems)
-                explanation = None
-                if explainer is not None and seen is not None:
-                    answer = explainer.confounding_answer(prompt)
-                    explanation = write_explanation(
-                        output / f"{stem}-explanation.png", picture.pixels, probability >= limit, prompt, seen, answer
-                    )
-                writing.append(writers.submit(_write, picture, prompt, probability, output, stem, limit, explanation))
-                done += _results(writing, WRITE_BEHIND)
-        done += _results(writing, 0)
-    return Predictions(tuple(done), tuple(failed), segmenter.prompt_counts.since(counted_before))
+            at_once = room.most_bytes // (BYTES_PER_PIXEL * picture.pixels[..., :1].size)
+            try:
+                for write in run.masks(picture):
+                    found.writing.append((path, writers.submit(write)))
+                    found.collect(min(WRITE_BEHIND, max(0, at_once - 1)))
+            except MemoryError as error:
+                found.fail(path, error)
+            room.give(picture.pixels.nbytes)
+        found.collect(0)
+    counts = segmenter.prompt_counts.since(counted_before)
+    return Predictions(tuple(found.done), tuple(found.failed.items()), counts)
+
+
+@dataclass
+class _Run:
+    """What is segmented and written, the same for every picture."""
+
+    segmenter: Segmenter
+    prompts: Sequence[str]
+    output: Path
+    limit: float
+    explainer: Explainer | None
+    used_stems: set[str] = field(default_factory=set)
+
+    def masks(self, picture: Picture) -> Iterator[Callable[[], Prediction]]:
+        """For each prompt what writes its mask; the network runs here."""
+        seen = None if self.explainer is None else self.explainer.look(picture.pixels)
+        features = None if seen is None else seen.features
+        probabilities = self.segmenter.probabilities(picture.pixels, self.prompts, features)
+        for prompt, probability in zip(self.prompts, probabilities, strict=True):
+            stem = file_stem(picture.path, prompt, self.used_stems)
+            explanation = None
+            if self.explainer is not None and seen is not None:
+                answer = self.explainer.confounding_answer(prompt)
+                path, inside = self.output / f"{stem}-explanation.png", probability >= self.limit
+                explanation = write_explanation(path, picture.pixels, inside, prompt, seen, answer)
+            yield partial(_write, picture, prompt, probability, self.output, stem, self.limit, explanation)
+
+
+@dataclass
+class _Found:
+    """Results and failures so far, and the masks that are being written."""
+
+    done: list[Prediction] = field(default_factory=list)
+    failed: dict[Path, str] = field(default_factory=dict)
+    writing: deque[tuple[Path, Future[Prediction]]] = field(default_factory=deque)
+
+    def collect(self, most: int) -> None:
+        """Take the oldest results, waiting until at most so many are under way; raises what a writer raised."""
+        while len(self.writing) > most:
+            path, future = self.writing.popleft()
+            try:
+                self.done.append(future.result())
+            except MemoryError as error:
+                self.fail(path, error)
+
+    def fail(self, path: Path, error: Exception) -> None:
+        """Keep the first reason why a picture failed."""
+        self.failed.setdefault(path, _reason(path, error))
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, CclipError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"{path} takes more memory than there is. Reduce the picture first."
+    return f"{path} cannot be used: {type(error).__name__}: {error}. Copy or export it again."
 
 
 def refuse_failures(predictions: Predictions) -> None:
@@ -160,20 +217,23 @@ def _step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
-def _read_ahead(reader: ThreadPoolExecutor, paths: Sequence[Path]) -> Iterator[tuple[Path, Future[Picture]]]:
-    """Each path with its picture, which the reader begins a little before it is asked for."""
+def _read_ahead(
+    reader: ThreadPoolExecutor, paths: Sequence[Path], room: Room
+) -> Iterator[tuple[Path, Future[Picture]]]:
+    """Each path with its picture, which the reader begins a little before it is needed, as far as there is room."""
+
+    def read(path: Path) -> Picture:
+        picture = read_picture(path)
+        room.take(picture.pixels.nbytes)
+        return picture
+
     ahead: deque[tuple[Path, Future[Picture]]] = deque()
     for path in paths:
-        ahead.append((path, reader.submit(read_picture, path)))
+        ahead.append((path, reader.submit(read, path)))
         if len(ahead) > READ_AHEAD:
             yield ahead.popleft()
     while ahead:
         yield ahead.popleft()
-
-
-def _results(writing: deque[Future[Prediction]], most: int) -> list[Prediction]:
-    """The oldest results, waiting until at most so many are under way; raises what a writer raised."""
-    return [writing.popleft().result() for _ in range(len(writing) - most)]
 
 
 def _write(
