@@ -18,6 +18,9 @@ LARGEST_PICTURE_FILE = 2**29
 MOST_PICTURE_BYTES = 2**30
 """Bytes of all pictures, masks and probabilities that are read ahead or wait to be written."""
 
+MOST_MASK_BYTES = 2**32
+"""Bytes of the masks of one picture's rows, while they are measured."""
+
 LARGEST_TABLE = 2**26
 """Bytes of a table's file, and of an Excel workbook's parts once they are unpacked."""
 LONGEST_LINE = 2**20

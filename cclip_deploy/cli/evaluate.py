@@ -9,6 +9,7 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import command_line, picture_progress, print_json, progress, reports_errors, stdout, table
+from cclip_deploy.errors import ImageError
 from cclip_deploy.precisions import Precision
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def evaluate(
         print_json(result.to_dict())
     else:
         _show(result, output)
+    if result.measurements.failed:
+        raise ImageError(f"Some pictures could not be used: {result.describe_failures()}")
 
 
 def _show(result: EvaluationResult, output: Path | None) -> None:

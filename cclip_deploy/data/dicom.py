@@ -39,7 +39,7 @@ def read_dicom(path: Path) -> Picture:
     """
     pydicom = _import_pydicom()
     with decoding(path):
-        _check_transfer_syntax(path)
+        _check_decoder(path, _transfer_syntax(path))
         header = pydicom.dcmread(path, stop_before_pixels=True)
         _check_header(path, header)
         if header.file_meta.TransferSyntaxUID.is_encapsulated:
@@ -53,10 +53,10 @@ def read_dicom(path: Path) -> Picture:
 
 
 def dicom_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of a single-frame file, from its header; raises as `read_dicom`."""
+    """Width and height in pixels of a single-frame file, from its header; raises as `read_dicom`, needs no decoder."""
     pydicom = _import_pydicom()
     with decoding(path):
-        _check_transfer_syntax(path)
+        _transfer_syntax(path)
         header = pydicom.dcmread(path, stop_before_pixels=True)
         _check_header(path, header)
         return int(header.Columns), int(header.Rows)
@@ -73,16 +73,22 @@ def _import_pydicom() -> Any:
     return pydicom
 
 
-def _check_transfer_syntax(path: Path) -> None:
-    """Refuse what cannot be decoded before any of it is read; deflated files could fill the memory."""
+def _transfer_syntax(path: Path) -> UID:
+    """The syntax of a file; a deflated one is refused, as its header alone could fill the memory."""
     from pydicom.filereader import read_file_meta_info
-    from pydicom.pixels import get_decoder
 
     syntax: UID | None = read_file_meta_info(path).get("TransferSyntaxUID")
     if syntax is None:
         raise ImageError(f"{path} names no transfer syntax (0002,0010). Export it again as a DICOM file.")
     if syntax.is_transfer_syntax and syntax.is_deflated:
         raise ImageError(f"{path} uses {syntax.name}, which is not read. Convert it, e.g. with DCMTK: dcmconv +te")
+    return syntax
+
+
+def _check_decoder(path: Path, syntax: UID) -> None:
+    """Refuse what cannot be decoded before any of it is read."""
+    from pydicom.pixels import get_decoder
+
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:

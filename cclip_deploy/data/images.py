@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _GREY_MODES = frozenset({"1", "L", "I", "F"})
 _STRIP_VALUES = 2**20
+_TELLING_CHUNKS, _MOST_CHUNKS = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"}), 100_000
 _EXIF_ORIENTATION, _UPRIGHT, _ON_ITS_SIDE = 274, 1, frozenset({5, 6, 7, 8})
 _DECODING = threading.Lock()
 
@@ -79,7 +81,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
         return dicom_size(path)
     with opened_raster(path) as image:
-        return image.size[::-1] if _orientation(image) in _ON_ITS_SIDE else image.size
+        return image.size[::-1] if _orientation(path, image) in _ON_ITS_SIDE else image.size
 
 
 def picture_orientation(path: Path) -> int:
@@ -87,7 +89,7 @@ def picture_orientation(path: Path) -> int:
     if has_dicom_mark(path):
         return _UPRIGHT
     with opened_raster(path) as image:
-        return _orientation(image)
+        return _orientation(path, image)
 
 
 @contextmanager
@@ -105,6 +107,15 @@ def opened_raster(path: Path) -> Iterator[Image.Image]:
         tile = (tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_LENGTH, 1))
         check_picture_size(path, *tile, _channels(image))
         yield image
+
+
+def failure_of(path: Path, error: Exception) -> str:
+    """Why a picture cannot be used, in a sentence, whatever its decoder raised."""
+    if isinstance(error, CclipError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"{path} takes more memory than there is. Reduce the picture first."
+    return f"{path} cannot be used: {type(error).__name__}: {error}. Copy or export it again."
 
 
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
@@ -223,9 +234,28 @@ def _channels(image: Image.Image) -> int:
     return 2 if image.mode in {"LA", "La"} else 3 + image.has_transparency_data
 
 
-def _orientation(image: Image.Image) -> int:
-    found = image.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
+def _orientation(path: Path, image: Image.Image) -> int:
+    # Pillow decodes a whole PNG file for this, as what says it may stand behind the pixels.
+    decode = image.format != "PNG" or _says_more_behind_pixels(path)
+    exif = image.getexif() if decode else Image.Image.getexif(image)
+    found = exif.get(_EXIF_ORIENTATION, _UPRIGHT)
     return found if found in range(1, 9) else _UPRIGHT
+
+
+def _says_more_behind_pixels(path: Path) -> bool:
+    """Whether a PNG file has EXIF or a text behind its pixels, or so many chunks that looking on would take long."""
+    pixels = False
+    with path.open("rb") as file:
+        file.seek(8)
+        for _ in range(_MOST_CHUNKS):
+            head = file.read(8)
+            if len(head) < 8 or head[4:] == b"IEND":
+                return False
+            pixels = pixels or head[4:] == b"IDAT"
+            if pixels and head[4:] in _TELLING_CHUNKS:
+                return True
+            file.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
+    return True
 
 
 def _open(path: Path, file: BinaryIO) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.layouts import Referral, of_split, read_data_set
-from cclip_deploy.errors import BundleError, UsageError
+from cclip_deploy.errors import BundleError, ImageError, UsageError
 from cclip_deploy.manifest import installed_versions, utc_now
 from cclip_deploy.precisions import Precision
 from cclip_deploy.runtime.backend import check_threads
@@ -120,6 +120,7 @@ class EvaluationResult:
                 "seed": self.options.seed,
             },
             "warnings": self.warnings(),
+            "failed": [{"image": str(path), "error": reason} for path, reason in self.measurements.failed],
             **self.evaluation.to_dict(),
             "worst": [self._show_case(case) for case in self.measurements.worst],
             "invented": [self._show_case(case) for case in self.measurements.invented],
@@ -128,6 +129,8 @@ class EvaluationResult:
     def warnings(self) -> list[str]:
         """Why intervals may cover the true values less often than they claim, or are missing."""
         data, scores, found = self.data, self.evaluation.scores, []
+        if self.measurements.failed:
+            found.append(f"Pictures that could not be used, their rows left out: {self.describe_failures()}")
         few = [f.name for f in fields(scores) if getattr(scores, f.name).few_patients]
         if data.patients < 2:
             found.append("There is one patient alone, so there are no intervals.")
@@ -140,6 +143,11 @@ class EvaluationResult:
         if not data.patients_known:
             found.append("No patients are known: each image counts as one, so intervals are too narrow if they repeat.")
         return found
+
+    def describe_failures(self) -> str:
+        """How many pictures could not be used, and the first of them with its reason."""
+        failed = self.measurements.failed
+        return f"{len(failed)} of {len(failed) + self.data.images}; first: {failed[0][1]}"
 
     def _show_case(self, case: ShownCase) -> dict[str, Any]:
         referral, overlap = self.referrals[case.row], self.measurements.rows[case.row].overlap
@@ -159,6 +167,7 @@ def evaluate(
 
     Raises:
         DataError: the data set lacks the split, a mask, or is otherwise not what its layout has.
+        ImageError: no picture could be used; where some could, the result names the others.
         UsageError: an option that does not belong to what is evaluated.
         EnvironmentProblem: a package is missing.
     """
@@ -172,9 +181,13 @@ def evaluate(
     with open_network(choice) as network:
         threshold = network.threshold if options.threshold is None else options.threshold
         controls = make_controls([referral.text for referral in referrals], options.seed)
-        measuring = MeasuringOptions(threshold, options.tolerance_px, options.worst)
+        measuring = MeasuringOptions(threshold, options.tolerance_px, options.worst, leave_out_failures=True)
         measurements = measure_split(network, referrals, controls, measuring, on_image)
         described = network.describe()
+    if not measurements.kept:
+        raise ImageError(measurements.failed[0][1])
+    referrals = [referrals[row] for row in measurements.kept]
+    controls = [control.of_rows(measurements.kept) for control in controls]
     on_progress("Computing intervals over patients")
     return EvaluationResult(
         network=described,

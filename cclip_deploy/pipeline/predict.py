@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.data.images import Picture, find_pictures, read_picture
+from cclip_deploy.data.images import Picture, failure_of, find_pictures, read_picture
 from cclip_deploy.data.masks import WrittenMask, file_stem, write_segmentation
 from cclip_deploy.data.room import Room
-from cclip_deploy.errors import CclipError, ImageError, UsageError
+from cclip_deploy.errors import ImageError, UsageError
 from cclip_deploy.files import disk_problem
 from cclip_deploy.paths import check_writable
 from cclip_deploy.pipeline.explain import Explainer
@@ -168,15 +168,7 @@ class _Found:
 
     def fail(self, path: Path, error: Exception) -> None:
         """Keep the first reason why a picture failed."""
-        self.failed.setdefault(path, _reason(path, error))
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, CclipError):
-        return str(error)
-    if isinstance(error, MemoryError):
-        return f"{path} takes more memory than there is. Reduce the picture first."
-    return f"{path} cannot be used: {type(error).__name__}: {error}. Copy or export it again."
+        self.failed.setdefault(path, failure_of(path, error))
 
 
 def refuse_failures(predictions: Predictions) -> None:

@@ -18,7 +18,7 @@ from cclip_deploy.data.layouts.masks_by_name import (
 from cclip_deploy.data.layouts.medvlsm import has_medvlsm, read_medvlsm
 from cclip_deploy.data.layouts.referral import Referral
 from cclip_deploy.data.repair import RepairedPrompt, repair_prompt
-from cclip_deploy.errors import DataError, UsageError
+from cclip_deploy.errors import DataError, PromptError, UsageError
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,16 @@ def read_data_set(
     written = LAYOUTS[name].read(folder, subject_pattern, allow_outside)
     if not written:
         raise DataError(f"{folder} has no rows in the {name} layout, which is known by {LAYOUTS[name].looks}.")
-    prompts = [repair_prompt(referral.text) for referral in written]
+    prompts = [_repair(referral) for referral in written]
     referrals = tuple(dataclasses.replace(r, text=prompt.text) for r, prompt in zip(written, prompts, strict=True))
     return DataSet(folder, name, referrals, tuple((n, prompt) for n, prompt in enumerate(prompts) if prompt.repairs))
+
+
+def _repair(referral: Referral) -> RepairedPrompt:
+    try:
+        return repair_prompt(referral.text)
+    except PromptError as error:
+        raise DataError(f"{referral.image}, split {referral.split}: {error}") from error
 
 
 def _layouts_in(folder: Path) -> list[str]:
