@@ -128,14 +128,14 @@ def check_writable(*paths: Path | None) -> None:
     for path in filter(None, paths):
         try:
             absolute = Path(os.path.abspath(path))
-            place = next(there for there in (absolute, *absolute.parents) if there.exists())
+            place = next(there for there in (absolute, *absolute.parents) if _is_found(there))
             if place == absolute and not place.is_dir():
                 place = place.parent
             with tempfile.TemporaryFile(dir=place):
                 pass
-        except OSError as problem:
-            problem.filename = shown(path)
-            raise disk_problem(Path(shown(path)), problem) from problem
+        except (OSError, ValueError) as problem:
+            reason = OSError(getattr(problem, "errno", errno.EINVAL), _reason(problem))
+            raise disk_problem(Path(shown(path)), reason) from problem
 
 
 def path_problem(problem: OSError) -> DataError | None:
@@ -143,6 +143,15 @@ def path_problem(problem: OSError) -> DataError | None:
     if problem.errno not in BAD_PATHS or not isinstance(problem.filename, str | bytes | os.PathLike):
         return None
     return DataError(f"{shown(os.fsdecode(problem.filename))}: {problem.strerror}. Check the path and its permissions.")
+
+
+def _is_found(path: Path) -> bool:
+    """Whether there is anything; unlike `Path.exists` this raises where links go in a circle."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _reason(problem: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -132,7 +133,7 @@ def image_hw(text: str | int) -> tuple[int, int]:
     try:
         height, width = (int(part) for part in (parts * 2 if len(parts) == 1 else parts))
     except ValueError:
-        raise UsageError(f"Image size {text!r} is not N or HxW, for example 224 or 256x320.") from None
+        raise UsageError(f"Image size {reprlib.repr(text)} is not N or HxW, for example 224 or 256x320.") from None
     check_image_hw((height, width))
     return height, width
 

@@ -97,9 +97,9 @@ def predict(
         raise UsageError(f"A threshold of {threshold} is not between 0 and 1. Leave it out for the bundle's own.")
     counted_before = segmenter.prompt_counts
     paths = find_pictures(images)
+    check_writable(output)
     segmenter.prepare(prompts)
     _make_folder(output)
-    check_writable(output)
     limit = segmenter.bundle.manifest.threshold if threshold is None else threshold
     run, found = _Run(segmenter, prompts, output, limit, explainer), _Found()
     with _threads(WRITERS, "writer") as writers, _threads(1, "reader") as reader, closing(Room()) as room:
