@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cclip_deploy.cli.console import read_json, write_json
+from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
+from cclip_deploy.paths import read_json
 from cclip_deploy.train.interval_coverage import (
     CASES,
     PATIENTS,

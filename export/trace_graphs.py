@@ -30,7 +30,9 @@ def main() -> None:
     from cclip_deploy.graph.trace import plan_deploy_graphs, trace
     from cclip_deploy.model.checkpoint import load_checkpoint
     from cclip_deploy.model.config import image_hw
+    from cclip_deploy.runtime.backend import check_threads
 
+    check_threads(arguments.threads)
     torch.set_num_threads(arguments.threads)
     model = load_checkpoint(arguments.checkpoint).model
     size = image_hw(arguments.image_size)

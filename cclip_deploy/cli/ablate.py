@@ -9,6 +9,8 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table
+from cclip_deploy.limits import MOST_THREADS
+from cclip_deploy.paths import check_writable
 
 
 @reports_errors
@@ -19,7 +21,9 @@ def ablate(
         Path | None,
         typer.Option("-o", "--output", help="Folder; runs/ablation-PLAN unless given. Goes on where it was."),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Trainings at once, each with the recipe's threads.", min=1)] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Trainings at once, each with the recipe's threads.", min=1, max=MOST_THREADS)
+    ] = 1,
     json: options.Json = False,
 ) -> None:
     """Does a mode of training help? [bold]Every arm of a plan, over seeds[/], with spreads and paired differences."""
@@ -29,6 +33,7 @@ def ablate(
 
     check_report_packages()
     folder = output or Path("runs") / f"ablation-{plan.stem}"
+    check_writable(folder)
     with progress(quiet=json) as tell:
         ablation = run(read_plan(plan, data), folder, jobs, tell)
         write_report(folder, ablation, command_line())

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table, write_json
+from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table, write_json, yes_or_no
+from cclip_deploy.limits import MOST_THREADS
+from cclip_deploy.paths import check_writable
 
 BASELINES = {
     "plain": "plain export",
@@ -37,7 +39,7 @@ def bench(
     ] = None,
     device: options.Device = "cpu",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the JSON in this file, too.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads of every candidate.", min=1)] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads of every candidate.", min=1, max=MOST_THREADS)] = 2,
     allow_fallback: options.AllowFallback = False,
     gpu_interface: options.GpuInterface = "cuda-python",
     cuda_graphs: options.CudaGraphs = False,
@@ -49,6 +51,7 @@ def bench(
     from cclip_deploy.pipeline.bench import bench_bundle
     from cclip_deploy.pipeline.bench_plan import BenchOptions
 
+    check_writable(output)
     choice = options.choice(
         backend or "onnxruntime", device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache
     )
@@ -105,7 +108,7 @@ def show_figures(result: dict[str, Any]) -> None:
             continue
         unit = row["unit"]
         goal = "" if row["goal"] is None else f"{'≥' if row['at_least'] else '≤'} {with_unit(row['goal'], unit)}"
-        met = {True: "[green]yes[/]", False: "[bold red]no[/]", None: ""}[row["met"]]
+        met = yes_or_no(row["met"])
         interval = between(row, ".3g", f" {unit}") if unit in ("×", "%") and row["n"] else ""
         shown.add_row(row["what"], _where(row), with_unit(row["value"], unit), interval, goal, met)
     stdout.print(shown)

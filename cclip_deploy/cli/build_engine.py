@@ -12,6 +12,7 @@ import typer
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table
 from cclip_deploy.errors import UsageError
+from cclip_deploy.paths import check_writable
 from cclip_deploy.precisions import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def build_engine(
     evaluation_pictures: Annotated[int, typer.Option(help="Judge the masks on at most so many.", min=1)] = 64,
     layout: options.DataLayout = None,
     subject: options.Subject = None,
+    allow_outside: options.AllowOutside = False,
     allow_few: Annotated[bool, typer.Option(help="Calibrate on fewer than 8 images.")] = False,
     calibration_cache: Annotated[
         bool, typer.Option("--calibration-cache/--no-calibration-cache", help="Keep ranges between runs.")
@@ -79,13 +81,14 @@ def build_engine(
     from cclip_deploy.pipeline.engine_profile import read_profile
     from cclip_deploy.runtime.engine_settings import EngineSettings
 
+    check_writable(Path(bundle).resolve().parent)
     asked = {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
     if evaluation_set and not calibration:
         raise UsageError("--evaluation-set is compared with --calibration DIR, which was not given.")
     calibrating = CalibrationOptions(
         tuple(calibration), calibration_method, limit=calibration_pictures, evaluation_set=tuple(evaluation_set or ()),
-        evaluation_limit=evaluation_pictures, data_sets=DataSetOptions(layout, subject), allow_few=allow_few,
-        cache=default_cache() if calibration_cache else None,
+        evaluation_limit=evaluation_pictures, data_sets=DataSetOptions(layout, subject, allow_outside),
+        allow_few=allow_few, cache=default_cache() if calibration_cache else None,
     ) if calibration else None  # fmt: skip
     precision, kept = _precision(asked), tuple(keep or ())
     if tuned is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shlex
 import sys
@@ -15,32 +14,45 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from cclip_deploy.cli.entry import end_interrupted, raise_if_received, received
-from cclip_deploy.errors import CclipError, DataError
+from cclip_deploy.errors import CclipError
 from cclip_deploy.files import whole_file
 from cclip_deploy.names import json_text, printable
+from cclip_deploy.paths import path_problem
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 P = ParamSpec("P")
 
 PIPE_WIDTH = 120
-CONTROL_CODES = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+CONTROL_CODES = dict.fromkeys(
+    [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+)
+"""What would steer a terminal: escape sequences, and marks that turn the direction of writing."""
+LONGEST_MESSAGE = 4000
 
 
 class _SafeConsole(Console):
-    """Drops what would steer the terminal or has no encoding: file names and manifests are untrusted text."""
+    """Prints text as it is: no markup, no escape sequences; file names, prompts and manifests are strangers' text."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(text).translate(CONTROL_CODES), **options)
+        return super().render_str(_harmless(text), **options)
 
 
-stdout = _SafeConsole(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-stderr = _SafeConsole(stderr=True, highlight=False, emoji=False)
+stdout = _SafeConsole(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+stderr = _SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def _harmless(text: str) -> str:
+    return printable(text).translate(CONTROL_CODES)
+
+
+def styled(text: str, style: str) -> Text:
+    """A text in a style, such as "bold red"; the only way to print in colors."""
+    return Text(_harmless(text), style=style)
 
 
 def reports_errors(command: Command) -> Command:
@@ -57,10 +69,12 @@ def reports_errors(command: Command) -> Command:
         except (Exception, KeyboardInterrupt) as error:
             if received or isinstance(error, KeyboardInterrupt):
                 end_interrupted()
-            if not isinstance(error, CclipError):
+            told = path_problem(error) if isinstance(error, OSError) else error
+            if not isinstance(told, CclipError):
                 raise
-            stderr.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-            raise SystemExit(error.exit_code) from error
+            message = str(told) if len(str(told)) <= LONGEST_MESSAGE else f"{str(told)[:LONGEST_MESSAGE]} …"
+            stderr.print(styled("Error:", "bold red"), message, soft_wrap=True)
+            raise SystemExit(told.exit_code) from told
         return result
 
     return guarded  # type: ignore[return-value]
@@ -76,9 +90,9 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield _unless_received(lambda message: None)
     elif stderr.is_terminal:
         with stderr.status("Starting") as status:
-            yield _unless_received(lambda message: status.update(escape(message)))
+            yield _unless_received(lambda message: status.update(styled(message, "")))
     else:
-        yield _unless_received(lambda message: stderr.print(escape(message), soft_wrap=True))
+        yield _unless_received(lambda message: stderr.print(message, soft_wrap=True))
 
 
 def _unless_received(show: Callable[P, None]) -> Callable[P, None]:
@@ -123,27 +137,17 @@ def picture_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
             task = bar.add_task("Starting", total=None)
 
             def show(path: Path, number: int, total: int) -> None:
-                description = line(path, number, total).translate(CONTROL_CODES)
+                description = _harmless(line(path, number, total))
                 bar.update(task, total=total, completed=number - 1, description=description)
 
             yield _unless_received(show)
     else:
-        yield _unless_received(
-            lambda path, number, total: stderr.print(escape(line(path, number, total)), soft_wrap=True)
-        )
+        yield _unless_received(lambda path, number, total: stderr.print(line(path, number, total), soft_wrap=True))
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output, and nothing else."""
     sys.stdout.write(json_text(value))
-
-
-def read_json(path: Path) -> Any:
-    """The JSON document in a file; DataError where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}. Name a file that holds some.") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -154,10 +158,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table; columns whose name ends in a space are right-aligned."""
-    made = Table(title=escape(title), title_justify="left", header_style="bold")
+    made = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
         made.add_column(column.strip(), justify="right" if column.endswith(" ") else "left", overflow="fold")
     return made
+
+
+def yes_or_no(met: bool | None) -> Text:
+    """Whether a goal is met, in color; empty where there is none."""
+    return styled("", "") if met is None else styled(*(("yes", "green") if met else ("no", "bold red")))
 
 
 def si(count: float, unit: str = "") -> str:

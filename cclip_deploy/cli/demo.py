@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table
+from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table, yes_or_no
+from cclip_deploy.limits import MOST_THREADS
 
 
 @reports_errors
@@ -16,7 +17,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for bundle, data and report.")] = Path(
         "runs/demo"
     ),
-    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1, max=MOST_THREADS)] = 2,
     json: options.Json = False,
 ) -> None:
     """Run [bold]the whole chain[/] on a tiny network, from training to masks and a report; minutes on a CPU."""
@@ -29,7 +30,7 @@ def demo(
         return
     shown = table(f"cclip-deploy demo, {facts.total_seconds:.0f} s", "stage", "what", "value", "goal", "met")
     for row in facts.rows():
-        met = {True: "[green]yes[/]", False: "[bold red]no[/]", None: ""}[row.met]
+        met = yes_or_no(row.met)
         shown.add_row(row.stage, row.what, row.value, row.goal, met)
     stdout.print(shown)
     stdout.print(f"Report with pictures: {output / REPORT}\nBundle: {output / BUNDLE}", markup=False)

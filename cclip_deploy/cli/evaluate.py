@@ -10,6 +10,7 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import command_line, picture_progress, print_json, progress, reports_errors, stdout, table
+from cclip_deploy.errors import ImageError
 from cclip_deploy.precisions import Precision
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def evaluate(
     force: Annotated[bool, typer.Option(help="Replace a report that is there already.")] = False,
     layout: options.DataLayout = None,
     subject: options.Subject = None,
+    allow_outside: options.AllowOutside = False,
     threshold: Annotated[float | None, typer.Option(help="Probability from which a pixel counts.")] = None,
     empty_masks: Annotated[
         Literal["one", "leave-out"],
@@ -72,7 +74,7 @@ def evaluate(
         name = backend or "onnxruntime"
         runs = options.choice(name, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
     choice = NetworkChoice(network, runs, precision, threads, size, prompt_length)
-    chosen = EvaluationOptions(split, layout, subject, threshold, empty_masks, tolerance, worst, seed)
+    chosen = EvaluationOptions(split, layout, subject, threshold, empty_masks, tolerance, worst, seed, allow_outside)
     report = nullcontext() if output is None else new_report(output, force)
     with report as folder, progress(json or stdout.is_terminal) as tell, picture_progress(quiet=json) as on_picture:
         result = run(choice, dataset, chosen, command_line(), tell, on_picture)
@@ -82,6 +84,8 @@ def evaluate(
         print_json(result.to_dict())
     else:
         _show(result, output)
+    if result.measurements.failed:
+        raise ImageError(f"Some pictures could not be used: {result.describe_failures()}")
 
 
 def _show(result: EvaluationResult, output: Path | None) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cclip_deploy.limits import MOST_THREADS
+
 if TYPE_CHECKING:
     from cclip_deploy.runtime.choice import Choice
 
@@ -18,6 +20,10 @@ DataLayout = Annotated[
 Subject = Annotated[
     str | None,
     typer.Option("--subject", help="Regular expression for the patient in an image's name, as 'sub-S\\d+'."),
+]
+AllowOutside = Annotated[
+    bool,
+    typer.Option("--allow-outside", help="Tables may name files outside the data set's folder: trust them first."),
 ]
 TokenizerBundle = Annotated[
     Path | None, typer.Option("--bundle", help="Count tokens as this bundle does; as open_clip does unless given.")
@@ -32,7 +38,8 @@ Repair = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", help="CPU threads; as many as the runtime likes unless given.", min=1)
+    int | None,
+    typer.Option("--threads", help="CPU threads; as many as the runtime likes unless given.", min=1, max=MOST_THREADS),
 ]
 Device = Annotated[
     Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"], typer.Option("--device", help="ONNX Runtime's provider.")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table
@@ -88,7 +87,7 @@ def predict(
         shown = table("Predictions", "picture", "prompt", "area ", "mean probability ", "mask")
         for row in found.done:
             numbers = (f"{row.area_share:.2%}", f"{row.mean_probability:.3f}")
-            shown.add_row(escape(row.image.name), escape(row.prompt), *numbers, escape(str(row.written.mask)))
+            shown.add_row(row.image.name, row.prompt, *numbers, str(row.written.mask))
         stdout.print(shown)
         for repaired in (p for p in prompts if p.repairs):
             stdout.print(repaired.describe(), markup=False)

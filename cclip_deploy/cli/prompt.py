@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, reports_errors, stdout, table
@@ -27,15 +26,15 @@ def prompt(
         print_json(facts)
         return
     shown = table("Prompt", "", "value")
-    shown.add_row("text", escape(facts["text"]))
+    shown.add_row("text", facts["text"])
     for made in facts["repairs"]:
-        shown.add_row("repaired", escape(f"{made['found']!r} to {made['put']!r}"))
+        shown.add_row("repaired", f"{made['found']!r} to {made['put']!r}")
     for side, zones in (facts["zones"] or {}).items():
         shown.add_row(f"{side} lung", ", ".join(zones) or "-")
     shown.add_row("side", facts["side"] or "none named")
     if facts["count"] is not None:
         shown.add_row("regions stated", str(facts["count"]))
     if facts["not_understood"]:
-        shown.add_row("not understood", escape(", ".join(facts["not_understood"])))
+        shown.add_row("not understood", ", ".join(facts["not_understood"]))
     shown.add_row("tokens", f"{facts['token_count']} of {facts['prompt_length']}{', cut' if facts['cut'] else ''}")
     stdout.print(shown)

@@ -9,6 +9,7 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, tell_every
+from cclip_deploy.paths import check_writable
 
 
 @reports_errors
@@ -53,6 +54,7 @@ def synth(
 
     asking = Asking(confound(confounder or (), confounder_rho), absent_share, typo_share, wordings)
     counts = share_out_films(images)
+    check_writable(output)
     with progress(quiet=json) as tell:
         write_dataset(
             output, counts, (size, size), seed, prompts_per_film=prompts_per_image, layout=layout, asking=asking,

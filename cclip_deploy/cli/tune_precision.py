@@ -9,6 +9,7 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+from cclip_deploy.paths import check_writable
 
 if TYPE_CHECKING:
     from cclip_deploy.pipeline.tuning_profile import TunedProfile
@@ -36,6 +37,7 @@ def tune_precision(
     pictures: Annotated[int, typer.Option(help="Evaluate on at most so many, both halves together.", min=4)] = 64,
     layout: options.DataLayout = None,
     subject: options.Subject = None,
+    allow_outside: options.AllowOutside = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the front too, as PNG or SVG; needs matplotlib.")] = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -49,7 +51,8 @@ def tune_precision(
     from cclip_deploy.pipeline.tune import tune_precision as tune
     from cclip_deploy.pipeline.tuning_profile import Agreement, write_tuned_profile
 
-    evaluation, data_sets = tuple(evaluation_set), DataSetOptions(layout, subject)
+    check_writable(output, picture)
+    evaluation, data_sets = tuple(evaluation_set), DataSetOptions(layout, subject, allow_outside)
     calibrating = calibration and CalibrationOptions(
         tuple(calibration), calibration_method, limit=calibration_pictures, evaluation_set=evaluation,
         data_sets=data_sets, cache=default_cache(),

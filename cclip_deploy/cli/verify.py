@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, styled, table
 from cclip_deploy.errors import ParityError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from cclip_deploy.evidence.parity import Check
 
 METRICS = ("relative_error", "max_error", "mask_dice", "flipped_share")
@@ -78,7 +80,7 @@ def _show(name: str, checks: Sequence[Check]) -> None:
     for graph, precision in dict.fromkeys((c.graph, c.precision) for c in outputs):
         rows = [c for c in outputs if (c.graph, c.precision) == (graph, precision)]
         cells = (_worst([c for c in rows if c.metric == metric]) for metric in METRICS)
-        shown.add_row(graph, precision, *cells, _verdict(rows))
+        shown.add_row(graph, precision, *cells, _in_color(_verdict(rows)))
     stdout.print(shown)
     for part, what in (("derivation", "derived again from FP32"), ("layers", "compared with FP32 layer by layer")):
         if rows := [c for c in checks if c.name.endswith(f"/{part}")]:
@@ -89,7 +91,7 @@ def _show(name: str, checks: Sequence[Check]) -> None:
         stdout.print(f"{backend} engine of {graph}: proved {precision}, and built from this graph: {_verdict(rows)}")
     for c in checks:
         if not c.passed:
-            stdout.print(c.describe(), style="bold red", markup=False)
+            stdout.print(styled(c.describe(), "bold red"))
 
 
 def _worst(checks: Sequence[Check]) -> str:
@@ -100,4 +102,8 @@ def _worst(checks: Sequence[Check]) -> str:
 
 
 def _verdict(checks: Sequence[Check]) -> str:
-    return "[green]ok[/]" if all(c.passed for c in checks) else "[bold red]FAILED[/]"
+    return "ok" if all(c.passed for c in checks) else "FAILED"
+
+
+def _in_color(verdict: str) -> Text:
+    return styled(verdict, "green" if verdict == "ok" else "bold red")

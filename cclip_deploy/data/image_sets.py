@@ -76,10 +76,12 @@ class DataSetOptions:
     Attributes:
         layout: one of LAYOUTS, for every folder; found from each folder unless given.
         subject_pattern: regular expression for the patient in an image's name.
+        allow_outside: whether tables may name files outside the folder.
     """
 
     layout: str | None = None
     subject_pattern: str | None = None
+    allow_outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def read_image_set(paths: Sequence[Path], split: str, options: DataSetOptions = 
 
 
 def _read_split(folder: Path, split: str, options: DataSetOptions) -> tuple[list[SetImage], ImageSource]:
-    data_set = read_data_set(folder, options.layout, options.subject_pattern)
+    data_set = read_data_set(folder, options.layout, options.subject_pattern, options.allow_outside)
     taken = _choose_split(folder, {referral.split for referral in data_set.referrals}, split)
     rows: dict[Path, list[Referral]] = {}
     for referral in data_set.referrals:

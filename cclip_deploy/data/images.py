@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import stat
+import math
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cclip_deploy.errors import CclipError, ImageError, UsageError
+from cclip_deploy.limits import LARGEST_PICTURE_FILE, MAX_PIXELS, MAX_SIDE, MAX_VALUES
+from cclip_deploy.paths import check_regular_file
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
-MAX_PIXELS = 2**26
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _KINDS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "TIFF": "tiff", "BMP": "bmp"}
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
+_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
+_GREY_MODES = frozenset({"1", "L", "I", "F"})
+_STRIP_VALUES = 2**20
+_TELLING_CHUNKS, _MOST_CHUNKS = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"}), 100_000
 _EXIF_ORIENTATION, _UPRIGHT, _ON_ITS_SIDE = 274, 1, frozenset({5, 6, 7, 8})
 _DECODING = threading.Lock()
 
@@ -50,16 +56,17 @@ def read_picture(path: Path) -> Picture:
     to 8. Transparent pixels are laid on black, the colour of air on a film. EXIF orientation is applied.
 
     Raises:
-        ImageError: not a file, empty, truncated, of another type, with several pages, or above MAX_PIXELS.
+        ImageError: not a file, empty, truncated, of another type, with several pages, of more than MAX_PIXELS pixels
+            or MAX_VALUES pixels times channels, or with a side above MAX_SIDE.
         EnvironmentProblem: DICOM without pydicom, or compressed with a method that has no decoder here.
     """
-    _check_regular_file(path)
+    _check_file(path)
     if has_dicom_mark(path):
         from cclip_deploy.data.dicom import read_dicom
 
         return read_dicom(path)
-    with decoding(path):
-        return _decode(path)
+    with opened_raster(path) as image:
+        return _decode(path, image)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -69,13 +76,13 @@ def picture_size(path: Path) -> tuple[int, int]:
         ImageError: not a file, empty, or of another type.
         EnvironmentProblem: DICOM without pydicom.
     """
-    _check_regular_file(path)
+    _check_file(path)
     if has_dicom_mark(path):
         from cclip_deploy.data.dicom import dicom_size
 
         return dicom_size(path)
     with opened_raster(path) as image:
-        return image.size[::-1] if _orientation(image) in _ON_ITS_SIDE else image.size
+        return image.size[::-1] if _orientation(path, image) in _ON_ITS_SIDE else image.size
 
 
 def picture_orientation(path: Path) -> int:
@@ -83,7 +90,7 @@ def picture_orientation(path: Path) -> int:
     if has_dicom_mark(path):
         return _UPRIGHT
     with opened_raster(path) as image:
-        return _orientation(image)
+        return _orientation(path, image)
 
 
 @contextmanager
@@ -91,10 +98,25 @@ def opened_raster(path: Path) -> Iterator[Image.Image]:
     """Open a PNG, JPEG, TIFF or BMP file in Pillow, and no other format: some of them start programs.
 
     Raises:
-        ImageError: the file is of another type, or what the block does with the image fails.
+        ImageError: the file is no regular one, of another type or too large, or what the block does with it fails.
     """
+    _check_file(path)
+    # Opened here, because Pillow maps a named file into memory and then misreads TIFFs of orientation 5 to 8.
     with decoding(path), path.open("rb") as file, _open(path, file) as image:
+        check_picture_size(path, *image.size, _channels(image))
+        tags = getattr(image, "tag_v2", {})
+        tile = (tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_LENGTH, 1))
+        check_picture_size(path, *tile, _channels(image))
         yield image
+
+
+def failure_of(path: Path, error: Exception) -> str:
+    """Why a picture cannot be used, in a sentence, whatever its decoder raised."""
+    if isinstance(error, CclipError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"{path} takes more memory than there is. Reduce the picture first."
+    return f"{path} cannot be used: {type(error).__name__}: {error}. Copy or export it again."
 
 
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
@@ -112,7 +134,7 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
-            _check_regular_file(path)
+            _check_file(path)
         for picture in _pictures_in(path) if path.is_dir() else [path]:
             found.setdefault(picture.resolve(), picture)
     return list(found.values())
@@ -122,7 +144,10 @@ def is_picture_name(path: Path) -> bool:
     """Whether a file is a picture by its suffix, or DICOM of any name; not DICOMDIR, and no hidden file (`._a.png`)."""
     if path.name.startswith(".") or path.name == "DICOMDIR" or not path.is_file():
         return False
-    return path.suffix.lower() in PICTURE_SUFFIXES or has_dicom_mark(path)
+    try:
+        return path.suffix.lower() in PICTURE_SUFFIXES or has_dicom_mark(path)
+    except ImageError:
+        return True  # it cannot be read, which is said when its turn comes
 
 
 def picture_stem(name: str) -> str:
@@ -139,13 +164,21 @@ def has_dicom_mark(path: Path) -> bool:
         raise ImageError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
 
 
-def check_pixel_count(path: Path, width: int, height: int) -> None:
+def check_picture_size(path: Path, width: int, height: int, channels: int = 1) -> None:
     """Raise ImageError where a picture has no pixels, or so many that decoding it could fill the memory."""
-    if not 0 < width * height <= MAX_PIXELS:
+    few = width * height <= MAX_PIXELS and width * height * channels <= MAX_VALUES
+    if not (few and min(width, height) > 0 and max(width, height) <= MAX_SIDE):
         raise ImageError(
-            f"{path} says that it is {width}x{height} pixels; between 1 and {MAX_PIXELS:,} are read. "
-            "Reduce or crop the picture first."
+            f"{path} says that it is {width}x{height} pixels of {channels} channels; sides of 1 to {MAX_SIDE:,} are "
+            f"read, up to {MAX_PIXELS:,} pixels, and up to {MAX_VALUES:,} times channels. Reduce or crop the picture "
+            "first."
         )
+
+
+def row_strips(shape: Sequence[int]) -> Iterator[slice]:
+    """Slices of the rows of an array, about a million values each, so that passing over it needs no second array."""
+    rows = max(1, _STRIP_VALUES // max(1, math.prod(shape[1:])))
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 @contextmanager
@@ -160,6 +193,8 @@ def decoding(path: Path) -> Iterator[None]:
             yield
     except CclipError:
         raise
+    except MemoryError as error:
+        raise ImageError(f"{path} takes more memory to decode than there is. Reduce the picture first.") from error
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ImageError(
@@ -167,19 +202,8 @@ def decoding(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_regular_file(path: Path) -> None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise ImageError(f"{path} does not exist. Check the path.") from None
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{path} is a folder, where a picture was expected. Name a file in it.")
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{path} is a pipe, socket or device, not a regular file. Save the picture to a file first.")
-    if status.st_size == 0:
-        raise ImageError(f"{path} is empty (0 bytes). Copy or export it again.")
+def _check_file(path: Path) -> None:
+    check_regular_file(path, "picture", ImageError, LARGEST_PICTURE_FILE)
 
 
 def _pictures_in(folder: Path) -> list[Path]:
@@ -195,22 +219,44 @@ def _is_shown(path: Path, folder: Path) -> bool:
     return not hidden and is_picture_name(path)
 
 
-def _decode(path: Path) -> Picture:
-    # Opened here, because Pillow maps a named file into memory and then misreads TIFFs of orientation 5 to 8.
-    with path.open("rb") as file, _open(path, file) as image:
-        check_pixel_count(path, *image.size)
-        kind = _KINDS[str(image.format)]
-        pages = getattr(image, "n_frames", 1)
-        if pages > 1 and image.format != "MPO":
-            raise ImageError(f"{path} has {pages} pages or frames. Save the one you want to a file of its own.")
-        image.load()
-        pixels, bits = _deep_grey(path, image) if image.mode.startswith(("I", "F")) else _shallow(image)
-    return Picture(path=path, pixels=np.ascontiguousarray(pixels, dtype=np.float32), kind=kind, bits=bits)
+def _decode(path: Path, image: Image.Image) -> Picture:
+    kind = _KINDS[str(image.format)]
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ImageError(f"{path} has several pages or frames. Save the one you want to a file of its own.")
+    image.load()
+    pixels, bits = _deep_grey(path, image) if image.mode.startswith(("I", "F")) else _shallow(image)
+    return Picture(path=path, pixels=np.ascontiguousarray(pixels), kind=kind, bits=bits)
 
 
-def _orientation(image: Image.Image) -> int:
-    found = image.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
+def _channels(image: Image.Image) -> int:
+    """Channels of the pixels that `_decode` makes of an image, transparency counted."""
+    if image.mode in _GREY_MODES or image.mode.startswith("I;"):
+        return 1
+    return 2 if image.mode in {"LA", "La"} else 3 + image.has_transparency_data
+
+
+def _orientation(path: Path, image: Image.Image) -> int:
+    # Pillow decodes a whole PNG file for this, as what says it may stand behind the pixels.
+    decode = image.format != "PNG" or _says_more_behind_pixels(path)
+    exif = image.getexif() if decode else Image.Image.getexif(image)
+    found = exif.get(_EXIF_ORIENTATION, _UPRIGHT)
     return found if found in range(1, 9) else _UPRIGHT
+
+
+def _says_more_behind_pixels(path: Path) -> bool:
+    """Whether a PNG file has EXIF or a text behind its pixels, or so many chunks that looking on would take long."""
+    pixels = False
+    with path.open("rb") as file:
+        file.seek(8)
+        for _ in range(_MOST_CHUNKS):
+            head = file.read(8)
+            if len(head) < 8 or head[4:] == b"IEND":
+                return False
+            pixels = pixels or head[4:] == b"IDAT"
+            if pixels and head[4:] in _TELLING_CHUNKS:
+                return True
+            file.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
+    return True
 
 
 def _open(path: Path, file: BinaryIO) -> Image.Image:
@@ -229,12 +275,12 @@ def _open(path: Path, file: BinaryIO) -> Image.Image:
         ) from error
 
 
-def _deep_grey(path: Path, image: Image.Image) -> tuple[NDArray[Any], int]:
+def _deep_grey(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], int]:
     """Grey of more than 8 bits, (H, W) in [0, 1]; Pillow leaves depth and polarity of such TIFFs to the caller."""
     tags = getattr(image, "tag_v2", {})
     bits = {"I": 16, "F": 32}.get(image.mode) or int(tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0])
     white = 1 if image.mode == "F" else 2**bits - 1
-    values = np.asarray(ImageOps.exif_transpose(image), dtype=np.float64)
+    values = np.asarray(ImageOps.exif_transpose(image))
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= white):
         raise ImageError(
@@ -242,16 +288,22 @@ def _deep_grey(path: Path, image: Image.Image) -> tuple[NDArray[Any], int]:
             "Scale them and save a 16-bit grey PNG or TIFF."
         )
     inverted = tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO
-    return (1 - values / white if inverted else values / white), bits
+    pixels = np.empty(values.shape, np.float32)
+    for rows in row_strips(values.shape):
+        shares = np.divide(values[rows], white, dtype=np.float64)
+        pixels[rows] = 1 - shares if inverted else shares
+    return pixels, bits
 
 
-def _shallow(image: Image.Image) -> tuple[NDArray[Any], int]:
+def _shallow(image: Image.Image) -> tuple[NDArray[np.float32], int]:
     """Grey (H, W) or colour (H, W, 3) in [0, 1] from 8 bits or fewer a channel."""
     bits = 1 if image.mode == "1" else 8
     colour, grey = ("RGBA", "LA") if image.has_transparency_data else ("RGB", "L")
     image = ImageOps.exif_transpose(image)
     image = image.convert(grey if image.mode in {"1", "L", "LA", "La"} else colour)
-    values = np.asarray(image, dtype=np.float32) / 255
+    values = np.asarray(image).astype(np.float32)
+    values /= 255
     if image.mode in {"LA", "RGBA"}:
-        values = values[..., :-1] * values[..., -1:]
+        values[..., :-1] *= values[..., -1:]
+        values = values[..., :-1]
     return (values[..., 0] if image.mode == "LA" else values), bits

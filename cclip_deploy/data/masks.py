@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from cclip_deploy.data.images import Picture, opened_raster, picture_stem
+from cclip_deploy.data.images import Picture, opened_raster, picture_stem, row_strips
 from cclip_deploy.data.png import encode_png
 from cclip_deploy.data.preprocess import check_unit_range
 from cclip_deploy.errors import EnvironmentProblem, UsageError
@@ -63,11 +63,13 @@ def write_segmentation(
         raise UsageError(f"{stem!r} cannot begin a file name. Make one with file_stem.")
     mask = probability >= threshold
     written = WrittenMask(*(folder / f"{stem}-{what}.png" for what in ("mask", "probability", "overlay")))
-    deep = np.multiply(probability, 65535, dtype=np.float64)
+    deep = np.empty(probability.shape, np.uint16)
+    for rows in row_strips(probability.shape):
+        deep[rows] = np.rint(np.multiply(probability[rows], 65535, dtype=np.float64))
     source = {SOURCE: picture.sha256} if picture.sha256 else {}
     encoded = {
         written.mask: encode_png(mask.view(np.uint8) * np.uint8(255), source),
-        written.probability: encode_png(np.rint(deep, out=deep).astype(np.uint16)),
+        written.probability: encode_png(deep),
         written.overlay: encode_png(np.asarray(draw_overlay(picture.pixels, mask, prompt))),
     }
     try:
@@ -162,7 +164,9 @@ def _overlay_size(height: int, width: int) -> tuple[int, int]:
 
 
 def _reduced_picture(pixels: NDArray[Any], size: tuple[int, int]) -> Image.Image:
-    values = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    values = np.empty(pixels.shape, np.uint8)
+    for rows in row_strips(pixels.shape):
+        values[rows] = np.rint(np.clip(pixels[rows], 0, 1) * 255)
     return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).convert("RGB")
 
 

@@ -219,7 +219,7 @@ def _read_count(tokens: Sequence[Token], kinds: str) -> int | None:
 
 
 def _number(word: str) -> int:
-    return int(word) if word.isdigit() else NUMBERS.index(word) + 1
+    return int(word) if word.isdecimal() else NUMBERS.index(word) + 1
 
 
 def _best_readings(items: Sequence[_Item], gaps: Sequence[str]) -> set[frozenset[tuple[str, str]] | None]:

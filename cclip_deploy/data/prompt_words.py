@@ -96,7 +96,7 @@ def tokenise(text: str) -> list[Token]:
 def _tokens_of(word: str) -> list[Token]:
     if not word[0].isalnum():
         return [Token(_MARKS[word], word)] if word in _MARKS else []
-    if word.isdigit():
+    if word.isdecimal():  # "²" is a digit, but no number that can be read
         return [Token(NUMBER, word)]
     if word in _SIDE_OF:
         return [Token(SIDE, word, _SIDE_OF[word])]

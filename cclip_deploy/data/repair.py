@@ -9,6 +9,8 @@ from typing import Any
 
 from cclip_deploy.data.spelling import ANATOMY, KNOWN, respell
 from cclip_deploy.data.template import NUMBERS, parse_or_none
+from cclip_deploy.errors import PromptError
+from cclip_deploy.limits import LONGEST_PROMPT
 
 LONGEST_TEXT = 1000
 """Characters of a text that is looked at."""
@@ -46,13 +48,25 @@ class RepairedPrompt:
         return f"Repaired prompt {self.written!r}: {repairs}"
 
 
+def check_prompt(text: str) -> None:
+    """PromptError where a text has more than LONGEST_PROMPT characters."""
+    if len(text) > LONGEST_PROMPT:
+        raise PromptError(
+            f"The prompt {text[:40]!r}… has {len(text):,} characters; up to {LONGEST_PROMPT:,} are read. Shorten it."
+        )
+
+
 def repair_prompt(written: str) -> RepairedPrompt:
     """Repair misspelt, doubled, run-together and broken words that say where in the lungs.
 
     In any text, a misspelt word of the anatomy is repaired (`spelling.respell`), and one that stands twice is written
     once. In a text that holds nothing but words of the published sentences, their short words, broken words and lost
     commas, spaces and stops are repaired too. No other word is touched; repairing twice repairs nothing more.
+
+    Raises:
+        PromptError: the text has more than LONGEST_PROMPT characters.
     """
+    check_prompt(written)
     if len(written) > LONGEST_TEXT or parse_or_none(written) is not None:
         return RepairedPrompt(written, written)
     words, gaps = _WORD.findall(written), _WORD.split(written)
@@ -72,7 +86,9 @@ def repair_prompt(written: str) -> RepairedPrompt:
 
 
 def repair_prompts(written: Sequence[str], repair: bool = True) -> list[RepairedPrompt]:
-    """All prompts repaired, or as they were written where `repair` is False."""
+    """All prompts repaired, or as they were written where `repair` is False. PromptError as `repair_prompt`."""
+    for text in written:
+        check_prompt(text)
     return [repair_prompt(text) if repair else RepairedPrompt(text, text) for text in written]
 
 

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.data.images import is_picture_name, picture_size
+from cclip_deploy.data.images import failure_of, is_picture_name, picture_size, read_picture
 from cclip_deploy.data.layouts import SPLITS, DataSet, Referral, is_lossy, read_mask
 from cclip_deploy.data.prompt_reader import read_prompt
 from cclip_deploy.data.tokens import PromptTokenizer
@@ -75,6 +75,8 @@ class DataReport:
     repaired: tuple[RepairedRow, ...]
     unused_files: tuple[str, ...]
     """Pictures beside those used that no row names."""
+    failed: tuple[tuple[str, str], ...]
+    """Images and masks that cannot be used, and why; such masks count neither as empty nor as lossy."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -91,7 +93,7 @@ class DataReport:
 
     def remarks(self) -> list[str]:
         """Sentences on what splits share, on repairs and on files that no row names."""
-        return [*self._overlap_remarks(), *self._row_remarks()]
+        return [*(reason for _, reason in self.failed), *self._overlap_remarks(), *self._row_remarks()]
 
     def _overlap_remarks(self) -> list[str]:
         said = [
@@ -125,15 +127,22 @@ def report_data_set(
     prompt_length: int,
     on_mask: Callable[[int, int], None] = lambda done, masks: None,
 ) -> DataReport:
-    """Read every mask and count; a prompt of more than `prompt_length` tokens counts as cut.
+    """Read every image and mask and count; one that cannot be used is kept with its reason.
+
+    A prompt of more than `prompt_length` tokens counts as cut.
 
     Raises:
-        DataError: a mask has other values than two, or a prompt holds nothing to tokenise.
+        DataError: a prompt holds nothing to tokenise.
     """
     referrals = data_set.referrals
     held = [split for split in SPLITS if any(referral.split == split for referral in referrals)]
     masks = sorted({referral.mask for referral in referrals})
-    empty, lossy = _inspect_masks(masks, on_mask)
+    empty, lossy, failed = _inspect_masks(masks, on_mask)
+    for image in sorted({referral.image for referral in referrals}):
+        try:
+            read_picture(image)
+        except Exception as error:  # whatever a decoder raises on a stranger's bytes
+            failed[image] = failure_of(image, error)
     repaired = {row for row, _ in data_set.repaired}
     counts = {
         split: _count([(n, r) for n, r in enumerate(referrals) if r.split == split], tokenizer, prompt_length,
@@ -154,6 +163,7 @@ def report_data_set(
             for row, prompt in data_set.repaired
         ),
         unused_files=_find_unused(data_set.folder, referrals),
+        failed=tuple((str(path), reason) for path, reason in failed.items()),
     )  # fmt: skip
 
 
@@ -185,17 +195,23 @@ def _count(
     )
 
 
-def _inspect_masks(masks: Sequence[Path], on_mask: Callable[[int, int], None]) -> tuple[set[Path], set[Path]]:
-    """Those with nothing inside, and those in a lossy format."""
+def _inspect_masks(
+    masks: Sequence[Path], on_mask: Callable[[int, int], None]
+) -> tuple[set[Path], set[Path], dict[Path, str]]:
+    """Those with nothing inside, those in a lossy format, and those that cannot be used, with the reason."""
     empty: set[Path] = set()
     lossy: set[Path] = set()
+    failed: dict[Path, str] = {}
     for done, mask in enumerate(masks, 1):
-        if not read_mask(mask).any():
-            empty.add(mask)
-        if is_lossy(mask):
-            lossy.add(mask)
+        try:
+            if not read_mask(mask).any():
+                empty.add(mask)
+            if is_lossy(mask):
+                lossy.add(mask)
+        except Exception as error:  # whatever a decoder raises on a stranger's bytes
+            failed[mask] = failure_of(mask, error)
         on_mask(done, len(masks))
-    return empty, lossy
+    return empty, lossy, failed
 
 
 def _count_tokens(tokenizer: PromptTokenizer, text: str) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from cclip_deploy.data.repair import check_prompt
 from cclip_deploy.errors import DataError, PromptError
 
 START, END = "<start_of_text>", "<end_of_text>"
@@ -53,8 +54,15 @@ SPECIAL_FORM = {"single_word": False, "lstrip": False, "rstrip": False, "normali
 
 
 def clean_prompt(text: str) -> str:
-    """Repair encodings, resolve HTML entities twice, fold white space, lower: what open_clip does before it splits."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    """Repair encodings, resolve HTML entities twice, fold white space, lower: what open_clip does before it splits.
+
+    PromptError where the text is longer than LONGEST_PROMPT characters, or has an entity of thousands of digits.
+    """
+    check_prompt(text)
+    try:
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    except ValueError as error:
+        raise PromptError(f"The prompt {text[:40]!r}… has an HTML entity that cannot be read: {error}.") from error
     return " ".join(text.split()).strip().lower()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cclip_deploy.errors import UsageError
+from cclip_deploy.limits import LARGEST_IMAGE_SIDE
 
 STRIDE = 32
 CONTEXT_LENGTH = 77
@@ -141,14 +143,18 @@ def image_hw(text: str | int) -> tuple[int, int]:
     try:
         height, width = (int(part) for part in (parts * 2 if len(parts) == 1 else parts))
     except ValueError:
-        raise UsageError(f"Image size {text!r} is not N or HxW, for example 224 or 256x320.") from None
+        raise UsageError(f"Image size {reprlib.repr(text)} is not N or HxW, for example 224 or 256x320.") from None
     check_image_hw((height, width))
     return height, width
 
 
 def check_image_hw(hw: tuple[int, int]) -> None:
-    """Raise UsageError unless both sides are positive multiples of 32."""
+    """Raise UsageError unless both sides are positive multiples of 32, up to LARGEST_IMAGE_SIDE."""
     for side in hw:
+        if side > LARGEST_IMAGE_SIDE:
+            raise UsageError(
+                f"Image size {hw[0]}x{hw[1]} is out of range. Use sides of {STRIDE} to {LARGEST_IMAGE_SIDE}."
+            )
         if side < STRIDE or side % STRIDE:
             near = max(STRIDE, round(side / STRIDE) * STRIDE)
             raise UsageError(

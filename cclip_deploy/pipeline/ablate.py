@@ -6,7 +6,6 @@ so that they are compared in pairs. Nothing of the test sets is looked at before
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from cclip_deploy.files import whole_file, writing_into
 from cclip_deploy.locks import is_bookkeeping
 from cclip_deploy.names import json_text
 from cclip_deploy.packages import require_training_packages
+from cclip_deploy.paths import read_json
 from cclip_deploy.pipeline.ablation_cell import Cell, CellResult, run_cell
 from cclip_deploy.pipeline.ablation_data import prepare_data
 from cclip_deploy.pipeline.ablation_plan import AblationPlan
@@ -82,7 +82,7 @@ def _claim(output: Path, plan: AblationPlan) -> None:
     claim = {"films": None if plan.films is None else plan.films.model_dump(mode="json")}
     path = output / PLAN
     if path.exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = read_json(path)
         if then != claim:
             raise UsageError(f"{output} holds an ablation on other films. Choose another output folder.")
         return

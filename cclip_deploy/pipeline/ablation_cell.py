@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cclip_deploy.data.images import read_picture
-from cclip_deploy.data.layouts import of_split, read_data_set
+from cclip_deploy.data.layouts import of_split
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.files import whole_file
@@ -61,7 +61,7 @@ def run_cell(cell: Cell, tell: Tell = lambda message: None) -> CellResult:
     from cclip_deploy.train.training_set import fingerprint
 
     data = cell.data
-    referrals = read_data_set(data.training, data.layout, data.subject).referrals
+    referrals = data.read(data.training)
     prints = {split: fingerprint(of_split(referrals, split)) for split in ("train", "val")}
     if cell.tested:
         prints |= {f"test {name}": fingerprint(data.test_rows(name)) for name in data.tests}
@@ -84,7 +84,7 @@ def _read(path: Path, identity: Any) -> CellResult:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         then, result = Identity(**record["identity"]), CellResult(**record["result"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}). Delete its folder, and that training is done again.") from error
     differing = then.differences(identity)
     if differing:

@@ -35,10 +35,15 @@ class CellData:
     films: Films | None
     image_hw: tuple[int, int]
     seed: int
+    allow_outside: bool = False
 
     def test_rows(self, name: str) -> list[Referral]:
         """The rows of a test set."""
-        return of_split(read_data_set(self.tests[name], self.layout, self.subject).referrals, "test")
+        return of_split(self.read(self.tests[name]), "test")
+
+    def read(self, folder: Path) -> tuple[Referral, ...]:
+        """The rows of one of these folders."""
+        return read_data_set(folder, self.layout, self.subject, self.allow_outside).referrals
 
     def toggled(self) -> Iterator[ToggledFilm]:
         """The test films, all their signs once on the target's side and once on the other; needs films."""
@@ -66,7 +71,10 @@ def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: 
     hw, source = config.image_hw, config.data
     if plan.films is None:
         assert source.folder is not None
-        return CellData(source.folder, source.layout, source.subject, {ON_FOLDER: source.folder}, None, hw, seed)
+        tests = {ON_FOLDER: source.folder}
+        return CellData(
+            source.folder, source.layout, source.subject, tests, None, hw, seed, source.allow_outside
+        )  # fmt: skip
     films, signs, place = plan.films, plan.arms[arm].signs, folder / f"seed{seed}"
 
     def draw(name: str, counts: Mapping[str, int], asking: Asking) -> Path:

@@ -12,6 +12,7 @@ from cclip_deploy.bundle import Bundle
 from cclip_deploy.errors import UsageError
 from cclip_deploy.evidence.reference import END_ID, FIRST_WORD, LAST_WORD, SEED, START_ID, seeded_inputs
 from cclip_deploy.pipeline.bench_candidate import Floats, Tokens
+from cclip_deploy.runtime.backend import check_threads
 from cclip_deploy.runtime.choice import BackendName, Choice
 from cclip_deploy.runtime.onnx_runtime import Device
 
@@ -47,6 +48,7 @@ class BenchOptions:
     workloads: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (8, 1))
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         if self.peers and self.checkpoint is None:
             raise UsageError("The peers run the network itself: give --checkpoint FILE with --peers.")
         if any(pictures < 1 or prompts < 1 for pictures, prompts in self.workloads):

@@ -80,7 +80,7 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
         unsealed = Bundle.unsealed(folder, manifest, bundle.sums)
         if is_quantised(options.precision) and options.calibration and options.calibration.evaluation_set:
             on_progress(f"Comparing {options.precision} masks with FP32's on the evaluation set")
-            images = evaluation_images(options.calibration)
+            images = evaluation_images(options.calibration, on_progress)
             agreement = hold_masks_to_fp32(unsealed, options.precision, images, options.threads)
             write_agreement(agreement, folder)
         entries = []

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.image_sets import DataSetOptions, ImageSet, SetImage, counted, read_image_set
-from cclip_deploy.data.images import read_picture
+from cclip_deploy.data.images import failure_of, read_picture
 from cclip_deploy.data.layouts.referral import name_some
 from cclip_deploy.data.preprocess import to_input
-from cclip_deploy.errors import DataError, ParityError, UsageError
+from cclip_deploy.errors import DataError, ImageError, ParityError, UsageError
 from cclip_deploy.files import sha256_input
 from cclip_deploy.graph.calibration import METHODS, Method, TensorStatistics, ranges_of, with_outputs
 from cclip_deploy.names import printable
@@ -85,36 +85,48 @@ def choose_pictures(options: CalibrationOptions) -> CalibrationSet:
     """
     _check_options(options)
     found = read_image_set(options.pictures, "train", options.data_sets)
+    failed: dict[Path, str] = {}
+    chosen: list[tuple[SetImage, CalibrationPicture]] = []
     by_hash = found.by_hash()
-    if len(by_hash) < FEWEST_PICTURES and not options.allow_few:
+    for sha256, image in by_hash.items():
+        if len(chosen) < options.limit and (pixels := _pixel_hash(image.path, failed)) is not None:
+            picture = CalibrationPicture(
+                name=printable(image.path.name), sha256=sha256, pixels_sha256=pixels, patient=image.patient
+            )  # fmt: skip
+            chosen.append((image, picture))
+    different = len(by_hash) - len(failed)
+    if not chosen or (different < FEWEST_PICTURES and not options.allow_few):
         raise UsageError(
-            f"{counted(len(by_hash), 'different image')} to calibrate with; below {FEWEST_PICTURES} the ranges "
-            "are those of single images. Give more, or --allow-few to take these."
+            f"{counted(different, 'different image')} to calibrate with; below {FEWEST_PICTURES} the ranges are those "
+            f"of single images. Give more, or --allow-few to take these. {' '.join(failed.values())}".strip()
         )
-    chosen = dict(list(by_hash.items())[: options.limit])
-    pictures = tuple(
-        CalibrationPicture(
-            name=printable(image.path.name),
-            sha256=sha256,
-            pixels_sha256=_pixel_hash(image.path),
-            patient=image.patient,
-        )
-        for sha256, image in chosen.items()
-    )
+    pictures = tuple(picture for _, picture in chosen)
     evaluation = read_evaluation_set(options) if options.evaluation_set else ImageSet((), ())
-    _refuse_overlap(pictures, evaluation.images)
+    _refuse_overlap(pictures, evaluation.images, failed)
     return CalibrationSet(
-        paths=tuple(image.path for image in chosen.values()),
+        paths=tuple(image.path for image, _ in chosen),
         pictures=pictures,
         sources=found.sources,
-        evaluation_pictures=len(evaluation.images),
+        evaluation_pictures=sum(image.path not in failed for image in evaluation.images),
         evaluation_sources=evaluation.sources,
+        failed=tuple(reason.replace(str(path), path.name) for path, reason in failed.items()),
     )
 
 
 def read_evaluation_set(options: CalibrationOptions) -> ImageSet:
     """Every image of the evaluation set, with the prompts that data sets have; raises as `read_image_set`."""
     return read_image_set(options.evaluation_set, "test", options.data_sets)
+
+
+def usable(images: ImageSet, on_progress: Progress) -> ImageSet:
+    """The images that can be read; of each other one `on_progress` gets the reason. ImageError if none is left."""
+    failed: dict[Path, str] = {}
+    kept = tuple(image for image in images.images if _pixel_hash(image.path, failed) is not None)
+    for reason in failed.values():
+        on_progress(f"Left out: {reason}")
+    if failed and not kept:
+        raise ImageError(next(iter(failed.values())))
+    return replace(images, images=kept)
 
 
 def calibrate(
@@ -144,6 +156,7 @@ def calibrate(
         sources=chosen.sources,
         evaluation_pictures=chosen.evaluation_pictures,
         evaluation_sources=chosen.evaluation_sources,
+        failed=chosen.failed,
         ranges={},
     )
     tensors = tensors_to_calibrate(model)
@@ -217,14 +230,21 @@ def _check_options(options: CalibrationOptions) -> None:
         raise UsageError(f"A limit of {options.limit} calibration images is out of range. Use 1 or more.")
 
 
-def _pixel_hash(path: Path) -> str:
-    pixels = read_picture(path).pixels
+def _pixel_hash(path: Path, failed: dict[Path, str]) -> str | None:
+    """None where the picture cannot be used, and the reason in `failed`."""
+    try:
+        pixels = read_picture(path).pixels
+    except Exception as error:  # whatever a decoder raises on a stranger's bytes
+        failed[path] = failure_of(path, error)
+        return None
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def _refuse_overlap(pictures: Sequence[CalibrationPicture], evaluation: Sequence[SetImage]) -> None:
+def _refuse_overlap(
+    pictures: Sequence[CalibrationPicture], evaluation: Sequence[SetImage], failed: dict[Path, str]
+) -> None:
     files = {sha256_input(image.path) for image in evaluation}
-    pixels = {_pixel_hash(image.path) for image in evaluation}
+    pixels = {_pixel_hash(image.path, failed) for image in evaluation}
     shared = [p.name for p in pictures if p.sha256 in files or p.pixels_sha256 in pixels]
     if shared:
         raise DataError(

@@ -35,12 +35,14 @@ class CalibrationImages(_Record):
         sources: the data sets and folders that they were taken from; empty in records of earlier versions.
         evaluation_pictures: number of evaluation images that were compared with them; none is shared.
         evaluation_sources: the data sets and folders of those.
+        failed: why images of either were left out, a sentence each, which names the file.
     """
 
     pictures: tuple[CalibrationPicture, ...]
     sources: tuple[ImageSource, ...] = ()
     evaluation_pictures: int
     evaluation_sources: tuple[ImageSource, ...] = ()
+    failed: tuple[str, ...] = ()
 
     @property
     def patients(self) -> int:
@@ -61,11 +63,13 @@ class CalibrationImages(_Record):
                     f"{unknown:,} of these images have no known patient, so they were compared by file and pixels "
                     "alone. Give --subject, or a subject column."
                 )
-        return lines
+        return lines + [f"Left out: {reason}" for reason in self.failed]
 
     def facts(self) -> dict[str, Any]:
         """Counts and sources in plain JSON form."""
-        sources = self.model_dump(mode="json", include={"sources", "evaluation_pictures", "evaluation_sources"})
+        sources = self.model_dump(
+            mode="json", include={"sources", "evaluation_pictures", "evaluation_sources", "failed"}
+        )
         return {"pictures": len(self.pictures), "patients": self.patients, **sources}
 
 

@@ -14,6 +14,7 @@ from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.errors import EnvironmentProblem, ParityError, UsageError
 from cclip_deploy.files import restore_folder, whole_folder
 from cclip_deploy.packages import require_training_packages
+from cclip_deploy.paths import check_writable
 from cclip_deploy.pipeline.bench import bench_bundle
 from cclip_deploy.pipeline.bench_plan import BenchOptions
 from cclip_deploy.pipeline.build import BuildOptions, build_engines
@@ -63,10 +64,12 @@ def run_demo(output: Path, options: DemoOptions, command: str, on_progress: Prog
     Raises:
         UsageError: something else than a demo is at `output`.
         ParityError: the exported bundle does not verify.
+        EnvironmentProblem: `output` cannot be written.
     """
     restore_folder(output)
     if output.exists() and not (output / FACTS).is_file():
         raise UsageError(f"{output} exists and is no earlier demo. Choose another output.")
+    check_writable(output)
     require_export_packages()
     require_training_packages()
     started = time.perf_counter()

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.layouts import Referral, of_split, read_data_set
-from cclip_deploy.errors import BundleError, UsageError
+from cclip_deploy.errors import BundleError, ImageError, UsageError
 from cclip_deploy.manifest import installed_versions, utc_now
 from cclip_deploy.precisions import Precision
+from cclip_deploy.runtime.backend import check_threads
 from cclip_deploy.train.controls import make_controls
 from cclip_deploy.train.evaluation import EmptyPolicy, Evaluation, summarise
 from cclip_deploy.train.intervals import FEW_PATIENTS, METHOD
@@ -58,6 +59,8 @@ class EvaluationOptions:
     tolerance_px: float = BOUNDARY_TOLERANCE_PX
     worst: int = 8
     seed: int = 0
+    allow_outside: bool = False
+    """Whether the data set's tables may name files outside its folder."""
 
     def check(self) -> None:
         """UsageError where a number means nothing."""
@@ -117,6 +120,7 @@ class EvaluationResult:
                 "seed": self.options.seed,
             },
             "warnings": self.warnings(),
+            "failed": [{"image": str(path), "error": reason} for path, reason in self.measurements.failed],
             **self.evaluation.to_dict(),
             "worst": [self._show_case(case) for case in self.measurements.worst],
             "invented": [self._show_case(case) for case in self.measurements.invented],
@@ -125,6 +129,8 @@ class EvaluationResult:
     def warnings(self) -> list[str]:
         """Why intervals may cover the true values less often than they claim, or are missing."""
         data, scores, found = self.data, self.evaluation.scores, []
+        if self.measurements.failed:
+            found.append(f"Pictures that could not be used, their rows left out: {self.describe_failures()}")
         few = [f.name for f in fields(scores) if getattr(scores, f.name).few_patients]
         if data.patients < 2:
             found.append("There is one patient alone, so there are no intervals.")
@@ -137,6 +143,11 @@ class EvaluationResult:
         if not data.patients_known:
             found.append("No patients are known: each image counts as one, so intervals are too narrow if they repeat.")
         return found
+
+    def describe_failures(self) -> str:
+        """How many pictures could not be used, and the first of them with its reason."""
+        failed = self.measurements.failed
+        return f"{len(failed)} of {len(failed) + self.data.images}; first: {failed[0][1]}"
 
     def _show_case(self, case: ShownCase) -> dict[str, Any]:
         referral, overlap = self.referrals[case.row], self.measurements.rows[case.row].overlap
@@ -156,22 +167,27 @@ def evaluate(
 
     Raises:
         DataError: the data set lacks the split, a mask, or is otherwise not what its layout has.
+        ImageError: no picture could be used; where some could, the result names the others.
         UsageError: an option that does not belong to what is evaluated.
         EnvironmentProblem: a package is missing.
     """
     options.check()
     started_s = time.monotonic()
     on_progress(f"Reading {folder}")
-    data = read_data_set(folder, options.layout, options.subject_pattern)
+    data = read_data_set(folder, options.layout, options.subject_pattern, options.allow_outside)
     referrals = of_split(data.referrals, options.split)
     repaired = sum(data.referrals[row].split == options.split for row, _ in data.repaired)
     on_progress(f"Opening {choice.path}")
     with open_network(choice) as network:
         threshold = network.threshold if options.threshold is None else options.threshold
         controls = make_controls([referral.text for referral in referrals], options.seed)
-        measuring = MeasuringOptions(threshold, options.tolerance_px, options.worst)
+        measuring = MeasuringOptions(threshold, options.tolerance_px, options.worst, leave_out_failures=True)
         measurements = measure_split(network, referrals, controls, measuring, on_image)
         described = network.describe()
+    if not measurements.kept:
+        raise ImageError(measurements.failed[0][1])
+    referrals = [referrals[row] for row in measurements.kept]
+    controls = [control.of_rows(measurements.kept) for control in controls]
     on_progress("Computing intervals over patients")
     return EvaluationResult(
         network=described,
@@ -236,6 +252,7 @@ def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
     trained = loaded.form or InputForm()
     form = InputForm(choice.image_hw or trained.image_hw, choice.prompt_length or trained.prompt_length)
     tokenizer, _ = open_tokenizer(None, form.prompt_length)
+    check_threads(choice.threads)
     if choice.threads is not None:
         torch.set_num_threads(choice.threads)
     return CheckpointNetwork(loaded, form, tokenizer)

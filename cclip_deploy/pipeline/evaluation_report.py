@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cclip_deploy.csv_text import csv_text
 from cclip_deploy.data.images import read_picture
 from cclip_deploy.data.layouts import read_mask
 from cclip_deploy.data.masks import draw_overlay
@@ -16,6 +16,7 @@ from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.evidence.page import Figure, Section, Table, Tile, write_page
 from cclip_deploy.files import restore_folder, whole_folder
 from cclip_deploy.names import json_text, printable
+from cclip_deploy.paths import check_writable
 from cclip_deploy.pipeline.evaluate import EvaluationResult
 from cclip_deploy.train.intervals import FEW_PATIENTS
 from cclip_deploy.train.measuring import ShownCase
@@ -29,7 +30,7 @@ OVERLAY_PX, OVERLAY_QUALITY = 560, 82
 
 
 def check_report_folder(folder: Path, replace: bool) -> None:
-    """UsageError where a report cannot go, EnvironmentProblem without matplotlib; asked before any work is done."""
+    """UsageError where a report cannot go, EnvironmentProblem where it cannot be written or matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -38,6 +39,7 @@ def check_report_folder(folder: Path, replace: bool) -> None:
             "Or leave -o out."
         ) from error
     restore_folder(folder)
+    check_writable(folder)
     if not folder.exists():
         return
     if not replace:
@@ -144,19 +146,17 @@ def _coverage_remarks(result: EvaluationResult) -> list[str]:
 
 def _rows_csv(result: EvaluationResult) -> str:
     names = [control.name for control in result.evaluation.controls]
-    file = io.StringIO()
-    table = csv.writer(file, lineterminator="\n")
     head = ("image", "mask", "text", "patient", "dice", "iou", "hd95_px", "boundary_dice", "predicted_pixels",
             "reference_pixels", "prompt_cut")  # fmt: skip
-    table.writerow([*head, *(f"dice_{name.replace('-', '_')}" for name in names)])
+    table: list[list[object]] = [[*head, *(f"dice_{name.replace('-', '_')}" for name in names)]]
     for referral, row in zip(result.referrals, result.measurements.rows, strict=True):
         outlines = ("", "") if row.outlines is None else (row.outlines.hd95_px, row.outlines.boundary_dice)
         controls = [row.controls[name].dice if name in row.controls else "" for name in names]
-        table.writerow([
+        table.append([
             referral.image, referral.mask, referral.text, referral.subject, row.overlap.dice, row.overlap.iou,
             *outlines, row.overlap.predicted, row.overlap.reference, int(row.cut), *controls,
         ])  # fmt: skip
-    return file.getvalue()
+    return csv_text(table)
 
 
 def _page(result: EvaluationResult) -> str:

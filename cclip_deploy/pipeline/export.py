@@ -15,6 +15,8 @@ from cclip_deploy.manifest import CheckpointOrigin, GraphEntry, Manifest, instal
 from cclip_deploy.model.config import InputForm
 from cclip_deploy.names import printable
 from cclip_deploy.packages import require_packages
+from cclip_deploy.paths import check_writable
+from cclip_deploy.runtime.backend import check_threads
 
 if TYPE_CHECKING:
     import onnx
@@ -64,6 +66,8 @@ def export_bundle(
         EnvironmentProblem: a package is missing or the disk is full.
     """
     check_output(output, options.replace)
+    check_writable(output)
+    check_threads(options.threads)
     _check_options(options)
     require_export_packages()
     from cclip_deploy.model.checkpoint import load_checkpoint

@@ -15,7 +15,7 @@ from cclip_deploy.errors import ParityError
 from cclip_deploy.evidence.parity import mask_dices
 from cclip_deploy.evidence.reference import PICTURE_PROMPTS
 from cclip_deploy.names import printable
-from cclip_deploy.pipeline.calibrate import CalibrationOptions, read_evaluation_set
+from cclip_deploy.pipeline.calibrate import CalibrationOptions, Progress, read_evaluation_set, usable
 from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
 from cclip_deploy.segmenter import Segmenter
 from cclip_deploy.train.measuring import encode_texts
@@ -112,9 +112,12 @@ def with_prompts(found: ImageSet) -> ImageSet:
     return replace(found, images=images)
 
 
-def evaluation_images(options: CalibrationOptions) -> ImageSet:
-    """The images that masks are judged on, at most `evaluation_limit`, of as many patients as possible."""
-    return with_prompts(read_evaluation_set(options).limited(options.evaluation_limit))
+def evaluation_images(options: CalibrationOptions, on_progress: Progress = lambda _: None) -> ImageSet:
+    """The images that masks are judged on, at most `evaluation_limit`, of as many patients as possible.
+
+    Those that cannot be read are left out; `on_progress` gets the reasons. ImageError if none is left.
+    """
+    return with_prompts(usable(read_evaluation_set(options).limited(options.evaluation_limit), on_progress))
 
 
 def hold_masks_to_fp32(bundle: Bundle, precision: str, images: ImageSet, threads: int | None = None) -> MaskAgreement:

@@ -8,24 +8,29 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.data.images import Picture, find_pictures, read_picture
+from cclip_deploy.data.images import Picture, failure_of, find_pictures, read_picture
 from cclip_deploy.data.masks import WrittenMask, file_stem, mask_path, mask_source, write_segmentation
+from cclip_deploy.data.room import Room
 from cclip_deploy.errors import DataError, ImageError, UsageError
 from cclip_deploy.files import sha256_input, writing_into
 from cclip_deploy.names import printable
+from cclip_deploy.paths import check_writable
 from cclip_deploy.pipeline.explain import Explainer
 from cclip_deploy.pipeline.explanation_picture import write_explanation
 from cclip_deploy.prompt_cache import CacheCounts
 from cclip_deploy.segmenter import Segmenter
 
 READ_AHEAD, WRITE_BEHIND, WRITERS = 2, 4, 2
+BYTES_PER_PIXEL = 16
+"""Of a mask that is written: its probability and what becomes of it."""
 _NICENESS = 10
 
 
@@ -88,13 +93,15 @@ def predict(
     options: PredictOptions = PredictOptions(),
     on_picture: Callable[[Path, int, int], None] = lambda path, number, total: None,
 ) -> Predictions:
-    """Segment every prompt on every picture; a picture that cannot be read is reported and the rest go on.
+    """Segment every prompt on every picture; a picture that cannot be used is reported and the rest go on.
 
     One thread reads a few pictures ahead and two write behind, while this one runs the network. At most
     `READ_AHEAD` pictures wait to be segmented and `WRITE_BEHIND` masks to be written, whatever the number of pictures
-    and prompts. Results have the order of the pictures and prompts. `on_picture` is told each picture, its number and
-    how many there are, when its turn comes. The output is held for this run; in it, masks of the same picture file are
-    replaced, and those of another one only where `options.replace`.
+    and prompts, and fewer where they are so large that they pass `MOST_PICTURE_BYTES`. Whatever reading a picture
+    raises, and a lack of memory afterwards, is that picture's failure. Results have the order of the pictures and
+    prompts. `on_picture` is called with each picture, its number and how many there are, when its turn comes.
+    No other run can write into the output meanwhile. Masks of the same picture file are replaced, and those of another
+    one only where `options.replace`.
 
     Raises:
         UsageError: no prompt, an output that is a file, or that holds masks of another picture under the same name.
@@ -107,6 +114,7 @@ def predict(
         raise UsageError(
             f"A threshold of {options.threshold} is not between 0 and 1. Leave it out for the bundle's own."
         )
+    check_writable(output)
     with writing_into(output):
         paths = find_pictures(images)
         used: set[str] = set()
@@ -126,33 +134,74 @@ def _predict(
 ) -> Predictions:
     counted_before = segmenter.prompt_counts
     segmenter.prepare(prompts)
-    paths, explainer = list(stems), options.explainer
     limit = segmenter.bundle.manifest.threshold if options.threshold is None else options.threshold
-    done: list[Prediction] = []
-    failed: list[tuple[Path, str]] = []
-    writing: deque[Future[Prediction]] = deque()
-    with _threads(1, "reader") as reader, _threads(WRITERS, "writer") as writers:
-        for number, (path, read) in enumerate(_read_ahead(reader, paths), start=1):
-            on_picture(path, number, len(paths))
+    run, found = _Run(segmenter, stems, prompts, output, limit, options.explainer), _Found()
+    with _threads(WRITERS, "writer") as writers, _threads(1, "reader") as reader, closing(Room()) as room:
+        for number, (path, read) in enumerate(_read_ahead(reader, list(stems), room), start=1):
+            on_picture(path, number, len(stems))
             try:
                 picture = read.result()
-            except ImageError as error:
-                failed.append((path, str(error)))
+            except Exception as error:  # whatever a decoder raises on a stranger's bytes
+                found.fail(path, error)
                 continue
-            seen = None if explainer is None else explainer.look(picture.pixels)
-            features = None if seen is None else seen.features
-            probabilities = segmenter.probabilities(picture.pixels, prompts, features)
-            for prompt, probability, stem in zip(prompts, probabilities, stems[path], strict=True):
-                explanation = None
-                if explainer is not None and seen is not None:
-                    answer = explainer.confounding_answer(prompt)
-                    explanation = write_explanation(
-                        output / f"{stem}-explanation.png", picture.pixels, probability >= limit, prompt, seen, answer
-                    )
-                writing.append(writers.submit(_write, picture, prompt, probability, output, stem, limit, explanation))
-                done += _results(writing, WRITE_BEHIND)
-        done += _results(writing, 0)
-    return Predictions(tuple(done), tuple(failed), segmenter.prompt_counts.since(counted_before))
+            at_once = room.most_bytes // (BYTES_PER_PIXEL * picture.pixels[..., :1].size)
+            try:
+                for write in run.masks(picture):
+                    found.writing.append((path, writers.submit(write)))
+                    found.collect(min(WRITE_BEHIND, max(0, at_once - 1)))
+            except MemoryError as error:
+                found.fail(path, error)
+            room.give(picture.pixels.nbytes)
+        found.collect(0)
+    counts = segmenter.prompt_counts.since(counted_before)
+    return Predictions(tuple(found.done), tuple(found.failed.items()), counts)
+
+
+@dataclass
+class _Run:
+    """What is segmented and written, the same for every picture."""
+
+    segmenter: Segmenter
+    stems: Mapping[Path, Sequence[str]]
+    prompts: Sequence[str]
+    output: Path
+    limit: float
+    explainer: Explainer | None
+
+    def masks(self, picture: Picture) -> Iterator[Callable[[], Prediction]]:
+        """For each prompt what writes its mask; the network runs here."""
+        seen = None if self.explainer is None else self.explainer.look(picture.pixels)
+        features = None if seen is None else seen.features
+        probabilities = self.segmenter.probabilities(picture.pixels, self.prompts, features)
+        for prompt, probability, stem in zip(self.prompts, probabilities, self.stems[picture.path], strict=True):
+            explanation = None
+            if self.explainer is not None and seen is not None:
+                answer = self.explainer.confounding_answer(prompt)
+                path, inside = self.output / f"{stem}-explanation.png", probability >= self.limit
+                explanation = write_explanation(path, picture.pixels, inside, prompt, seen, answer)
+            yield partial(_write, picture, prompt, probability, self.output, stem, self.limit, explanation)
+
+
+@dataclass
+class _Found:
+    """Results and failures so far, and the masks that are being written."""
+
+    done: list[Prediction] = field(default_factory=list)
+    failed: dict[Path, str] = field(default_factory=dict)
+    writing: deque[tuple[Path, Future[Prediction]]] = field(default_factory=deque)
+
+    def collect(self, most: int) -> None:
+        """Take the oldest results, waiting until at most so many are under way; raises what a writer raised."""
+        while len(self.writing) > most:
+            path, future = self.writing.popleft()
+            try:
+                self.done.append(future.result())
+            except MemoryError as error:
+                self.fail(path, error)
+
+    def fail(self, path: Path, error: Exception) -> None:
+        """Keep the first reason why a picture failed."""
+        self.failed.setdefault(path, failure_of(path, error))
 
 
 def refuse_failures(predictions: Predictions) -> None:
@@ -193,10 +242,6 @@ def _source_of(mask: Path) -> str | None:
         return None
 
 
-def _read(path: Path) -> Picture:
-    return replace(read_picture(path), sha256=sha256_input(path))
-
-
 @contextmanager
 def _threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
     """Threads that are gone when the block ends: what they have begun is finished, what waits is dropped."""
@@ -213,20 +258,23 @@ def _step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
-def _read_ahead(reader: ThreadPoolExecutor, paths: Sequence[Path]) -> Iterator[tuple[Path, Future[Picture]]]:
-    """Each path with its picture, which the reader begins a little before it is asked for."""
+def _read_ahead(
+    reader: ThreadPoolExecutor, paths: Sequence[Path], room: Room
+) -> Iterator[tuple[Path, Future[Picture]]]:
+    """Each path with its picture, which the reader begins a little before it is needed, as far as there is room."""
+
+    def read(path: Path) -> Picture:
+        picture = replace(read_picture(path), sha256=sha256_input(path))
+        room.take(picture.pixels.nbytes)
+        return picture
+
     ahead: deque[tuple[Path, Future[Picture]]] = deque()
     for path in paths:
-        ahead.append((path, reader.submit(_read, path)))
+        ahead.append((path, reader.submit(read, path)))
         if len(ahead) > READ_AHEAD:
             yield ahead.popleft()
     while ahead:
         yield ahead.popleft()
-
-
-def _results(writing: deque[Future[Prediction]], most: int) -> list[Prediction]:
-    """The oldest results, waiting until at most so many are under way; raises what a writer raised."""
-    return [writing.popleft().result() for _ in range(len(writing) - most)]
 
 
 def _write(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from cclip_deploy.errors import UsageError
-from cclip_deploy.files import reading_problem
+from cclip_deploy.paths import is_there
+from cclip_deploy.paths import read_toml as read_document
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -18,17 +18,12 @@ def read_toml(path: Path, model: type[Model], absent: str, remedy: str = "") -> 
     """Read a file as `model`.
 
     Raises:
-        UsageError: a key is unknown, missing or wrong, or there is no file (`absent` is the message).
-        DataError: the file cannot be read.
+        UsageError: there is no file (`absent` is the message), it is no TOML file, or a key is unknown, missing or
+            wrong.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(absent) from None
-    except OSError as error:
-        raise reading_problem(path, error) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML file: {error}.") from error
+    if not is_there(path):
+        raise UsageError(absent)
+    values = read_document(path, UsageError)
     try:
         return model.model_validate(values)
     except ValidationError as error:

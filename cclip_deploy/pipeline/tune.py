@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cclip_deploy.bundle import Bundle
 from cclip_deploy.data.image_sets import DataSetOptions, read_image_set
 from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.pipeline.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
+from cclip_deploy.pipeline.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures, usable
 from cclip_deploy.pipeline.graph_model import load_model
 from cclip_deploy.pipeline.mask_agreement import LEAST_DICE, LEAST_MEAN_DICE, with_prompts
 from cclip_deploy.pipeline.mask_trial import MaskTrial
@@ -77,7 +77,7 @@ def tune_precision(bundle: Bundle, options: TuneOptions, on_progress: Progress =
     _check(options)
     calibration = None if options.calibration is None else choose_pictures(options.calibration)
     evaluation = with_prompts(read_image_set(options.evaluation_set, "test", options.data_sets))
-    halves = deal_out(evaluation.limited(options.limit))
+    halves = deal_out(usable(evaluation.limited(options.limit), on_progress))
     for line in (*(calibration.describe()[:1] if calibration else ()), *halves.describe()):
         on_progress(line)
     search = _Search(bundle, options, calibration, halves, on_progress)

@@ -19,6 +19,7 @@ from cclip_deploy.manifest import graph_key
 from cclip_deploy.pipeline.calibration_record import read_record
 from cclip_deploy.pipeline.derivation import derivation_checks
 from cclip_deploy.pipeline.engine_proof import engine_checks
+from cclip_deploy.runtime.backend import check_threads
 from cclip_deploy.runtime.choice import Choice, Opened, opened, precisions_to_run
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.tensorrt_runner import TensorRtBackend
@@ -180,6 +181,7 @@ def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOpti
             f"{options.checkpoint} is a {loaded.config.name!r} network, the bundle holds "
             f"{bundle.manifest.model['name']!r}. Give the checkpoint that it was exported from."
         )
+    check_threads(options.threads)
     if options.threads is not None:
         import torch
 

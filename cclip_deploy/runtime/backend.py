@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
+from cclip_deploy.limits import MOST_THREADS
 from cclip_deploy.manifest import GraphEntry, TensorSpec
 
 _NO_MEMORY = ("allocate", "bad_alloc", "out of memory")
@@ -109,9 +110,9 @@ def run_failure(runtime: str, path: Path, error: Exception) -> CclipError:
 
 
 def check_threads(threads: int | None) -> None:
-    """UsageError for a number of threads below 1; None leaves it to the runtime."""
-    if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads make no sense. Give 1 or more.")
+    """UsageError for a number of threads below 1 or above MOST_THREADS; None leaves it to the runtime."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"{threads} threads are out of range. Use 1 to {MOST_THREADS}.")
 
 
 def _sides(shape: Sequence[int | str]) -> list[int | str]:

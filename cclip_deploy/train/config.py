@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -10,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cclip_deploy.data.augment import Augmentation
 from cclip_deploy.errors import UsageError
+from cclip_deploy.limits import MOST_THREADS
 from cclip_deploy.model.config import CONTEXT_LENGTH, InputForm, image_hw
+from cclip_deploy.paths import read_toml
 
 Mode = Literal["off", "joint", "alternating", "reversal"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -18,6 +19,7 @@ Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "attnpool", "tex
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(gt=0)]
+_Threads = Annotated[int, Field(gt=0, le=MOST_THREADS)]
 _Whole = Annotated[int, Field(ge=0)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -45,6 +47,8 @@ class DataSource(RecipeTable):
     """Found from the folder unless given."""
     subject: str | None = None
     """Regular expression for the patient in an image's name."""
+    allow_outside: bool = False
+    """Whether the data set's tables may name files outside its folder."""
     synthetic: SyntheticFilms | None = None
 
 
@@ -129,8 +133,8 @@ class TrainConfig(RecipeTable):
     devices: Devices = Devices()
     data: DataSource = DataSource()
     seed: _Whole = 0
-    threads: _Count = 2
-    loader_threads: _Count = 1
+    threads: _Threads = 2
+    loader_threads: _Threads = 1
     cache_gib: _Weight = 4.0
     """Memory for pictures and masks that were read once; what does not fit is read again each epoch."""
     save_minutes: _Positive = 10.0
@@ -172,10 +176,7 @@ class TrainConfig(RecipeTable):
         Raises:
             UsageError: the file cannot be read, or a key is unknown, out of range or at odds with another.
         """
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UsageError(f"Recipe {path} cannot be read: {error}. Correct it.") from error
+        values = read_toml(path, UsageError)
         if clip_weights is not None:
             values["clip_weights"] = clip_weights
         try:

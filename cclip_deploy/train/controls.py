@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,6 +46,11 @@ class Control:
         each = [reasons] * len(texts) if isinstance(reasons, str) else reasons
         why = tuple(reason if text is None else "" for text, reason in zip(texts, each, strict=True))
         return Control(name, tuple({} if text is None else {text: 1.0} for text in texts), why)
+
+    def of_rows(self, rows: Sequence[int]) -> Control:
+        """The same control for some of the rows."""
+        asked, reasons = tuple(self.asked[row] for row in rows), tuple(self.reasons[row] for row in rows)
+        return replace(self, asked=asked, reasons=reasons)
 
     @property
     def meaning(self) -> str:

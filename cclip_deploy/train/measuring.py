@@ -6,16 +6,17 @@ import heapq
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.data.images import read_picture
+from cclip_deploy.data.images import failure_of, read_picture
 from cclip_deploy.data.layouts import Referral, read_mask
 from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.errors import DataError
+from cclip_deploy.limits import MOST_MASK_BYTES
 from cclip_deploy.prompt_cache import Tokens
 from cclip_deploy.train.asked_network import AskedNetwork
 from cclip_deploy.train.controls import Control
@@ -42,6 +43,8 @@ class MeasuringOptions:
     tolerance_px: float
     worst: int
     """How many of the worst predictions are kept as masks."""
+    leave_out_failures: bool = False
+    """Go on without the rows of a picture that cannot be read with its masks; else its error is raised."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,19 @@ class Worst:
 
 @dataclass(frozen=True)
 class Measurements:
-    """A measured split: rows in the order of the referrals, and predictions to look at, the worst first."""
+    """A measured split: rows in the order of the referrals, and predictions to look at, the worst first.
+
+    `rows` and the cases' numbers leave out the rows of failed pictures; `kept` are the referrals' numbers of `rows`.
+    """
 
     rows: tuple[MeasuredRow, ...]
     worst: tuple[ShownCase, ...]
     """Lowest Dice, of the rows that have a target."""
     invented: tuple[ShownCase, ...]
     """Largest predictions, of the rows that have none."""
+    kept: tuple[int, ...]
+    failed: tuple[tuple[Path, str], ...]
+    """Pictures whose rows were left out, and why."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +145,9 @@ def measure_split(
     Memory holds the masks of one picture's rows, `READ_AHEAD` further pictures, and a kilobyte a row.
 
     Raises:
-        DataError: a text has no word, or a mask more than two values.
-        ImageError: a picture or mask cannot be decoded.
+        DataError: a text has no word, a mask more than two values, or the masks of one picture would fill the memory.
+        ImageError: a picture or mask cannot be decoded. These two, too, are kept in `failed` with
+            `leave_out_failures`, as is whatever else reading a picture raises.
     """
     tokens, cut = encode_texts([referral.text for referral in referrals], network.tokenizer, network.prompt_length)
     sentences = {text for control in controls for row in control.asked for text in row}
@@ -146,10 +156,18 @@ def measure_split(
     for row, referral in enumerate(referrals):
         rows_of[referral.image].append(row)
     measured: dict[int, MeasuredRow] = {}
+    failed: dict[Path, str] = {}
     worst, invented = Worst(options.worst), Worst(options.worst)
     for number, (image, loading) in enumerate(_read_ahead(referrals, rows_of), 1):
         on_image(image, number, len(rows_of))
-        picture = _Picture(loading.result(), {row: referrals[row].mask for row in rows_of[image]}, options)
+        try:
+            loaded = loading.result()
+        except Exception as error:  # whatever a decoder raises on a stranger's bytes
+            if not options.leave_out_failures:
+                raise
+            failed[image] = failure_of(image, error)
+            continue
+        picture = _Picture(loaded, {row: referrals[row].mask for row in rows_of[image]}, options)
         own = {row: tokens[row] for row in rows_of[image]}
         questions = [
             Question(row, control.name, others[text], weight)
@@ -165,7 +183,14 @@ def measure_split(
                 worst.offer(row, -overlap.dice, picture.predicted[row])
             elif overlap.predicted:
                 invented.offer(row, overlap.predicted, picture.predicted[row])
-    return Measurements(tuple(measured[row] for row in range(len(referrals))), worst.cases(), invented.cases())
+    kept = tuple(sorted(measured))
+    places = {row: place for place, row in enumerate(kept)}
+
+    def shown(cases: Worst) -> tuple[ShownCase, ...]:
+        return tuple(replace(case, row=places[case.row]) for case in cases.cases())
+
+    rows = tuple(measured[row] for row in kept)
+    return Measurements(rows, shown(worst), shown(invented), kept, tuple(failed.items()))
 
 
 class _Picture:
@@ -239,7 +264,7 @@ def _read_ahead(
     ahead: deque[tuple[Path, Future[_Loaded]]] = deque()
     try:
         for image, rows in rows_of.items():
-            ahead.append((image, reader.submit(_load, image, {referrals[row].mask for row in rows})))
+            ahead.append((image, reader.submit(_load, image, [referrals[row].mask for row in rows])))
             if len(ahead) > READ_AHEAD:
                 yield ahead.popleft()
         yield from ahead
@@ -247,9 +272,15 @@ def _read_ahead(
         reader.shutdown(wait=True, cancel_futures=True)
 
 
-def _load(image: Path, masks: set[Path]) -> _Loaded:
+def _load(image: Path, masks: Sequence[Path]) -> _Loaded:
     pixels = read_picture(image).pixels
-    references = {mask: read_mask(mask) for mask in masks}
+    height, width = pixels.shape[:2]
+    if len(masks) * height * width > MOST_MASK_BYTES:
+        raise DataError(
+            f"{image} has {len(masks)} rows, whose masks of {width}x{height} pixels would take more than "
+            f"{MOST_MASK_BYTES:,} bytes. Reduce the picture and its masks, or give it fewer rows."
+        )
+    references = {mask: read_mask(mask) for mask in set(masks)}
     for mask, reference in references.items():
         if reference.shape != pixels.shape[:2]:
             raise DataError(

@@ -21,6 +21,7 @@ from cclip_deploy.files import writing_into
 from cclip_deploy.locks import is_bookkeeping
 from cclip_deploy.model.config import CONFIGS
 from cclip_deploy.packages import require_training_packages
+from cclip_deploy.paths import check_writable
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.training_set import fingerprint, open_training_set
 
@@ -157,7 +158,7 @@ def _train_in(run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgre
     config, data_folder, folder, options = run.config, run.data_folder, run.folder, run.options
     tell(f"Reading {data_folder}")
     tokenizer = PromptTokenizer.from_open_clip()
-    data_set = read_data_set(data_folder, config.data.layout, config.data.subject)
+    data_set = read_data_set(data_folder, config.data.layout, config.data.subject, config.data.allow_outside)
     if data_set.repaired:
         tell(f"Repaired typing errors in {len(data_set.repaired)} prompts; cclip-deploy data lists them")
     splits = _read_splits(data_set, config, options)
@@ -190,6 +191,7 @@ def _train_in(run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgre
 def _check_folder(folder: Path, options: RunOptions) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file. Choose another folder for the training.")
+    check_writable(folder)
     if folder.is_dir() and not all(map(is_bookkeeping, folder.iterdir())) and not options.resume:
         raise UsageError(f"{folder} is not empty. Go on with --resume, or choose another folder.")
 

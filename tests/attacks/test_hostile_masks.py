@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.data.images import read_picture
+from cclip_deploy.data.images import picture_orientation, picture_size, read_picture
 from cclip_deploy.data.layouts import read_data_set, read_mask
+from cclip_deploy.data.synthetic import write_dataset
 from cclip_deploy.errors import DataError, ImageError
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
@@ -74,3 +75,50 @@ def test_an_orientation_that_both_have_turns_both(tmp_path: Path) -> None:
     pixels, mask = read_picture(row.image).pixels, read_mask(row.mask)
     assert pixels.shape == mask.shape == (48, 32)
     assert np.array_equal(pixels > 0.5, mask)
+
+
+LAYOUTS = {"flat": "images", "medvlsm": "images", "qata": "Test_Folder/img", "languidemedseg": "Test/Images"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_compares_the_orientations_of_a_square_pair(tmp_path: Path, layout: str) -> None:
+    """All that read pairs read them through a layout: evaluation, training, ablation, data and calibration."""
+    folder = tmp_path / layout
+    write_dataset(folder, {"train": 4, "val": 1, "test": 1}, (32, 32), 3, layout=layout)
+    (image,) = (folder / LAYOUTS[layout]).glob("*test*" if layout in ("flat", "medvlsm") else "*")
+    assert len(read_data_set(folder).referrals) == 6
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    with Image.open(image) as picture:
+        picture.load()
+    picture.save(image, exif=exif)
+    with pytest.raises(DataError, match="EXIF orientation 3, its mask 1"):
+        read_data_set(folder)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_an_orientation_is_found_before_and_behind_the_pixels_of_a_png(tmp_path: Path, behind: bool) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    path = tmp_path / "a.png"
+    Image.new("L", (4, 6)).save(path, exif=exif)
+    data = path.read_bytes()
+    at = data.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(data[at : at + 4])
+    if behind:
+        path.write_bytes(data[:at] + data[end:-12] + data[at:end] + data[-12:])
+    assert (path.read_bytes().index(b"eXIf") > path.read_bytes().index(b"IDAT")) == behind
+    assert picture_orientation(path) == 6
+    assert picture_size(path) == (6, 4)
+    assert read_picture(path).pixels.shape == (4, 6)
+
+
+def test_the_size_of_a_png_is_told_without_decoding_it(tmp_path: Path) -> None:
+    """Before, each image and mask of a data set was decoded twice to compare sizes and orientations."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30)).astype(np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:300])
+    assert picture_size(path) == (30, 40)
+    assert picture_orientation(path) == 1
+    with pytest.raises(ImageError):
+        read_picture(path)

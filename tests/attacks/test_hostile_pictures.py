@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -11,7 +12,8 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +22,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cclip_deploy.data.images import Picture, decoding, find_pictures, read_picture
+from cclip_deploy.data.dicom_frames import unpacked_bytes
+from cclip_deploy.data.images import Picture, decoding, find_pictures, picture_size, read_picture
+from cclip_deploy.data.layouts import read_mask
+from cclip_deploy.data.masks import write_segmentation
 from cclip_deploy.errors import CclipError, ImageError
+from tests.attacks.memory import within
 
 
 def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width: int, height: int, rows: bytes, *extra: bytes) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+def png(width: int, height: int, rows: bytes, *extra: bytes, bits: int = 8, color: int = 0) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     chunks = [png_chunk(b"IHDR", header), *extra, png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -42,15 +48,15 @@ def encoded(kind: str, shape: tuple[int, ...] = (40, 30, 3)) -> bytes:
     return buffer.getvalue()
 
 
-def dicom() -> bytes:
+def dicom(rows: int = 20, columns: int = 30) -> bytes:
     pydicom = pytest.importorskip("pydicom", reason="DICOM is an extra: pip install 'cclip-deploy[medical]'")
     dataset = pydicom.Dataset()
     dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
-    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = 20, 30, 1
+    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = rows, columns, 1
     dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 0
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
     dataset.WindowCenter, dataset.WindowWidth, dataset.RescaleSlope, dataset.RescaleIntercept = 700, 900, 2, -5
-    dataset.add_new("PixelData", "OW", np.arange(600, dtype="<u2").tobytes())
+    dataset.add_new("PixelData", "OW", (np.arange(rows * columns) % 4096).astype("<u2").tobytes())
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
     buffer = io.BytesIO()
@@ -137,7 +143,7 @@ def test_bomb_in_the_text_of_a_png_is_refused(tmp_path: Path) -> None:
     assert peak_kilobytes() - before < 100_000
 
 
-@pytest.mark.parametrize(("rows", "columns", "words"), [(60_000, 30, "cannot be decoded"), (60_000, 60_000, "Reduce")])
+@pytest.mark.parametrize(("rows", "columns", "words"), [(30_000, 30, "cannot be decoded"), (60_000, 60_000, "Reduce")])
 def test_dicom_that_claims_more_pixels_than_it_has_is_an_error(
     tmp_path: Path, rows: int, columns: int, words: str
 ) -> None:
@@ -168,6 +174,217 @@ def test_deflated_dicom_bomb_is_refused_unopened(tmp_path: Path) -> None:
     error = read_bytes(tmp_path / "a.dcm", bytes(128) + b"DICM" + group + element + bomb)
     assert "Deflated" in str(error)
     assert peak_kilobytes() - before < 100_000
+
+
+RGB, RGBA = 2, 6
+HUGE: dict[str, Callable[[], bytes]] = {
+    # Before: six files of 0.4 MB like this took 8.8 GB.
+    "RGB of 16 bits": lambda: png(8192, 8192, bytes(10**6), bits=16, color=RGB),
+    "RGBA": lambda: png(8000, 6000, bytes(10**6), color=RGBA),
+    # Before: a MemoryError, in the resize to the network's size and back.
+    "a line": lambda: png(67_108_864, 1, bytes(67_108_865)),
+    "a column": lambda: png(1, 67_108_864, bytes(10**6)),
+    "a tile": lambda: tiff_of_one_tile(2**20, 2**10),
+    "a palette": lambda: png(8000, 8000, bytes(10**6), png_chunk(b"PLTE", bytes(3)), color=3),
+}
+
+
+def tiff_of_one_tile(width: int, length: int) -> bytes:
+    """16x16 pixels in one tile that says it is far larger, deflated."""
+    data = zlib.compress(bytes(10**6))
+    entries = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, width), (323, length), (324, 200)]
+    entries.append((325, len(data)))
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + fields + struct.pack("<I", 0)
+    return head.ljust(200, b"\0") + data
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_picture_too_large_for_its_channels_sides_or_tiles_is_refused_in_50_mib(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(HUGE[kind]())
+    for read in (read_picture, read_mask, picture_size):
+        said = within(50, lambda read=read: read(path))
+        assert said.startswith("ImageError: ")
+        assert "Reduce or crop the picture" in said
+
+
+def test_the_largest_pictures_take_little_more_than_their_own_pixels(tmp_path: Path) -> None:
+    """Before, 16-bit grey was made float64 and divided there: five times its float32 pixels.
+
+    The pixels of 4096x4096 as float32 are 64 MiB; the decoder's own buffer is half of that.
+    """
+    path = tmp_path / "a.png"
+    path.write_bytes(png(4096, 4096, bytes((2 * 4096 + 1) * 4096), bits=16))
+    assert within(64 + 2 * 32 + 48, lambda: read_picture(path).pixels.shape) == "tuple: (4096, 4096)"
+    data = dicom(4096, 4096)
+    (tmp_path / "a.dcm").write_bytes(data)
+    assert within(64 + 3 * 32 + 96, lambda: read_picture(tmp_path / "a.dcm").pixels.shape) == "tuple: (4096, 4096)"
+
+
+def test_a_mask_of_the_largest_size_is_written_in_little_memory(tmp_path: Path) -> None:
+    """Before, the probability was multiplied in float64, and the overlay in three float32 copies."""
+    pixels = np.zeros((4096, 4096), np.float32)
+    picture = Picture(tmp_path / "a.png", pixels, "png", 8)
+    said = within(150, lambda: write_segmentation(picture, "x", pixels, tmp_path, "a"))
+    assert said.startswith("WrittenMask: ")
+
+
+def test_a_decoder_without_memory_is_the_pictures_failure(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(6000, 6000, bytes(6001 * 6000)))
+    said = within(20, lambda: read_picture(path))
+    assert said.startswith("ImageError: ")
+    assert "takes more memory to decode than there is" in said
+
+
+CHUNKS = {
+    "a compressed profile": png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(400_000_000), 9)),
+    "compressed texts": png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(900_000), 9)) * 100,
+    "an international text": png_chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(bytes(400_000_000), 9)),
+    "an EXIF of many tags": png_chunk(b"eXIf", b"II*\0\x08\0\0\0" + struct.pack("<H", 65535) + bytes(12 * 65535)),
+    "an EXIF of huge counts": png_chunk(
+        b"eXIf",
+        b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 274, 3, 2**31, 8) + struct.pack("<HHII", 282, 5, 2**30, 8),
+    ),
+    "a chunk that says 2 GB": struct.pack(">I", 2**31 - 1) + b"tEXt" + b"x" * 100,
+}
+
+
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_bombs_in_what_is_beside_the_pixels_take_no_memory(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(4, 4, bytes(20), CHUNKS[kind]))
+    said = within(150, lambda: read_bytes(path, path.read_bytes()))
+    assert said.split(":")[0] in ("Picture", "ImageError")
+    assert "MemoryError" not in said
+    assert "more memory" not in said
+
+
+def test_tags_of_huge_counts_take_no_memory(tmp_path: Path) -> None:
+    data = bytearray(encoded("TIFF"))
+    start = struct.unpack_from("<I", data, 4)[0]
+    for entry in range(struct.unpack_from("<H", data, start)[0]):
+        changed = bytearray(data)
+        struct.pack_into("<I", changed, start + 2 + 12 * entry + 4, 2**31 - 1)
+        (tmp_path / "a.tif").write_bytes(changed)
+        said = within(100, lambda: read_bytes(tmp_path / "a.tif", (tmp_path / "a.tif").read_bytes()))
+        assert said.split(":")[0] in ("Picture", "ImageError")
+        assert "more memory" not in said
+
+
+def test_a_chain_of_many_pages_is_refused_at_the_second(tmp_path: Path) -> None:
+    """Before, all pages were counted; 100,000 empty ones in 600 kB are refused unread."""
+    data = encoded("TIFF")
+    start = struct.unpack_from("<I", data, 4)[0]
+    end = start + 2 + 12 * struct.unpack_from("<H", data, start)[0]
+    pages = b"".join(struct.pack("<HI", 0, len(data) + 6 * (n + 1)) for n in range(100_000))
+    path = tmp_path / "a.tif"
+    path.write_bytes(data[:end] + struct.pack("<I", len(data)) + data[end + 4 :] + pages + bytes(6))
+    with counted_calls() as calls, pytest.raises(ImageError, match="several pages"):
+        read_picture(path)
+    assert calls[0] < 5000
+
+
+@contextmanager
+def counted_calls() -> Iterator[list[int]]:
+    """Counts calls of functions, in Python and in C."""
+    calls = [0]
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        calls[0] += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+RLE, JPEG, JPEG_2000 = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.90"
+
+
+def compressed_dicom(syntax: str, frame: bytes, rows: int, columns: int, bits: int = 8) -> bytes:
+    from pydicom.encaps import encapsulate
+
+    pydicom = pytest.importorskip("pydicom", reason="DICOM is an extra: pip install 'cclip-deploy[medical]'")
+    dataset = pydicom.dcmread(io.BytesIO(dicom()))
+    dataset.Rows, dataset.Columns, dataset.BitsAllocated, dataset.BitsStored = rows, columns, bits, bits
+    dataset.HighBit = bits - 1
+    dataset.PixelData = encapsulate([frame])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = syntax
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def rle(runs: bytes) -> bytes:
+    return struct.pack("<16I", 1, 64, *[0] * 14) + runs
+
+
+def coded(kind: str, side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 77).save(buffer, kind)
+    return buffer.getvalue()
+
+
+FRAMES: dict[str, tuple[str, Callable[[int], bytes]]] = {
+    "RLE": (RLE, lambda side: rle(b"".join(bytes([257 - n, 77]) for n in [64] * (side * side // 64)))),
+    "JPEG": (JPEG, lambda side: coded("JPEG", side)),
+    "JPEG 2000": (JPEG_2000, lambda side: coded("JPEG2000", side)),
+}
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_a_compressed_dicom_is_read_where_its_size_is_the_headers_and_refused_where_not(
+    tmp_path: Path, kind: str
+) -> None:
+    """Before, a JPEG of 13,000x13,000 in a file of 10x10 was unpacked, and then found to be too long."""
+    syntax, make = FRAMES[kind]
+    path = tmp_path / "a.dcm"
+    picture = read_bytes(path, compressed_dicom(syntax, make(64), 64, 64))
+    assert isinstance(picture, Picture), picture
+    assert picture.pixels.shape == (64, 64)
+    if kind != "RLE":
+        path.write_bytes(compressed_dicom(syntax, make(6000), 64, 64))
+        said = within(30, lambda: read_picture(path))
+        assert said.startswith("ImageError: ")
+        assert "the compressed picture inside 6000x6000" in said
+
+
+def test_runs_that_unpack_to_far_more_than_the_picture_are_counted_first(tmp_path: Path) -> None:
+    """Before, 4 MB of runs unpacked to 256 MB, and each further one to 64."""
+    path = tmp_path / "a.dcm"
+    path.write_bytes(compressed_dicom(RLE, rle(b"\x81\x07" * 2_000_000), 64, 64))
+    said = within(60, lambda: read_picture(path))
+    assert said.startswith("ImageError: ")
+    assert "unpack to far more" in said
+
+
+@given(st.binary(max_size=300))
+def test_runs_are_counted_as_pydicom_unpacks_them(segment: bytes) -> None:
+    decoder = pytest.importorskip("pydicom.pixels.decoders.rle")
+    counted = unpacked_bytes(segment)
+    assert (
+        len(decoder._rle_decode_segment(segment)) <= counted <= len(decoder._rle_decode_segment(segment + bytes(129)))
+    )
+
+
+@pytest.mark.parametrize(
+    "element", [b"\x28\0\x02\0US\x02\0", b"\x28\0\x10\0US\x02\0", b"\x28\0\x11\0US\x02\0", b"\x28\0\x00\x01US\x02\0"]
+)
+@pytest.mark.parametrize("value", [0, 1, 7, 64, 32_000, 65_535])
+def test_dicom_headers_of_any_size_take_no_memory(tmp_path: Path, element: bytes, value: int) -> None:
+    """Samples, rows, columns and bits, each in turn."""
+    data = dicom()
+    at = data.index(element) + len(element)
+    path = tmp_path / "a.dcm"
+    path.write_bytes(data[:at] + struct.pack("<H", value) + data[at + 2 :])
+    said = within(100, lambda: read_bytes(path, path.read_bytes()))
+    assert said.split(":")[0] in ("Picture", "ImageError")
+    assert "more memory" not in said
 
 
 @pytest.mark.parametrize(
@@ -249,6 +466,22 @@ def test_readers_in_several_threads_take_turns(tmp_path: Path) -> None:
     thread.join(timeout=20)
     assert not thread.is_alive()
     assert warnings.filters is before
+
+
+def test_pictures_are_opened_in_one_place_with_a_list_of_formats() -> None:
+    """Before, masks were opened with every format that Pillow knows, one of which starts Ghostscript."""
+    root = Path(__file__).parents[2]
+    sources = [
+        path
+        for name in ("cclip_deploy", "benchmarks", "engines", "export", "training")
+        for path in (root / name).rglob("*.py")
+    ]
+    opening = re.compile(r"\bImage\.open\(|\bimread\(|\bdcmread\(|\bpixel_array\(")
+    found = {path.name: opening.findall(path.read_text()) for path in sources}
+    assert {name: len(calls) for name, calls in found.items() if calls} == {
+        "images.py": 1, "dicom.py": 3, "dicom_frames.py": 1,
+    }  # fmt: skip
+    assert "Image.open(file, formats=_FORMATS)" in (root / "cclip_deploy/data/images.py").read_text()
 
 
 def test_reading_loads_no_torch() -> None:

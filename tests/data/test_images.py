@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from cclip_deploy.data.images import MAX_PIXELS, find_pictures, read_picture
+from cclip_deploy.data.images import find_pictures, read_picture
 from cclip_deploy.errors import ImageError, UsageError
+from cclip_deploy.limits import MAX_PIXELS
 
 COLOUR = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [128, 64, 32], [255, 255, 255]]], np.uint8)
 
@@ -190,7 +191,7 @@ def test_several_pages_are_refused(tmp_path: Path) -> None:
     page.save(tmp_path / "a.tif", save_all=True, append_images=[page])
     page.save(tmp_path / "a.png", save_all=True, append_images=[page.transpose(Image.Transpose.ROTATE_180)])
     for name in ("a.tif", "a.png"):
-        with pytest.raises(ImageError, match=rf"{name} has 2 pages or frames\. Save the one you want"):
+        with pytest.raises(ImageError, match=rf"{name} has several pages or frames\. Save the one you want"):
             read_picture(tmp_path / name)
 
 

@@ -176,12 +176,15 @@ def test_a_record_of_an_earlier_version_still_loads() -> None:
     assert record.describe() == ["Calibration: 1 image, from a version that did not record it"]
 
 
-def test_an_unreadable_picture_is_named(films: Path, tmp_path: Path) -> None:
+def test_an_unreadable_picture_is_left_out_and_named(films: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(films / "images", folder)
     (folder / "torn.png").write_bytes((films / "images" / "train-00000.png").read_bytes()[:200])
-    with pytest.raises(ImageError, match=r"torn\.png"):
-        choose_pictures(CalibrationOptions((folder,)))
+    chosen, whole = (choose_pictures(CalibrationOptions((place,))) for place in (folder, films / "images"))
+    assert chosen.paths == tuple(folder / path.name for path in whole.paths)
+    ((reason,),) = [chosen.failed]
+    assert reason.startswith("torn.png cannot be decoded")
+    assert f"Left out: {reason}" in chosen.describe()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from cclip_deploy.data.layouts.referral import SPLITS, Referral, check_sizes, subject_of
 from cclip_deploy.data.layouts.tables import Row, read_table
 from cclip_deploy.errors import DataError
+from cclip_deploy.paths import check_inside
 
 TABLE_NAME, JSON_TABLE_NAME = "table.csv", "table.jsonl"
 REQUIRED_COLUMNS = ("image", "mask", "text")
@@ -19,16 +20,18 @@ def find_tables(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in {".csv", ".jsonl"} and path.is_file())
 
 
-def read_flat(folder: Path, subject_pattern: str | None = None) -> list[Referral]:
+def read_flat(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Referral]:
     """Read the one table in `folder`, with the columns image, mask, text and perhaps split, subject.
 
-    Paths are relative to the folder. Without a split column every row is of the split "train"; without a subject
-    column the image's name says the subject, by `subject_pattern` or a known one, else it is the subject. An image may
-    have several rows, each with another text. In JSON Lines the columns are keys, and a row may leave out the last two.
+    Paths are relative to the folder; absolute ones and those with `..` need `allow_outside`. Without a split column
+    every row is of the split "train"; without a subject column the image's name says the subject, by `subject_pattern`
+    or a known one, else it is the subject. An image may have several rows, each with another text. In JSON Lines the
+    columns are keys, and a row may leave out the last two.
 
     Raises:
         DataError: no table or several, an unknown, missing or doubled column, an empty table or field, a missing file,
-            a mask of another size than its image, the same text twice for one image, an unknown split.
+            a file outside the folder, a mask of another size than its image, the same text twice for one image, an
+            unknown split.
     """
     table = _find_table(folder)
     referrals: list[Referral] = []
@@ -37,7 +40,7 @@ def read_flat(folder: Path, subject_pattern: str | None = None) -> list[Referral
     if table.suffix.lower() == ".csv":
         _check_columns(f"{table}, row 1", rows[0].values)
     for row in rows:
-        referral = _read_referral(folder, row, subject_pattern)
+        referral = _read_referral(folder, row, subject_pattern, allow_outside)
         first = seen.setdefault((referral.image, referral.text), row.where)
         if first != row.where:
             number = first.rpartition(" ")[2]
@@ -71,7 +74,7 @@ def _check_columns(where: str, columns: Iterable[str]) -> None:
             raise DataError(f"{where}: column {name!r} is missing; there are {', '.join(held)}. Add it.")
 
 
-def _read_referral(folder: Path, row: Row, subject_pattern: str | None) -> Referral:
+def _read_referral(folder: Path, row: Row, subject_pattern: str | None, allow_outside: bool) -> Referral:
     _check_columns(row.where, row.values)
     values: Mapping[str, str] = {name: value.strip() for name, value in row.values.items()}
     for name, value in values.items():
@@ -80,7 +83,7 @@ def _read_referral(folder: Path, row: Row, subject_pattern: str | None) -> Refer
     split = values.get("split", "train")
     if split not in SPLITS:
         raise DataError(f"{row.where}: unknown split {split!r}. Splits are {', '.join(SPLITS)}.")
-    image, mask = folder / values["image"], folder / values["mask"]
+    image, mask = (check_inside(folder, values[name], row.where, allow_outside) for name in ("image", "mask"))
     check_sizes(image, mask, row.where)
     subject = values.get("subject") or subject_of(values["image"], subject_pattern)
     return Referral(image, mask, values["text"], split, subject)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from cclip_deploy.data.images import check_pixel_count, opened_raster
+from cclip_deploy.data.images import opened_raster
 from cclip_deploy.errors import DataError
 
 GREY_MODES = frozenset({"1", "L", "P", "I;16", "I"})
@@ -28,7 +28,6 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
         ImageError: the file cannot be decoded.
     """
     with opened_raster(path) as file:
-        check_pixel_count(path, *file.size)
         lossy = file.format in LOSSY_FORMATS
         image = ImageOps.exif_transpose(file)
         values = np.asarray(image) if image.mode in GREY_MODES else _equal_channels(path, image)

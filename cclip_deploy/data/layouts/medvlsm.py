@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from cclip_deploy.data.layouts.referral import SPLITS, Referral, check_sizes, subject_of
 from cclip_deploy.errors import DataError
+from cclip_deploy.paths import check_inside, read_json
 
 
 def has_medvlsm(folder: Path) -> bool:
@@ -17,7 +18,7 @@ def has_medvlsm(folder: Path) -> bool:
     return any((folder / "anns" / f"{split}.json").is_file() for split in SPLITS)
 
 
-def read_medvlsm(folder: Path, subject_pattern: str | None = None) -> list[Referral]:
+def read_medvlsm(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Referral]:
     """Read `images/`, `masks/` and `anns/{train,val,test}.json`, lists of `{img_name, mask_name, prompts}`.
 
     `prompts` maps p0, p1, … to a text or a list of texts. Every key gives a row, in order; an empty text (p0) gives
@@ -25,23 +26,27 @@ def read_medvlsm(folder: Path, subject_pattern: str | None = None) -> list[Refer
     entry share counts once. An image may have several entries, each with another mask and other texts.
 
     Raises:
-        DataError: a file that is no such list, an entry without prompts, a missing file, a mask of another size than
-            its image, one text for two masks of one image.
+        DataError: a file that is no such list, an entry without prompts, a missing file, one outside `images/` or
+            `masks/` (unless `allow_outside`), a mask of another size than its image, one text for two masks of one
+            image.
     """
     referrals: list[Referral] = []
     for split in SPLITS:
         annotations = folder / "anns" / f"{split}.json"
         if annotations.is_file():
-            referrals += _read_split(folder, annotations, split, subject_pattern)
+            referrals += _read_split(folder, annotations, split, subject_pattern, allow_outside)
     return referrals
 
 
-def _read_split(folder: Path, annotations: Path, split: str, subject_pattern: str | None) -> Iterator[Referral]:
+def _read_split(
+    folder: Path, annotations: Path, split: str, subject_pattern: str | None, allow_outside: bool
+) -> Iterator[Referral]:
     seen: dict[tuple[str, str], str] = {}
     for number, entry in enumerate(_read_entries(annotations), 1):
         where = f"{annotations}, entry {number}"
         image_name, mask_name = (_read_name(entry, key, where) for key in ("img_name", "mask_name"))
-        image, mask = folder / "images" / image_name, folder / "masks" / mask_name
+        image = check_inside(folder / "images", image_name, where, allow_outside)
+        mask = check_inside(folder / "masks", mask_name, where, allow_outside)
         check_sizes(image, mask, where)
         for text in _read_prompts(entry, image_name, where):
             first = seen.setdefault((image_name, text), where)
@@ -51,10 +56,7 @@ def _read_split(folder: Path, annotations: Path, split: str, subject_pattern: st
 
 
 def _read_entries(annotations: Path) -> list[Any]:
-    try:
-        entries = json.loads(annotations.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{annotations} cannot be read as JSON: {error}. Restore or correct it.") from error
+    entries = read_json(annotations)
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{annotations} holds no list of entries. Each has img_name, mask_name and prompts.")
     return entries
@@ -63,7 +65,7 @@ def _read_entries(annotations: Path) -> list[Any]:
 def _read_name(entry: Any, key: str, where: str) -> str:
     name = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: {key} is {name!r}, where a file's name is expected. Correct it.")
+        raise DataError(f"{where}: {key} is {reprlib.repr(name)}, where a file's name is expected. Correct it.")
     return name
 
 
@@ -71,7 +73,9 @@ def _read_prompts(entry: Any, image_name: str, where: str) -> list[str]:
     """The texts of an entry, one for each key that has one."""
     prompts = entry.get("prompts")
     if not isinstance(prompts, dict):
-        raise DataError(f"{where}: prompts is {prompts!r}, where p0, p1, ... with texts are expected. Correct it.")
+        raise DataError(
+            f"{where}: prompts is {reprlib.repr(prompts)}, where p0, p1, ... with texts are expected. Correct it."
+        )
     texts = [_pick(prompts[key], f"{image_name}/{key}", f"{where}: prompt {key}") for key in sorted(prompts, key=_rank)]
     filled = list(dict.fromkeys(text for text in texts if text))
     if not filled:
@@ -87,6 +91,6 @@ def _rank(key: str) -> tuple[int, str]:
 def _pick(value: Any, salt: str, where: str) -> str:
     choices = value if isinstance(value, list) else [value]
     if not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{where} is {value!r}, where a text or a list of texts is expected. Correct it.")
+        raise DataError(f"{where} is {reprlib.repr(value)}, where a text or a list of texts is expected. Correct it.")
     filled = [choice.strip() for choice in choices if choice.strip()]
     return filled[zlib.crc32(salt.encode()) % len(filled)] if filled else ""

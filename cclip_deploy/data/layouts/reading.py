@@ -18,21 +18,27 @@ from cclip_deploy.data.layouts.masks_by_name import (
 from cclip_deploy.data.layouts.medvlsm import has_medvlsm, read_medvlsm
 from cclip_deploy.data.layouts.referral import Referral
 from cclip_deploy.data.repair import RepairedPrompt, repair_prompt
-from cclip_deploy.errors import DataError, UsageError
+from cclip_deploy.errors import DataError, PromptError, UsageError
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layout is told from others, and read."""
+    """How a layout is told from others, and read from a folder, a pattern of subjects, and `allow_outside`."""
 
     found_in: Callable[[Path], bool]
-    read: Callable[[Path, str | None], list[Referral]]
+    read: Callable[[Path, str | None, bool], list[Referral]]
     looks: str
 
 
 LAYOUTS = {
-    "lvit": Layout(has_lvit, read_lvit, "Train_Folder, Val_Folder or Test_Folder"),
-    "languidemedseg": Layout(has_languidemedseg, read_languidemedseg, "prompt/train.csv or prompt/test.csv"),
+    "lvit": Layout(
+        has_lvit, lambda folder, pattern, _: read_lvit(folder, pattern), "Train_Folder, Val_Folder or Test_Folder"
+    ),
+    "languidemedseg": Layout(
+        has_languidemedseg,
+        lambda folder, pattern, _: read_languidemedseg(folder, pattern),
+        "prompt/train.csv or prompt/test.csv",
+    ),
     "medvlsm": Layout(has_medvlsm, read_medvlsm, "anns/train.json, val.json or test.json"),
     "flat": Layout(
         lambda folder: any(not is_lvit_table(table.name) for table in find_tables(folder)),
@@ -71,13 +77,16 @@ def has_layout(folder: Path) -> bool:
     return bool(_layouts_in(folder))
 
 
-def read_data_set(folder: Path, layout: str | None = None, subject_pattern: str | None = None) -> DataSet:
+def read_data_set(
+    folder: Path, layout: str | None = None, subject_pattern: str | None = None, allow_outside: bool = False
+) -> DataSet:
     """Read a folder of any layout; typing errors in prompts are repaired and kept count of, no row is dropped.
 
     Args:
         folder: the data set.
         layout: one of LAYOUTS; found from the folder unless named.
         subject_pattern: a regular expression for the patient in an image's name, where the layout has no column for it.
+        allow_outside: whether tables may name files outside the folder, by absolute paths or with `..`.
 
     Raises:
         DataError: the folder, its tables or its files are not what the layout has.
@@ -89,12 +98,19 @@ def read_data_set(folder: Path, layout: str | None = None, subject_pattern: str 
     if not folder.is_dir():
         raise DataError(f"There is no data-set folder {folder}. Check the path.")
     name = layout or find_layout(folder)
-    written = LAYOUTS[name].read(folder, subject_pattern)
+    written = LAYOUTS[name].read(folder, subject_pattern, allow_outside)
     if not written:
         raise DataError(f"{folder} has no rows in the {name} layout, which is known by {LAYOUTS[name].looks}.")
-    prompts = [repair_prompt(referral.text) for referral in written]
+    prompts = [_repair(referral) for referral in written]
     referrals = tuple(dataclasses.replace(r, text=prompt.text) for r, prompt in zip(written, prompts, strict=True))
     return DataSet(folder, name, referrals, tuple((n, prompt) for n, prompt in enumerate(prompts) if prompt.repairs))
+
+
+def _repair(referral: Referral) -> RepairedPrompt:
+    try:
+        return repair_prompt(referral.text)
+    except PromptError as error:
+        raise DataError(f"{referral.image}, split {referral.split}: {error}") from error
 
 
 def _layouts_in(folder: Path) -> list[str]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cclip_deploy.data.images import has_dicom_mark, is_picture_name, picture_orientation, picture_size
-from cclip_deploy.errors import DataError, UsageError
+from cclip_deploy.errors import DataError, ImageError, UsageError
 from cclip_deploy.names import printable
+from cclip_deploy.paths import is_file, shown
 
 SPLITS = ("train", "val", "test")
 SUBJECT_PATTERNS = (
@@ -82,7 +83,10 @@ def check_sizes(image: Path, mask: Path, where: str) -> None:
             f"{where}: mask {mask} is {shown['mask']} pixels, its image {shown['image']} (width x height). "
             "Give the mask of this very image."
         )
-    turned = {name: picture_orientation(path) for name, path in (("image", image), ("mask", mask))}
+    try:
+        turned = {name: picture_orientation(path) for name, path in (("image", image), ("mask", mask))}
+    except ImageError:
+        return  # behind its header a file is torn, which is that picture's failure when it is read
     if turned["image"] != turned["mask"]:
         raise DataError(
             f"{where}: image {image} has EXIF orientation {turned['image']}, its mask {turned['mask']}: one would be "
@@ -106,8 +110,8 @@ def name_some(names: Iterable[str]) -> str:
 
 def _read_size(path: Path, what: str) -> tuple[int, int]:
     """Width and height, as the file's header says them."""
-    if not path.is_file():
-        raise DataError(f"{what} {path} does not exist. Correct the table or restore the file.")
+    if not is_file(path):
+        raise DataError(f"{what} {shown(path)} does not exist. Correct the table or restore the file.")
     try:
         return picture_size(path)
     except DataError as error:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
-import warnings
-import zipfile
-from collections.abc import Sequence
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from cclip_deploy.errors import DataError, EnvironmentProblem
-
-LARGEST_SHEET_BYTES = 2**28
+from cclip_deploy.data.layouts.workbook import read_sheet
+from cclip_deploy.errors import DataError
+from cclip_deploy.limits import LARGEST_TABLE, LONGEST_LINE, MOST_CELLS, MOST_ROWS
+from cclip_deploy.paths import check_regular_file, parse_json
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,11 @@ class Row:
 
 
 def read_table(table: Path) -> list[Row]:
-    """The rows of a .csv, .xlsx or .jsonl file; DataError if it cannot be read or has none.
+    """The rows of a .csv, .xlsx or .jsonl file; DataError if it cannot be read, is too large, or has none.
 
     In JSON Lines every line is one object and its own row; numbers count lines from 1.
     """
+    check_regular_file(table, "table", DataError, LARGEST_TABLE)
     readers = {".xlsx": _read_xlsx, ".jsonl": _read_json_lines}
     return readers.get(table.suffix.lower(), _read_csv)(table)
 
@@ -65,7 +66,7 @@ def _read_csv(table: Path) -> list[Row]:
     """A byte-order mark of a spreadsheet program is passed over."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file, strict=True))
+            lines = list(csv.reader(_limited_lines(table, file), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{table} cannot be read as a CSV table in UTF-8: {error}. Save it again as CSV, UTF-8."
@@ -73,48 +74,38 @@ def _read_csv(table: Path) -> list[Row]:
     return _make_rows(table, lines, "Quote texts that hold commas.")
 
 
+def _limited_lines(table: Path, file: TextIO) -> Iterator[str]:
+    """The lines of a table; DataError where one is too long, or where they are too many or have too many commas."""
+    commas = 0
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), 1):
+        commas += line.count(",")
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"{table}, line {number} has more than {LONGEST_LINE:,} characters. Split it.")
+        if number > MOST_ROWS or commas > MOST_CELLS:
+            raise DataError(
+                f"{table} has more than {MOST_ROWS:,} lines or {MOST_CELLS:,} commas; so many are read. Split it."
+            )
+        yield line
+
+
 def _read_xlsx(table: Path) -> list[Row]:
     """The first sheet; formulas count as the values that were last saved with them."""
     try:
-        import openpyxl  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"Reading {table.name} needs openpyxl. Install it: pip install 'cclip-deploy[train]'"
-        ) from error
-    try:
-        _check_unpacked_size(table)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            book = openpyxl.load_workbook(table, read_only=True, data_only=True)
-            try:
-                sheet = book.worksheets[0]
-                # Some programs write a wrong extent, which openpyxl would believe and pass over rows.
-                sheet.reset_dimensions()
-                lines = [[_show_cell(cell) for cell in line] for line in sheet.iter_rows(values_only=True)]
-            finally:
-                book.close()
+        lines = read_sheet(table)
     except DataError:
         raise
-    except Exception as error:  # openpyxl lets through whatever zipfile and the XML parser raise
+    except Exception as error:  # whatever zipfile and the XML parser raise
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
             f"{table} cannot be read as an Excel workbook: {reason}. Save it again as .xlsx, or as CSV in UTF-8."
         ) from error
     width = max((len(line) for line in lines), default=0)
-    return _make_rows(table, [line + [""] * (width - len(line)) for line in lines], "Fill the header's cells.")
-
-
-def _check_unpacked_size(table: Path) -> None:
-    with zipfile.ZipFile(table) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > LARGEST_SHEET_BYTES:
+    if width * len(lines) > MOST_CELLS:
         raise DataError(
-            f"{table} unpacks to {unpacked:,} bytes; up to {LARGEST_SHEET_BYTES:,} are read. Save it as CSV (UTF-8)."
+            f"{table} has {len(lines):,} rows and {width:,} columns, more than {MOST_CELLS:,} cells. Delete what lies "
+            "outside the table, or save it as CSV (UTF-8)."
         )
-
-
-def _show_cell(value: object) -> str:
-    return "" if value is None else str(value)
+    return _make_rows(table, [line + [""] * (width - len(line)) for line in lines], "Fill the header's cells.")
 
 
 def _make_rows(table: Path, lines: Sequence[Sequence[str]], advice: str) -> list[Row]:
@@ -124,8 +115,8 @@ def _make_rows(table: Path, lines: Sequence[Sequence[str]], advice: str) -> list
     if len(filled) < 2:
         raise DataError(f"{table} is empty: a header and at least one row are expected.")
     header = [name.strip() for name in filled[0]]
-    for name in header:
-        if name and header.count(name) > 1:
+    for name, count in Counter(header).items():
+        if name and count > 1:
             raise DataError(f"{table}, row 1: column {name!r} stands there twice. Keep one.")
     for number, line in enumerate(filled[1:], start=2):
         if len(line) != len(header):
@@ -137,10 +128,14 @@ def _make_rows(table: Path, lines: Sequence[Sequence[str]], advice: str) -> list
 
 def _read_json_lines(table: Path) -> list[Row]:
     try:
-        lines = table.read_text(encoding="utf-8-sig").splitlines()
+        with table.open(encoding="utf-8-sig") as file:
+            rows = [
+                _read_json_line(f"{table}, row {number}", line)
+                for number, line in enumerate(_limited_lines(table, file), 1)
+                if line.strip()
+            ]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{table} cannot be read as UTF-8: {error}. Save it again in UTF-8.") from error
-    rows = [_read_json_line(f"{table}, row {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{table} is empty: at least one line with an object is expected.")
     return rows
@@ -148,19 +143,15 @@ def _read_json_lines(table: Path) -> list[Row]:
 
 def _read_json_line(where: str, line: str) -> Row:
     def keep_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
                 raise DataError(f"{where}: {name!r} stands there twice. Keep one.")
         return dict(pairs)
 
-    try:
-        values = json.loads(line, object_pairs_hook=keep_once)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is no JSON: {error}. Write one object a line.") from error
+    values = parse_json(line, where, object_pairs_hook=keep_once)
     if not isinstance(values, dict):
         raise DataError(f"{where} is a {type(values).__name__}, where an object with image, mask and text is expected.")
     for name, value in values.items():
         if not isinstance(value, str):
-            raise DataError(f"{where}: {name} is {value!r}, where a text is expected. Put it in quotes.")
+            raise DataError(f"{where}: {name} is {reprlib.repr(value)}, where a text is expected. Put it in quotes.")
     return Row(where, values)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cclip_deploy.csv_text import csv_text, harmless
 from cclip_deploy.data.layouts.flat import FLAT_COLUMNS, JSON_TABLE_NAME, TABLE_NAME
 from cclip_deploy.data.layouts.masks_by_name import LVIT_FOLDERS, TRAIN_SHARE
 from cclip_deploy.data.layouts.referral import SPLITS
@@ -73,10 +74,8 @@ def write_layout(folder: Path, layout: str, films: Iterable[WrittenFilm]) -> Non
 
 def _write_flat(folder: Path, films: Iterable[WrittenFilm]) -> None:
     with (folder / TABLE_NAME).open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(FLAT_COLUMNS)
-        for row in _flat_rows(folder, films):
-            table.writerow(row)
+        for row in chain([FLAT_COLUMNS], _flat_rows(folder, films)):
+            file.write(csv_text([row], "\r\n"))
 
 
 def _write_json_lines(folder: Path, films: Iterable[WrittenFilm]) -> None:
@@ -138,8 +137,8 @@ def _write_languidemedseg(folder: Path, films: Iterable[WrittenFilm]) -> None:
         rows.setdefault(part, []).append((f"mask_{film.qata_name}.png", prompt))
     (folder / "prompt").mkdir()
     for part, described in rows.items():
-        with (folder / "prompt" / f"{part.lower()}.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([DESCRIBED, *described])
+        table = csv_text([DESCRIBED, *described], "\r\n")
+        (folder / "prompt" / f"{part.lower()}.csv").write_text(table, encoding="utf-8", newline="")
 
 
 def _write_medvlsm(folder: Path, films: Iterable[WrittenFilm]) -> None:
@@ -178,7 +177,7 @@ def _write_xlsx(path: Path, described: Sequence[tuple[str, str]]) -> None:
         ) from error
     book = openpyxl.Workbook()
     for row in (DESCRIBED, *described):
-        book.active.append(row)
+        book.active.append([harmless(cell) for cell in row])
     book.save(path)
     _forget_times(path)
 

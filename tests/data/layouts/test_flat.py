@@ -111,8 +111,8 @@ def test_json_lines_read_as_the_table_does(write_table: Callable[[str], Path]) -
     ("line", "words"),
     [
         ("", "is empty"),
-        ("{", "row 2 is no JSON"),
-        ("[" * 100_000, "row 2 is no JSON"),
+        ("{", "row 2 cannot be read as JSON"),
+        ("[" * 100_000, "row 2 cannot be read as JSON"),
         ("[1]", "row 2 is a list"),
         ('{"image": "a.png", "mask": "ma.png", "text": 3}', "row 2: text is 3"),
         ('{"image": "a.png", "mask": "ma.png", "text": "x", "text": "y"}', "row 2: 'text' stands there twice"),

@@ -11,7 +11,7 @@ import openpyxl
 import pytest
 from PIL import Image
 
-from cclip_deploy.data.layouts import find_layout, tables
+from cclip_deploy.data.layouts import find_layout, workbook
 from cclip_deploy.data.layouts.masks_by_name import read_languidemedseg, read_lvit
 from cclip_deploy.errors import DataError
 
@@ -179,8 +179,8 @@ def test_a_workbook_that_unpacks_to_too_much_is_refused(
 ) -> None:
     folder = lvit([HEADER, ("mask_a.png", "x")])
     assert len(read_lvit(folder)) == 1
-    monkeypatch.setattr(tables, "LARGEST_SHEET_BYTES", 1000)
-    with pytest.raises(DataError, match=r"unpacks to .* up to 1,000 are read"):
+    monkeypatch.setattr(workbook, "LARGEST_TABLE", 1000)
+    with pytest.raises(DataError, match=r"unpacks to .* up to 1,000 in .* are read"):
         read_lvit(folder)
 
 
