@@ -29,6 +29,7 @@ def train(
     clip_weights: Annotated[
         str | None, typer.Option(help="Start the towers from open_clip's name of RN101 weights, or a file.")
     ] = None,
+    allow_outside: options.AllowOutside = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="One step and one validation on the first images; nothing is kept.")
     ] = False,
@@ -40,6 +41,8 @@ def train(
     from cclip_deploy.train.run import train as run
 
     config = TrainConfig.from_toml(recipe, data, clip_weights)
+    if allow_outside:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"allow_outside": True})})
     with progress(quiet=json) as tell:
         report = run(
             config, find_data(config, tell), output or Path("runs") / recipe.stem, _teller(tell),

@@ -14,7 +14,7 @@ from cclip_deploy.pipeline.toml_file import faults_of, read_toml
 from cclip_deploy.train.config import RecipeTable, TrainConfig
 
 Kind = Literal["marker", "text", "collimation", "gain", "blur"]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)]
 Changes = dict[str, Any]
 Signs = Literal["follow", "by-chance", "none"]
 

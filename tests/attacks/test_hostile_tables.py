@@ -311,6 +311,35 @@ def test_a_name_that_no_file_can_have_is_one_error(
     assert len(str(caught.value)) < 2000
 
 
+def test_each_command_that_reads_a_data_set_has_the_option(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    """The table's one row names files outside; with the option what is missed is something else."""
+    pytest.importorskip("lightning")
+    folder = flat(tmp_path / "set", str(picture(tmp_path / "a.png")), "../a.png")
+    (tmp_path / "a.toml").write_text('model = "tiny"\nimage_size = 64\n')
+    few = ("--calibration", folder, "--int8", "--graph", "image_encoder")
+    tuning = ("--evaluation-set", folder, "--precision", "fp16")
+    for command in (
+        ("data", folder, "--bundle", tiny_bundle_path),
+        ("evaluate", tiny_bundle_path, folder, "--split", "test", "--threads", "1"),
+        ("train", tmp_path / "a.toml", "--data", folder, "-o", tmp_path / "run", "--dry-run"),
+        ("build-engine", tiny_bundle_path, *few),
+        (
+            "tune-precision",
+            tiny_bundle_path,
+            "--evaluation-set",
+            folder,
+            "--precision",
+            "fp16",
+            "-o",
+            tmp_path / "t.toml",
+        ),
+    ):
+        refused, allowed = invoke(*command), invoke(*command, "--allow-outside")
+        assert refused.exit_code == 6, command
+        assert "leaves the data set's folder" in refused.stderr
+        assert "leaves the data set's folder" not in allowed.stderr
+
+
 FORMULAS = ['=HYPERLINK("http://x","y")', "+1", "-2+3", "@SUM(A1)", "\t=1", "|cmd", "＝1"]
 
 
