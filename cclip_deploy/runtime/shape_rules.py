@@ -273,6 +273,7 @@ RULES: dict[str, Rule] = {
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "Gemm": _gemm,
+    "Identity": _same,
     "LayerNormalization": _same,
     "MatMul": _matmul,
     "Mul": _pointwise,

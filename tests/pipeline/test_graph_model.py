@@ -12,7 +12,7 @@ import pytest
 from onnx import shape_inference
 
 from cclip_deploy.bundle import Bundle
-from cclip_deploy.graph.lower import lower, tensors_to_calibrate
+from cclip_deploy.graph.lower import InputsAndOutputs, lower, product_names, tensors_to_calibrate
 from cclip_deploy.manifest import GraphEntry
 from cclip_deploy.precisions import Precision, is_quantised
 from cclip_deploy.runtime.graph_check import check_graph
@@ -40,7 +40,9 @@ def _lowered(bundle: Bundle) -> Iterator[Made]:
         for precision in get_args(Precision)[1:]:
             ranges = dict.fromkeys(tensors_to_calibrate(full), 2.0) if is_quantised(precision) else None
             if ranges != {}:
-                yield f"{name}.{precision}", lower(full, precision, ranges).model, entry
+                for io in get_args(InputsAndOutputs):
+                    keep = (named[-1],) if (named := sorted(product_names(full))) else ()
+                    yield f"{name}.{precision}, {io}", lower(full, precision, ranges, keep, io).model, entry
 
 
 def test_every_graph_that_is_made_passes(made: list[Made]) -> None:
