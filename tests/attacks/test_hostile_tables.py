@@ -322,16 +322,7 @@ def test_each_command_that_reads_a_data_set_has_the_option(tiny_bundle_path: Pat
         ("evaluate", tiny_bundle_path, folder, "--split", "test", "--threads", "1"),
         ("train", tmp_path / "a.toml", "--data", folder, "-o", tmp_path / "run", "--dry-run"),
         ("build-engine", tiny_bundle_path, *few),
-        (
-            "tune-precision",
-            tiny_bundle_path,
-            "--evaluation-set",
-            folder,
-            "--precision",
-            "fp16",
-            "-o",
-            tmp_path / "t.toml",
-        ),
+        ("tune-precision", tiny_bundle_path, *tuning, "-o", tmp_path / "tuned.toml"),
     ):
         refused, allowed = invoke(*command), invoke(*command, "--allow-outside")
         assert refused.exit_code == 6, command

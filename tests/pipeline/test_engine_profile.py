@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cclip_deploy.errors import DataError, UsageError
+from cclip_deploy.errors import UsageError
 from cclip_deploy.pipeline.engine_profile import read_profile
 from cclip_deploy.segmenter import PROMPTS_AT_ONCE
 
@@ -63,5 +63,5 @@ def test_a_slip_is_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_a_profile_that_cannot_be_read_is_not_said_to_be_unwritable(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+    with pytest.raises(UsageError, match="is a folder, where a TOML file was expected"):
         read_profile(tmp_path)
