@@ -322,7 +322,8 @@ def test_the_command_builds_int8_and_says_what_calibrated_and_what_judged(
         for split, count in (("train", 8), ("test", 3))
     )  # fmt: skip
     assert told["calibration"] == {
-        "pictures": 8, "patients": 8, "sources": [train], "evaluation_pictures": 3, "evaluation_sources": [test], "failed": [],
+        "pictures": 8, "patients": 8, "sources": [train], "evaluation_pictures": 3, "evaluation_sources": [test],
+        "failed": [],
     }  # fmt: skip
     judged = told["mask_agreement"]
     assert (judged["pictures"], judged["patients"], judged["sources"]) == (2, 2, [test])
