@@ -317,6 +317,7 @@ def test_each_command_that_reads_a_data_set_has_the_option(tiny_bundle_path: Pat
     folder = flat(tmp_path / "set", str(picture(tmp_path / "a.png")), "../a.png")
     (tmp_path / "a.toml").write_text('model = "tiny"\nimage_size = 64\n')
     few = ("--calibration", folder, "--int8", "--graph", "image_encoder")
+    tuning = ("--evaluation-set", folder, "--precision", "fp16")
     for command in (
         ("data", folder, "--bundle", tiny_bundle_path),
         ("evaluate", tiny_bundle_path, folder, "--split", "test", "--threads", "1"),
