@@ -6,10 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.benchmark.plan import BenchOptions
+from cclip_deploy.benchmark.run import bench_bundle
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.pipeline.bench import bench_bundle
-from cclip_deploy.pipeline.bench_plan import BenchOptions
 
 
 def main() -> None:

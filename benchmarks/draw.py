@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cclip_deploy.benchmark.plot import draw_benchmark
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.evidence.picture import draw_benchmark
-from cclip_deploy.paths import read_json
+from cclip_deploy.common.paths import read_json
 
 
 def main() -> None:

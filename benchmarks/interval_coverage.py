@@ -7,8 +7,8 @@ from pathlib import Path
 
 from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.paths import read_json
-from cclip_deploy.train.interval_coverage import (
+from cclip_deploy.common.paths import read_json
+from cclip_deploy.evaluation.interval_coverage import (
     CASES,
     PATIENTS,
     ROUND_CASES,

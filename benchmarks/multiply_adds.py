@@ -9,10 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.packages import require_packages
+from cclip_deploy.environment.packages import require_packages
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ import json
 from itertools import product
 from pathlib import Path
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.benchmark.plan import BenchOptions
+from cclip_deploy.benchmark.run import bench_bundle
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.pipeline.bench import bench_bundle
-from cclip_deploy.pipeline.bench_plan import BenchOptions
 
 WORKLOADS = tuple(product((1, 8), (1, 16, 128)))
 

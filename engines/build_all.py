@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.bundle.precision import PRECISIONS, is_quantised
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
-from cclip_deploy.pipeline.calibrate import CalibrationOptions, default_cache
-from cclip_deploy.pipeline.inspect import describe_bundle
-from cclip_deploy.precisions import PRECISIONS, is_quantised
+from cclip_deploy.engines.build import SERVED, BuildOptions, build_engines
+from cclip_deploy.quantization.calibrate import CalibrationOptions, default_cache
+from cclip_deploy.verify.inspect import describe_bundle
 
 
 def main() -> None:

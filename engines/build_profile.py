@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.pipeline.build import build_engines
-from cclip_deploy.pipeline.calibrate import CalibrationOptions
-from cclip_deploy.pipeline.engine_profile import read_profile
+from cclip_deploy.engines.build import build_engines
+from cclip_deploy.engines.profile import read_profile
+from cclip_deploy.quantization.calibrate import CalibrationOptions
 
 
 def main() -> None:

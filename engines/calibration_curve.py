@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.packages import require_packages
-from cclip_deploy.pipeline.calibrate import CalibrationOptions
-from cclip_deploy.pipeline.calibration_curve import measure_curve
+from cclip_deploy.environment.packages import require_packages
+from cclip_deploy.quantization.calibrate import CalibrationOptions
+from cclip_deploy.quantization.curve import measure_curve
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.pipeline.export import require_export_packages
+from cclip_deploy.export.export import require_export_packages
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 
     from cclip_deploy.graph.cost import count_multiply_adds
     from cclip_deploy.graph.deploy import to_deploy_form
-    from cclip_deploy.graph.describe import save_graph
+    from cclip_deploy.graph.entry import save_graph
     from cclip_deploy.graph.trace import plan_deploy_graphs, trace
     from cclip_deploy.model.checkpoint import load_checkpoint
     from cclip_deploy.model.config import image_hw

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.evidence.reference import seeded_inputs
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.model.checkpoint import save_checkpoint
 from cclip_deploy.model.config import TINY, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
-from cclip_deploy.pipeline.export import ExportOptions, export_bundle
+from cclip_deploy.parity.reference import seeded_inputs
 from tests.made_once import made_once
 from tests.published.checkpoint import state_dict
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from cclip_deploy.runtime.build_watch import BuildWatch
+from cclip_deploy.runtime.tensorrt.build_watch import BuildWatch
 
 
 @contextmanager

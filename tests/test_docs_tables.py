@@ -15,7 +15,7 @@ from benchmarks.tables import performance, precision
 from benchmarks.tables.markers import TABLE, VALUE, Page, unmarked_tables
 from benchmarks.tables.pages import PAGES
 from benchmarks.tables.sources import Measurements, markdown, with_interval
-from cclip_deploy.evidence.picture import TITLES
+from cclip_deploy.benchmark.plot import TITLES
 
 ROOT = Path(__file__).parent.parent
 PAGES_OF_DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.data.synthetic import write_dataset
-from cclip_deploy.evidence.parity import relative_error
-from cclip_deploy.pipeline.demo import find_real_film
-from cclip_deploy.runtime.layer_table import LayerTable
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.datasets.synthetic.generator import write_dataset
+from cclip_deploy.demo.demo import find_real_film
+from cclip_deploy.parity.compare import relative_error
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.tensorrt.layers import LayerTable
 from tests.conftest import THREADS
 from tests.published.checkpoint import example, golden
 

@@ -75,10 +75,10 @@ def test_running_a_bundle_loads_onnx_runtime_and_nothing_else(tiny_bundle_path: 
     code = """
 import sys
 from pathlib import Path
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.pipeline.predict import predict
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.inference.predict import predict
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.inference.segmenter import Segmenter
 bundle, film, output = map(Path, sys.argv[1:])
 opened = Bundle.open(bundle)
 done = predict(Segmenter(opened, OnnxRuntimeBackend(opened, threads=1)), [film], ["left lung"], output)
@@ -92,9 +92,9 @@ def test_verifying_and_inspecting_load_onnx_runtime_and_nothing_else(tiny_bundle
     code = """
 import sys
 from pathlib import Path
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.pipeline.inspect import describe_bundle
-from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.verify.inspect import describe_bundle
+from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 assert describe_bundle(Path(sys.argv[1]))["graphs"]
 assert verify_bundle(Bundle.open(Path(sys.argv[1])), VerifyOptions(threads=1)).passed
 """

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.bundles import copy_of, flip_byte
-from tests.data.test_dicom import write_dicom
+from tests.imaging.test_dicom import write_dicom
 
 ENVIRONMENT = Path(__file__).parents[1] / ".venv-runtime"
 PROGRAM = ENVIRONMENT / "bin" / "cclip-deploy"

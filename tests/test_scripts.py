@@ -16,12 +16,12 @@ from PIL import Image
 
 from benchmarks.tables.precision import costs
 from benchmarks.tables.sources import Measurements
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.cli import entry
-from cclip_deploy.data.synthetic import write_dataset
-from cclip_deploy.pipeline.calibrate import CalibrationOptions
-from cclip_deploy.pipeline.export import ExportOptions, export_bundle
-from cclip_deploy.pipeline.mask_agreement import evaluation_images, measure_masks
+from cclip_deploy.datasets.synthetic.generator import write_dataset
+from cclip_deploy.export.export import ExportOptions, export_bundle
+from cclip_deploy.quantization.agreement import evaluation_images, measure_masks
+from cclip_deploy.quantization.calibrate import CalibrationOptions
 from tests.cli.run import without
 from tests.conftest import THREADS, TINY_HW
 from tests.ctrl_c import handled_by

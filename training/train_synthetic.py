@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.data.layouts import of_split, read_data_set
-from cclip_deploy.data.synthetic import write_dataset
-from cclip_deploy.data.tokens import PromptTokenizer
-from cclip_deploy.packages import require_training_packages
-from cclip_deploy.train.asked_network import CheckpointNetwork
+from cclip_deploy.datasets.reading import read_data_set
+from cclip_deploy.datasets.sample import of_split
+from cclip_deploy.datasets.synthetic.generator import write_dataset
+from cclip_deploy.environment.packages import require_training_packages
+from cclip_deploy.evaluation.models import CheckpointNetwork
+from cclip_deploy.evaluation.scores import evaluate_dice
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.run import RunOptions, train
-from cclip_deploy.train.scores import evaluate_dice
 
 RECIPE = Path(__file__).parent / "configs" / "synthetic_tiny.toml"
 

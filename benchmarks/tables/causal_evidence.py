@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.tables.markers import Page
 from benchmarks.tables.sources import Measurements, markdown
-from cclip_deploy.pipeline.ablation_pairs import pair_rows, power_rows
-from cclip_deploy.pipeline.ablation_report import describe_changes
+from cclip_deploy.ablation.pairs import pair_rows, power_rows
+from cclip_deploy.ablation.report import describe_changes
 
 FILE = "ablation_synthetic_tiny.json"
 MEASURES = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.tables.markers import Page
 from benchmarks.tables.sources import Measurements, markdown, with_interval
-from cclip_deploy.train.interval_coverage import coverage_tables
+from cclip_deploy.evaluation.interval_coverage import coverage_tables
 
 FILE = "evaluation_tiny.json"
 SCORES = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.tables.markers import Page, Renderer
 from benchmarks.tables.sources import Measurements, NotMeasured, markdown, shown, with_interval
-from cclip_deploy.evidence.picture import TITLES
+from cclip_deploy.benchmark.plot import TITLES
 
 SMALL, LARGE, COUNTS = "rn101_224x224.json", "rn101_416x416.json", "multiply_adds_rn101.json"
 PLAIN, EAGER, WHOLE = "plain export", "pytorch eager", "image and prompt"

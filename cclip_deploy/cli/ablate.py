@@ -9,8 +9,8 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table
-from cclip_deploy.limits import MOST_THREADS
-from cclip_deploy.paths import check_writable
+from cclip_deploy.common.limits import MOST_THREADS
+from cclip_deploy.common.paths import check_writable
 
 
 @reports_errors
@@ -27,9 +27,9 @@ def ablate(
     json: options.Json = False,
 ) -> None:
     """Does a mode of training help? [bold]Every arm of a plan, over seeds[/], with spreads and paired differences."""
-    from cclip_deploy.pipeline.ablate import ablate as run
-    from cclip_deploy.pipeline.ablation_plan import read_plan
-    from cclip_deploy.pipeline.ablation_report import check_report_packages, tables, to_dict, write_report
+    from cclip_deploy.ablation.plan import read_plan
+    from cclip_deploy.ablation.report import check_report_packages, tables, to_dict, write_report
+    from cclip_deploy.ablation.run import ablate as run
 
     check_report_packages()
     folder = output or Path("runs") / f"ablation-{plan.stem}"

@@ -9,8 +9,8 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table, write_json, yes_or_no
-from cclip_deploy.limits import MOST_THREADS
-from cclip_deploy.paths import check_writable
+from cclip_deploy.common.limits import MOST_THREADS
+from cclip_deploy.common.paths import check_writable
 
 BASELINES = {
     "plain": "plain export",
@@ -47,9 +47,9 @@ def bench(
     json: options.Json = False,
 ) -> None:
     """Time a bundle against PyTorch and the plain export, [bold]interleaved[/], with paired ratios."""
-    from cclip_deploy.bundle import Bundle
-    from cclip_deploy.pipeline.bench import bench_bundle
-    from cclip_deploy.pipeline.bench_plan import BenchOptions
+    from cclip_deploy.benchmark.plan import BenchOptions
+    from cclip_deploy.benchmark.run import bench_bundle
+    from cclip_deploy.bundle.bundle import Bundle
 
     check_writable(output)
     choice = options.choice(

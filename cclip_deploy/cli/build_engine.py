@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cclip_deploy.bundle.precision import PRECISIONS, Precision
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table
+from cclip_deploy.common.paths import check_writable
 from cclip_deploy.errors import UsageError
-from cclip_deploy.paths import check_writable
-from cclip_deploy.precisions import PRECISIONS, Precision
 
 if TYPE_CHECKING:
-    from cclip_deploy.manifest import EngineEntry
-    from cclip_deploy.pipeline.calibrate import CalibrationOptions
-    from cclip_deploy.pipeline.calibration_record import CalibrationRecord
+    from cclip_deploy.bundle.manifest import EngineEntry
+    from cclip_deploy.quantization.calibrate import CalibrationOptions
+    from cclip_deploy.quantization.record import CalibrationRecord
 
 
 @reports_errors
@@ -74,12 +74,12 @@ def build_engine(
     json: options.Json = False,
 ) -> None:
     """Build [bold]engines[/] into a bundle and prove from the build what precision their layers run in."""
-    from cclip_deploy.bundle import Bundle
-    from cclip_deploy.data.image_sets import DataSetOptions
-    from cclip_deploy.pipeline.build import SERVED, BuildOptions, build_engines
-    from cclip_deploy.pipeline.calibrate import CalibrationOptions, default_cache
-    from cclip_deploy.pipeline.engine_profile import read_profile
-    from cclip_deploy.runtime.engine_settings import EngineSettings
+    from cclip_deploy.bundle.bundle import Bundle
+    from cclip_deploy.datasets.image_sets import DataSetOptions
+    from cclip_deploy.engines.build import SERVED, BuildOptions, build_engines
+    from cclip_deploy.engines.profile import read_profile
+    from cclip_deploy.quantization.calibrate import CalibrationOptions, default_cache
+    from cclip_deploy.runtime.tensorrt.settings import EngineSettings
 
     check_writable(Path(bundle).resolve().parent)
     asked = {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
@@ -149,8 +149,8 @@ def _profiled(
     calibration: CalibrationOptions | None,
 ) -> tuple[Precision, tuple[str, ...], CalibrationOptions | None]:
     """A tuned profile's precision, blocks and calibration; UsageError where flags say another or pictures differ."""
-    from cclip_deploy.bundle import Bundle
-    from cclip_deploy.pipeline.tuning_profile import read_tuned_profile
+    from cclip_deploy.bundle.bundle import Bundle
+    from cclip_deploy.quantization.profile import read_tuned_profile
 
     profile = read_tuned_profile(path)
     profile.check_bundle(Bundle.open(bundle))
@@ -162,8 +162,8 @@ def _profiled(
 
 
 def _calibration_record(path: Path, precision: Precision) -> CalibrationRecord:
-    from cclip_deploy.bundle import Bundle
-    from cclip_deploy.pipeline.calibration_record import read_record
+    from cclip_deploy.bundle.bundle import Bundle
+    from cclip_deploy.quantization.record import read_record
 
     bundle = Bundle.open(path)
     graphs = bundle.manifest.graphs.values()
@@ -171,7 +171,7 @@ def _calibration_record(path: Path, precision: Precision) -> CalibrationRecord:
 
 
 def _agreement(bundle: Path, precision: str) -> dict[str, Any]:
-    from cclip_deploy.pipeline.mask_agreement import report_name
+    from cclip_deploy.quantization.agreement import report_name
 
     found: dict[str, Any] = jsonlib.loads((bundle / report_name(precision)).read_bytes())
     return found

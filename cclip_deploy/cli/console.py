@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cclip_deploy.cli.entry import end_interrupted, raise_if_received, received
+from cclip_deploy.common.files import whole_file
+from cclip_deploy.common.names import json_text, printable
+from cclip_deploy.common.paths import path_problem
 from cclip_deploy.errors import CclipError
-from cclip_deploy.files import whole_file
-from cclip_deploy.names import json_text, printable
-from cclip_deploy.paths import path_problem
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 P = ParamSpec("P")

@@ -23,9 +23,9 @@ def data(
     json: options.Json = False,
 ) -> None:
     """Check a [bold]data set[/] and report it: images, masks, prompts, patients, and what the splits share."""
-    from cclip_deploy.data.layouts import read_data_set
-    from cclip_deploy.data.report import report_data_set
-    from cclip_deploy.pipeline.prompts import open_tokenizer
+    from cclip_deploy.datasets.reading import read_data_set
+    from cclip_deploy.datasets.report import report_data_set
+    from cclip_deploy.inference.describe_prompt import open_tokenizer
 
     with progress(quiet=json) as tell:
         tell(f"Reading {folder}")

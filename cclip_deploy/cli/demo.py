@@ -9,7 +9,7 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table, yes_or_no
-from cclip_deploy.limits import MOST_THREADS
+from cclip_deploy.common.limits import MOST_THREADS
 
 
 @reports_errors
@@ -21,7 +21,7 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Run [bold]the whole chain[/] on a tiny network, from training to masks and a report; minutes on a CPU."""
-    from cclip_deploy.pipeline.demo import BUNDLE, REPORT, DemoOptions, run_demo
+    from cclip_deploy.demo.demo import BUNDLE, REPORT, DemoOptions, run_demo
 
     with progress(quiet=json) as tell:
         facts = run_demo(output, DemoOptions(threads=threads), command_line(), tell)

@@ -12,7 +12,7 @@ from cclip_deploy.cli.console import print_json, reports_errors, stdout, table
 from cclip_deploy.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
-    from cclip_deploy.evidence.machine import Check
+    from cclip_deploy.environment.doctor import Check
 
 STATUS_STYLE = {"ok": "green", "missing": "yellow", "broken": "bold red"}
 
@@ -23,7 +23,7 @@ def doctor(
     json: options.Json = False,
 ) -> None:
     """Say what this machine can run, and the command that mends what it can't; exit code 3 if no bundle can run."""
-    from cclip_deploy.evidence.machine import blockers, diagnose
+    from cclip_deploy.environment.doctor import blockers, diagnose
 
     checks = diagnose(deep)
     if json:

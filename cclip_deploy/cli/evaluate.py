@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import command_line, picture_progress, print_json, progress, reports_errors, stdout, table
 from cclip_deploy.errors import ImageError
-from cclip_deploy.precisions import Precision
 
 if TYPE_CHECKING:
-    from cclip_deploy.pipeline.evaluate import EvaluationResult
+    from cclip_deploy.evaluation.evaluate import EvaluationResult
 
 
 @reports_errors
@@ -63,10 +63,10 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Measure a network on a data set: [bold]Dice, outlines, calibration, prompt controls[/], with intervals."""
+    from cclip_deploy.evaluation.evaluate import EvaluationOptions, NetworkChoice
+    from cclip_deploy.evaluation.evaluate import evaluate as run
+    from cclip_deploy.evaluation.report import fill_report, new_report
     from cclip_deploy.model.config import image_hw
-    from cclip_deploy.pipeline.evaluate import EvaluationOptions, NetworkChoice
-    from cclip_deploy.pipeline.evaluate import evaluate as run
-    from cclip_deploy.pipeline.evaluation_report import fill_report, new_report
 
     size = None if image_size is None else image_hw(image_size)
     runs = None
@@ -89,7 +89,7 @@ def evaluate(
 
 
 def _show(result: EvaluationResult, output: Path | None) -> None:
-    from cclip_deploy.pipeline.evaluation_report import control_rows, remarks, score_rows
+    from cclip_deploy.evaluation.report import control_rows, remarks, score_rows
 
     data = result.data
     title = (

@@ -39,8 +39,8 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Make a [bold]bundle[/] of a checkpoint: ONNX graphs, each compared with PyTorch before it is published."""
+    from cclip_deploy.export.export import ExportOptions, export_bundle
     from cclip_deploy.model.config import image_hw
-    from cclip_deploy.pipeline.export import ExportOptions, export_bundle
 
     chosen = ExportOptions(
         image_hw=None if image_size is None else image_hw(image_size),

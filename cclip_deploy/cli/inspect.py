@@ -11,7 +11,7 @@ from cclip_deploy.cli.console import print_json, progress, reports_errors, si, s
 @reports_errors
 def inspect(bundle: options.Bundle, json: options.Json = False) -> None:
     """Show what a bundle holds, every [bold]checksum[/] verified."""
-    from cclip_deploy.pipeline.inspect import describe_bundle
+    from cclip_deploy.verify.inspect import describe_bundle
 
     with progress(quiet=json) as tell:
         tell("Checking checksums")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cclip_deploy.limits import MOST_THREADS
+from cclip_deploy.common.limits import MOST_THREADS
 
 if TYPE_CHECKING:
-    from cclip_deploy.runtime.choice import Choice
+    from cclip_deploy.runtime.registry import Choice
 
 Bundle = Annotated[Path, typer.Argument(help="The folder that export wrote.", show_default=False)]
 DataLayout = Annotated[
@@ -74,8 +74,8 @@ def choice(
     engine_cache: Path | None = None,
 ) -> Choice:
     """The options about what runs, as the library takes them."""
-    from cclip_deploy.runtime.choice import Choice
-    from cclip_deploy.runtime.tensorrt_runner import GpuOptions
+    from cclip_deploy.runtime.registry import Choice
+    from cclip_deploy.runtime.tensorrt.runner import GpuOptions
 
     gpu = GpuOptions(gpu_interface, cuda_graphs)
     return Choice(backend, device, threads, gpu, engine_cache, allow_fallback)

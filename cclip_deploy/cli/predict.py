@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table
 from cclip_deploy.errors import UsageError
-from cclip_deploy.precisions import Precision
 
 if TYPE_CHECKING:
-    from cclip_deploy.pipeline.explain import Explainer
-    from cclip_deploy.segmenter import Segmenter
+    from cclip_deploy.inference.explain import Explainer
+    from cclip_deploy.inference.segmenter import Segmenter
 
 
 @reports_errors
@@ -48,8 +48,8 @@ def predict(
     json: options.Json = False,
 ) -> None:
     """Segment what the prompts name: [bold]mask, probability and overlay[/] in the picture's own size."""
-    from cclip_deploy.bundle import Bundle
-    from cclip_deploy.data.repair import repair_prompts
+    from cclip_deploy.bundle.bundle import Bundle
+    from cclip_deploy.prompts.spelling import repair_prompts
 
     if checkpoint is not None and not explain:
         raise UsageError("--checkpoint is for --explain; masks come from the bundle. Give both, or neither.")
@@ -57,11 +57,11 @@ def predict(
     if backend in ("onnxruntime", "openvino"):
         opened.read_ahead(precision, *(() if prompt_cache else ("prompt_encoder",)), "image_encoder", "mask_decoder")
 
-    from cclip_deploy.pipeline.predict import PredictOptions, refuse_failures
-    from cclip_deploy.pipeline.predict import predict as run
-    from cclip_deploy.pipeline.run_report import report_run
-    from cclip_deploy.runtime.choice import opened as open_choice
-    from cclip_deploy.segmenter import Segmenter
+    from cclip_deploy.inference.predict import PredictOptions, refuse_failures
+    from cclip_deploy.inference.predict import predict as run
+    from cclip_deploy.inference.run_report import report_run
+    from cclip_deploy.inference.segmenter import Segmenter
+    from cclip_deploy.runtime.registry import opened as open_choice
 
     prompts = repair_prompts(prompt, repair)
     choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
@@ -99,8 +99,8 @@ def predict(
 
 
 def _open_explainer(segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
-    from cclip_deploy.pipeline.explain import open_explainer
-    from cclip_deploy.pipeline.explanation_picture import require_matplotlib
+    from cclip_deploy.inference.explain import open_explainer
+    from cclip_deploy.inference.explanation_plot import require_matplotlib
 
     require_matplotlib()
     return open_explainer(segmenter, checkpoint)

@@ -19,7 +19,7 @@ def prompt(
     json: options.Json = False,
 ) -> None:
     """Show what becomes of a [bold]prompt[/]: typing errors repaired, zones and sides, tokens, cut or not."""
-    from cclip_deploy.pipeline.prompts import describe_prompt, open_tokenizer
+    from cclip_deploy.inference.describe_prompt import describe_prompt, open_tokenizer
 
     facts = describe_prompt(text, *open_tokenizer(bundle, prompt_length), repair)
     if json:

@@ -9,7 +9,7 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, tell_every
-from cclip_deploy.paths import check_writable
+from cclip_deploy.common.paths import check_writable
 
 
 @reports_errors
@@ -49,8 +49,8 @@ def synth(
     json: options.Json = False,
 ) -> None:
     """Draw a [bold]synthetic data set[/]: films, prompts, masks, with confounders that can be switched on."""
-    from cclip_deploy.data.confounders import confound
-    from cclip_deploy.data.synthetic import Asking, share_out_films, write_dataset
+    from cclip_deploy.datasets.synthetic.confounders import confound
+    from cclip_deploy.datasets.synthetic.generator import Asking, share_out_films, write_dataset
 
     asking = Asking(confound(confounder or (), confounder_rho), absent_share, typo_share, wordings)
     counts = share_out_films(images)

@@ -9,10 +9,10 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
-from cclip_deploy.paths import check_writable
+from cclip_deploy.common.paths import check_writable
 
 if TYPE_CHECKING:
-    from cclip_deploy.pipeline.tuning_profile import TunedProfile
+    from cclip_deploy.quantization.profile import TunedProfile
 
 
 @reports_errors
@@ -43,13 +43,13 @@ def tune_precision(
     json: options.Json = False,
 ) -> None:
     """Find which blocks must stay in a [bold]higher precision[/] for the masks to hold, and write a profile of it."""
-    from cclip_deploy.bundle import Bundle
-    from cclip_deploy.data.image_sets import DataSetOptions
-    from cclip_deploy.pipeline.calibrate import CalibrationOptions, default_cache
-    from cclip_deploy.pipeline.front_picture import draw_front
-    from cclip_deploy.pipeline.tune import TuneOptions
-    from cclip_deploy.pipeline.tune import tune_precision as tune
-    from cclip_deploy.pipeline.tuning_profile import Agreement, write_tuned_profile
+    from cclip_deploy.bundle.bundle import Bundle
+    from cclip_deploy.datasets.image_sets import DataSetOptions
+    from cclip_deploy.quantization.calibrate import CalibrationOptions, default_cache
+    from cclip_deploy.quantization.pareto_plot import draw_front
+    from cclip_deploy.quantization.profile import Agreement, write_tuned_profile
+    from cclip_deploy.quantization.tune import TuneOptions
+    from cclip_deploy.quantization.tune import tune_precision as tune
 
     check_writable(output, picture)
     evaluation, data_sets = tuple(evaluation_set), DataSetOptions(layout, subject, allow_outside)

@@ -15,7 +15,7 @@ from cclip_deploy.errors import ParityError
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from cclip_deploy.evidence.parity import Check
+    from cclip_deploy.parity.compare import Check
 
 METRICS = ("relative_error", "max_error", "mask_dice", "flipped_share")
 
@@ -39,9 +39,9 @@ def verify(
     json: options.Json = False,
 ) -> None:
     """Compare every graph of a bundle with [bold]PyTorch[/]; exit code 4 where a limit is broken."""
-    from cclip_deploy.bundle import Bundle
-    from cclip_deploy.data.repair import repair_prompts
-    from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
+    from cclip_deploy.bundle.bundle import Bundle
+    from cclip_deploy.prompts.spelling import repair_prompts
+    from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 
     choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
     prompts = repair_prompts(prompt or (), repair)

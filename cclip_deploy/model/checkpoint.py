@@ -19,8 +19,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cclip_deploy.common.files import whole_file
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
-from cclip_deploy.files import whole_file
 from cclip_deploy.model.config import RN101, InputForm, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import from_published, is_published_layout, list_names, to_published

@@ -6,8 +6,8 @@ import reprlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cclip_deploy.common.limits import LARGEST_IMAGE_SIDE
 from cclip_deploy.errors import UsageError
-from cclip_deploy.limits import LARGEST_IMAGE_SIDE
 
 STRIDE = 32
 CONTEXT_LENGTH = 77

@@ -9,9 +9,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
+from cclip_deploy.common.limits import MOST_THREADS
 from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
-from cclip_deploy.limits import MOST_THREADS
-from cclip_deploy.manifest import GraphEntry, TensorSpec
 
 _NO_MEMORY = ("allocate", "bad_alloc", "out of memory")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.bundle.manifest import GraphEntry
 from cclip_deploy.errors import BundleError
-from cclip_deploy.manifest import GraphEntry
 from cclip_deploy.runtime.graph_sizes import tensor_shapes
 from cclip_deploy.runtime.onnx_wire import Graph, GraphError, read_model
 from cclip_deploy.runtime.shape_rules import RULES, Shape

@@ -14,10 +14,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.data.augment import Augmentation, apply_change, draw_change
-from cclip_deploy.data.preprocess import Preprocessing, normalise
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.datasets.augmentation import Augmentation, apply_change, draw_change
 from cclip_deploy.errors import DataError
+from cclip_deploy.imaging.preprocess import Preprocessing, normalise
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.training_set import TrainingSet
 

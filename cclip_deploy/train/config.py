@@ -7,11 +7,11 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cclip_deploy.data.augment import Augmentation
+from cclip_deploy.common.limits import MOST_THREADS
+from cclip_deploy.common.paths import read_toml
+from cclip_deploy.datasets.augmentation import Augmentation
 from cclip_deploy.errors import UsageError
-from cclip_deploy.limits import MOST_THREADS
 from cclip_deploy.model.config import CONTEXT_LENGTH, InputForm, image_hw
-from cclip_deploy.paths import read_toml
 
 Mode = Literal["off", "joint", "alternating", "reversal"]
 MODES: tuple[Mode, ...] = get_args(Mode)

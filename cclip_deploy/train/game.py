@@ -25,8 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cclip_deploy.model.neck import CausalNeck
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import TrainConfig
-from cclip_deploy.train.grouped import head_logits, prompt_states
 from cclip_deploy.train.losses import dice_bce
+from cclip_deploy.train.shared_image_pass import head_logits, prompt_states
 
 Levels = tuple[Tensor, Tensor, Tensor]
 

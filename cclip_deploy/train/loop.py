@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.common.files import whole_file
 from cclip_deploy.errors import UsageError
-from cclip_deploy.files import whole_file
 from cclip_deploy.model.checkpoint import save_checkpoint
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.batches import Batch, Share, make_batch, passes_per_epoch, plan_epoch, read_ahead
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.devices import average_gradients, mean_over_processes
 from cclip_deploy.train.game import Losses, TensorBatch, main_losses, masker_losses, only_maskers_learn
-from cclip_deploy.train.journal import LEVELS, Journal, write_record
+from cclip_deploy.train.logs import LEVELS, Journal, write_record
 from cclip_deploy.train.optimisers import learning_rate_share, set_rates, start_training_mode
 from cclip_deploy.train.state import Identity, Learner, Progress, save_state
 from cclip_deploy.train.training_set import TrainingSet

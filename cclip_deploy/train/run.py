@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cclip_deploy.data.layouts import DataSet, Referral, of_split, read_data_set
-from cclip_deploy.data.synthetic import share_out_films, write_dataset
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.common.files import writing_into
+from cclip_deploy.common.locks import is_bookkeeping
+from cclip_deploy.common.paths import check_writable
+from cclip_deploy.datasets.reading import DataSet, read_data_set
+from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.datasets.synthetic.generator import share_out_films, write_dataset
+from cclip_deploy.environment.packages import require_training_packages
 from cclip_deploy.errors import DataError, UsageError
-from cclip_deploy.files import writing_into
-from cclip_deploy.locks import is_bookkeeping
 from cclip_deploy.model.config import CONFIGS
-from cclip_deploy.packages import require_training_packages
-from cclip_deploy.paths import check_writable
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.training_set import fingerprint, open_training_set
 
@@ -151,7 +152,7 @@ class _Run:
 def _train_in(run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgress, tell: Tell) -> TrainReport:
     import torch
 
-    from cclip_deploy.train.journal import Journal, write_record
+    from cclip_deploy.train.logs import Journal, write_record
     from cclip_deploy.train.loop import Training, run_epochs
     from cclip_deploy.train.state import STATE, Identity, Progress, load_state
 

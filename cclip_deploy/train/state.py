@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from cclip_deploy.common.files import whole_file
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
-from cclip_deploy.files import whole_file
 from cclip_deploy.model.checkpoint import refuse_types
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import TrainConfig

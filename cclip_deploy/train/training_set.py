@@ -12,11 +12,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.data.images import read_picture
-from cclip_deploy.data.layouts import Referral, read_mask
-from cclip_deploy.data.preprocess import Preprocessing, resize_pixels
-from cclip_deploy.data.tokens import PromptTokenizer
-from cclip_deploy.files import sha256_file
+from cclip_deploy.common.files import sha256_file
+from cclip_deploy.datasets.mask_file import read_mask
+from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.imaging.preprocess import Preprocessing, resize_pixels
+from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 
 GIB = 2**30

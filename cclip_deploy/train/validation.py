@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cclip_deploy.data.tokens import PromptTokenizer
 from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.batches import Share, make_batch
 from cclip_deploy.train.config import TrainConfig
-from cclip_deploy.train.grouped import head_logits, prompt_states
+from cclip_deploy.train.shared_image_pass import head_logits, prompt_states
 from cclip_deploy.train.training_set import TrainingSet
 
 if TYPE_CHECKING:

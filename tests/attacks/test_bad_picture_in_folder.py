@@ -17,19 +17,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.data import images as images_module
-from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.common.limits import MOST_PICTURE_BYTES
+from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import EnvironmentProblem, ImageError
-from cclip_deploy.limits import MOST_PICTURE_BYTES
-from cclip_deploy.pipeline import predict as pipeline
-from cclip_deploy.pipeline.calibrate import CalibrationOptions, choose_pictures
-from cclip_deploy.pipeline.mask_agreement import evaluation_images
-from cclip_deploy.pipeline.predict import predict
-from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.imaging import reading as images_module
+from cclip_deploy.inference import predict as pipeline
+from cclip_deploy.inference.predict import predict
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.quantization.agreement import evaluation_images
+from cclip_deploy.quantization.calibrate import CalibrationOptions, choose_pictures
 from tests.attacks.test_hostile_pictures import compressed_dicom, png
 from tests.cli.run import invoke
-from tests.pipeline.test_predict import Brightness, read_png
+from tests.inference.test_predict import Brightness, read_png
 
 JPEG_LS = "1.2.840.10008.1.2.4.80"
 GOOD = ["a.png", "c.png", "f.png"]
@@ -114,7 +114,9 @@ def test_predict_goes_on_where_memory_ends_after_reading(
 ) -> None:
     """In the resize to the network, the one back, or the mask's files."""
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "b.png")
-    module = pipeline if stage == "write_segmentation" else __import__("cclip_deploy.segmenter", fromlist=["x"])
+    module = (
+        pipeline if stage == "write_segmentation" else __import__("cclip_deploy.inference.segmenter", fromlist=["x"])
+    )
     real = getattr(module, stage)
 
     def fail(first: object, *rest: object, **more: object) -> object:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import BundleError
-from cclip_deploy.evidence.reference import load_references
+from cclip_deploy.parity.reference import load_references
 from tests.bundles import Change, linked_copy, replace_text, reseal
 
 ZEROS = "0" * 64
@@ -234,9 +234,9 @@ def test_references_are_bounded_together(copy: Path, monkeypatch: pytest.MonkeyP
     for name in names:
         with np.load(copy / name) as file:
             sizes.append(sum(file[key].nbytes * (8 if "/mask/" in key else 1) for key in file.files))
-    monkeypatch.setattr("cclip_deploy.evidence.reference.REFERENCE_BYTES", sum(sizes) + 64 * 2**10)  # room for headers
+    monkeypatch.setattr("cclip_deploy.parity.reference.REFERENCE_BYTES", sum(sizes) + 64 * 2**10)  # room for headers
     assert len(load_references(Bundle.open(copy))) == 2
-    monkeypatch.setattr("cclip_deploy.evidence.reference.REFERENCE_BYTES", sum(sizes) - 1)
+    monkeypatch.setattr("cclip_deploy.parity.reference.REFERENCE_BYTES", sum(sizes) - 1)
     with pytest.raises(BundleError, match=r"pictures\.npz holds no reference answers, or too large ones: .* at most"):
         load_references(Bundle.open(copy))
 

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy import bundle
-from cclip_deploy.bundle import Bundle, edited_bundle, new_bundle
+from cclip_deploy.bundle import bundle
+from cclip_deploy.bundle.bundle import Bundle, edited_bundle, new_bundle
 from cclip_deploy.cli.console import write_json
+from cclip_deploy.common.files import restore_folder, scratch_folder, whole_file, whole_folder, writing_into
+from cclip_deploy.common.locks import unfinished_file
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
-from cclip_deploy.files import restore_folder, scratch_folder, whole_file, whole_folder, writing_into
-from cclip_deploy.locks import unfinished_file
 from tests.bundles import digests, linked_copy
 from tests.cli.run import invoke
 

@@ -19,13 +19,13 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from cclip_deploy.bundle import Bundle, edited_bundle
+from cclip_deploy.bundle.bundle import Bundle, edited_bundle
 from cclip_deploy.errors import BundleError, CclipError
-from cclip_deploy.pipeline.inspect import describe_bundle
-from cclip_deploy.pipeline.predict import predict
-from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.inference.predict import predict
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.verify.inspect import describe_bundle
+from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 from tests.bundles import Change, copy_of, digests, reseal, seal
 
 OUTSIDE = ["../outside", "graphs/../../outside", "/etc/passwd", "//etc/passwd", "..", ".", "", "a\\..\\..\\outside"]
@@ -130,7 +130,7 @@ def test_an_edit_does_not_write_through_a_link(copy: Path, tmp_path: Path) -> No
     (copy / "manifest.json").unlink()
     (copy / "manifest.json").symlink_to(victim)
     before = victim.read_bytes()
-    from cclip_deploy.bundle import write_manifest
+    from cclip_deploy.bundle.bundle import write_manifest
 
     bundle = Bundle.open(copy)
     with edited_bundle(bundle) as folder:

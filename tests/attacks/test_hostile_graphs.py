@@ -15,16 +15,16 @@ import onnx
 import pytest
 from onnx import helper
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.engines.build import BuildOptions, build_engines
 from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
-from cclip_deploy.evidence.reference import expand, load_references
-from cclip_deploy.pipeline.build import BuildOptions, build_engines
-from cclip_deploy.pipeline.graph_model import load_model
-from cclip_deploy.pipeline.inspect import describe_bundle
-from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
+from cclip_deploy.parity.reference import expand, load_references
 from cclip_deploy.runtime.graph_check import check_graph
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-from cclip_deploy.runtime.openvino import OpenVinoBackend
+from cclip_deploy.runtime.graph_model import load_model
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.openvino.backend import OpenVinoBackend
+from cclip_deploy.verify.inspect import describe_bundle
+from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 from tests.attacks.hostile_graphs import (
     EXTERNAL,
     PLACE,

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.data.images import picture_orientation, picture_size, read_picture
-from cclip_deploy.data.layouts import read_data_set, read_mask
-from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.datasets.mask_file import read_mask
+from cclip_deploy.datasets.reading import read_data_set
+from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError, ImageError
+from cclip_deploy.imaging.reading import picture_orientation, picture_size, read_picture
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
 ORIENTATION = 274

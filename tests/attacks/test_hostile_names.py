@@ -18,9 +18,9 @@ from rich.console import Console
 
 from cclip_deploy.cli import console
 from cclip_deploy.cli.console import picture_progress, progress, reports_errors, styled, table, yes_or_no
-from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.common.html_page import Figure, Section, Table, Tile, write_page
+from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError
-from cclip_deploy.evidence.page import Figure, Section, Table, Tile, write_page
 from tests.cli.run import invoke
 
 MARKUP = ["[red]a[/red]", "[/b]", "[link=https://x]a[/link]", "[bold", "\\[x]", "[]", "[@click=f()]a[/]", ":smile:"]

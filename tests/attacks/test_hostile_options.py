@@ -12,22 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.data import synthetic
+from cclip_deploy.benchmark.plan import BenchOptions
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.common.limits import LARGEST_IMAGE_SIDE, MOST_THREADS
+from cclip_deploy.common.paths import check_writable
+from cclip_deploy.datasets.synthetic import generator as synthetic
 from cclip_deploy.errors import CclipError, EnvironmentProblem, UsageError
-from cclip_deploy.limits import LARGEST_IMAGE_SIDE, MOST_THREADS
+from cclip_deploy.evaluation.evaluate import NetworkChoice, open_network
+from cclip_deploy.evaluation.report import check_report_folder
+from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.model.config import InputForm, image_hw
-from cclip_deploy.paths import check_writable
-from cclip_deploy.pipeline.bench_plan import BenchOptions
-from cclip_deploy.pipeline.evaluate import NetworkChoice, open_network
-from cclip_deploy.pipeline.evaluation_report import check_report_folder
-from cclip_deploy.pipeline.export import ExportOptions, export_bundle
-from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
 from cclip_deploy.runtime.backend import check_threads
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-from cclip_deploy.runtime.openvino import OpenVinoBackend
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.openvino.backend import OpenVinoBackend
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.run import train
+from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 from tests.cli.run import invoke
 
 NO_FOLDER = Path("/proc/nowhere/out")

@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cclip_deploy.data.dicom_frames import unpacked_bytes
-from cclip_deploy.data.images import Picture, decoding, find_pictures, picture_size, read_picture
-from cclip_deploy.data.layouts import read_mask
-from cclip_deploy.data.masks import write_segmentation
+from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.errors import CclipError, ImageError
+from cclip_deploy.imaging.dicom_frames import unpacked_bytes
+from cclip_deploy.imaging.reading import Picture, decoding, find_pictures, picture_size, read_picture
+from cclip_deploy.imaging.writing import write_segmentation
 from tests.attacks.memory import within
 
 
@@ -486,7 +486,7 @@ def test_pictures_are_opened_in_one_place_with_a_list_of_formats() -> None:
 
 def test_reading_loads_no_torch() -> None:
     code = (
-        "import sys; import cclip_deploy.data.masks, cclip_deploy.data.preprocess, cclip_deploy.data.dicom;"
+        "import sys; import cclip_deploy.imaging.writing, cclip_deploy.imaging.preprocess, cclip_deploy.imaging.dicom;"
         "print(sorted({'torch', 'onnx', 'onnxruntime', 'tensorrt', 'pydicom'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,15 +17,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cclip_deploy.data import spelling
-from cclip_deploy.data.layouts import read_data_set
-from cclip_deploy.data.prompt_reader import meaning, mirror, read_prompt
-from cclip_deploy.data.repair import repair_prompt, repair_prompts
-from cclip_deploy.data.spelling import respell
-from cclip_deploy.data.tokens import PromptTokenizer, clean_prompt
+from cclip_deploy.common.limits import LONGEST_PROMPT
+from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.errors import DataError, PromptError
-from cclip_deploy.limits import LONGEST_PROMPT
-from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.prompts import corrections as spelling
+from cclip_deploy.prompts.corrections import respell
+from cclip_deploy.prompts.reader import meaning, mirror, read_prompt
+from cclip_deploy.prompts.spelling import repair_prompt, repair_prompts
+from cclip_deploy.prompts.tokenizer import PromptTokenizer, clean_prompt
 from tests.attacks.test_hostile_masks import pair, write_set
 from tests.cli.run import invoke
 
@@ -162,8 +162,8 @@ def test_the_commands_refuse_a_huge_prompt(tiny_bundle_path: Path, tmp_path: Pat
 
 
 def test_a_segmenter_refuses_a_huge_prompt_before_it_computes(tiny_bundle_path: Path) -> None:
-    from cclip_deploy.bundle import Bundle
-    from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
+    from cclip_deploy.bundle.bundle import Bundle
+    from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
 
     bundle = Bundle.open(tiny_bundle_path)
     with pytest.raises(PromptError, match="characters"):

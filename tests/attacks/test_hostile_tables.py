@@ -25,15 +25,16 @@ import openpyxl
 import pytest
 from PIL import Image
 
-from cclip_deploy.csv_text import csv_text
-from cclip_deploy.data.layouts import read_data_set, tables
-from cclip_deploy.data.layouts import workbook as workbook_module
-from cclip_deploy.data.layouts.tables import read_described, read_table
+from cclip_deploy.ablation.plan import read_plan
+from cclip_deploy.common.csv_text import csv_text
+from cclip_deploy.common.limits import LONGEST_CELL, MOST_CELLS, MOST_ROWS
+from cclip_deploy.common.paths import parse_json, read_json, read_toml
+from cclip_deploy.datasets import tables
+from cclip_deploy.datasets import workbook as workbook_module
+from cclip_deploy.datasets.reading import read_data_set
+from cclip_deploy.datasets.tables import read_described, read_table
+from cclip_deploy.engines.profile import read_profile
 from cclip_deploy.errors import CclipError, DataError, UsageError
-from cclip_deploy.limits import LONGEST_CELL, MOST_CELLS, MOST_ROWS
-from cclip_deploy.paths import parse_json, read_json, read_toml
-from cclip_deploy.pipeline.ablation_plan import read_plan
-from cclip_deploy.pipeline.engine_profile import read_profile
 from cclip_deploy.train.config import TrainConfig
 from tests.attacks.memory import within
 from tests.cli.run import invoke

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tokenizers
 
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.data import tokens
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import BundleError, DataError, UsageError
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-from cclip_deploy.runtime.openvino import OpenVinoBackend
-from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.prompts import tokenizer as tokens
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.openvino.backend import OpenVinoBackend
 from tests.bundles import linked_copy, replace_text, reseal
 
 CLIP = PromptTokenizer.from_open_clip().to_json()

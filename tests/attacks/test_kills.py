@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cclip_deploy.cli.entry import start
-from cclip_deploy.files import replace_together, restore_folder, whole_file, whole_folder, writing_into
+from cclip_deploy.common.files import replace_together, restore_folder, whole_file, whole_folder, writing_into
 from tests.bundles import digests
 from tests.cli.run import interrupt_at
 

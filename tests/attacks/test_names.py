@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from cclip_deploy.cli.console import command_line, print_json, write_json
-from cclip_deploy.data.synthetic import write_dataset
-from cclip_deploy.names import json_text, printable
-from cclip_deploy.pipeline.calibrate import CalibrationOptions, choose_pictures
+from cclip_deploy.common.names import json_text, printable
+from cclip_deploy.datasets.synthetic.generator import write_dataset
+from cclip_deploy.quantization.calibrate import CalibrationOptions, choose_pictures
 from tests.cli.run import invoke
 
 ODD = os.fsdecode(b"\xff\xfe")

@@ -22,15 +22,15 @@ import onnx
 import onnxruntime
 import pytest
 
-from cclip_deploy.bundle import Bundle, edited_bundle, write_manifest
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.bundle.bundle import Bundle, edited_bundle, write_manifest
 from cclip_deploy.errors import BundleError, UsageError
-from cclip_deploy.evidence.reference import load_references
-from cclip_deploy.prompt_cache import PromptKernels
+from cclip_deploy.inference.prompt_cache import PromptKernels
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.parity.reference import load_references
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.runtime.backend import Backend
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-from cclip_deploy.runtime.openvino import OpenVinoBackend, load_openvino
-from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.openvino.backend import OpenVinoBackend, load_openvino
 from tests.bundles import change_weights, linked_copy, replace_text, reseal
 
 GRAPHS = ("prompt_encoder", "image_encoder", "mask_decoder")

@@ -100,7 +100,7 @@ RESULTS = [
 
 @pytest.fixture(scope="module")
 def places(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    from cclip_deploy.data.synthetic import write_dataset
+    from cclip_deploy.datasets.synthetic.generator import write_dataset
 
     folder = tmp_path_factory.mktemp("streams")
     write_dataset(folder / "films", {"test": 2}, (32, 32), 0)

@@ -98,9 +98,9 @@ def loaded_at_run_time() -> list[str]:
 USE_EVERYTHING = """
 import importlib, sys
 from pathlib import Path
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-from cclip_deploy.runtime.openvino import OpenVinoBackend
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.openvino.backend import OpenVinoBackend
 bundle = Bundle.open(Path(sys.argv[1]))
 for backend in (OnnxRuntimeBackend(bundle, threads=1), OpenVinoBackend(bundle, threads=1)):
     backend.load("mask_decoder")

@@ -174,7 +174,7 @@ def test_work_ends_at_its_next_progress_after_a_swallowed_ctrl_c(quiet: bool) ->
             tell("Writing")
 
 
-@pytest.mark.parametrize("module", ["typer", "rich.console", "cclip_deploy.cli.train", "cclip_deploy.bundle"])
+@pytest.mark.parametrize("module", ["typer", "rich.console", "cclip_deploy.cli.train", "cclip_deploy.bundle.bundle"])
 def test_ctrl_c_during_an_import_ends_with_130_and_one_line(module: str, tmp_path: Path) -> None:
     done = interrupt_import(module, "inspect", tmp_path / "none.cclip")
     assert (done.returncode, done.stdout) == (130, "")

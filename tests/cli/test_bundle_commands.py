@@ -123,7 +123,7 @@ def test_bench_beside_the_peers_needs_the_checkpoint(tiny_bundle_path: Path) -> 
 def test_bench_shows_figures_with_goals_and_keeps_its_json(
     tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cclip_deploy.pipeline import bench
+    from cclip_deploy.benchmark import run as bench
 
     figure = {
         "what": "128 prompts on one image, against the plain export", "backend": "openvino", "value": 99.0, "unit": "×",

@@ -95,7 +95,7 @@ def test_any_wording_is_read_and_what_is_not_understood_is_said() -> None:
 
 
 def test_a_bundle_gives_its_own_tokenizer_and_length(tiny_bundle_path: Path) -> None:
-    from cclip_deploy.bundle import Bundle
+    from cclip_deploy.bundle.bundle import Bundle
 
     said = json.loads(invoke("prompt", "lower left lung", "--json", "--bundle", tiny_bundle_path).stdout)
     assert said["prompt_length"] == Bundle.open(tiny_bundle_path).manifest.prompt_length

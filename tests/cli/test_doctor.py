@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from cclip_deploy.cli.console import stdout
 from cclip_deploy.cli.doctor import doctor
-from cclip_deploy.evidence import machine
-from cclip_deploy.evidence.machine import Check
+from cclip_deploy.environment import doctor as machine
+from cclip_deploy.environment.doctor import Check
 
 NUMPY = Check("numpy", "ok", "2.4.6", None, ("run a bundle",))
 TORCH = Check("torch", "missing", "not installed", "pip install 'cclip-deploy[export]'", ("export",))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
 from tests.bundles import copy_of
 from tests.cli.run import invoke
 from tests.gpu.machine import gpu_reason

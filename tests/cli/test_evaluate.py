@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.datasets.synthetic.generator import write_dataset
 from tests.cli.run import invoke
 from tests.test_imports import loaded_by
 

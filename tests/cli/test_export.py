@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.pipeline import export
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.export import export
 from tests.bundles import copy_of, digests
 from tests.cli.run import interrupt_at, invoke, run
 

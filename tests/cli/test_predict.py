@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.bundles import copy_of, flip_byte
 from tests.cli.run import interrupt_at, invoke, run
-from tests.data.test_dicom import write_dicom
+from tests.imaging.test_dicom import write_dicom
 
 
 @pytest.fixture

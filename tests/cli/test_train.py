@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from cclip_deploy.data.synthetic import write_dataset
+from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.model.config import TINY
 from tests.cli.run import invoke, run, without
 from tests.model.open_clip_twin import open_clip_twin

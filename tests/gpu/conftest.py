@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.data.synthetic import write_dataset
-from cclip_deploy.evidence.fingerprint import fingerprint
-from cclip_deploy.pipeline.build import BuildOptions, build_engines
-from cclip_deploy.pipeline.calibrate import CalibrationOptions
-from cclip_deploy.precisions import Precision, is_quantised
-from cclip_deploy.runtime.gpu import Gpu, GpuFacts, open_gpu
-from cclip_deploy.runtime.tensorrt_binding import BindingName
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.bundle.precision import Precision, is_quantised
+from cclip_deploy.datasets.synthetic.generator import write_dataset
+from cclip_deploy.engines.build import BuildOptions, build_engines
+from cclip_deploy.environment.fingerprint import fingerprint
+from cclip_deploy.quantization.calibrate import CalibrationOptions
+from cclip_deploy.runtime.tensorrt.binding import BindingName
+from cclip_deploy.runtime.tensorrt.device import Gpu, GpuFacts, open_gpu
 from tests.bundles import copy_of
 from tests.conftest import THREADS, TINY_HW
 from tests.gpu.machine import binding_reason

@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.benchmark.statistics import summarise
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.bundle.precision import Precision
+from cclip_deploy.engines.build import BuildOptions, build_engines
 from cclip_deploy.errors import EnvironmentProblem
-from cclip_deploy.evidence.latency_statistics import summarise
-from cclip_deploy.evidence.parity import check_graphs
-from cclip_deploy.evidence.reference import expand, load_references, seeded_inputs
-from cclip_deploy.pipeline.build import BuildOptions, build_engines
-from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
-from cclip_deploy.precisions import Precision
-from cclip_deploy.runtime.choice import Choice, engine_precisions
-from cclip_deploy.runtime.engine_settings import EngineSettings
-from cclip_deploy.runtime.gpu import Gpu, GpuFacts, open_gpu
-from cclip_deploy.runtime.onnx_runtime import Device
-from cclip_deploy.runtime.onnx_runtime_gpu import OnnxRuntimeGpuBackend
-from cclip_deploy.runtime.tensorrt_binding import BindingName
-from cclip_deploy.runtime.tensorrt_runner import GpuOptions, TensorRtBackend
-from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.parity.compare import check_graphs
+from cclip_deploy.parity.reference import expand, load_references, seeded_inputs
+from cclip_deploy.runtime.onnxruntime.cpu import Device
+from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend
+from cclip_deploy.runtime.registry import Choice, engine_precisions
+from cclip_deploy.runtime.tensorrt.binding import BindingName
+from cclip_deploy.runtime.tensorrt.device import Gpu, GpuFacts, open_gpu
+from cclip_deploy.runtime.tensorrt.runner import GpuOptions, TensorRtBackend
+from cclip_deploy.runtime.tensorrt.settings import EngineSettings
+from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 from tests.bundles import copy_of, reseal
 from tests.conftest import THREADS
 from tests.gpu.conftest import BuildOnce

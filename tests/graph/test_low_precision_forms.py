@@ -9,11 +9,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from cclip_deploy.errors import ParityError
-from cclip_deploy.graph.flat import raise_opset
-from cclip_deploy.graph.io_types import halve_inputs_and_outputs
-from cclip_deploy.graph.precision import precision_share, to_bf16, to_fp16
-from cclip_deploy.graph.widen import is_narrow, widen
-from tests.graph.test_precision import make_model, normal, run, types_of
+from cclip_deploy.graph.precision.float16 import precision_share, to_bf16, to_fp16
+from cclip_deploy.graph.precision.io_types import halve_inputs_and_outputs
+from cclip_deploy.graph.precision.onnx_graph import raise_opset
+from cclip_deploy.graph.precision.rounding import is_narrow, widen
+from tests.graph.precision.test_float16 import make_model, normal, run, types_of
 
 
 def rounded(values: np.ndarray) -> np.ndarray:

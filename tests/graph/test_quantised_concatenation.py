@@ -9,10 +9,10 @@ import onnx
 import pytest
 from onnx import helper
 
-from cclip_deploy.graph.lower import lower, tensors_to_calibrate
-from cclip_deploy.runtime.onnx_runtime import load_onnxruntime, make_session
-from cclip_deploy.runtime.openvino import compile_graph, load_openvino, read_graph
-from tests.graph.test_precision import make_model, normal
+from cclip_deploy.graph.precision.convert import lower, tensors_to_calibrate
+from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
+from cclip_deploy.runtime.openvino.backend import compile_graph, load_openvino, read_graph
+from tests.graph.precision.test_float16 import make_model, normal
 
 IMAGE = normal(1, 4, 6, 6, seed=9)
 

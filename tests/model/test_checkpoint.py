@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cclip_deploy.common.files import sha256_file
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem
-from cclip_deploy.files import sha256_file
 from cclip_deploy.model import checkpoint
 from cclip_deploy.model.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from cclip_deploy.model.config import RN101, TINY, InputForm

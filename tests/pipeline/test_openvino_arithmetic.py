@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import EnvironmentProblem
-from cclip_deploy.pipeline.verify import VerifyOptions, verify_bundle
-from cclip_deploy.runtime.choice import Choice
-from cclip_deploy.runtime.openvino import OpenVinoBackend, describe_device
-from cclip_deploy.runtime.openvino_precision import Arithmetic, arithmetic_of, hint_for, refuse_lower
+from cclip_deploy.runtime.openvino.arithmetic import Arithmetic, arithmetic_of, hint_for, refuse_lower
+from cclip_deploy.runtime.openvino.backend import OpenVinoBackend, describe_device
+from cclip_deploy.runtime.registry import Choice
+from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 from tests.conftest import THREADS
 
 
@@ -87,7 +87,7 @@ def test_a_backend_whose_graphs_run_lower_than_they_are_does_not_load_them(
 ) -> None:
     """As OpenVINO did on processors with BF16: this double of a processor ignores what is requested."""
     read_back = Arithmetic("bf16", {"bf16": 3}, "bf16")
-    monkeypatch.setattr("cclip_deploy.runtime.openvino.arithmetic_of", lambda compiled: read_back)
+    monkeypatch.setattr("cclip_deploy.runtime.openvino.backend.arithmetic_of", lambda compiled: read_back)
     with pytest.raises(EnvironmentProblem, match=r"runs graphs/mask_decoder\.fp16\.onnx in bf16"):
         OpenVinoBackend(Bundle.open(low_bundle_path), "fp16", threads=1).load("mask_decoder")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cclip_deploy.errors import EnvironmentProblem
-from cclip_deploy.runtime.gpu import Bytes, GpuFacts, GpuInterface
+from cclip_deploy.runtime.tensorrt.device import Bytes, GpuFacts, GpuInterface
 
 FACTS = GpuFacts("Imaginary GPU", "8.9", 24 << 30, "13.0")
 Work = Callable[[], None]

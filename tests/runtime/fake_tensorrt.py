@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from cclip_deploy.bundle import Bundle
+from cclip_deploy.bundle.bundle import Bundle
 from tests.bundles import copy_of, reseal
 from tests.runtime.fake_gpu import FakeGpu, FakeStream
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from cclip_deploy.errors import EnvironmentProblem, UsageError
-from cclip_deploy.runtime import gpu_cuda_python, gpu_pycuda
-from cclip_deploy.runtime.gpu import Gpu, Ownership, open_gpu
-from cclip_deploy.runtime.gpu_cuda_python import CudaPythonGpu
+from cclip_deploy.runtime.tensorrt import cuda_python as gpu_cuda_python
+from cclip_deploy.runtime.tensorrt import pycuda as gpu_pycuda
+from cclip_deploy.runtime.tensorrt.cuda_python import CudaPythonGpu
+from cclip_deploy.runtime.tensorrt.device import Gpu, Ownership, open_gpu
 
 OK, TOO_OLD, NO_DEVICE, NO_MEMORY = 0, 35, 100, 2
 
@@ -249,7 +250,9 @@ def test_every_function_of_cuda_python_that_is_called_exists() -> None:
 
 def test_every_method_of_tensorrt_that_is_called_exists() -> None:
     rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from cclip_deploy.runtime import engine_context, engine_file, tensorrt_binding
+    from cclip_deploy.runtime.tensorrt import binding as tensorrt_binding
+    from cclip_deploy.runtime.tensorrt import context as engine_context
+    from cclip_deploy.runtime.tensorrt import engine_file
 
     source = "".join(Path(module.__file__).read_text() for module in (engine_context, engine_file, tensorrt_binding))
     owners = {

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cclip_deploy.data.layouts import Referral, of_split, read_flat
-from cclip_deploy.data.synthetic import write_dataset
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.datasets.flat import read_flat
+from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.datasets.synthetic.generator import write_dataset
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import Devices, TrainConfig
 
 CPU = Devices(accelerator="cpu")

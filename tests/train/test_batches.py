@@ -8,12 +8,12 @@ import time
 import numpy as np
 import pytest
 
-from cclip_deploy.data.augment import Augmentation
-from cclip_deploy.data.layouts import Referral
-from cclip_deploy.data.preprocess import Preprocessing, normalise
-from cclip_deploy.data.prompt_reader import mirror
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.datasets.augmentation import Augmentation
+from cclip_deploy.datasets.sample import Referral
 from cclip_deploy.errors import DataError
+from cclip_deploy.imaging.preprocess import Preprocessing, normalise
+from cclip_deploy.prompts.reader import mirror
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.batches import Share, make_batch, passes_per_epoch, plan_epoch, read_ahead
 from cclip_deploy.train.training_set import TrainingSet, open_training_set
 from tests.train.conftest import SMALL

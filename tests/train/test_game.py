@@ -12,7 +12,7 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import Game, TrainConfig
 from cclip_deploy.train.game import TensorBatch, main_losses, masker_losses, maskers_of, only_maskers_learn
 from cclip_deploy.train.losses import dice_bce
-from tests.train.test_grouped import batch_of, network
+from tests.train.test_shared_image_pass import batch_of, network
 
 GAME = Game(causal_weight=0.7, confounding_weight=0.2)
 

@@ -15,19 +15,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cclip_deploy.data.augment import Augmentation
-from cclip_deploy.data.layouts import of_split, read_flat
-from cclip_deploy.data.synthetic import write_dataset
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.datasets.augmentation import Augmentation
+from cclip_deploy.datasets.flat import read_flat
+from cclip_deploy.datasets.sample import of_split
+from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from cclip_deploy.evaluation.models import CheckpointNetwork
+from cclip_deploy.evaluation.scores import evaluate_dice
 from cclip_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
-from cclip_deploy.train.asked_network import CheckpointNetwork
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import DataSource, Devices, Game, SyntheticFilms, TrainConfig
 from cclip_deploy.train.loop import BEST, LAST, STOPPED_BATCH, TrainProgress
 from cclip_deploy.train.run import RunOptions, find_data, train
-from cclip_deploy.train.scores import evaluate_dice
 from cclip_deploy.train.state import STATE
 from tests.model.open_clip_twin import open_clip_twin
 from tests.train.conftest import CPU, SMALL

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cclip_deploy.data.layouts import Referral, of_split, read_flat
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.datasets.flat import read_flat
+from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.training_set import Kept, fingerprint, open_training_set
 from tests.train.conftest import SMALL
 

@@ -25,13 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cclip_deploy.bundle import Bundle
-from cclip_deploy.data.tokens import END, START, PromptTokenizer
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import CclipError
-from cclip_deploy.pipeline.inspect import describe_bundle
-from cclip_deploy.runtime.onnx_runtime import OnnxRuntimeBackend
-from cclip_deploy.runtime.openvino import OpenVinoBackend
-from cclip_deploy.segmenter import Segmenter
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.prompts.tokenizer import END, START, PromptTokenizer
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.openvino.backend import OpenVinoBackend
+from cclip_deploy.verify.inspect import describe_bundle
 from tests.bundles import digests, linked_copy, replace_text, reseal
 
 FILES = ("manifest.json", "tokenizer.json", "SHA256SUMS", "graphs/mask_decoder.onnx")

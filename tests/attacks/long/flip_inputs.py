@@ -30,16 +30,17 @@ import pydicom
 from PIL import Image
 from pydicom.encaps import encapsulate
 
-from cclip_deploy.csv_text import csv_text
-from cclip_deploy.data.images import picture_orientation, picture_size, read_picture
-from cclip_deploy.data.layouts import read_data_set, read_mask
-from cclip_deploy.data.layouts.tables import read_table
-from cclip_deploy.data.prompt_reader import mirror, read_prompt
-from cclip_deploy.data.repair import repair_prompt
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.ablation.plan import read_plan
+from cclip_deploy.common.csv_text import csv_text
+from cclip_deploy.datasets.mask_file import read_mask
+from cclip_deploy.datasets.reading import read_data_set
+from cclip_deploy.datasets.tables import read_table
+from cclip_deploy.engines.profile import read_profile
 from cclip_deploy.errors import CclipError
-from cclip_deploy.pipeline.ablation_plan import read_plan
-from cclip_deploy.pipeline.engine_profile import read_profile
+from cclip_deploy.imaging.reading import picture_orientation, picture_size, read_picture
+from cclip_deploy.prompts.reader import mirror, read_prompt
+from cclip_deploy.prompts.spelling import repair_prompt
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 
 MIB = 2**20

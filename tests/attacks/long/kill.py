@@ -219,7 +219,7 @@ def programs(shared: Path, share: float) -> list[Program]:
         need(not out.exists() or digests(out) == drawn, "the data set is not whole")
 
     def is_answer(out: Path) -> None:
-        from cclip_deploy.files import writing_into
+        from cclip_deploy.common.files import writing_into
 
         def settle() -> int:
             with writing_into(out):
@@ -239,7 +239,7 @@ def programs(shared: Path, share: float) -> list[Program]:
         need((out / "index.html").read_text().rstrip().endswith("</html>"), "the page is cut")
 
     def is_bundle(out: Path) -> None:
-        from cclip_deploy.bundle import Bundle
+        from cclip_deploy.bundle.bundle import Bundle
 
         need(Bundle.open(out).check_all() == (), "the bundle has strays")
 

@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cclip_deploy.data.image_sets import read_image_set
-from cclip_deploy.data.images import read_picture
-from cclip_deploy.data.layouts import read_data_set, read_mask
-from cclip_deploy.data.layouts.writing import WRITERS
-from cclip_deploy.data.preprocess import Preprocessing, resize_pixels
-from cclip_deploy.data.report import report_data_set
-from cclip_deploy.data.synthetic import write_dataset
-from cclip_deploy.data.tokens import PromptTokenizer
+from cclip_deploy.datasets.image_sets import read_image_set
+from cclip_deploy.datasets.mask_file import read_mask
+from cclip_deploy.datasets.reading import read_data_set
+from cclip_deploy.datasets.report import report_data_set
+from cclip_deploy.datasets.synthetic.generator import write_dataset
+from cclip_deploy.datasets.writing import WRITERS
 from cclip_deploy.errors import DataError
+from cclip_deploy.imaging.preprocess import Preprocessing, resize_pixels
+from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.training_set import open_training_set
-from tests.data.test_dicom import write_dicom
+from tests.imaging.test_dicom import write_dicom
 
 HW = (32, 48)
 UID = "1.2.840.113619.2.{}"

@@ -1,0 +1,101 @@
+"""The data of an ablation: a data set that is there, or synthetic films drawn for a seed, with three test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from cclip_deploy.ablation.plan import AblationPlan, Films, Signs
+from cclip_deploy.datasets.reading import read_data_set
+from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.datasets.synthetic.confounders import Confounding
+from cclip_deploy.datasets.synthetic.generator import PLAIN, Asking, film_rng, make_samples, write_dataset
+from cclip_deploy.evaluation.causal import ToggledFilm
+
+Tell = Callable[[str], None]
+
+TEST_SETS: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {"id": lambda rho: rho, "neutral": lambda rho: 0.5, "anti": lambda rho: 1 - rho}
+)
+"""The rho of each test set, by that of training."""
+ON_FOLDER = "test"
+"""The one test set of a data set that is there."""
+
+
+@dataclass(frozen=True)
+class CellData:
+    """What one training is given, and what it is tested on."""
+
+    training: Path
+    layout: str | None
+    subject: str | None
+    tests: Mapping[str, Path]
+    """Folders whose test splits show the same patients; the first is the one as in training."""
+    films: Films | None
+    image_hw: tuple[int, int]
+    seed: int
+    allow_outside: bool = False
+
+    def test_rows(self, name: str) -> list[Referral]:
+        """The rows of a test set."""
+        return of_split(self.read(self.tests[name]), "test")
+
+    def read(self, folder: Path) -> tuple[Referral, ...]:
+        """The rows of one of these folders."""
+        return read_data_set(folder, self.layout, self.subject, self.allow_outside).referrals
+
+    def toggled(self) -> Iterator[ToggledFilm]:
+        """The test films, all their signs once on the target's side and once on the other; needs films."""
+        assert self.films is not None
+        for number in range(self.films.test):
+            forms = [
+                make_samples(film_rng(self.seed, "test", number), self.image_hw, self.films.prompts_per_film, asking)
+                for asking in (_asking(self.films, 1.0), _asking(self.films, 0.0))
+            ]
+            one, other = forms
+            prompts = tuple(sample.prompt for sample in one)
+            yield ToggledFilm(one[0].image, other[0].image, one[0].lungs, prompts)
+
+
+def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: bool, tell: Tell) -> CellData:
+    """The data of one training, its test sets only if it is to be tested.
+
+    Films that are not there yet are drawn, each set whole or not at all.
+
+    Raises:
+        UsageError: the films are too small.
+        EnvironmentProblem: the disk does not take them.
+    """
+    config = plan.recipe_of(plan.reference, 0, seed)
+    hw, source = config.image_hw, config.data
+    if plan.films is None:
+        assert source.folder is not None
+        tests = {ON_FOLDER: source.folder}
+        return CellData(
+            source.folder, source.layout, source.subject, tests, None, hw, seed, source.allow_outside
+        )  # fmt: skip
+    films, signs, place = plan.films, plan.arms[arm].signs, folder / f"seed{seed}"
+
+    def draw(name: str, counts: Mapping[str, int], asking: Asking) -> Path:
+        target = place / name
+        if not target.exists():
+            tell(f"Drawing {sum(counts.values())} films into {target}")
+            write_dataset(target, counts, hw, seed, prompts_per_film=films.prompts_per_film, asking=asking)
+        return target
+
+    training = draw(f"train-{signs}", {"train": films.train, "val": films.val}, _training_asking(films, signs))
+    rho_of = {name: rho(films.rho) for name, rho in TEST_SETS.items()} if tested else {}
+    tests = {name: draw(name, {"test": films.test}, _asking(films, rho)) for name, rho in rho_of.items()}
+    return CellData(training, "flat", None, tests, films, hw, seed)
+
+
+def _training_asking(films: Films, signs: Signs) -> Asking:
+    if signs == "none":
+        return PLAIN
+    return _asking(films, films.rho if signs == "follow" else 0.5)
+
+
+def _asking(films: Films, rho: float) -> Asking:
+    return Asking(Confounding(frozenset(films.confounders), rho))

@@ -1,0 +1,176 @@
+"""What a bundle says of itself: its manifest, entry by entry."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from cclip_deploy.bundle.precision import Precision
+from cclip_deploy.imaging.preprocess import Preprocessing
+
+SCHEMA_VERSION = 2
+MOST_REFERENCES = 64
+LARGEST_SIDE, LONGEST_PROMPT = 16_384, 77
+MOST_SIDES, MOST_TENSORS = 8, 16
+VERSIONED = ("cclip-deploy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
+
+
+def inside(path: str) -> str:
+    """A path that stays inside the bundle; ValueError for any other."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
+        raise ValueError(f"{path!r} leaves the bundle")
+    if PurePosixPath(path).as_posix() != path or not path.isprintable():
+        raise ValueError(f"{path!r} is not written in the plain form folder/file")
+    return path
+
+
+def _named(model: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(model.get("name"), str):
+        raise ValueError("a model has a name")
+    return model
+
+
+def _small(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    for tensor in tensors:
+        sizes = [side for side in tensor.shape if isinstance(side, int)]
+        if len(tensor.shape) > MOST_SIDES or any(not 0 < size < 2**31 for size in sizes):
+            raise ValueError(f"{tensor.name} has a shape of no tensor: {str(tensor.shape)[:80]}")
+    return tensors
+
+
+RelativePath = Annotated[str, AfterValidator(inside), StringConstraints(max_length=1024)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(max_length=256)]
+Text = Annotated[str, StringConstraints(max_length=2**18)]
+Side = Annotated[int, Field(gt=0, le=LARGEST_SIDE)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Entry):
+    """An input or output; a string in `shape` is a dynamic dimension's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+Tensors = Annotated[tuple[TensorSpec, ...], Field(max_length=MOST_TENSORS), AfterValidator(_small)]
+
+
+class CalibrationEntry(_Entry):
+    """The calibration record that a quantised graph took its scales from."""
+
+    file: RelativePath
+    sha256: Sha256
+
+
+class GraphEntry(_Entry):
+    """One ONNX graph, and the hash of what it was made from: the checkpoint, or the FP32 graph.
+
+    `high_precision_nodes` are the products that a derived graph was asked to keep in a higher precision; None where
+    that was not recorded.
+    """
+
+    file: RelativePath
+    sha256: Sha256
+    made_from_sha256: Sha256
+    precision: Precision
+    inputs: Tensors
+    outputs: Tensors
+    multiply_adds: Annotated[int, Field(ge=0)]
+    calibration: CalibrationEntry | None = None
+    high_precision_nodes: Annotated[tuple[Name, ...], Field(max_length=10_000)] | None = None
+
+    def dynamic(self) -> bool:
+        """Whether any input has a dynamic dimension."""
+        return any(isinstance(side, str) for tensor in self.inputs for side in tensor.shape)
+
+
+Shape = Annotated[tuple[int, ...], Field(max_length=MOST_SIDES)]
+
+
+class EngineTarget(_Entry):
+    """The GPUs of an engine: of these compute capabilities or, `and_later`, from the least on; of one name, if any."""
+
+    compute_capabilities: Annotated[tuple[Name, ...], Field(max_length=32)]
+    and_later: bool = False
+    gpu: Name | None = None
+
+
+class EngineEntry(_Entry):
+    """One built engine, the graph it was built from, and where its layer table lies.
+
+    `timing_cache_sha256` is the cache that the build began with: the same one again may choose other kernels.
+    """
+
+    graph: Name
+    backend: Name
+    backend_version: Name
+    precision: Precision
+    file: RelativePath
+    sha256: Sha256
+    graph_sha256: Sha256
+    layers: RelativePath
+    shapes: Annotated[dict[Name, tuple[Shape, Shape, Shape]], Field(max_length=MOST_TENSORS)]
+    target: Name
+    build_seconds: float
+    runs_on: EngineTarget | None = None
+    stripped: bool = False
+    timing_cache_sha256: Sha256 | None = None
+
+
+class CheckpointOrigin(_Entry):
+    """The checkpoint that a bundle was exported from."""
+
+    name: Name
+    sha256: Sha256
+    layout: Literal["ours", "published"]
+    tensors_dropped: int
+
+
+class Manifest(_Entry):
+    """All that a bundle says of itself."""
+
+    schema_version: int = SCHEMA_VERSION
+    created: Name
+    command: Text
+    versions: Annotated[dict[Name, Name], Field(max_length=64)]
+    model: Annotated[dict[Name, Any], Field(max_length=64), AfterValidator(_named)]
+    form: Literal["deploy", "plain"]
+    image_hw: tuple[Side, Side]
+    prompt_length: Annotated[int, Field(gt=0, le=LONGEST_PROMPT)]
+    threshold: float = 0.5
+    preprocessing: Preprocessing
+    checkpoint: CheckpointOrigin
+    graphs: Annotated[dict[Name, GraphEntry], Field(max_length=64)]
+    engines: Annotated[tuple[EngineEntry, ...], Field(max_length=256)] = ()
+    references: Annotated[tuple[RelativePath, ...], Field(max_length=MOST_REFERENCES)] = ()
+
+
+def graph_key(graph: str, precision: str) -> str:
+    """The manifest's name of a graph in a precision: `fused`, `fused.fp16`."""
+    return graph if precision == "fp32" else f"{graph}.{precision}"
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that shape a bundle, of those installed."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def utc_now() -> str:
+    """The time, to the second, as ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,89 @@
+"""The flat layout: one CSV or JSON Lines table that names every image, mask and text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from cclip_deploy.common.paths import check_inside
+from cclip_deploy.datasets.sample import SPLITS, Referral, check_sizes, subject_of
+from cclip_deploy.datasets.tables import Row, read_table
+from cclip_deploy.errors import DataError
+
+TABLE_NAME, JSON_TABLE_NAME = "table.csv", "table.jsonl"
+REQUIRED_COLUMNS = ("image", "mask", "text")
+FLAT_COLUMNS = (*REQUIRED_COLUMNS, "split", "subject")
+
+
+def find_tables(folder: Path) -> list[Path]:
+    """The .csv and .jsonl files right in a folder."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in {".csv", ".jsonl"} and path.is_file())
+
+
+def read_flat(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Referral]:
+    """Read the one table in `folder`, with the columns image, mask, text and perhaps split, subject.
+
+    Paths are relative to the folder; absolute ones and those with `..` need `allow_outside`. Without a split column
+    every row is of the split "train"; without a subject column the image's name says the subject, by `subject_pattern`
+    or a known one, else it is the subject. An image may have several rows, each with another text. In JSON Lines the
+    columns are keys, and a row may leave out the last two.
+
+    Raises:
+        DataError: no table or several, an unknown, missing or doubled column, an empty table or field, a missing file,
+            a file outside the folder, a mask of another size than its image, the same text twice for one image, an
+            unknown split.
+    """
+    table = _find_table(folder)
+    referrals: list[Referral] = []
+    seen: dict[tuple[Path, str], str] = {}
+    rows = read_table(table)
+    if table.suffix.lower() == ".csv":
+        _check_columns(f"{table}, row 1", rows[0].values)
+    for row in rows:
+        referral = _read_referral(folder, row, subject_pattern, allow_outside)
+        first = seen.setdefault((referral.image, referral.text), row.where)
+        if first != row.where:
+            number = first.rpartition(" ")[2]
+            raise DataError(
+                f"{row.where}: {referral.image.name} has the text {referral.text!r} in row {number} too. Keep one."
+            )
+        referrals.append(referral)
+    return referrals
+
+
+def _find_table(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"There is no data-set folder {folder}. Check the path.")
+    tables = find_tables(folder)
+    if len(tables) != 1:
+        found = ", ".join(table.name for table in tables) or "none"
+        raise DataError(
+            f"{folder} must hold one .csv or .jsonl table; found: {found}. "
+            f"The flat layout has {', '.join(FLAT_COLUMNS)}."
+        )
+    return tables[0]
+
+
+def _check_columns(where: str, columns: Iterable[str]) -> None:
+    held = list(columns)
+    for name in held:
+        if name not in FLAT_COLUMNS:
+            raise DataError(f"{where}: unknown column {name!r}. Columns are {', '.join(FLAT_COLUMNS)}.")
+    for name in REQUIRED_COLUMNS:
+        if name not in held:
+            raise DataError(f"{where}: column {name!r} is missing; there are {', '.join(held)}. Add it.")
+
+
+def _read_referral(folder: Path, row: Row, subject_pattern: str | None, allow_outside: bool) -> Referral:
+    _check_columns(row.where, row.values)
+    values: Mapping[str, str] = {name: value.strip() for name, value in row.values.items()}
+    for name, value in values.items():
+        if not value:
+            raise DataError(f"{row.where}: {name} is empty. Fill it in, or remove the row.")
+    split = values.get("split", "train")
+    if split not in SPLITS:
+        raise DataError(f"{row.where}: unknown split {split!r}. Splits are {', '.join(SPLITS)}.")
+    image, mask = (check_inside(folder, values[name], row.where, allow_outside) for name in ("image", "mask"))
+    check_sizes(image, mask, row.where)
+    subject = values.get("subject") or subject_of(values["image"], subject_pattern)
+    return Referral(image, mask, values["text"], split, subject)

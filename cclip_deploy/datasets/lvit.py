@@ -1,0 +1,141 @@
+"""LViT's and LanGuideMedSeg's layouts: a table names masks, and the images are found by the masks' names.
+
+LViT's own reader takes the mask's name without `mask_` (QaTa-COV19) or the image's stem with `.png` (MosMedData+).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cclip_deploy.datasets.sample import Referral, check_sizes, list_pictures, name_some, subject_of
+from cclip_deploy.datasets.tables import Row, read_described
+from cclip_deploy.errors import DataError
+from cclip_deploy.imaging.reading import picture_stem
+
+LVIT_FOLDERS = {"train": "Train_Folder", "val": "Val_Folder", "test": "Test_Folder"}
+TRAIN_SHARE = 0.8
+"""LanGuideMedSeg trains on the first int(0.8 n) rows of its train table and validates on the rest."""
+Described = tuple[Row, str, str]
+
+
+def has_lvit(folder: Path) -> bool:
+    """Whether a folder has LViT's layout."""
+    return any((folder / name).is_dir() for name in LVIT_FOLDERS.values())
+
+
+def has_languidemedseg(folder: Path) -> bool:
+    """Whether a folder has LanGuideMedSeg's layout."""
+    return any((folder / "prompt" / f"{name}.csv").is_file() for name in ("train", "test"))
+
+
+def read_lvit(folder: Path, subject_pattern: str | None = None) -> list[Referral]:
+    """Read `{Train,Val,Test}_Folder/{img,labelcol}` with tables of the columns Image (a mask's name) and Description.
+
+    A table is an .xlsx or .csv whose name begins with Train_text, Val_text or Test_text, in the split's folder or
+    beside it. QaTa-COV19's one table for training and validation (Train_Val_text in Train_Folder; any train table where
+    the validation folder has none) gives each row to the folder that holds its mask.
+
+    Raises:
+        DataError: no table or several, one that cannot be read, rows whose mask or image is not there, a mask of
+            another size than its image, two rows for one mask.
+    """
+    referrals: list[Referral] = []
+    splits = [split for split, name in LVIT_FOLDERS.items() if (folder / name).is_dir()]
+    own = {split: _find_table(folder, split) for split in splits}
+    for split in splits:
+        if split == "val" and own["val"] is None and own.get("train"):
+            continue
+        table = own[split]
+        if table is None:
+            raise DataError(
+                f"{folder / LVIT_FOLDERS[split]} has no table. Put {split.capitalize()}_text.xlsx (or .csv), with the "
+                "columns Image and Description, into it."
+            )
+        shared = [split, "val"] if split == "train" and "val" in splits and own["val"] is None else [split]
+        places = {s: (folder / LVIT_FOLDERS[s] / "img", folder / LVIT_FOLDERS[s] / "labelcol") for s in shared}
+        referrals += _share_out(table, read_described(table), places, subject_pattern)
+    return referrals
+
+
+def read_languidemedseg(folder: Path, subject_pattern: str | None = None) -> list[Referral]:
+    """Read `{Train,Test}/{Images,GTs}` with `prompt/{train,test}.csv`, the last fifth of the train rows as validation.
+
+    Raises:
+        DataError: as `read_lvit`.
+    """
+    referrals: list[Referral] = []
+    for name in ("train", "test"):
+        table = folder / "prompt" / f"{name}.csv"
+        if table.is_file():
+            rows = read_described(table)
+            cut = int(TRAIN_SHARE * len(rows))
+            parts = {"train": rows[:cut], "val": rows[cut:]} if name == "train" else {"test": rows}
+            place = (folder / name.capitalize() / "Images", folder / name.capitalize() / "GTs")
+            for split, part in parts.items():
+                referrals += _share_out(table, part, {split: place}, subject_pattern)
+    return referrals
+
+
+def is_lvit_table(name: str) -> bool:
+    """Whether a file's name is that of one of LViT's tables, which may lie beside the splits' folders."""
+    beginnings = ("train_text", "train_val_text", "val_text", "test_text")
+    return name.lower().startswith(beginnings) and Path(name).suffix.lower() in {".xlsx", ".csv"}
+
+
+def _find_table(folder: Path, split: str) -> Path | None:
+    """The split's table; None where there is none."""
+    beginnings = ("train_text", "train_val_text") if split == "train" else (f"{split}_text",)
+    files = [path for place in (folder / LVIT_FOLDERS[split], folder) for path in sorted(place.iterdir())]
+    tables = [path for path in files if is_lvit_table(path.name) and path.name.lower().startswith(beginnings)]
+    if len(tables) > 1:
+        raise DataError(f"Split {split!r} has several tables: {name_some(map(str, tables))}. Keep one.")
+    return tables[0] if tables else None
+
+
+def _share_out(
+    table: Path, rows: Sequence[Described], places: Mapping[str, tuple[Path, Path]], subject_pattern: str | None
+) -> list[Referral]:
+    """Rows as referrals of the split whose mask folder holds their mask; DataError names those that none holds."""
+    images = {split: list_pictures(place[0]) for split, place in places.items()}
+    masks = {split: list_pictures(place[1]) for split, place in places.items()}
+    stems = {split: _by_stem(held) for split, held in images.items()}
+    strangers: list[str] = []
+    referrals: list[Referral] = []
+    for row, name, text in rows:
+        split = next((split for split, held in masks.items() if name in held), None)
+        if split is None:
+            strangers.append(name)
+            continue
+        image = _image_of(name, images[split], stems[split], row.where)
+        check_sizes(image, masks[split][name], row.where)
+        referrals.append(Referral(image, masks[split][name], text, split, subject_of(image.name, subject_pattern)))
+    if strangers:
+        folders = " or ".join(str(place[1]) for place in places.values())
+        raise DataError(
+            f"{table}: {len(strangers)} of {len(rows)} rows name masks that are not in {folders}: "
+            f"{name_some(strangers)}. Restore the files or remove the rows."
+        )
+    return referrals
+
+
+def _by_stem(images: Mapping[str, Path]) -> dict[str, list[Path]]:
+    stems: dict[str, list[Path]] = {}
+    for path in images.values():
+        stems.setdefault(picture_stem(path.name), []).append(path)
+    return stems
+
+
+def _image_of(mask_name: str, images: Mapping[str, Path], stems: Mapping[str, list[Path]], where: str) -> Path:
+    """The image without `mask_`, of the same name, or of the same stem, in this order."""
+    bare = mask_name.removeprefix("mask_")
+    for name in (bare, mask_name):
+        if name in images:
+            return images[name]
+    for stem in (picture_stem(bare), picture_stem(mask_name)):
+        found = stems.get(stem, [])
+        if len(found) > 1:
+            raise DataError(f"{where}: mask {mask_name} may belong to {name_some(p.name for p in found)}. Keep one.")
+        if found:
+            return found[0]
+    raise DataError(f"{where}: mask {mask_name} has no image; {bare} was looked for. Restore it or remove the row.")

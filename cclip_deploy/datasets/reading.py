@@ -1,0 +1,117 @@
+"""Any data-set folder, its layout found from what lies in it, its prompts repaired."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cclip_deploy.datasets.flat import find_tables, read_flat
+from cclip_deploy.datasets.lvit import (
+    has_languidemedseg,
+    has_lvit,
+    is_lvit_table,
+    read_languidemedseg,
+    read_lvit,
+)
+from cclip_deploy.datasets.medvlsm import has_medvlsm, read_medvlsm
+from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.errors import DataError, PromptError, UsageError
+from cclip_deploy.prompts.spelling import RepairedPrompt, repair_prompt
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layout is told from others, and read from a folder, a pattern of subjects, and `allow_outside`."""
+
+    found_in: Callable[[Path], bool]
+    read: Callable[[Path, str | None, bool], list[Referral]]
+    looks: str
+
+
+LAYOUTS = {
+    "lvit": Layout(
+        has_lvit, lambda folder, pattern, _: read_lvit(folder, pattern), "Train_Folder, Val_Folder or Test_Folder"
+    ),
+    "languidemedseg": Layout(
+        has_languidemedseg,
+        lambda folder, pattern, _: read_languidemedseg(folder, pattern),
+        "prompt/train.csv or prompt/test.csv",
+    ),
+    "medvlsm": Layout(has_medvlsm, read_medvlsm, "anns/train.json, val.json or test.json"),
+    "flat": Layout(
+        lambda folder: any(not is_lvit_table(table.name) for table in find_tables(folder)),
+        read_flat,
+        "a .csv or .jsonl table",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set as training and evaluation take it: one referral a row, texts repaired."""
+
+    folder: Path
+    layout: str
+    referrals: tuple[Referral, ...]
+    repaired: tuple[tuple[int, RepairedPrompt], ...]
+    """The rows whose text was repaired, and how."""
+
+
+def find_layout(folder: Path) -> str:
+    """The name of the layout that a folder has; DataError if it has none, or several."""
+    if not folder.is_dir():
+        raise DataError(f"There is no data-set folder {folder}. Check the path.")
+    found = _layouts_in(folder)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{folder} looks like several layouts: {', '.join(found)}. Name one with --layout.")
+    looks = "; ".join(f"{name}: {layout.looks}" for name, layout in LAYOUTS.items())
+    raise DataError(f"{folder} has none of the layouts that are read. What each is known by: {looks}.")
+
+
+def has_layout(folder: Path) -> bool:
+    """Whether a folder has one of the layouts, or several."""
+    return bool(_layouts_in(folder))
+
+
+def read_data_set(
+    folder: Path, layout: str | None = None, subject_pattern: str | None = None, allow_outside: bool = False
+) -> DataSet:
+    """Read a folder of any layout; typing errors in prompts are repaired and kept count of, no row is dropped.
+
+    Args:
+        folder: the data set.
+        layout: one of LAYOUTS; found from the folder unless named.
+        subject_pattern: a regular expression for the patient in an image's name, where the layout has no column for it.
+        allow_outside: whether tables may name files outside the folder, by absolute paths or with `..`.
+
+    Raises:
+        DataError: the folder, its tables or its files are not what the layout has.
+        EnvironmentProblem: an Excel table without openpyxl.
+        UsageError: an unknown layout, or a pattern that is no regular expression.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"Unknown layout {layout!r}. Layouts are {', '.join(LAYOUTS)}.")
+    if not folder.is_dir():
+        raise DataError(f"There is no data-set folder {folder}. Check the path.")
+    name = layout or find_layout(folder)
+    written = LAYOUTS[name].read(folder, subject_pattern, allow_outside)
+    if not written:
+        raise DataError(f"{folder} has no rows in the {name} layout, which is known by {LAYOUTS[name].looks}.")
+    prompts = [_repair(referral) for referral in written]
+    referrals = tuple(dataclasses.replace(r, text=prompt.text) for r, prompt in zip(written, prompts, strict=True))
+    return DataSet(folder, name, referrals, tuple((n, prompt) for n, prompt in enumerate(prompts) if prompt.repairs))
+
+
+def _repair(referral: Referral) -> RepairedPrompt:
+    try:
+        return repair_prompt(referral.text)
+    except PromptError as error:
+        raise DataError(f"{referral.image}, split {referral.split}: {error}") from error
+
+
+def _layouts_in(folder: Path) -> list[str]:
+    return [name for name, layout in LAYOUTS.items() if layout.found_in(folder)]

@@ -1,0 +1,249 @@
+"""What a data set holds, split by split, and whether its splits share patients or pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from cclip_deploy.common.files import sha256_input
+from cclip_deploy.datasets.mask_file import is_lossy, read_mask
+from cclip_deploy.datasets.reading import DataSet
+from cclip_deploy.datasets.sample import SPLITS, Referral
+from cclip_deploy.errors import DataError
+from cclip_deploy.imaging.reading import failure_of, is_picture_name, picture_size, read_picture
+from cclip_deploy.prompts.reader import read_prompt
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
+
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """Counts of one split. A prompt is a row; free prompts name no site of the lungs for sure."""
+
+    images: int
+    masks: int
+    prompts: int
+    distinct_prompts: int
+    patients: int
+    repaired_prompts: int
+    cut_prompts: int
+    longest_prompt_tokens: int
+    free_prompts: int
+    empty_masks: int
+    lossy_masks: int
+    """JPEG masks, which were cut at half of white."""
+    image_sizes: tuple[str, ...]
+    """Width x height of the smallest and of the largest image."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two splits share; anything but nothing makes the second's scores too good."""
+
+    splits: tuple[str, str]
+    patients: int
+    pictures: int
+    """Files of the same bytes, whatever their names."""
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RepairedRow:
+    """A prompt that was repaired, and how."""
+
+    image: str
+    split: str
+    written: str
+    text: str
+    repairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The whole of it; `to_dict` is the JSON form."""
+
+    folder: str
+    layout: str
+    prompt_length: int
+    patients_known: bool
+    """False where every image is its own patient, because neither a column nor a file's name says one."""
+    splits: dict[str, SplitReport]
+    overlaps: tuple[Overlap, ...]
+    repaired: tuple[RepairedRow, ...]
+    unused_files: tuple[str, ...]
+    """Pictures beside those used that no row names."""
+    failed: tuple[tuple[str, str], ...]
+    """Images and masks that cannot be used, and why; such masks count neither as empty nor as lossy."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return asdict(self)
+
+    def table_rows(self) -> list[tuple[str, list[str]]]:
+        """What is counted, and its value in every split, for a table to read."""
+        rows: dict[str, list[str]] = {}
+        for split in self.splits.values():
+            for name, value in asdict(split).items():
+                shown = " to ".join(value) if isinstance(value, tuple) else f"{value:,}"
+                rows.setdefault(name.replace("_", " "), []).append(shown)
+        return list(rows.items())
+
+    def remarks(self) -> list[str]:
+        """Sentences on what splits share, on repairs and on files that no row names."""
+        return [*(reason for _, reason in self.failed), *self._overlap_remarks(), *self._row_remarks()]
+
+    def _overlap_remarks(self) -> list[str]:
+        said = [
+            f"{' and '.join(overlap.splits)} share {overlap.patients} patients and {overlap.pictures} pictures"
+            + (f": {', '.join(overlap.examples)}" if overlap.examples else "")
+            for overlap in self.overlaps
+        ]
+        if not self.patients_known:
+            said.append("No patients are known: each image counts as one. Give --subject, or a subject column.")
+        return said
+
+    def _row_remarks(self) -> list[str]:
+        said = [
+            f"Repaired in {row.image}: {', '.join(f'{found!r} to {put!r}' for found, put in row.repairs)}"
+            for row in self.repaired[:EXAMPLES]
+        ]
+        if len(self.repaired) > EXAMPLES:
+            said.append(f"... and {len(self.repaired) - EXAMPLES} more; --json lists them all.")
+        cut = sum(split.cut_prompts for split in self.splits.values())
+        if cut:
+            said.append(f"{cut} prompts are longer than {self.prompt_length} tokens and would be cut.")
+        if self.unused_files:
+            shown = ", ".join(self.unused_files[:EXAMPLES])
+            said.append(f"{len(self.unused_files)} files are named by no row, such as {shown}")
+        return said
+
+
+def report_data_set(
+    data_set: DataSet,
+    tokenizer: PromptTokenizer,
+    prompt_length: int,
+    on_mask: Callable[[int, int], None] = lambda done, masks: None,
+) -> DataReport:
+    """Read every image and mask and count; one that cannot be used is kept with its reason.
+
+    A prompt of more than `prompt_length` tokens counts as cut.
+
+    Raises:
+        DataError: a prompt holds nothing to tokenise.
+    """
+    referrals = data_set.referrals
+    held = [split for split in SPLITS if any(referral.split == split for referral in referrals)]
+    masks = sorted({referral.mask for referral in referrals})
+    empty, lossy, failed = _inspect_masks(masks, on_mask)
+    for image in sorted({referral.image for referral in referrals}):
+        try:
+            read_picture(image)
+        except Exception as error:  # whatever a decoder raises on a stranger's bytes
+            failed[image] = failure_of(image, error)
+    repaired = {row for row, _ in data_set.repaired}
+    counts = {
+        split: _count([(n, r) for n, r in enumerate(referrals) if r.split == split], tokenizer, prompt_length,
+                      repaired, empty, lossy)
+        for split in held
+    }  # fmt: skip
+    digests = {image: sha256_input(image) for image in sorted({referral.image for referral in referrals})}
+    return DataReport(
+        folder=str(data_set.folder),
+        layout=data_set.layout,
+        prompt_length=prompt_length,
+        patients_known=any(r.patient is not None for r in referrals),
+        splits=counts,
+        overlaps=tuple(_compare(referrals, pair, digests) for pair in combinations(held, 2)),
+        repaired=tuple(
+            RepairedRow(referrals[row].image.name, referrals[row].split, prompt.written, prompt.text,
+                        tuple((repair.found, repair.put) for repair in prompt.repairs))
+            for row, prompt in data_set.repaired
+        ),
+        unused_files=_find_unused(data_set.folder, referrals),
+        failed=tuple((str(path), reason) for path, reason in failed.items()),
+    )  # fmt: skip
+
+
+def _count(
+    rows: Sequence[tuple[int, Referral]],
+    tokenizer: PromptTokenizer,
+    prompt_length: int,
+    repaired: set[int],
+    empty: set[Path],
+    lossy: set[Path],
+) -> SplitReport:
+    referrals = [referral for _, referral in rows]
+    tokens = {text: _count_tokens(tokenizer, text) for text in {referral.text for referral in referrals}}
+    masks = {referral.mask for referral in referrals}
+    images = {referral.image for referral in referrals}
+    return SplitReport(
+        images=len(images),
+        masks=len(masks),
+        prompts=len(referrals),
+        distinct_prompts=len(tokens),
+        patients=len({referral.subject for referral in referrals}),
+        repaired_prompts=sum(row in repaired for row, _ in rows),
+        cut_prompts=sum(tokens[referral.text] > prompt_length for referral in referrals),
+        longest_prompt_tokens=max(tokens.values()),
+        free_prompts=sum(not read_prompt(referral.text).complete for referral in referrals),
+        empty_masks=len(masks & empty),
+        lossy_masks=len(masks & lossy),
+        image_sizes=_size_range(images),
+    )
+
+
+def _inspect_masks(
+    masks: Sequence[Path], on_mask: Callable[[int, int], None]
+) -> tuple[set[Path], set[Path], dict[Path, str]]:
+    """Those with nothing inside, those in a lossy format, and those that cannot be used, with the reason."""
+    empty: set[Path] = set()
+    lossy: set[Path] = set()
+    failed: dict[Path, str] = {}
+    for done, mask in enumerate(masks, 1):
+        try:
+            if not read_mask(mask).any():
+                empty.add(mask)
+            if is_lossy(mask):
+                lossy.add(mask)
+        except Exception as error:  # whatever a decoder raises on a stranger's bytes
+            failed[mask] = failure_of(mask, error)
+        on_mask(done, len(masks))
+    return empty, lossy, failed
+
+
+def _count_tokens(tokenizer: PromptTokenizer, text: str) -> int:
+    """Start, end and what stands between; a text of which nothing is left, as of white space, cannot be learnt from."""
+    count = len(tokenizer.ids(text))
+    if count == 2:
+        raise DataError(f"The prompt {text!r} holds no word. Fill it in, or remove the row.")
+    return count
+
+
+def _size_range(images: Iterable[Path]) -> tuple[str, ...]:
+    sizes = {picture_size(path) for path in images}
+    ends = dict.fromkeys((min(sizes, key=_area), max(sizes, key=_area)))
+    return tuple(f"{width}x{height}" for width, height in ends)
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _compare(referrals: Sequence[Referral], pair: tuple[str, str], digests: dict[Path, str]) -> Overlap:
+    one, other = ([referral for referral in referrals if referral.split == split] for split in pair)
+    patients = {referral.subject for referral in one} & {referral.subject for referral in other}
+    pictures = {digests[referral.image] for referral in one} & {digests[referral.image] for referral in other}
+    shared = patients or {r.image.name for r in other if digests[r.image] in pictures}
+    return Overlap(pair, len(patients), len(pictures), tuple(sorted(shared)[:EXAMPLES]))
+
+
+def _find_unused(folder: Path, referrals: Sequence[Referral]) -> tuple[str, ...]:
+    used = {path for referral in referrals for path in (referral.image, referral.mask)}
+    places = sorted({path.parent for path in used})
+    found = [p for place in places for p in sorted(place.iterdir()) if is_picture_name(p)]
+    return tuple(os.path.relpath(path, folder) for path in found if path not in used)

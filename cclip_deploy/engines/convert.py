@@ -1,0 +1,204 @@
+"""Derive: a bundle's FP32 graphs in another precision, compared with PyTorch's answers before anybody sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.bundle.manifest import CalibrationEntry, GraphEntry, Manifest, graph_key
+from cclip_deploy.bundle.precision import REST, Precision, is_quantised, precision_of, product_type
+from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.graph.precision.convert import InputsAndOutputs, LoweredGraph
+from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
+from cclip_deploy.quantization.record import write_record
+from cclip_deploy.runtime.graph_model import load_model
+from cclip_deploy.verify.derivation import layer_checks
+
+if TYPE_CHECKING:
+    import onnx
+
+    from cclip_deploy.parity.compare import Check
+    from cclip_deploy.parity.reference import Reference
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DeriveOptions:
+    """Which graphs, in which precision, and how; `keep` and `io` are those of `graph.lower.lower`."""
+
+    precision: Precision
+    graphs: tuple[str, ...]
+    calibration: CalibrationOptions | None = None
+    keep: tuple[str, ...] = ()
+    io: InputsAndOutputs = "fp32"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A manifest with the new graphs, the precision that each graph came in, and what each keeps out of it."""
+
+    manifest: Manifest
+    precisions: Mapping[str, Precision]
+    kept: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+
+def derive_graphs(bundle: Bundle, options: DeriveOptions, folder: Path, on_progress: Progress) -> Derived:
+    """Write the precision's graphs, and their calibration, into a folder that `edited_bundle` gave, and compare them.
+
+    The FP32 graphs are the bundle's own. In a quantised precision, a graph of which nothing can be quantised (the
+    prompt encoder, the mask decoder) comes in what the rest of the network runs in.
+
+    Raises:
+        UsageError: no calibration for a quantised precision or one for another; `keep` names nothing.
+        ParityError: a graph strays from the reference, or gives values that are not finite (the layer is named).
+    """
+    _check_options(options)
+    for name in options.graphs:
+        bundle.check(bundle.graph(name).file)
+    if options.precision == "fp32" and options.io == "fp32":
+        return Derived(bundle.manifest, dict.fromkeys(options.graphs, "fp32"))
+    if options.precision == "fp32":
+        raise UsageError("FP32 graphs keep FP32 inputs and outputs; --io fp16 belongs to a lower precision.")
+    _require_onnx(options.precision)
+    work = _Work(bundle, options, folder, on_progress)
+    for name in options.graphs:
+        work.add(name)
+    work.refuse_what_was_not_found()
+    manifest = bundle.manifest.model_copy(update={"graphs": {**bundle.manifest.graphs, **work.entries}})
+    _compare(bundle, folder, manifest, work, on_progress)
+    return Derived(manifest, work.precisions, work.kept)
+
+
+class _Work:
+    """The graphs derived so far."""
+
+    def __init__(self, bundle: Bundle, options: DeriveOptions, folder: Path, on_progress: Progress) -> None:
+        self.bundle, self.options, self.folder, self.on_progress = bundle, options, folder, on_progress
+        self.chosen: CalibrationSet | None = None
+        if options.calibration is not None:
+            on_progress("Choosing calibration images")
+            self.chosen = choose_pictures(options.calibration)
+            for line in self.chosen.describe():
+                on_progress(line)
+        self.entries: dict[str, GraphEntry] = {}
+        self.precisions: dict[str, Precision] = {}
+        self.kept: dict[str, frozenset[str]] = {}
+        self.found: set[str] = set()
+
+    def add(self, name: str) -> None:
+        from cclip_deploy.graph.precision.convert import lower, matching, named_products, tensors_to_calibrate
+
+        model = load_model(self.bundle, name)
+        precision = self.options.precision
+        if is_quantised(precision) and not tensors_to_calibrate(model):
+            precision = REST[precision]
+        self.precisions[name] = precision
+        if precision == "fp32":
+            return
+        keep = matching(model, self.options.keep)
+        self.found |= keep
+        ranges, calibration = self._calibrated(name, model) if is_quantised(precision) else (None, None)
+        self.on_progress(f"Converting {name} to {precision}")
+        lowered = lower(model, precision, ranges, keep, self.options.io)
+        self.kept[name] = lowered.kept
+        high = tuple(sorted(named_products(model, keep)))
+        if is_quantised(precision):
+            self._tell_share(name, precision, model, lowered.kept)
+        entry = self._write(name, precision, lowered, calibration)
+        self.entries[graph_key(name, precision)] = entry.model_copy(update={"high_precision_nodes": high})
+
+    def _tell_share(self, name: str, precision: str, model: onnx.ModelProto, kept: frozenset[str]) -> None:
+        from cclip_deploy.graph.cost import share_of
+        from cclip_deploy.graph.precision.convert import product_names
+
+        share = share_of(model, product_names(model) - kept, {"batch": 1, "prompts": 1})
+        self.on_progress(f"{name}: {share:.1%} of the multiply-adds in {product_type(precision)}")
+
+    def _calibrated(self, name: str, model: onnx.ModelProto) -> tuple[dict[str, float], CalibrationEntry]:
+        options = self.options.calibration
+        if options is None or self.chosen is None:
+            raise UsageError(f"{self.options.precision} needs pictures to calibrate with: give --calibration DIR.")
+        record = calibrate(self.bundle, name, model, self.chosen, options, self.options.threads, self.on_progress)
+        entry = write_record(record, f"calibration/{graph_key(name, self.options.precision)}.json", self.folder)
+        return record.ranges, entry
+
+    def _write(
+        self, name: str, precision: Precision, lowered: LoweredGraph, calibration: CalibrationEntry | None
+    ) -> GraphEntry:
+        from cclip_deploy.graph.entry import describe_graph, save_graph
+
+        file = f"graphs/{graph_key(name, precision)}.onnx"
+        (self.folder / file).unlink(missing_ok=True)
+        save_graph(lowered.model, self.folder / file)
+        source = self.bundle.graph(name).sha256
+        entry = describe_graph(lowered.model, file, self.folder, source, precision)
+        return entry.model_copy(update={"calibration": calibration})
+
+    def refuse_what_was_not_found(self) -> None:
+        precision = self.options.precision
+        if is_quantised(precision) and not any(is_quantised(given) for given in self.precisions.values()):
+            raise UsageError(
+                f"Nothing of {', '.join(self.precisions)} can be quantised. Name image_encoder too, or build in "
+                f"{REST[precision]}."
+            )
+        if unknown := sorted(set(self.options.keep) - self.found):
+            raise UsageError(
+                f"No graph that is converted has a convolution, product or block named {', '.join(map(repr, unknown))},"
+                " so it cannot be kept in a higher precision."
+            )
+
+
+def _check_options(options: DeriveOptions) -> None:
+    if is_quantised(options.precision) and options.calibration is None:
+        raise UsageError(f"{options.precision} needs pictures to calibrate with: give --calibration DIR.")
+    if options.calibration is not None and not is_quantised(options.precision):
+        raise UsageError(f"{options.precision} has no scales to calibrate. Leave --calibration out, or ask for --int8.")
+
+
+def _require_onnx(precision: str) -> None:
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"Making {precision} graphs needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
+        ) from error
+
+
+def _compare(bundle: Bundle, folder: Path, manifest: Manifest, work: _Work, on_progress: Progress) -> None:
+    from cclip_deploy.parity.compare import can_chain, check_graphs, refuse_failures
+    from cclip_deploy.parity.reference import load_references
+    from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+
+    references = load_references(bundle)
+    unsealed = Bundle.unsealed(folder, manifest, bundle.sums)
+    checks: list[Check] = []
+    for precision in dict.fromkeys(given for given in work.precisions.values() if given != "fp32"):
+        on_progress(f"Comparing the {precision} graphs with PyTorch's answers")
+        graphs = [name for name, given in work.precisions.items() if given == precision]
+        with_chain = precision == work.options.precision and can_chain(manifest, precision)
+        backend = OnnxRuntimeBackend(unsealed, precision, "cpu", work.options.threads, rounds_as_written=True)
+        for name in graphs:
+            checks += layer_checks(unsealed, graph_key(name, precision), references)
+        checks += check_graphs(backend, graphs, references, with_chain=with_chain)
+    _name_what_is_not_finite(unsealed, checks, references)
+    refuse_failures(checks)
+
+
+def _name_what_is_not_finite(bundle: Bundle, checks: list[Check], references: list[Reference]) -> None:
+    """ParityError that names the first layer with a NaN or an overflow, where a graph gave such values."""
+    from cclip_deploy.parity.nan_check import refuse_non_finite
+
+    for check in checks:
+        if np.isfinite(check.value) or check.graph not in bundle.manifest.graphs or check.metric == "layer_error":
+            continue
+        reference = next(r for r in references if r.name == check.name.split("/")[1])
+        keys = (check.graph, graph_key(check.graph, precision_of(check.graph, check.precision)))
+        full, low = (load_model(bundle, key) for key in keys)
+        refuse_non_finite(check.graph, low, full, check.precision, reference.inputs_of(check.graph))

@@ -1,0 +1,111 @@
+"""One interface to whatever is evaluated: a bundle on a backend, or a checkpoint in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.bundle.bundle import CHAIN, Bundle
+from cclip_deploy.errors import CheckpointError
+from cclip_deploy.imaging.preprocess import Preprocessing, to_input, to_source
+from cclip_deploy.inference.prompt_cache import PromptCache, PromptKernels, Tokens
+from cclip_deploy.inference.segmenter import PROMPTS_AT_ONCE, Segmenter, chain_precisions, sigmoid
+from cclip_deploy.model.config import InputForm
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
+from cclip_deploy.runtime.registry import Opened
+
+if TYPE_CHECKING:
+    from cclip_deploy.model.checkpoint import LoadedCheckpoint
+
+Floats = NDArray[np.float32]
+THRESHOLD = 0.5
+
+
+class AskedNetwork(Protocol):
+    """A network that answers token rows about pictures."""
+
+    tokenizer: PromptTokenizer
+    prompt_length: int
+    threshold: float
+
+    def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
+        """For each token row (L,), lazily and in order, the probability (H, W) of every pixel; one image pass."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, for reports."""
+        ...
+
+
+class BundleNetwork:
+    """A bundle on the backend that was opened for it."""
+
+    def __init__(self, bundle: Bundle, runs: Opened) -> None:
+        """UsageError where the bundle lacks a graph or engine of the backend's precision."""
+        self.graphs = chain_precisions(runs.backend, bundle)
+        self.segmenter, self.runs = Segmenter(bundle, runs.backend), runs
+        self.tokenizer = bundle.tokenizer()
+        self.prompt_length, self.threshold = bundle.manifest.prompt_length, bundle.manifest.threshold
+
+    def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
+        return self.segmenter.answer(pixels, rows)
+
+    def describe(self) -> dict[str, Any]:
+        bundle, backend = self.segmenter.bundle, self.segmenter.backend
+        manifest = bundle.manifest
+        return {
+            "kind": "bundle",
+            "name": bundle.path.name,
+            "model": manifest.model["name"],
+            "checkpoint_sha256": manifest.checkpoint.sha256,
+            "backend": backend.name,
+            "precision": backend.precision,
+            "graphs": self.graphs,
+            "ran": self.runs.to_dict(),
+            "image_hw": list(manifest.image_hw),
+            "prompt_length": manifest.prompt_length,
+        }
+
+
+class CheckpointNetwork:
+    """A checkpoint in PyTorch on the CPU: no rewrite, no graph, so that it can speak against a bundle."""
+
+    def __init__(self, loaded: LoadedCheckpoint, form: InputForm, tokenizer: PromptTokenizer) -> None:
+        from cclip_deploy.runtime.pytorch import PyTorchBackend
+
+        self.loaded, self.form = loaded, form
+        self.tokenizer, self.prompt_length, self.threshold = tokenizer, form.prompt_length, THRESHOLD
+        self._backend = PyTorchBackend(loaded.model)
+        self._cache = PromptCache(None)
+
+    def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
+        image = to_input(pixels, self.form.image_hw, Preprocessing())
+        features = self._backend.run("image_encoder", {"image": image})["features"]
+        for start in range(0, len(rows), PROMPTS_AT_ONCE):
+            part = self._cache.kernels(rows[start : start + PROMPTS_AT_ONCE], self._encode_prompts)
+            inputs = {"features": features, "kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
+            every = self._backend.run("mask_decoder", inputs)["logits"][0]
+            if not np.isfinite(every).all():
+                raise CheckpointError(f"{self.loaded.path} gives logits that are not finite, so no mask. Train again.")
+            for logits in every:
+                yield to_source(sigmoid(logits), (pixels.shape[0], pixels.shape[1]))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "checkpoint",
+            "name": self.loaded.path.name,
+            "model": self.loaded.config.name,
+            "checkpoint_sha256": self.loaded.sha256,
+            "backend": "pytorch",
+            "precision": "fp32",
+            "graphs": dict.fromkeys(CHAIN, "fp32"),
+            "ran": Opened(self._backend, "pytorch on cpu", "pytorch on cpu").to_dict(),
+            "image_hw": list(self.form.image_hw),
+            "prompt_length": self.form.prompt_length,
+        }
+
+    def _encode_prompts(self, tokens: Tokens) -> PromptKernels:
+        return PromptKernels(**self._backend.run("prompt_encoder", {"tokens": tokens}))

@@ -1,0 +1,318 @@
+"""A split's measurements as numbers with intervals: scores, controls, threshold curve, calibration, groups."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.evaluation.bootstrap import (
+    DIFFERENCE_OF_SHARES,
+    NOT_NEGATIVE,
+    SHARE,
+    Estimate,
+    Floats,
+    PatientBootstrap,
+    divide,
+)
+from cclip_deploy.evaluation.controls import Control
+from cclip_deploy.evaluation.metrics import LEVELS
+from cclip_deploy.evaluation.split import MeasuredRow, Measurements
+from cclip_deploy.evaluation.subgroups import NONE_NAMED, NOT_UNDERSTOOD, WAYS, groups_of, order
+
+EmptyPolicy = Literal["one", "leave-out"]
+"""What a row with an empty reference counts: Dice and IoU 1 where the prediction is empty too, else 0; or nothing."""
+EMPTY_REFERENCE = "its reference is empty, and such rows are left out"
+UNKNOWN_GROUP = {"view": "the image's name does not tell it"}
+THRESHOLDS = tuple(step / LEVELS for step in range(1, LEVELS))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The headline numbers, all for the rows' own prompts."""
+
+    dice_per_image: Estimate
+    iou_per_image: Estimate
+    dice_pooled: Estimate
+    iou_pooled: Estimate
+    hd95_px: Estimate
+    boundary_dice: Estimate
+    expected_calibration_error: Estimate
+    brier: Estimate
+    empty_found_empty: Estimate
+    """Share of the rows with an empty reference whose prediction is empty too."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows that take no part, and why."""
+
+    reason: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many of the split's rows a number is of, and why the rest are not among them."""
+
+    rows: int
+    rows_in_all: int
+    left_out: tuple[LeftOut, ...]
+
+    @staticmethod
+    def of_reasons(reasons: Sequence[str]) -> Coverage:
+        """From the reason of every row, empty where it takes part; the commonest reason first."""
+        counted = Counter(reason for reason in reasons if reason)
+        left_out = tuple(LeftOut(*pair) for pair in sorted(counted.items(), key=lambda pair: (-pair[1], pair[0])))
+        return Coverage(len(reasons) - counted.total(), len(reasons), left_out)
+
+    def show(self) -> str:
+        """`470 of 520`"""
+        return f"{self.rows:,} of {self.rows_in_all:,}"
+
+    def describe_left_out(self) -> str:
+        """`38: names no side; 12: not understood`"""
+        return "; ".join(f"{left.rows:,}: {left.reason}" for left in self.left_out)
+
+
+@dataclass(frozen=True)
+class ControlScore:
+    """A control beside the true prompts, on the rows that have another sentence in it."""
+
+    name: str
+    meaning: str
+    missing: str | None
+    coverage: Coverage
+    drawn: int | None
+    """How many other sentences were drawn for each row; None where all were used."""
+    true_dice: Estimate
+    dice: Estimate
+    difference: Estimate
+    """Dice with the true prompt less Dice with the control's, row by row."""
+    iou_with_own: Estimate
+    """Overlap of the two predictions for one picture: 1 means that the sentence changed nothing."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Dice at one threshold."""
+
+    threshold: float
+    dice_per_image: Estimate
+    dice_pooled: Estimate
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Pixels with a probability from `low` to below `high`, what it was on average, and how many were inside."""
+
+    low: float
+    high: float
+    pixels: int
+    mean_probability: float | None
+    inside_share: float | None
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """Dice of the rows of one group."""
+
+    by: str
+    group: str
+    dice_per_image: Estimate
+    dice_pooled: Estimate
+
+
+@dataclass(frozen=True)
+class GroupCoverage:
+    """How many rows one way of grouping knows the group of."""
+
+    by: str
+    coverage: Coverage
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All numbers of one network on one split."""
+
+    scores: Scores
+    controls: tuple[ControlScore, ...]
+    curve: tuple[CurvePoint, ...]
+    calibration: tuple[CalibrationBin, ...]
+    groups: tuple[GroupScore, ...]
+    group_coverage: tuple[GroupCoverage, ...]
+    counted: tuple[bool, ...]
+    """Whether each row takes part in means over rows."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form, without `counted`."""
+        values = asdict(self)
+        del values["counted"]
+        return values
+
+
+def summarise(
+    measurements: Measurements,
+    referrals: Sequence[Referral],
+    controls: Sequence[Control],
+    empty: EmptyPolicy,
+    seed: int = 0,
+) -> Evaluation:
+    """Everything that is said of a split, with 95 % bootstrap intervals over its patients."""
+    rows = measurements.rows
+    bootstrap = PatientBootstrap([referral.subject for referral in referrals], seed)
+    counted = np.array([empty == "one" or row.overlap.reference > 0 for row in rows], np.bool_)
+    dice = np.where(counted, [row.overlap.dice for row in rows], np.nan)
+    groups = [groups_of(r, row.overlap.reference / row.pixels) for r, row in zip(referrals, rows, strict=True)]
+    return Evaluation(
+        scores=_score(rows, counted, dice, bootstrap),
+        controls=tuple(_score_control(control, rows, dice, bootstrap) for control in controls),
+        curve=_draw_curve(rows, counted, bootstrap),
+        calibration=_calibrate(rows),
+        groups=tuple(_score_groups(rows, groups, dice, bootstrap)),
+        group_coverage=tuple(_cover_groups(groups)),
+        counted=tuple(counted.tolist()),
+    )
+
+
+def _score(
+    rows: Sequence[MeasuredRow], counted: NDArray[np.bool_], dice: Floats, bootstrap: PatientBootstrap
+) -> Scores:
+    counts = _pixel_counts(rows)
+    outlines = [row.outlines if use else None for row, use in zip(rows, counted, strict=True)]
+    levels = np.concatenate([_level_sums(rows, "inside"), _level_sums(rows, "every"), _level_sums(rows, "p")], axis=1)
+    squared = np.array([(row.levels.squared_error, row.pixels) for row in rows], np.float64)
+    found_empty = [float(r.overlap.predicted == 0) if r.overlap.reference == 0 else None for r in rows]
+    return Scores(
+        dice_per_image=bootstrap.mean(dice, SHARE),
+        iou_per_image=bootstrap.mean(np.where(counted, [row.overlap.iou for row in rows], np.nan), SHARE),
+        dice_pooled=bootstrap.estimate(counts, _pooled_dice, SHARE)[0],
+        iou_pooled=bootstrap.estimate(counts, _pooled_iou, SHARE)[0],
+        hd95_px=bootstrap.mean([None if outline is None else outline.hd95_px for outline in outlines], NOT_NEGATIVE),
+        boundary_dice=bootstrap.mean(
+            [None if outline is None else outline.boundary_dice for outline in outlines], SHARE
+        ),
+        expected_calibration_error=bootstrap.estimate(levels, _calibration_error, SHARE)[0],
+        brier=bootstrap.estimate(squared, divide, SHARE)[0],
+        empty_found_empty=bootstrap.mean(found_empty, SHARE),
+    )
+
+
+def _score_control(
+    control: Control, rows: Sequence[MeasuredRow], dice: Floats, bootstrap: PatientBootstrap
+) -> ControlScore:
+    answers = [None if np.isnan(own) else row.controls.get(control.name) for row, own in zip(rows, dice, strict=True)]
+    other = np.array([np.nan if answer is None else answer.dice for answer in answers])
+    own = np.where(np.isnan(other), np.nan, dice)
+    uncounted = [EMPTY_REFERENCE if np.isnan(value) else "" for value in dice]
+    return ControlScore(
+        name=control.name,
+        meaning=control.meaning,
+        missing=control.missing,
+        coverage=Coverage.of_reasons(
+            [reason or empty for reason, empty in zip(control.reasons, uncounted, strict=True)]
+        ),
+        drawn=control.drawn,
+        true_dice=bootstrap.mean(own, SHARE),
+        dice=bootstrap.mean(other, SHARE),
+        difference=bootstrap.mean(own - other, DIFFERENCE_OF_SHARES),
+        iou_with_own=bootstrap.mean([None if answer is None else answer.iou_with_own for answer in answers], SHARE),
+    )
+
+
+def _draw_curve(
+    rows: Sequence[MeasuredRow], counted: NDArray[np.bool_], bootstrap: PatientBootstrap
+) -> tuple[CurvePoint, ...]:
+    """Pixels at or above each threshold come from the counted levels, no picture is asked again."""
+    both = np.array([np.cumsum(row.levels.inside[::-1])[::-1][1:] for row in rows], np.float64)  # (rows, 19)
+    above = both + [np.cumsum(row.levels.outside[::-1])[::-1][1:] for row in rows]
+    total = above + np.array([[row.overlap.reference] for row in rows])
+    per_row = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+    means = bootstrap.estimate(np.column_stack([per_row, np.ones(len(rows))]), _share_last, SHARE, counted)
+    pooled = bootstrap.estimate(np.concatenate([2 * both, total], axis=1), _halves, SHARE)
+    return tuple(CurvePoint(*point) for point in zip(THRESHOLDS, means, pooled, strict=True))
+
+
+def _calibrate(rows: Sequence[MeasuredRow]) -> tuple[CalibrationBin, ...]:
+    inside, every, probability = (_level_sums(rows, what).sum(axis=0) for what in ("inside", "every", "p"))
+    return tuple(
+        CalibrationBin(
+            low=level / LEVELS,
+            high=(level + 1) / LEVELS,
+            pixels=int(every[level]),
+            mean_probability=float(probability[level] / every[level]) if every[level] else None,
+            inside_share=float(inside[level] / every[level]) if every[level] else None,
+        )
+        for level in range(LEVELS)
+    )
+
+
+def _score_groups(
+    rows: Sequence[MeasuredRow], groups: Sequence[Mapping[str, str]], dice: Floats, bootstrap: PatientBootstrap
+) -> list[GroupScore]:
+    counts, scored = _pixel_counts(rows), []
+    for by in dict.fromkeys(by for group in groups for by in group):
+        for name in sorted({group[by] for group in groups if by in group}, key=order):
+            member = np.array([group.get(by) == name for group in groups], np.bool_)
+            pooled = bootstrap.estimate(counts, _pooled_dice, SHARE, member)[0]
+            scored.append(GroupScore(by, name, bootstrap.mean(np.where(member, dice, np.nan), SHARE), pooled))
+    return scored
+
+
+def _cover_groups(groups: Sequence[Mapping[str, str]]) -> list[GroupCoverage]:
+    """Rows in the groups "none named" and "not understood" are not covered, but reported in groups of their own."""
+    unknown = {NONE_NAMED: NONE_NAMED, NOT_UNDERSTOOD: NOT_UNDERSTOOD}
+    return [
+        GroupCoverage(
+            by, Coverage.of_reasons([unknown.get(g[by], "") if by in g else UNKNOWN_GROUP[by] for g in groups])
+        )
+        for by in WAYS
+        if any(by in group for group in groups)
+    ]
+
+
+def _pixel_counts(rows: Sequence[MeasuredRow]) -> Floats:
+    """(rows, 2): pixels in both masks, and in either counted once for each."""
+    return np.array([(r.overlap.both, r.overlap.predicted + r.overlap.reference) for r in rows], np.float64)
+
+
+def _level_sums(rows: Sequence[MeasuredRow], what: Literal["inside", "every", "p"]) -> Floats:
+    """(rows, 20)"""
+    if what == "p":
+        return np.array([row.levels.probability for row in rows], np.float64)
+    if what == "inside":
+        return np.array([row.levels.inside for row in rows], np.float64)
+    return np.array([row.levels.inside + row.levels.outside for row in rows], np.float64)
+
+
+def _pooled_dice(sums: Floats) -> Floats:
+    dice: Floats = 2 * sums[..., :1] / sums[..., 1:]
+    return dice
+
+
+def _pooled_iou(sums: Floats) -> Floats:
+    iou: Floats = sums[..., :1] / (sums[..., 1:] - sums[..., :1])
+    return iou
+
+
+def _calibration_error(sums: Floats) -> Floats:
+    """Mean over pixels of |mean probability - share inside| of the pixel's bin (Naeini et al., AAAI 2015)."""
+    inside, every, probability = np.split(sums, 3, axis=-1)
+    gap: Floats = np.abs(probability - inside).sum(axis=-1, keepdims=True) / every.sum(axis=-1, keepdims=True)
+    return gap
+
+
+def _share_last(sums: Floats) -> Floats:
+    shares: Floats = sums[..., :-1] / sums[..., -1:]
+    return shares
+
+
+def _halves(sums: Floats) -> Floats:
+    upper, lower = np.split(sums, 2, axis=-1)
+    ratio: Floats = upper / lower
+    return ratio

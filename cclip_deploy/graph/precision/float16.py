@@ -1,0 +1,344 @@
+"""An FP32 graph as an FP16 or BF16 one: precision is written into the ONNX file, and engines are built strongly typed.
+
+Every node runs in one type. A node's float inputs are cast where they are held in the other type, and each cast is made
+once and shared; weights are converted, not cast, and a weight that both types read is stored in both. Which inputs may
+be narrow at all is read from the operators' ONNX schemas, so a resize keeps its FP32 scales.
+
+onnxruntime's and onnxconverter_common's converters were tried first: they round a resize's scales (600 rows became 799
+instead of 800), leave `value_float` constants FP32 in a half sum, and append casts out of order, which onnx.checker
+refuses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cclip_deploy.errors import ParityError, UsageError
+from cclip_deploy.graph.precision.onnx_graph import (
+    float_constants,
+    is_lifted,
+    raise_opset,
+    refuse_what_has_no_flat_form,
+    tensor_types,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    import numpy as np
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+FP32_ISLANDS = frozenset(
+    {
+        "CumSum",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "LogSoftmax",
+        "ReduceL2",
+        "ReduceSumSquare",
+        "Softmax",
+    }
+)
+"""Operators that stay FP32: sums of squares and of exponentials leave float16's range or its eleven bits."""
+
+LARGEST_HALF = 65504.0
+SMALLEST_HALF = 2.0**-24
+LARGEST_BFLOAT = 3.3895313892515355e38
+MASKED = -30000.0
+"""Stands for minus infinity in an additive mask: exp() of it is 0 beside any unmasked score; two stay finite."""
+
+_FLOAT = 1  # TensorProto.FLOAT
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """A type of 16 bits: its ONNX number, its names, the largest value that rounds into it, its smallest step."""
+
+    name: str
+    kind: int
+    numpy_name: str
+    schema_type: str
+    largest: float
+    rounds_to_largest: float
+    smallest: float
+    opset: int
+
+
+_HALF = _Narrow("fp16", 10, "float16", "tensor(float16)", LARGEST_HALF, LARGEST_HALF + 16, SMALLEST_HALF, 1)
+# Convolutions and poolings take bfloat16 from opset 22 on.
+_BFLOAT = _Narrow("bf16", 16, "bfloat16", "tensor(bfloat16)", LARGEST_BFLOAT, LARGEST_BFLOAT, 2.0**-133, 22)
+_TYPED_BY_ATTRIBUTE = frozenset(
+    {
+        "Bernoulli",
+        "ConstantOfShape",
+        "EyeLike",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+_SHORT_NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
+
+
+def to_fp16(model: ModelProto, islands: Collection[str] = FP32_ISLANDS, fp32_nodes: Collection[str] = ()) -> ModelProto:
+    """A new graph that computes in float16; `model` is not changed.
+
+    Graph inputs and outputs keep name and type (images and logits float32, tokens int64). Float weights become float16,
+    nonzero ones at least 2**-24. A mask constant (only zeros and values at or below -65504, minus infinity included,
+    read by Add or Where alone) has those values set to -30000.
+
+    Args:
+        model: FP32 graph without subgraphs, weights loaded.
+        islands: operator types that stay FP32.
+        fp32_nodes: names of further nodes that stay FP32.
+
+    Raises:
+        ParityError: a weight that float16 cannot hold (its name and reader are given), or a graph that this pass cannot
+            convert faithfully.
+        UsageError: a name in `fp32_nodes` that the graph does not have.
+    """
+    return _convert(model, _HALF, islands, fp32_nodes)
+
+
+def to_bf16(model: ModelProto, islands: Collection[str] = FP32_ISLANDS, fp32_nodes: Collection[str] = ()) -> ModelProto:
+    """A new graph that computes in bfloat16, of opset 22 or newer; arguments, masks and errors are those of `to_fp16`.
+
+    bfloat16 has float32's range, so only a weight that is not finite is refused.
+    """
+    return _convert(model, _BFLOAT, islands, fp32_nodes)
+
+
+def _convert(model: ModelProto, narrow: _Narrow, islands: Collection[str], fp32_nodes: Collection[str]) -> ModelProto:
+    import onnx
+
+    refuse_what_has_no_flat_form(model)
+    unknown = sorted(set(fp32_nodes) - {node.name for node in model.graph.node})
+    if unknown:
+        raise UsageError(f"The graph has no node named {', '.join(map(repr, unknown))}; it cannot be kept in FP32.")
+    if narrow.opset > 1:
+        model = raise_opset(model, narrow.opset)
+    converted = _Conversion(model, narrow, frozenset(islands), frozenset(fp32_nodes)).convert()
+    try:
+        onnx.checker.check_model(converted, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ParityError(
+            f"The {narrow.name.upper()} graph is not valid ONNX: {error}. Please report this graph."
+        ) from error
+    return converted
+
+
+def precision_share(model: ModelProto) -> dict[str, int]:
+    """Elements of the stored weights by type, for example {"fp16": 94500000, "fp32": 4096, "int64": 12}."""
+    from onnx import TensorProto
+
+    share: dict[str, int] = defaultdict(int)
+    for tensor in model.graph.initializer:
+        name = TensorProto.DataType.Name(tensor.data_type)
+        share[_SHORT_NAMES.get(name, name.lower())] += math.prod(tensor.dims)
+    return dict(share)
+
+
+class _Conversion:
+    """One walk over the nodes, in their order; casts are placed before their first reader, so the order stays valid."""
+
+    def __init__(self, model: ModelProto, narrow: _Narrow, islands: frozenset[str], fp32_nodes: frozenset[str]) -> None:
+        self.model = model
+        self.narrow = narrow
+        self.constants = dict(float_constants(model.graph))
+        self.nodes = [node for node in model.graph.node if not is_lifted(node, self.constants)]
+        self.types = tensor_types(model, self.constants)
+        self.opsets = {entry.domain: entry.version for entry in model.opset_import}
+        weights = {tensor.name for tensor in model.graph.initializer}
+        self.inputs = [value for value in model.graph.input if value.name not in weights]
+        self.held = {value.name: _FLOAT for value in self.inputs if self._is_float(value.name)}
+        self.names: dict[tuple[str, int], str] = {(name, _FLOAT): name for name in self.held}
+        self.runs_in = [self._run_type(node, islands, fp32_nodes) for node in self.nodes]
+        self.readers = self._constant_readers()
+        self.outputs = {value.name for value in model.graph.output}
+        self.taken = set(self.types)
+
+    def convert(self) -> ModelProto:
+        import onnx
+
+        half = onnx.ModelProto()
+        for field in ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"):
+            setattr(half, field, getattr(self.model, field))
+        half.opset_import.extend(self.model.opset_import)
+        half.metadata_props.extend(self.model.metadata_props)
+        half.graph.name = self.model.graph.name
+        half.graph.input.extend(self.inputs)
+        half.graph.output.extend(self.model.graph.output)
+        half.graph.initializer.extend(self._constants_in_their_types())
+        for index, (node, run) in enumerate(zip(self.nodes, self.runs_in, strict=True)):
+            self._add_node(half.graph, node, run, index)
+        self._add_value_info(half.graph)
+        return half
+
+    def _add_value_info(self, graph: GraphProto) -> None:
+        """The shapes that the FP32 graph knew, with the types that the tensors have now."""
+        for value in self.model.graph.value_info:
+            if value.name in self.constants or value.name in self.outputs:
+                continue
+            graph.value_info.add().CopyFrom(value)
+            if self._is_float(value.name):
+                graph.value_info[-1].type.tensor_type.elem_type = self.held[value.name]
+
+    def _is_float(self, name: str) -> bool:
+        return self.types.get(name) == _FLOAT
+
+    def _run_type(self, node: NodeProto, islands: frozenset[str], fp32_nodes: frozenset[str]) -> int:
+        """The narrow type unless the node is an island, or its schema (or the lack of one) forbids it."""
+        if node.op_type in islands or node.name in fp32_nodes or node.op_type in _TYPED_BY_ATTRIBUTE:
+            return _FLOAT
+        schema = self._schema(node)
+        if schema is None:
+            return _FLOAT
+        allowed = self.narrow.schema_type
+        without = {c.type_param_str for c in schema.type_constraints if allowed not in c.allowed_type_strs}
+        floats = [
+            _formal(formals, index).type_str
+            for names, formals in ((node.input, schema.inputs), (node.output, schema.outputs))
+            for index, name in enumerate(names)
+            if self._is_float(name)
+        ]
+        return _FLOAT if without.intersection(floats) else self.narrow.kind
+
+    def _schema(self, node: NodeProto) -> Any:
+        import onnx
+
+        try:
+            return onnx.defs.get_schema(node.op_type, self.opsets.get(node.domain, 1), node.domain)
+        except onnx.defs.SchemaError:
+            return None
+
+    def _input_types(self, node: NodeProto, run: int) -> list[int]:
+        """The type each input is read in; a cast reads what is there."""
+        if node.op_type == "Cast":
+            return [self.held.get(node.input[0], _FLOAT)]
+        schema = self._schema(node)
+        return _types_by_schema(schema.inputs if schema else None, len(node.input), run)
+
+    def _output_types(self, node: NodeProto, run: int) -> list[int]:
+        schema = self._schema(node)
+        return _types_by_schema(schema.outputs if schema else None, len(node.output), run)
+
+    def _constant_readers(self) -> dict[str, list[tuple[NodeProto, int]]]:
+        """For each float constant the nodes that read it, with the type they read."""
+        readers: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
+        for node, run in zip(self.nodes, self.runs_in, strict=True):
+            for name, kind in zip(node.input, self._input_types(node, run), strict=True):
+                if name in self.constants:
+                    readers[name].append((node, kind))
+        return readers
+
+    def _constants_in_their_types(self) -> Iterator[TensorProto]:
+        """Every constant, once a type that reads it; a constant of another type than float as it is."""
+        from onnx import numpy_helper
+
+        for tensor in self.model.graph.initializer:
+            if tensor.name not in self.constants:
+                yield tensor
+        for name, tensor in self.constants.items():
+            kinds = {kind for _, kind in self.readers[name]} | ({_FLOAT} if name in self.outputs else set())
+            if _FLOAT in kinds:
+                self.names[name, _FLOAT] = tensor.name
+                yield tensor
+            if self.narrow.kind in kinds:
+                readers = [node for node, kind in self.readers[name] if kind == self.narrow.kind]
+                narrowed = _narrow_weight(name, numpy_helper.to_array(tensor), readers, self.narrow)
+                stored_as = self._fresh(f"{name}/{self.narrow.name}") if _FLOAT in kinds else name
+                self.names[name, self.narrow.kind] = stored_as
+                yield numpy_helper.from_array(narrowed, stored_as)
+
+    def _add_node(self, graph: GraphProto, node: NodeProto, run: int, index: int) -> None:
+        reads = self._input_types(node, run)
+        inputs = [self._read(graph, name, kind) for name, kind in zip(node.input, reads, strict=True)]
+        kinds = self._output_types(node, run)
+        outputs = [self._write_name(name, kind) for name, kind in zip(node.output, kinds, strict=True)]
+        new = graph.node.add()
+        new.CopyFrom(node)
+        new.name = node.name or self._fresh(f"{node.op_type}_{index}")
+        new.input[:] = inputs
+        new.output[:] = outputs
+        if node.op_type == "Cast" and self._is_float(node.output[0]):
+            next(attribute for attribute in new.attribute if attribute.name == "to").i = run
+        for name in node.output:
+            if name in self.outputs and self.held.get(name) == self.narrow.kind:
+                self._cast(graph, name, _FLOAT, name)
+
+    def _read(self, graph: GraphProto, name: str, kind: int) -> str:
+        """The name under which a float tensor is held in `kind`, cast if it is not there yet."""
+        if not self._is_float(name):
+            return name
+        if (name, kind) not in self.names:
+            self._cast(
+                graph, name, kind, self._fresh(f"{name}/{self.narrow.name if kind == self.narrow.kind else 'fp32'}")
+            )
+        return self.names[name, kind]
+
+    def _write_name(self, name: str, kind: int) -> str:
+        if not self._is_float(name):
+            return name
+        self.held[name] = kind
+        renamed = name in self.outputs and kind == self.narrow.kind
+        self.names[name, kind] = self._fresh(f"{name}/{self.narrow.name}") if renamed else name
+        return self.names[name, kind]
+
+    def _cast(self, graph: GraphProto, name: str, kind: int, target: str) -> None:
+        from onnx import helper
+
+        source = self.names[name, self.held[name]]
+        graph.node.append(helper.make_node("Cast", [source], [target], name=f"Cast_{target}", to=kind))
+        self.names[name, kind] = target
+
+    def _fresh(self, name: str) -> str:
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
+
+
+def _narrow_weight(
+    name: str, values: np.ndarray[Any, Any], readers: list[NodeProto], narrow: _Narrow
+) -> np.ndarray[Any, Any]:
+    """The float32 values in the narrow type; see `to_fp16` for masks and for what is refused."""
+    import ml_dtypes
+    import numpy as np
+
+    kind = np.dtype(ml_dtypes.bfloat16 if narrow.name == "bf16" else np.float16)
+    masked = values <= -LARGEST_HALF
+    if masked.any() and not values[~masked].any() and {node.op_type for node in readers} <= {"Add", "Where"}:
+        finite: np.ndarray[Any, Any] = np.where(masked, kind.type(MASKED), kind.type(0))
+        return finite
+    outside = ~(np.abs(values) < narrow.rounds_to_largest)  # NaN too; what is nearer rounds to the largest
+    if outside.any():
+        worst = values[outside][0]
+        raise ParityError(
+            f"Weight {name!r} has {int(outside.sum())} of {values.size} values that {narrow.numpy_name} cannot hold "
+            f"(the first is {worst:g}, the limit {narrow.largest:g}), read by node {readers[0].name!r} "
+            f"({readers[0].op_type}). "
+            f"Keep that node in FP32 (fp32_nodes=[{readers[0].name!r}]) or scale the weight."
+        )
+    narrowed: np.ndarray[Any, Any] = values.astype(kind)
+    lost = (narrowed == 0) & (values != 0)
+    if lost.any():
+        narrowed[lost] = np.copysign(narrow.smallest, values[lost]).astype(kind)
+    return narrowed
+
+
+def _types_by_schema(formals: Any, count: int, run: int) -> list[int]:
+    """`run` for each of `count` float tensors, but float32 where the schema fixes that, or where there is none."""
+    if formals is None:
+        return [_FLOAT] * count
+    fixed = [_formal(formals, index).type_str == "tensor(float)" for index in range(count)]
+    return [_FLOAT if is_fixed else run for is_fixed in fixed]
+
+
+def _formal(formals: Any, index: int) -> Any:
+    """The formal parameter of an input or output; the last one of a variadic operator serves all that follow."""
+    return formals[min(index, len(formals) - 1)]

@@ -1,0 +1,280 @@
+"""DICOM pictures as a radiologist sees them: modality LUT, VOI LUT or window, and polarity applied (PS3.3 C.11)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.errors import EnvironmentProblem, ImageError
+from cclip_deploy.imaging.dicom_frames import check_frame
+from cclip_deploy.imaging.reading import Picture, check_picture_size, decoding, row_strips
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pydicom.dataset import Dataset
+    from pydicom.uid import UID
+
+Values = NDArray[np.float64]
+
+_GREY = frozenset({"MONOCHROME1", "MONOCHROME2"})
+_NEEDED = ("Rows", "Columns", "BitsStored", "PhotometricInterpretation")
+
+
+def read_dicom(path: Path) -> Picture:
+    """Read a single-frame grey, RGB, YBR or (plain, not segmented) palette file of DICOM PS3.10.
+
+    Grey goes through the modality LUT (or rescale), then the first VOI LUT, or else the first window, or else is
+    stretched from its least to its greatest value; MONOCHROME1 is inverted, so that 0 is always black. Pixels that
+    PixelPaddingValue marks are no part of the picture: they take no part in the stretch and become 0.
+
+    Raises:
+        ImageError: damaged, several frames, no picture inside, or values that the standard does not allow.
+        EnvironmentProblem: pydicom, or a decoder for the file's compression, is not installed.
+    """
+    pydicom = _import_pydicom()
+    with decoding(path):
+        _check_decoder(path, _transfer_syntax(path))
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        _check_header(path, header)
+        if header.file_meta.TransferSyntaxUID.is_encapsulated:
+            check_frame(path, pydicom, header)
+        stored = pydicom.pixels.pixel_array(path)
+        show = _grey if header.PhotometricInterpretation in _GREY else _colour
+        pixels, bits = show(path, stored, header)
+        if not np.isfinite(pixels).all():
+            raise ImageError(f"{path} has a rescale that overflows. Correct RescaleSlope and RescaleIntercept.")
+    return Picture(path=path, pixels=pixels, kind="dicom", bits=bits)
+
+
+def dicom_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels of a single-frame file, from its header; raises as `read_dicom`, needs no decoder."""
+    pydicom = _import_pydicom()
+    with decoding(path):
+        _transfer_syntax(path)
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        _check_header(path, header)
+        return int(header.Columns), int(header.Rows)
+
+
+def _import_pydicom() -> Any:
+    try:
+        import pydicom
+        import pydicom.pixels
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"Reading DICOM needs pydicom ({error}). Install it: pip install 'cclip-deploy[medical]'"
+        ) from error
+    return pydicom
+
+
+def _transfer_syntax(path: Path) -> UID:
+    """The syntax of a file; a deflated one is refused, as its header alone could fill the memory."""
+    from pydicom.filereader import read_file_meta_info
+
+    syntax: UID | None = read_file_meta_info(path).get("TransferSyntaxUID")
+    if syntax is None:
+        raise ImageError(f"{path} names no transfer syntax (0002,0010). Export it again as a DICOM file.")
+    if syntax.is_transfer_syntax and syntax.is_deflated:
+        raise ImageError(f"{path} uses {syntax.name}, which is not read. Convert it, e.g. with DCMTK: dcmconv +te")
+    return syntax
+
+
+def _check_decoder(path: Path, syntax: UID) -> None:
+    """Refuse what cannot be decoded before any of it is read."""
+    from pydicom.pixels import get_decoder
+
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise ImageError(
+            f"{path} uses transfer syntax {syntax.name}, which is not read. "
+            "Convert it to Explicit VR Little Endian, for example with DCMTK or GDCM."
+        ) from None
+    if not decoder.is_available:
+        raise EnvironmentProblem(_describe_missing_decoder(path, syntax.name, decoder.missing_dependencies))
+
+
+def _describe_missing_decoder(path: Path, syntax_name: str, missing: list[str]) -> str:
+    """`missing` holds lines of pydicom such as 'pylibjpeg - requires pylibjpeg>=2.0 and pylibjpeg-libjpeg>=2.1'."""
+    plugins = dict(line.split(" - requires ", 1) for line in missing if " - requires " in line)
+    packages = [name.strip() for name in plugins.get("pylibjpeg", "").split(" and ") if name.strip()]
+    remedy = f"Install one: pip install {' '.join(map(repr, packages))}" if packages else f"Install: {missing}"
+    return f"{path} is compressed with {syntax_name}, and no decoder for that is installed. {remedy}"
+
+
+def _check_header(path: Path, header: Dataset) -> None:
+    missing = [name for name in _NEEDED if header.get(name) is None]
+    if missing:
+        kind = getattr(header.get("SOPClassUID"), "name", "of an unknown class")
+        raise ImageError(f"{path} ({kind}) holds no picture: it lacks {', '.join(missing)}. Name an image file.")
+    frames = int(header.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise ImageError(f"{path} has {frames} frames; one is read. Save the frame you want to a file of its own.")
+    bits = int(header.get("BitsAllocated") or header.BitsStored)
+    samples = int(header.get("SamplesPerPixel") or 1) * max(1, -(-bits // 32))
+    check_picture_size(path, int(header.Columns), int(header.Rows), samples)
+
+
+def _colour(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
+    """RGB (H, W, 3) in [0, 1]; pydicom has turned YBR into RGB already."""
+    if header.PhotometricInterpretation == "PALETTE COLOR":
+        return _apply_palette(path, stored, header)
+    bits = int(header.BitsStored)
+    if stored.ndim != 3 or stored.shape[-1] != 3 or stored.dtype.kind != "u":
+        raise ImageError(
+            f"{path} is {header.PhotometricInterpretation} with an array of shape {stored.shape} and type "
+            f"{stored.dtype}; unsigned grey, palette, RGB or YBR is read. Export it as RGB."
+        )
+    shown = np.empty(stored.shape, np.float32)
+    for rows in row_strips(stored.shape):
+        shown[rows] = np.clip(np.divide(stored[rows], 2**bits - 1, dtype=np.float64), 0, 1)
+    return shown, bits
+
+
+def _apply_palette(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
+    shown = np.empty((*stored.shape, 3), np.float32)
+    depths = []
+    for channel, colour in enumerate(("Red", "Green", "Blue")):
+        name = f"{colour}PaletteColorLookupTable"
+        if f"{name}Descriptor" not in header or f"{name}Data" not in header:
+            raise ImageError(
+                f"{path} lacks a plain {colour.lower()} palette (segmented ones are not read). Save as RGB."
+            )
+        palette = _Table.read(path, header[f"{name}Descriptor"].value, header[f"{name}Data"].value, header)
+        depths.append(palette.bits)
+        for rows in row_strips(stored.shape):
+            shown[rows, ..., channel] = palette.look_up(stored[rows], bool(stored.min() < 0))
+    return shown, depths[0]
+
+
+def _grey(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
+    """Two passes over strips of rows: one for the extremes of the modality's values, and one for what is shown."""
+    if stored.ndim != 2 or not np.isfinite(stored).all():
+        raise ImageError(f"{path} is grey, but its array has shape {stored.shape} or values that are not numbers.")
+    modality = _read_modality(path, bool(stored.min() < 0), header)
+    every, seen = [], []
+    for rows in row_strips(stored.shape):
+        values, padding = modality(stored[rows]), _find_padding(stored[rows], header)
+        every.append(values.min())
+        if not padding.all():
+            seen += [values[~padding].min(), values[~padding].max()]
+    interest = _read_interest(path, bool(min(every) < 0), np.array(seen), header)
+    shown = np.empty(stored.shape, np.float32)
+    for rows in row_strips(stored.shape):
+        values = interest(modality(stored[rows]))
+        values = 1 - values if header.PhotometricInterpretation == "MONOCHROME1" else values
+        values[_find_padding(stored[rows], header)] = 0
+        shown[rows] = values
+    return shown, int(header.BitsStored)
+
+
+def _find_padding(stored: NDArray[Any], header: Dataset) -> NDArray[np.bool_]:
+    value = header.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, dtype=bool)
+    limit = header.get("PixelPaddingRangeLimit")
+    low, high = sorted((int(value), int(value if limit is None else limit)))
+    return (stored >= low) & (stored <= high)
+
+
+def _read_modality(path: Path, signed: bool, header: Dataset) -> Callable[[NDArray[Any]], Values]:
+    """What makes stored values, some of which are negative if `signed`, the modality's units: Hounsfield units, say."""
+    if header.get("ModalityLUTSequence"):
+        sequence = header.ModalityLUTSequence[0]
+        table = _Table.read(path, sequence.LUTDescriptor, sequence.LUTData, header)
+        return lambda stored: table.look_up(stored, signed) * float(2**table.bits - 1)
+    slope, intercept = _first_number(path, header, "RescaleSlope"), _first_number(path, header, "RescaleIntercept")
+    return lambda stored: stored.astype(np.float64) * (1 if slope is None else slope) + (intercept or 0)
+
+
+def _read_interest(path: Path, signed: bool, seen: Values, header: Dataset) -> Callable[[Values], Values]:
+    """What makes the modality's values [0, 1], in the order of preference that `read_dicom` states.
+
+    `seen` are values among which the least and the greatest outside the padding are.
+    """
+    if header.get("VOILUTSequence"):
+        sequence = header.VOILUTSequence[0]
+        table = _Table.read(path, sequence.LUTDescriptor, sequence.LUTData, header)
+        return lambda values: table.look_up(values, signed)
+    centre, width = _first_number(path, header, "WindowCenter"), _first_number(path, header, "WindowWidth")
+    if centre is not None and width is not None:
+        function = str(header.get("VOILUTFunction") or "LINEAR").upper()
+        return lambda values: _window(path, values, centre, width, function)
+    if not seen.size or seen.min() == seen.max():
+        return lambda values: np.zeros(values.shape)
+    low, high = seen.min(), seen.max()
+    return lambda values: np.clip((values - low) / (high - low), 0, 1)
+
+
+def _window(path: Path, values: Values, centre: float, width: float, function: str) -> Values:
+    """Window to [0, 1] by the formulas of PS3.3 C.11.2.1.2.1 and C.11.2.1.3."""
+    least = 1 if function == "LINEAR" else 0
+    if function not in {"LINEAR", "LINEAR_EXACT", "SIGMOID"} or width < least or width == 0:
+        raise ImageError(
+            f"{path} has a window of function {function} and width {width:g}, which DICOM does not allow. "
+            "Correct or remove WindowCenter and WindowWidth."
+        )
+    if function == "LINEAR":
+        centre, width = centre - 0.5, width - 1
+    if width == 0:
+        return (values > centre).astype(np.float64)
+    distance: Values = (values - centre) / width
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * distance, -700, 700)))
+    return np.clip(distance + 0.5, 0, 1)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A lookup table (PS3.3 C.11.1.1.1); pydicom's own index with the type of the entries, so that large ones wrap."""
+
+    entries: Values
+    first: int
+    bits: int
+
+    @staticmethod
+    def read(path: Path, descriptor: Sequence[int], data: bytes | Sequence[int], header: Dataset) -> _Table:
+        """ImageError where the entries are not those that the descriptor says."""
+        count, first, bits = (int(number) for number in descriptor)
+        count = count % 2**16 or 2**16
+        numbers: Any = data
+        if isinstance(data, bytes):
+            order = "<" if header.file_meta.TransferSyntaxUID.is_little_endian else ">"
+            packed = len(data) < 2 * count
+            numbers, bits = np.frombuffer(data, np.uint8 if packed else f"{order}u2"), 8 if packed else bits
+        entries = np.atleast_1d(np.asarray(numbers, dtype=np.float64))[:count]
+        if len(entries) < count or not 8 <= bits <= 16 or entries.max() > 2**bits - 1:
+            raise ImageError(
+                f"{path} has a lookup table of {len(entries)} entries up to {entries.max(initial=0):g}, where its "
+                f"descriptor says {count} of {bits} bits. Export the file again."
+            )
+        return _Table(entries, first, bits)
+
+    def look_up(self, values: NDArray[Any], signed: bool) -> Values:
+        """Values through the table as [0, 1].
+
+        `signed`: whether any value of the picture is negative, as a rescale makes them, which pydicom cannot know when
+        it reads the descriptor.
+        """
+        first = self.first - 2**16 if signed and self.first >= 2**15 else self.first
+        places = np.clip(np.rint(values) - first, 0, len(self.entries) - 1).astype(np.int64)
+        found: Values = self.entries[places] / (2**self.bits - 1)
+        return found
+
+
+def _first_number(path: Path, header: Dataset, name: str) -> float | None:
+    """The first value of a DS element, None where the element is absent or empty."""
+    value = header.get(name)
+    values = [] if value is None else list(value) if header[name].VM > 1 else [value]
+    if not values:
+        return None
+    number = float(values[0])
+    if not np.isfinite(number):
+        raise ImageError(f"{path} has {name} {number}. Correct it, or export the file again.")
+    return number

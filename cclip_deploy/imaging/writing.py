@@ -1,0 +1,273 @@
+"""What a segmentation leaves on disk: a mask, a probability map and an overlay to look at."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from cclip_deploy.common.files import replace_together
+from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.imaging.png import encode_png
+from cclip_deploy.imaging.preprocess import check_unit_range
+from cclip_deploy.imaging.reading import Picture, opened_raster, picture_stem, row_strips
+
+OVERLAY_LONGEST_PX = 1024
+SOURCE = "cclip-deploy picture SHA-256"
+"""The PNG text by which a mask says what picture it is of."""
+
+_ENLARGE_BELOW_PX, _CAPTION_LEAST_PX, _CAPTION_LINES = 512, 320, 6
+_PREDICTED, _REFERENCE = (56, 199, 214), (255, 179, 71)
+_STRIP, _TEXT = (18, 22, 27), (232, 236, 239)
+_TINT, _HALO = 0.28, 0.4
+_PICTURE_SLUG, _PROMPT_SLUG, _HASH = 60, 40, 8
+
+
+@dataclass(frozen=True)
+class WrittenMask:
+    """The three PNG files of one picture and prompt."""
+
+    mask: Path
+    probability: Path
+    overlay: Path
+
+
+def write_segmentation(
+    picture: Picture, prompt: str, probability: NDArray[Any], folder: Path, stem: str, threshold: float = 0.5
+) -> WrittenMask:
+    """Write `<stem>-mask.png`, `<stem>-probability.png` and `<stem>-overlay.png`; existing ones are replaced.
+
+    `probability` is (H, W) in [0, 1], of the picture's size. The mask is 8-bit, 255 where probability >= threshold
+    and 0 elsewhere. The probability is 16-bit grey, 65535 = 1. All are complete under hidden names before the first
+    takes its own, and replaced as one (`files.replace_together`). The mask keeps `picture.sha256` as PNG text.
+
+    Raises:
+        UsageError: a wrong shape, value, threshold or stem.
+        EnvironmentProblem: the disk is full or the folder cannot be written.
+    """
+    height, width = picture.pixels.shape[:2]
+    if probability.shape != (height, width):
+        raise UsageError(f"The probability is {probability.shape}, the picture {(height, width)}. Use to_source first.")
+    check_unit_range("The probability", probability)
+    if not 0 < threshold <= 1:
+        raise UsageError(f"Threshold {threshold} is not in (0, 1]. Use 0.5, for example.")
+    if not stem or Path(stem).name != stem:
+        raise UsageError(f"{stem!r} cannot begin a file name. Make one with file_stem.")
+    mask = probability >= threshold
+    written = WrittenMask(*(folder / f"{stem}-{what}.png" for what in ("mask", "probability", "overlay")))
+    deep = np.empty(probability.shape, np.uint16)
+    for rows in row_strips(probability.shape):
+        deep[rows] = np.rint(np.multiply(probability[rows], 65535, dtype=np.float64))
+    source = {SOURCE: picture.sha256} if picture.sha256 else {}
+    encoded = {
+        written.mask: encode_png(mask.view(np.uint8) * np.uint8(255), source),
+        written.probability: encode_png(deep),
+        written.overlay: encode_png(np.asarray(draw_overlay(picture.pixels, mask, prompt))),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_together(encoded)
+    except OSError as error:
+        raise _writing_problem(folder, error) from error
+    return written
+
+
+def mask_path(folder: Path, stem: str) -> Path:
+    """Where `write_segmentation` puts the mask."""
+    return folder / f"{stem}-mask.png"
+
+
+def mask_source(path: Path) -> str | None:
+    """SHA-256 of the picture file that a mask was made from; None where the mask does not say.
+
+    Raises:
+        ImageError: the file is no picture.
+    """
+    with opened_raster(path) as image:
+        found = image.info.get(SOURCE)
+        return found if isinstance(found, str) else None
+
+
+def file_stem(picture_path: Path, prompt: str, used: set[str]) -> str:
+    """A short file-name stem, safe on every system, of letters, digits, '.', '_' and '-'.
+
+    A hash of path and prompt is added where either was shortened or left no letter, or where the stem is in `used`.
+    `used` keeps the stems given out, case-folded; the new one is added. Equal calls in equal order give equal stems.
+    """
+    picture, prompt_slug = _slug(picture_stem(picture_path.name), r"[^\w.]+"), _slug(prompt.lower(), r"\W+")
+    cut = len(picture) > _PICTURE_SLUG or len(prompt_slug) > _PROMPT_SLUG or not (picture and prompt_slug)
+    parts = [picture[:_PICTURE_SLUG].rstrip("-."), prompt_slug[:_PROMPT_SLUG].rstrip("-")]
+    plain = "-".join(part for part in parts if part)
+    digest = hashlib.sha256(f"{picture_path.as_posix()}\0{prompt}".encode(errors="surrogatepass")).hexdigest()[:_HASH]
+    hashed = f"{plain}-{digest}" if plain else digest
+    stem, count = hashed if cut else plain, 1
+    while stem.casefold() in used:
+        stem = hashed if count == 1 else f"{hashed}-{count}"
+        count += 1
+    used.add(stem.casefold())
+    return stem
+
+
+def draw_overlay(
+    pixels: NDArray[Any], mask: NDArray[Any], prompt: str, truth: NDArray[Any] | None = None
+) -> Image.Image:
+    """Draw the mask on the picture, tinted and outlined, above a strip with the prompt; RGB.
+
+    `pixels` are (H, W) or (H, W, 3) in [0, 1], `mask` and `truth` (H, W), true or not 0 inside. `truth` is outlined in
+    another colour, and the strip then says which is which. The longest side of the picture becomes at most 1024 pixels;
+    one under 512 is enlarged by a whole number. Prompts of more than six lines are cut; letters are Latin.
+    """
+    for what, region in (("mask", mask), ("truth", truth)):
+        if region is not None and region.shape != pixels.shape[:2]:
+            raise UsageError(
+                f"The {what} has shape {region.shape}, the picture {pixels.shape[:2]}; they must be equal."
+            )
+    size = _overlay_size(*pixels.shape[:2])
+    image = _reduced_picture(pixels, size)
+    fine = _fine_region(mask, size)
+    _lay_on(image, _PREDICTED, fine, _TINT)
+    if truth is not None:
+        _draw_outline(image, _fine_region(truth, size), _REFERENCE)
+    _draw_outline(image, fine, _PREDICTED)
+    return _add_caption(image, prompt, with_reference=truth is not None)
+
+
+def _slug(text: str, separators: str) -> str:
+    latin = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(separators, "-", latin).strip("-.")
+
+
+def _writing_problem(folder: Path, error: OSError) -> EnvironmentProblem:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return EnvironmentProblem(
+            f"No room for masks in {folder} ({error.strerror}). Free space or use another folder."
+        )
+    return EnvironmentProblem(f"Masks cannot be written to {folder}: {error}. Check its permissions or use another.")
+
+
+def _overlay_size(height: int, width: int) -> tuple[int, int]:
+    """(width, height) of the picture inside the overlay."""
+    longest = max(height, width)
+    if longest < _ENLARGE_BELOW_PX:
+        scale = float(-(-_ENLARGE_BELOW_PX // longest))
+    else:
+        scale = min(1.0, OVERLAY_LONGEST_PX / longest)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _reduced_picture(pixels: NDArray[Any], size: tuple[int, int]) -> Image.Image:
+    values = np.empty(pixels.shape, np.uint8)
+    for rows in row_strips(pixels.shape):
+        values[rows] = np.rint(np.clip(pixels[rows], 0, 1) * 255)
+    return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).convert("RGB")
+
+
+def _fine_region(region: NDArray[Any], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The region on a grid twice as fine as the overlay, so that edges drawn there come out smooth."""
+    image = Image.fromarray((region != 0).astype(np.uint8) * 255)
+    # Of a doubled pixel's bilinear weights its own is 9/16, so that the nearest is what the threshold leaves.
+    same_size = region.shape == size[::-1]
+    resample = Image.Resampling.NEAREST if same_size else Image.Resampling.BILINEAR
+    return np.asarray(image.resize((2 * size[0], 2 * size[1]), resample)) >= 128
+
+
+def _draw_outline(image: Image.Image, fine: NDArray[np.bool_], colour: tuple[int, int, int]) -> None:
+    """A line of two overlay pixels along the edge, half inside and half outside, on a faint dark halo."""
+    # Growing the seam of both sides is growing each side and taking what they share, at half the cost.
+    line = _grow(_seam(fine))
+    halo = _grow(_grow(line))
+    _lay_on(image, _STRIP, halo, _HALO)
+    _lay_on(image, colour, line, 1)
+
+
+def _seam(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The pixels that have a neighbour of the other kind above, below, left or right."""
+    seam = np.zeros_like(region)
+    vertical, horizontal = region[1:] ^ region[:-1], region[:, 1:] ^ region[:, :-1]
+    seam[1:] |= vertical
+    seam[:-1] |= vertical
+    seam[:, 1:] |= horizontal
+    seam[:, :-1] |= horizontal
+    return seam
+
+
+def _grow(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    grown = region.copy()
+    grown[1:] |= region[:-1]
+    grown[:-1] |= region[1:]
+    grown[:, 1:] |= region[:, :-1]
+    grown[:, :-1] |= region[:, 1:]
+    return grown
+
+
+def _lay_on(image: Image.Image, colour: tuple[int, int, int], fine: NDArray[np.bool_], opacity: float) -> None:
+    """Blend a colour into the picture where the fine region covers it, each pixel by the share that is covered."""
+    covered = Image.fromarray(fine.view(np.uint8) * np.uint8(round(255 * opacity))).reduce(2)
+    if box := covered.getbbox():
+        image.paste(colour, box, covered.crop(box))
+
+
+def _add_caption(image: Image.Image, prompt: str, with_reference: bool) -> Image.Image:
+    width = max(image.width, _CAPTION_LEAST_PX)
+    text_px = min(max(width // 44, 14), 22)
+    font, margin, line_px = ImageFont.load_default(text_px), text_px, round(1.4 * text_px)
+    indent = margin + text_px + text_px // 2
+    lines = _wrap(prompt, font, width - indent - margin)
+    rows = len(lines) + (1 if with_reference else 0)
+    sheet = Image.new("RGB", (width, image.height + 2 * (margin * 3 // 4) + rows * line_px), _STRIP)
+    sheet.paste(image, ((width - image.width) // 2, 0))
+    draw = ImageDraw.Draw(sheet)
+    top = image.height + margin * 3 // 4 + line_px // 2
+    _draw_swatch(draw, margin, top, text_px, _PREDICTED)
+    for number, line in enumerate(lines):
+        draw.text((indent, top + number * line_px), line, fill=_TEXT, font=font, anchor="lm")
+    if with_reference:
+        middle = top + len(lines) * line_px
+        _draw_swatch(draw, margin, middle, text_px, _REFERENCE)
+        draw.text((indent, middle), "reference", fill=_REFERENCE, font=font, anchor="lm")
+    return sheet
+
+
+def _draw_swatch(draw: ImageDraw.ImageDraw, left: int, middle: int, side: int, colour: tuple[int, int, int]) -> None:
+    half = side * 3 // 8
+    draw.rounded_rectangle((left, middle - half, left + 2 * half, middle + half), radius=side // 5, fill=colour)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
+    """Break text into at most `_CAPTION_LINES` lines that fit; words too long for a line are split."""
+    # The longest text that can be shown is far shorter, and measuring a hostile prompt letter by letter takes long.
+    text = "".join(letter if letter.isprintable() else " " for letter in text[:4000])
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width_px:
+            lines[-1] = joined
+            continue
+        *full, rest = _split_word(word, font, width_px)
+        lines.extend([*full, rest])
+        if len(lines) > _CAPTION_LINES + 1:
+            break
+    lines = [line for line in lines if line] or ["(no prompt)"]
+    if len(lines) > _CAPTION_LINES:
+        lines = lines[:_CAPTION_LINES]
+        while font.getlength(lines[-1] + " …") > width_px:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += " …"
+    return lines
+
+
+def _split_word(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
+    pieces = [""]
+    for letter in word:
+        if pieces[-1] and font.getlength(pieces[-1] + letter) > width_px:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces

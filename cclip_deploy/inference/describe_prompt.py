@@ -1,0 +1,59 @@
+"""What becomes of a prompt: repaired, read, and cut into tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.prompts.reader import read_prompt
+from cclip_deploy.prompts.spelling import repair_prompts
+from cclip_deploy.prompts.tokenizer import PromptTokenizer
+
+SHORTEST_LENGTH, LONGEST_LENGTH, USUAL_LENGTH = 3, 77, 32
+
+
+def open_tokenizer(bundle: Path | None, length: int | None) -> tuple[PromptTokenizer, int]:
+    """A bundle's tokenizer and prompt length, or open_clip's and the usual one; a length that is given holds.
+
+    Raises:
+        BundleError: the bundle cannot be opened.
+        EnvironmentProblem: no bundle, and open_clip is not installed.
+        UsageError: the length is out of range.
+    """
+    if length is not None and not SHORTEST_LENGTH <= length <= LONGEST_LENGTH:
+        raise UsageError(f"A prompt length of {length} is out of range. Use {SHORTEST_LENGTH} to {LONGEST_LENGTH}.")
+    if bundle is not None:
+        opened = Bundle.open(bundle)
+        return opened.tokenizer(), length or opened.manifest.prompt_length
+    try:
+        return PromptTokenizer.from_open_clip(), length or USUAL_LENGTH
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "Counting tokens without a bundle needs open_clip. Install it: pip install 'cclip-deploy[export]', "
+            "or name a bundle with --bundle."
+        ) from error
+
+
+def describe_prompt(written: str, tokenizer: PromptTokenizer, length: int, repair: bool = True) -> dict[str, Any]:
+    """The repaired text, what was repaired, which sites it names (null where it names none for sure), and its tokens.
+
+    PromptError where the text is empty.
+    """
+    (prompt,) = repair_prompts([written], repair)
+    reading = read_prompt(prompt.text)
+    tokenizer.encode(prompt.text, max(length, len(tokenizer.ids(prompt.text))))
+    ids = tokenizer.ids(prompt.text)
+    sites = reading.zones.sites()
+    return {
+        **prompt.to_dict(),
+        "zones": {side: [z for s, z in sites if s == side] for side in ("left", "right")} if sites else None,
+        "side": reading.side if reading.sides else None,
+        "count": reading.count,
+        "not_understood": list(reading.not_understood),
+        "tokens": ids,
+        "token_count": len(ids),
+        "prompt_length": length,
+        "cut": len(ids) > length,
+    }

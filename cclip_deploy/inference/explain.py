@@ -1,0 +1,137 @@
+"""What the causal neck did with a picture: its three masks, and what the confounding branch was left with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.errors import CheckpointError, ParityError, UsageError
+from cclip_deploy.imaging.preprocess import to_input, to_source
+from cclip_deploy.inference.segmenter import Segmenter, sigmoid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cclip_deploy.model.checkpoint import LoadedCheckpoint
+
+Floats = NDArray[np.float32]
+MASKS = {"mask3": "M3", "mask4": "M4", "mask5": "M5"}
+CONFOUNDING = "confounding_features"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One picture's way through the neck, each map averaged over its 512 channels: (H/16, W/16)."""
+
+    masks: Mapping[str, Floats]
+    """M3, M4 and M5 in [0, 1]; empty where the bundle does not give them."""
+    confounding: Floats | None
+    """Confounding features, 0 or more; None where the bundle does not give them."""
+    features: Floats | None
+    """What the mask decoder takes, where the same image pass gave it: (1, H, W, 256)."""
+
+
+class Explainer(Protocol):
+    """Explains pictures one at a time."""
+
+    def look(self, pixels: Floats) -> Seen:
+        """Pixels (H, W) or (H, W, 3) in [0, 1] -> what the neck did with them."""
+        ...
+
+    def confounding_answer(self, prompt: str) -> Floats | None:
+        """The confounding branch's probability (H, W) for the picture looked at last; None where it cannot be had."""
+        ...
+
+
+class BundleExplainer:
+    """The further outputs of a bundle's image encoder, of the same image pass that the answers come from."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        """UsageError where the bundle was exported without those outputs."""
+        bundle = segmenter.bundle
+        outputs = {output.name for output in bundle.graph("image_encoder").outputs}
+        if not outputs & {*MASKS, CONFOUNDING}:
+            raise UsageError(
+                f"{bundle.path} gives neither causal masks nor confounding features. Export it with them: "
+                "cclip-deploy export CHECKPOINT -o BUNDLE --with-masks --with-confounding. Or give --checkpoint FILE."
+            )
+        self._segmenter = segmenter
+
+    def look(self, pixels: Floats) -> Seen:
+        outputs = self._segmenter.image_outputs(pixels)
+        _check_finite(str(self._segmenter.bundle.path), outputs)
+        masks = {MASKS[name]: _mean(outputs[name]) for name in MASKS if name in outputs}
+        confounding = _mean(outputs[CONFOUNDING]) if CONFOUNDING in outputs else None
+        return Seen(masks, confounding, outputs["features"])
+
+    def confounding_answer(self, prompt: str) -> None:
+        """A bundle has no confounding head."""
+
+
+class CheckpointExplainer:
+    """The bundle's own checkpoint in PyTorch: all maps, and the confounding head's answers."""
+
+    def __init__(self, segmenter: Segmenter, loaded: LoadedCheckpoint) -> None:
+        """CheckpointError where the bundle was made of another checkpoint."""
+        bundle = segmenter.bundle
+        if loaded.sha256 != bundle.manifest.checkpoint.sha256:
+            raise CheckpointError(
+                f"{loaded.path} has SHA-256 {loaded.sha256[:12]}; {bundle.path} was exported from "
+                f"{bundle.manifest.checkpoint.name}, {bundle.manifest.checkpoint.sha256[:12]}. Give that checkpoint."
+            )
+        self._model, self._manifest = loaded.model.eval(), bundle.manifest
+        self._tokenizer = bundle.tokenizer()
+        self._looked: tuple[Tensor, tuple[int, int]] | None = None
+
+    def look(self, pixels: Floats) -> Seen:
+        import torch
+
+        image = torch.from_numpy(to_input(pixels, self._manifest.image_hw, self._manifest.preprocessing))
+        with torch.inference_mode():
+            neck = self._model.neck(self._model.image_tower(image))
+        outputs = {name: mask.numpy() for name, mask in zip(MASKS, neck.masks, strict=True)}
+        outputs[CONFOUNDING] = neck.confounding.numpy()
+        _check_finite("The checkpoint", outputs)
+        self._looked = neck.confounding, (pixels.shape[0], pixels.shape[1])
+        return Seen({MASKS[name]: _mean(outputs[name]) for name in MASKS}, _mean(outputs[CONFOUNDING]), None)
+
+    def confounding_answer(self, prompt: str) -> Floats | None:
+        import torch
+
+        if self._looked is None:
+            return None
+        features, source_hw = self._looked
+        tokens = torch.from_numpy(self._tokenizer.encode(prompt, self._manifest.prompt_length))[None]
+        with torch.inference_mode():
+            logits = self._model.confounding_head(features, self._model.text_tower(tokens)).numpy()
+        _check_finite("The checkpoint", {"confounding logits": logits})
+        return to_source(sigmoid(logits[0, 0]), source_hw)
+
+
+def open_explainer(segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
+    """By the checkpoint where one is given, else by the bundle's own outputs; raises what they raise."""
+    if checkpoint is None:
+        return BundleExplainer(segmenter)
+    from cclip_deploy.export.export import require_export_packages
+
+    require_export_packages()
+    from cclip_deploy.model.checkpoint import load_checkpoint
+
+    return CheckpointExplainer(segmenter, load_checkpoint(checkpoint))
+
+
+def _mean(values: Floats) -> Floats:
+    """(1, 512, h, w) -> (h, w)."""
+    mean: Floats = values[0].mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean
+
+
+def _check_finite(who: str, outputs: Mapping[str, Floats]) -> None:
+    for name, values in outputs.items():
+        if not np.isfinite(values).all():
+            raise ParityError(f"{who} gave {name} that are not finite. Check it: cclip-deploy verify BUNDLE.")

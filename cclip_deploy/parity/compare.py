@@ -1,0 +1,288 @@
+"""Parity: how far a backend's answers are from the reference's, on tensors and on the masks that users see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.bundle.bundle import CHAIN
+from cclip_deploy.bundle.manifest import Manifest, graph_key
+from cclip_deploy.bundle.precision import is_quantised, product_type, rest_type
+from cclip_deploy.errors import ParityError
+from cclip_deploy.parity.reference import Reference, expand, thin
+from cclip_deploy.runtime.backend import Backend
+
+Floats = NDArray[np.float32]
+Masks = NDArray[np.bool_]
+
+USEFUL_AREA = 0.02
+"""Share of its picture that a mask covers at least, and leaves free at least, to say much about parity."""
+FEW_PIXELS = 4
+"""Flipped pixels of one mask that no precision is refused for; every one has a logit within the error limit of zero."""
+
+# A pixel whose reference logit is this share of the largest one away from zero has no sign that float32 could keep.
+FLOAT32_NOISE = 1e-5
+
+ENCODERS = {"image_encoder": "image", "prompt_encoder": "tokens"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a precision is held to. Relative error is ‖a−b‖/‖b‖; max error is max|a−b| / max|b|."""
+
+    relative_error: float
+    max_error: float
+    mask_dice: float
+    flipped_share: float
+
+    def allow(self, metric: str, value: float) -> bool:
+        """Whether a value is within the limit; NaN never is."""
+        limit = float(getattr(self, metric))
+        return value >= limit if metric == "mask_dice" else value <= limit
+
+
+LIMITS = {
+    "fp32": Limits(relative_error=2e-5, max_error=1e-4, mask_dice=0.999, flipped_share=1e-4),
+    "fp16": Limits(relative_error=2e-2, max_error=1e-1, mask_dice=0.95, flipped_share=5e-3),
+    "bf16": Limits(relative_error=1e-1, max_error=1.5e-1, mask_dice=0.9, flipped_share=4e-2),
+    "int8": Limits(relative_error=3e-1, max_error=4e-1, mask_dice=0.85, flipped_share=1e-1),
+    "fp8": Limits(relative_error=5e-1, max_error=8e-1, mask_dice=0.75, flipped_share=2e-1),
+}
+"""What every graph is held to on the recorded references.
+
+Those of INT8 and FP8 are wide enough for untrained weights, whose logits lie close to zero everywhere, and tell a
+broken graph only. Whether a trained network's masks survive is judged on an evaluation set, when the graph is made:
+`pipeline.mask_agreement` holds them to a mean Dice of 0.99 and a worst picture of 0.95.
+"""
+
+SEEDED_LIMITS = Limits(relative_error=1, max_error=1.5, mask_dice=0, flipped_share=0.5)
+"""Of quantised graphs on the seeded reference: it is coloured noise, unlike any film that ranges were calibrated on, so
+most of it is cut off. It must be finite, of the right shape and nearer than no answer."""
+
+
+def limits_of(precision: str, reference: str) -> Limits:
+    """The limits of a precision on a reference; `int8-fp16` has those of INT8."""
+    if is_quantised(precision) and reference == "seeded":
+        return SEEDED_LIMITS
+    return LIMITS[product_type(precision)]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number held against its limit."""
+
+    name: str
+    graph: str
+    backend: str
+    precision: str
+    metric: str
+    value: float
+    limit: float
+    passed: bool
+    detail: str | None = None
+    """What differs, where the check can name it: a sentence, a field, a node."""
+
+    def describe(self) -> str:
+        """The check as a phrase: where, the value and its limit, and what differs."""
+        detail = f" ({self.detail})" if self.detail else ""
+        where = f"{self.name} ({self.precision})" if self.precision != "all" else self.name
+        return f"{where}, {self.metric} is {self.value:.6g}, the limit is {self.limit:.6g}{detail}"
+
+    def to_dict(self) -> dict[str, object]:
+        """The form of `verify --json`; a value that is not finite, which JSON does not know, is null."""
+        return {**asdict(self), "value": self.value if math.isfinite(self.value) else None}
+
+
+def relative_error(value: Floats, truth: Floats) -> float:
+    """‖a−b‖/‖b‖ in float64; infinite where the truth is all zero and the value is not."""
+    distance = float(np.linalg.norm(value.astype(np.float64) - truth))
+    size = float(np.linalg.norm(truth.astype(np.float64)))
+    if size == 0:
+        return 0.0 if distance == 0 else float("inf")
+    return distance / size
+
+
+def max_error(value: Floats, truth: Floats) -> float:
+    """max|a−b| / max|b|, in float64."""
+    distance = float(np.abs(value.astype(np.float64) - truth).max())
+    size = float(np.abs(truth).max())
+    if size == 0:
+        return 0.0 if distance == 0 else float("inf")
+    return distance / size
+
+
+def masks_of(logits: Floats, truth: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Both masks (logit >= 0); where the reference is within float32's own noise of zero, the value decides both."""
+    ours, theirs = logits >= 0, truth >= 0
+    undecided = np.abs(truth) <= FLOAT32_NOISE * np.abs(truth).max()
+    return ours, np.where(undecided & (np.abs(logits) <= 2 * FLOAT32_NOISE * np.abs(truth).max()), ours, theirs)
+
+
+def mask_dices(logits: Floats, truth: Floats) -> NDArray[np.float64]:
+    """Dice of each mask to the reference's, (B, P), of logits (B, P, H, W); two empty ones agree."""
+    return _dices(*masks_of(logits, truth))
+
+
+def _dices(ours: Masks, theirs: Masks) -> NDArray[np.float64]:
+    shared = (ours & theirs).sum(axis=(2, 3))
+    sizes = ours.sum(axis=(2, 3)) + theirs.sum(axis=(2, 3))
+    return np.where(sizes == 0, 1.0, 2 * shared / np.maximum(sizes, 1))
+
+
+def mask_checks(name: str, graph: str, backend: Backend, ours: Masks, theirs: Masks, limits: Limits) -> Iterator[Check]:
+    """Judge masks (B, P, H, W) by their flipped pixels, and those large enough for it by Dice too.
+
+    Dice judges a mask that covers USEFUL_AREA of its picture and in which FEW_PIXELS flipped pixels do not break the
+    limit. Smaller and empty masks are judged by the number of their flipped pixels: `flipped_pixels`.
+    """
+    flips, pixels = (ours != theirs).sum(axis=(2, 3)), theirs[0, 0].size
+    least = max(USEFUL_AREA * pixels, FEW_PIXELS / (2 * (1 - limits.mask_dice)))
+    large = theirs.sum(axis=(2, 3)) >= least
+    share = max(limits.flipped_share, FEW_PIXELS / pixels)
+    judged = {"flipped_share": (float(flips.mean() / pixels), share)}
+    if large.any():
+        judged["mask_dice"] = (float(_dices(ours, theirs)[large].min()), limits.mask_dice)
+    if not large.all():
+        judged["flipped_pixels"] = (float(flips[~large].max()), share * pixels)
+    for metric, (value, limit) in judged.items():
+        passed = value >= limit if metric == "mask_dice" else value <= limit
+        yield Check(name, graph, backend.name, backend.precision, metric, value, limit, passed)
+
+
+def check_graphs(
+    backend: Backend,
+    graphs: Iterable[str],
+    references: Sequence[Reference],
+    plain_batch: int = 1,
+    with_chain: bool | None = None,
+) -> Iterator[Check]:
+    """Compare each graph with every reference, as each is computed.
+
+    `chain` is the three graphs one after another, one picture at a time.
+    `plain_batch` is the static batch of a plain graph, if there is one. Unless `with_chain` says so, the chain is run
+    where all its graphs are named; a quantised one has graphs of the rest's precision among them.
+
+    Raises:
+        ParityError: an output has another shape than the reference's.
+    """
+    names = list(graphs)
+    if with_chain is None:
+        with_chain = all(graph in names for graph in CHAIN)
+    for reference in references:
+        for graph in names:
+            yield from _check_graph(backend, graph, reference, plain_batch)
+        if with_chain:
+            logits = _run_chain(backend, reference)
+            yield from _judge_logits("chain", backend, reference, logits, reference.logits)
+
+
+def can_chain(manifest: Manifest, precision: str) -> bool:
+    """Whether a precision has an image encoder, and the two other graphs in it or, if it quantises, in its rest."""
+    others = rest_type(precision) if is_quantised(precision) else precision
+    keys = (graph_key(CHAIN[0], precision), *(graph_key(name, others) for name in CHAIN[1:]))
+    return all(key in manifest.graphs for key in keys)
+
+
+def plain_batch(manifest: Manifest) -> int:
+    """The static batch of a bundle's plain graph; 1 where there is none."""
+    plain = manifest.graphs.get("plain")
+    return int(plain.inputs[0].shape[0]) if plain else 1
+
+
+def refuse_failures(checks: Sequence[Check]) -> None:
+    """ParityError that names the first of the failed checks, if any failed."""
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        first = failed[0]
+        raise ParityError(
+            f"{len(failed)} of {len(checks)} parity checks failed; first: {first.describe()}. Nothing was published."
+        )
+
+
+def without_useful_masks(references: Sequence[Reference]) -> list[str]:
+    """References none of whose masks covers between 2 % and 98 % of its picture: mask agreement proves little there."""
+    return [reference.name for reference in references if not useful(reference.logits).any()]
+
+
+def useful(logits: Floats) -> NDArray[np.bool_]:
+    """Which masks, (B, P), cover at least USEFUL_AREA of their picture and leave as much of it free."""
+    shares: NDArray[np.float64] = (logits >= 0).mean(axis=(2, 3))
+    return (shares >= USEFUL_AREA) & (shares <= 1 - USEFUL_AREA)
+
+
+def _check_graph(backend: Backend, graph: str, reference: Reference, plain_batch: int) -> Iterator[Check]:
+    if graph in ("fused", "plain"):
+        rows, tokens = reference.pairs()
+        if graph == "plain":
+            logits = _run_batches(backend, graph, rows, tokens, plain_batch)
+        else:
+            logits = backend.run(graph, {"image": rows, "tokens": tokens})["logits"]
+        batch, prompts, height, width = reference.logits.shape
+        truth = reference.logits.reshape(batch * prompts, 1, height, width)
+        yield from _judge_logits(graph, backend, reference, logits, truth)
+        return
+    if graph == "mask_decoder":
+        logits = backend.run(graph, expand(reference.decoder_inputs))["logits"]
+        yield from _judge_logits(graph, backend, reference, logits, reference.outputs[graph]["logits"])
+        return
+    source = ENCODERS[graph]
+    outputs = backend.run(graph, {source: getattr(reference, source)})
+    for name, value in outputs.items():
+        yield from _judge(graph, backend, reference, name, _seen(name, value), reference.outputs[graph][name])
+
+
+def _seen(name: str, value: Floats) -> Floats:
+    """The part of an output that the reference keeps; NaN where any other part is not finite."""
+    part = thin(name, value)
+    return part if np.isfinite(value).all() else np.full_like(part, np.nan)
+
+
+def _run_batches(backend: Backend, graph: str, rows: Floats, tokens: NDArray[np.int64], batch: int) -> Floats:
+    """Full batches, because a plain graph's is static; the last one is filled up with the first rows again."""
+    places = np.arange(-(-len(rows) // batch) * batch).reshape(-1, batch) % len(rows)
+    parts = [backend.run(graph, {"image": rows[some], "tokens": tokens[some]})["logits"] for some in places]
+    return np.concatenate(parts)[: len(rows)]
+
+
+def _run_chain(backend: Backend, reference: Reference) -> Floats:
+    """Picture by picture, as a segmenter runs it: a backend may have another form of the encoder for one alone."""
+    kernels = backend.run("prompt_encoder", {"tokens": reference.tokens})
+    rows = [reference.image[place : place + 1] for place in range(len(reference.image))]
+    features = np.concatenate([backend.run("image_encoder", {"image": row})["features"] for row in rows])
+    return backend.run("mask_decoder", {"features": features, **kernels})["logits"]
+
+
+def _judge(
+    graph: str, backend: Backend, reference: Reference, output: str, value: Floats, truth: Floats
+) -> Iterator[Check]:
+    if value.shape != truth.shape:
+        raise ParityError(f"{graph} gives {output} of shape {value.shape}, the reference's is {truth.shape}.")
+    measured = {"relative_error": relative_error(value, truth), "max_error": max_error(value, truth)}
+    yield from _checks(graph, backend, reference, output, measured)
+
+
+def _judge_logits(graph: str, backend: Backend, reference: Reference, value: Floats, truth: Floats) -> Iterator[Check]:
+    yield from _judge(graph, backend, reference, "logits", value, truth)
+    limits = limits_of(backend.precision, reference.name)
+    yield from mask_checks(f"{graph}/{reference.name}/logits", graph, backend, *masks_of(value, truth), limits)
+
+
+def _checks(
+    graph: str, backend: Backend, reference: Reference, output: str, measured: Mapping[str, float]
+) -> Iterator[Check]:
+    limits = limits_of(backend.precision, reference.name)
+    for metric, value in measured.items():
+        yield Check(
+            name=f"{graph}/{reference.name}/{output}",
+            graph=graph,
+            backend=backend.name,
+            precision=backend.precision,
+            metric=metric,
+            value=value,
+            limit=float(getattr(limits, metric)),
+            passed=limits.allow(metric, value),
+        )

@@ -1,0 +1,207 @@
+"""Prompts to CLIP's byte-pair ids, exactly as open_clip's tokenizer gives them, without open_clip."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from cclip_deploy.errors import DataError, PromptError
+from cclip_deploy.prompts.spelling import check_prompt
+
+START, END = "<start_of_text>", "<end_of_text>"
+# open_clip matches without regard to case: the long s (U+017F) passes for an s, and the iota below (U+0345), which is a
+# mark, for a letter in the last class alone, so that it is dropped.
+WORDS = "<[s\u017f]tart_of_text>|<end_of_text>|'[s\u017f]|'t|'re|'ve|'m|'ll|'d|\\p{L}+|\\p{N}|[^\\s\\p{L}\\p{N}\u0345]+"
+
+WORD_END = "</w>"
+MOST_BYTES, MOST_TOKENS, MOST_LETTERS = 16 * 2**20, 65_536, 256
+"""Of a tokenizer.json, which has 1.7 MB and 49,408 tokens, and of one token."""
+FORM: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "normalizer": {"type": "Lowercase"},
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Removed", "invert": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    },
+    "post_processor": None,
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+}
+MODEL_FORM: dict[str, Any] = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": WORD_END,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+SPECIAL_FORM = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def clean_prompt(text: str) -> str:
+    """Repair encodings, resolve HTML entities twice, fold white space, lower: what open_clip does before it splits.
+
+    PromptError where the text is longer than LONGEST_PROMPT characters, or has an entity of thousands of digits.
+    """
+    check_prompt(text)
+    try:
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    except ValueError as error:
+        raise PromptError(f"The prompt {text[:40]!r}… has an HTML entity that cannot be read: {error}.") from error
+    return " ".join(text.split()).strip().lower()
+
+
+class PromptTokenizer:
+    """CLIP's vocabulary in a Hugging Face `tokenizers` file, with open_clip's cleaning before it.
+
+    Two differences are known: the text of a special token right after punctuation is one token here, and open_clip
+    splits it; characters newer than the Unicode tables of `tokenizers` are no letters here.
+    """
+
+    def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+        """`vocabulary` gives each token's id, 0 and up; `merges` are in the order in which they are made."""
+        self._tokenizer = _build(vocabulary, merges)
+        self.vocabulary_size = len(vocabulary)
+        self.start_id, self.end_id = vocabulary[START], vocabulary[END]
+
+    @staticmethod
+    def parse(content: bytes, path: Path) -> PromptTokenizer:
+        """Read the content of a tokenizer.json.
+
+        Only the vocabulary and the merges are taken from it; everything else has to be as `to_json` writes it, and
+        `tokenizers` does not get to see it.
+
+        Raises:
+            DataError: it is not a tokenizer of CLIP's form; the message names `path` and what differs.
+        """
+        try:
+            vocabulary, merges = _parse(content)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path} is not CLIP's tokenizer: {str(error)[:300]}. It was not loaded. Export the bundle again."
+            ) from error
+        return PromptTokenizer(vocabulary, merges)
+
+    @staticmethod
+    def from_open_clip() -> PromptTokenizer:
+        """Build the tokenizer from the vocabulary that open_clip carries."""
+        from open_clip.tokenizer import SimpleTokenizer
+
+        theirs = SimpleTokenizer()
+        merges = sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__)
+        return PromptTokenizer(theirs.encoder, merges)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as `parse` reads it."""
+        return str(self._tokenizer.to_str(pretty=False))
+
+    def ids(self, prompt: str) -> list[int]:
+        """Start id, the prompt's ids, end id: as many as it takes."""
+        return [self.start_id, *self._tokenizer.encode(clean_prompt(prompt), add_special_tokens=False).ids, self.end_id]
+
+    def encode(self, prompt: str, length: int) -> NDArray[np.int64]:
+        """One row of `length` ids, zeros after the end token.
+
+        Raises:
+            PromptError: the prompt is empty, or takes more than `length` ids; nothing is ever cut silently.
+        """
+        ids = self.ids(prompt)
+        if len(ids) == 2:
+            raise PromptError("The prompt is empty. Say what to segment, for example: lower left lung.")
+        if len(ids) > length:
+            raise PromptError(
+                f"The prompt takes {len(ids)} tokens and the graph has room for {length}: {prompt!r}. "
+                f"Shorten it, or export with --prompt-length {min(77, len(ids))} (at most 77)."
+            )
+        return self._row(ids, length)
+
+    def encode_cut(self, prompt: str, length: int) -> NDArray[np.int64]:
+        """As `encode`, but an over-long prompt is cut before its end token, as open_clip does; for training."""
+        ids = self.ids(prompt)
+        return self._row(ids if len(ids) <= length else [*ids[: length - 1], self.end_id], length)
+
+    @staticmethod
+    def _row(ids: list[int], length: int) -> NDArray[np.int64]:
+        row = np.zeros(length, np.int64)
+        row[: len(ids)] = ids
+        return row
+
+
+def _build(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    tokenizer = Tokenizer(
+        models.BPE(vocab=dict(vocabulary), merges=list(merges), end_of_word_suffix=WORD_END, fuse_unk=False)
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([START, END])
+    return tokenizer
+
+
+def _parse(content: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges; ValueError or RecursionError, which say what is wrong."""
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has {len(content)} bytes, more than {MOST_BYTES}")
+    whole = json.loads(content.decode("utf-8"))
+    if not isinstance(whole, dict) or not isinstance(whole.get("model"), dict):
+        raise ValueError("it is no JSON object with a model")
+    rest = dict(whole)
+    model, added = dict(rest.pop("model")), rest.pop("added_tokens", None)
+    vocabulary, merges = _vocabulary(model.pop("vocab", None)), model.pop("merges", None)
+    expected = [{"id": vocabulary[token], "content": token, **SPECIAL_FORM} for token in (START, END)]
+    for what, found, form in (("", rest, FORM), ("model.", model, MODEL_FORM)):
+        if found != form:
+            names = sorted(name for name in {*found, *form} if found.get(name, "") != form.get(name, ""))
+            raise ValueError(f"{', '.join(what + name for name in names)} differ from CLIP's")
+    if not isinstance(added, list) or sorted(added, key=repr) != sorted(expected, key=repr):
+        raise ValueError(f"the added tokens are not {START} and {END}")
+    return vocabulary, _merges(merges, vocabulary)
+
+
+def _vocabulary(found: object) -> dict[str, int]:
+    """Tokens of CLIP's alphabet with the ids 0, 1, 2, ... in any order."""
+    if not isinstance(found, dict) or not len(found) <= MOST_TOKENS:
+        raise ValueError(f"the vocabulary is no object of at most {MOST_TOKENS} tokens")
+    ids = list(found.values())
+    if any(type(number) is not int for number in ids) or sorted(ids) != list(range(len(ids))):
+        raise ValueError(f"the ids are not 0 to {len(ids) - 1}, each once")
+    strange = set(chain.from_iterable(found)).difference(pre_tokenizers.ByteLevel.alphabet())
+    if strange or not all(0 < len(token) <= MOST_LETTERS for token in found):
+        raise ValueError(f"a token is empty, longer than {MOST_LETTERS} or has letters that no byte stands for")
+    if missing := [token for token in (START, END) if token not in found]:
+        raise ValueError(f"the vocabulary lacks {missing[0]}")
+    return found
+
+
+def _merges(found: object, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Pairs of tokens whose joint is a token, too; earlier versions of `tokenizers` write them as one text."""
+    if not isinstance(found, list) or len(found) > MOST_TOKENS:
+        raise ValueError(f"the merges are no list of at most {MOST_TOKENS} pairs")
+    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else pair for pair in found]
+    merges = []
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ValueError("a merge is no pair of tokens")
+        first, second = pair
+        if not {first, second, first + second} <= vocabulary.keys():
+            raise ValueError(f"a merge is of {first!r} and {second!r}, not all in the vocabulary with their joint")
+        merges.append((first, second))
+    return merges

@@ -1,0 +1,133 @@
+"""How far the masks of a lower precision are from FP32's, on images that nothing was fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.common.names import printable
+from cclip_deploy.datasets.image_sets import ImageSet, ImageSource
+from cclip_deploy.errors import ParityError
+from cclip_deploy.evaluation.split import encode_texts
+from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.parity.compare import mask_dices
+from cclip_deploy.parity.reference import PICTURE_PROMPTS
+from cclip_deploy.quantization.calibrate import CalibrationOptions, Progress, read_evaluation_set, usable
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+
+LEAST_MEAN_DICE, LEAST_DICE = 0.99, 0.95
+"""What masks of a quantized network are held to on an evaluation set: the mean, and the worst image's mean."""
+
+
+class MaskAgreement(BaseModel):
+    """Dice of a precision's masks to FP32's.
+
+    Attributes:
+        precision: that was compared with FP32.
+        pictures: number of images.
+        masks: number of images times their prompts.
+        patients: how many of the images' patients are known.
+        cut_prompts: prompts that were longer than the bundle has room for, and were cut as in `evaluate`.
+        sources: the data sets and folders that the images were taken from.
+        mean: over all masks.
+        worst: the mean over the prompts of the worst image.
+        worst_mask: the lowest Dice.
+        worst_picture: name of the worst image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: str
+    pictures: int
+    masks: int
+    patients: int
+    cut_prompts: int
+    sources: tuple[ImageSource, ...]
+    mean: float
+    worst: float
+    worst_mask: float
+    worst_picture: str
+
+
+def measure_masks(bundle: Bundle, precision: str, images: ImageSet, threads: int | None = None) -> MaskAgreement:
+    """Compare the masks of a deploy bundle in a precision with those of its FP32 graphs, image by image.
+
+    Args:
+        bundle: holds the chain of graphs in both precisions.
+        precision: what is compared with FP32.
+        images: with their prompts.
+        threads: of ONNX Runtime on the CPU.
+    """
+    full, low = (
+        Segmenter(bundle, OnnxRuntimeBackend(bundle, kind, "cpu", threads, rounds_as_written=True))
+        for kind in ("fp32", precision)
+    )
+    tokenizer, length = bundle.tokenizer(), bundle.manifest.prompt_length
+    dices: dict[Path, list[float]] = {}
+    cut: list[bool] = []
+    for image in images.images:
+        pixels = read_picture(image.path).pixels
+        rows, were_cut = encode_texts(image.prompts, tokenizer, length)
+        logits = [s.decode(s.encode_image(pixels), s.encode_tokens(rows)) for s in (low, full)]
+        dices[image.path] = mask_dices(*logits).ravel().tolist()
+        cut += were_cut
+    means = {path: float(np.mean(values)) for path, values in dices.items()}
+    worst = min(means, key=means.__getitem__)
+    every = [value for values in dices.values() for value in values]
+    return MaskAgreement(
+        precision=precision,
+        pictures=len(dices),
+        masks=len(every),
+        patients=len(images.patients),
+        cut_prompts=sum(cut),
+        sources=images.sources,
+        mean=float(np.mean(every)),
+        worst=means[worst],
+        worst_mask=min(every),
+        worst_picture=printable(worst.name),
+    )
+
+
+def write_agreement(found: MaskAgreement, folder: Path) -> None:
+    """Write what was measured into a bundle that is being made."""
+    path = folder / report_name(found.precision)
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def report_name(precision: str) -> str:
+    """Where a bundle keeps how far a precision's masks are from FP32's."""
+    return f"reports/{precision}.masks.json"
+
+
+def with_prompts(found: ImageSet) -> ImageSet:
+    """The same images; those without prompts of a data set get the prompts of the reference answers."""
+    images = tuple(image if image.prompts else replace(image, prompts=PICTURE_PROMPTS) for image in found.images)
+    return replace(found, images=images)
+
+
+def evaluation_images(options: CalibrationOptions, on_progress: Progress = lambda _: None) -> ImageSet:
+    """The images that masks are judged on, at most `evaluation_limit`, of as many patients as possible.
+
+    Those that cannot be read are left out; `on_progress` gets the reasons. ImageError if none is left.
+    """
+    return with_prompts(usable(read_evaluation_set(options).limited(options.evaluation_limit), on_progress))
+
+
+def hold_masks_to_fp32(bundle: Bundle, precision: str, images: ImageSet, threads: int | None = None) -> MaskAgreement:
+    """Measure on an evaluation set; ParityError where the masks differ from FP32's by more than is allowed."""
+    found = measure_masks(bundle, precision, images, threads)
+    if not (found.mean >= LEAST_MEAN_DICE and found.worst >= LEAST_DICE):
+        raise ParityError(
+            f"{precision} masks stray from FP32's on the evaluation set: mean Dice {found.mean:.4f} (at least "
+            f"{LEAST_MEAN_DICE}), worst image {found.worst:.4f} ({found.worst_picture}; at least {LEAST_DICE}). Keep "
+            "sensitive blocks in a higher precision (--keep), or calibrate with more or other images. Nothing was "
+            "published."
+        )
+    return found

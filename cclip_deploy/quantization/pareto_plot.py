@@ -1,0 +1,52 @@
+"""The front of a sensitivity search as a picture: share of multiply-adds in low precision against Dice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cclip_deploy.common.files import whole_file
+from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.quantization.profile import TunedProfile
+
+MEAN, WORST, INK, QUIET = "#0072B2", "#D55E00", "#1B1F24", "#57606A"  # Okabe and Ito's blue and vermilion
+FORMATS = (".png", ".svg")
+
+
+def draw_front(profile: TunedProfile, path: Path) -> None:
+    """Write a PNG or SVG: Dice on the held-out pictures, mean and worst, of every form that was judged.
+
+    Raises:
+        UsageError: another ending than .png or .svg.
+        EnvironmentProblem: matplotlib is not installed, or the file cannot be written.
+    """
+    if path.suffix not in FORMATS:
+        raise UsageError(f"{path} ends in none of {', '.join(FORMATS)}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EnvironmentProblem(f"A picture needs matplotlib ({error}). Install it: pip install matplotlib") from error
+
+    tuned = profile.tuned
+    points = sorted(tuned.front, key=lambda point: point.share)
+    shares = [100 * point.share for point in points]
+    figure = Figure(figsize=(8, 4.2), dpi=120, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    for name, colour in (("mean", MEAN), ("worst", WORST)):
+        label = "mean" if name == "mean" else "worst picture"
+        axes.plot(shares, [getattr(p.held_out, name) for p in points], "o-", color=colour, label=label, markersize=5)
+        axes.axhline(getattr(tuned.budget, name), color=colour, linestyle=":", linewidth=1.2)
+        axes.plot(100 * tuned.share, getattr(tuned.held_out, name), "o", color=colour, markersize=12, fillstyle="none")
+    axes.annotate(
+        f"chosen: {tuned.share:.0%}, {tuned.held_out.mean:.4f}", (100 * tuned.share, tuned.held_out.mean), (-14, -24),
+        textcoords="offset points", color=INK, fontweight="bold", ha="right",
+    )  # fmt: skip
+    low = profile.precision.split("-")[0].upper()
+    axes.set_xlabel(f"multiply-adds of the image encoder in {low}, %", color=QUIET)
+    axes.set_ylabel(f"Dice to FP32's masks, {len(tuned.held_out_pictures)} held-out pictures", color=QUIET)
+    axes.set_title(f"{profile.precision}: what each share costs (dotted: the budget)", color=INK, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.12)
+    axes.legend(frameon=False, loc="lower left")
+    kind = path.suffix[1:] or "png"
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})

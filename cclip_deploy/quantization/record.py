@@ -1,0 +1,120 @@
+"""The calibration record: which pictures, which method, what ranges; a link in a bundle's chain of hashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cclip_deploy.bundle.bundle import RECORD_BYTES, Bundle
+from cclip_deploy.bundle.manifest import CalibrationEntry, GraphEntry
+from cclip_deploy.datasets.image_sets import ImageSource, counted
+from cclip_deploy.errors import BundleError
+from cclip_deploy.graph.precision.ranges import Method
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationPicture(_Record):
+    """An image by name, by the hash of its file, by that of its decoded pixels, and its patient where known."""
+
+    name: str
+    sha256: str
+    pixels_sha256: str
+    patient: str | None = None
+
+
+class CalibrationImages(_Record):
+    """The images that a calibration ran on, and what they were compared with.
+
+    Attributes:
+        pictures: in the order of their hashes.
+        sources: the data sets and folders that they were taken from; empty in records of earlier versions.
+        evaluation_pictures: number of evaluation images that were compared with them; none is shared.
+        evaluation_sources: the data sets and folders of those.
+        failed: why images of either were left out, a sentence each, which names the file.
+    """
+
+    pictures: tuple[CalibrationPicture, ...]
+    sources: tuple[ImageSource, ...] = ()
+    evaluation_pictures: int
+    evaluation_sources: tuple[ImageSource, ...] = ()
+    failed: tuple[str, ...] = ()
+
+    @property
+    def patients(self) -> int:
+        """How many of the patients are known."""
+        return len({picture.patient for picture in self.pictures} - {None})
+
+    def describe(self) -> list[str]:
+        """What was taken, from where, and whether patients could be compared, line by line."""
+        taken = counted(len(self.pictures), "image") + (
+            f" of {counted(self.patients, 'patient')}" if self.patients else ""
+        )
+        lines = [f"Calibration: {taken}, from {_join(self.sources)}"]
+        if self.evaluation_sources:
+            lines.append(f"Evaluation set: {_join(self.evaluation_sources)}")
+            unknown = sum(source.images_without_patient for source in (*self.sources, *self.evaluation_sources))
+            if unknown:
+                lines.append(
+                    f"{unknown:,} of these images have no known patient, so they were compared by file and pixels "
+                    "alone. Give --subject, or a subject column."
+                )
+        return lines + [f"Left out: {reason}" for reason in self.failed]
+
+    def facts(self) -> dict[str, Any]:
+        """Counts and sources in plain JSON form."""
+        sources = self.model_dump(
+            mode="json", include={"sources", "evaluation_pictures", "evaluation_sources", "failed"}
+        )
+        return {"pictures": len(self.pictures), "patients": self.patients, **sources}
+
+
+class CalibrationRecord(CalibrationImages):
+    """All that the scales of a quantized graph came from.
+
+    `graph_sha256` is that of the FP32 graph that ran. A range is the largest absolute value that a tensor's codes stand
+    for.
+    """
+
+    schema_version: int = 1
+    graph: str
+    graph_sha256: str
+    method: Method
+    percentile: float | None
+    ranges: dict[str, float]
+
+
+def write_record(record: CalibrationRecord, file: str, folder: Path) -> CalibrationEntry:
+    """Write a record into a bundle that is being made."""
+    from cclip_deploy.common.files import sha256_file
+
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return CalibrationEntry(file=file, sha256=sha256_file(folder / file))
+
+
+def read_record(bundle: Bundle, graph: GraphEntry) -> CalibrationRecord:
+    """The record of a quantised graph, its checksum verified.
+
+    Raises:
+        BundleError: it is no record, or one of another graph.
+    """
+    if graph.calibration is None:
+        raise BundleError(f"{graph.file} does not say what it was calibrated with. Build it again.")
+    path, content = bundle.path / graph.calibration.file, bundle.read(graph.calibration.file, RECORD_BYTES)
+    try:
+        record = CalibrationRecord.model_validate_json(content)
+    except ValidationError as error:
+        raise BundleError(f"{path} is no calibration record: {error.errors()[0]['msg']}. Build it again.") from error
+    if record.graph_sha256 != graph.made_from_sha256:
+        raise BundleError(f"{path} was made with another graph than {graph.file} was made from. Build it again.")
+    return record
+
+
+def _join(sources: tuple[ImageSource, ...]) -> str:
+    return "; ".join(source.describe() for source in sources) or "a version that did not record it"

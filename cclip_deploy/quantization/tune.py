@@ -1,0 +1,295 @@
+"""Tune: which blocks of the image encoder have to stay in a higher precision for the masks to hold, and no more.
+
+Everything starts in the low precision. Each block's damage is what the masks lose when it alone is low; blocks are
+moved up in the order of damage for their multiply-adds, until the budget holds on the tuning part of the evaluation
+set, by two standard errors of its mean, with a form that no form with fewer blocks equals. The result is judged on the
+other part, which shares no patient with the first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.bundle.precision import REST, Precision, is_quantised
+from cclip_deploy.datasets.image_sets import DataSetOptions, read_image_set
+from cclip_deploy.errors import ParityError, UsageError
+from cclip_deploy.quantization.agreement import LEAST_DICE, LEAST_MEAN_DICE, with_prompts
+from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures, usable
+from cclip_deploy.quantization.halves import Halves, deal_out, hashes
+from cclip_deploy.quantization.profile import Agreement, CalibrationUsed, FrontPoint, TunedProfile, Tuning
+from cclip_deploy.quantization.sensitivity import MaskTrial
+from cclip_deploy.runtime.graph_model import load_model
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Progress = Callable[[str], None]
+
+IMAGE = "image_encoder"
+STANDARD_ERRORS = 2
+"""By which the tuning part's mean has to hold, so that other pictures hold it too."""
+BUDGET = Agreement(mean=LEAST_MEAN_DICE, worst=LEAST_DICE)
+POINTS_BEYOND = 6
+"""Forms judged after the budget holds, for the front's sake."""
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What to tune, on what, and what the masks are to keep.
+
+    Attributes:
+        precision: the low one.
+        evaluation_set: images, or data sets' test splits; one half decides, the other judges.
+        calibration: for a quantised precision; its evaluation set is the one above.
+        budget: least mean Dice to FP32's masks, and least mean of a picture.
+        limit: how many evaluation images to use at most, of as many patients as possible.
+        data_sets: how data-set folders are read.
+        threads: of ONNX Runtime on the CPU.
+    """
+
+    precision: Precision
+    evaluation_set: tuple[Path, ...]
+    calibration: CalibrationOptions | None = None
+    budget: Agreement = BUDGET
+    limit: int = 64
+    data_sets: DataSetOptions = field(default_factory=DataSetOptions)
+    threads: int | None = None
+
+
+def tune_precision(bundle: Bundle, options: TuneOptions, on_progress: Progress = lambda _: None) -> TunedProfile:
+    """Search, judge, and say what was found.
+
+    Raises:
+        UsageError: nothing can be tuned, a calibration that cannot be, or too few evaluation images or patients.
+        DataError: an image or a patient is in both sets, or a data set is not what it should be.
+        ParityError: the budget does not hold, on the tuning part whatever is kept, or on the held-out part.
+    """
+    _check(options)
+    calibration = None if options.calibration is None else choose_pictures(options.calibration)
+    evaluation = with_prompts(read_image_set(options.evaluation_set, "test", options.data_sets))
+    halves = deal_out(usable(evaluation.limited(options.limit), on_progress))
+    for line in (*(calibration.describe()[:1] if calibration else ()), *halves.describe()):
+        on_progress(line)
+    search = _Search(bundle, options, calibration, halves, on_progress)
+    search.refuse_what_no_block_mends()
+    damage = search.damages()
+    front, chosen = search.front(damage)
+    profile = _profile(bundle, options, search, damage, front, chosen)
+    _hold(profile.tuned)
+    return profile
+
+
+class _Search:
+    """The forms that have been judged so far, and how long one takes."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: TuneOptions,
+        calibration: CalibrationSet | None,
+        halves: Halves,
+        tell: Progress,
+    ) -> None:
+        self.options, self.tell = options, tell
+        self.model = load_model(bundle, IMAGE)
+        self.blocks = blocks_of(self.model, options.precision)
+        self.costs, self.total = _multiply_adds(self.model, self.blocks)
+        self.ranges: dict[str, float] | None = None
+        self.calibration: CalibrationUsed | None = None
+        if calibration is not None and options.calibration is not None:
+            record = calibrate(bundle, IMAGE, self.model, calibration, options.calibration, options.threads, tell)
+            pictures = tuple(picture.sha256 for picture in record.pictures)
+            self.ranges = record.ranges
+            self.calibration = CalibrationUsed(
+                method=record.method, percentile=record.percentile, pictures=pictures, sources=record.sources
+            )
+        self.halves = halves
+        self.trial = MaskTrial(bundle, options.precision, halves.images, options.threads, tell)
+        self.tuning, self.every = range(len(halves.tuning.images)), range(len(halves.images))
+        self.started, self.steps = time.monotonic(), 0
+
+    def refuse_what_no_block_mends(self) -> None:
+        """ParityError where the budget breaks with every block kept: what is left is not the blocks' to mend."""
+        rest = REST.get(self.options.precision, self.options.precision)
+        self._tell_step("Masks with every block kept", 2 * len(self.blocks))
+        best = _agreement(self.trial.judge(self._all_kept(rest), self.tuning))
+        if not _holds(best, self.options.budget):
+            raise ParityError(
+                f"The budget (mean Dice {self.options.budget.mean}, worst image {self.options.budget.worst}) does "
+                f"not hold with every block of the image encoder kept ({best.mean:.5f}, {best.worst:.5f}): prompt "
+                f"encoder, mask decoder and what stands between the blocks, in {rest}, cost more. Lower the budget, or "
+                "take a higher precision."
+            )
+
+    def _all_kept(self, rest: Precision) -> ModelProto:
+        from cclip_deploy.graph.precision.convert import lower
+
+        return lower(self.model, rest, keep=() if is_quantised(self.options.precision) else tuple(self.blocks)).model
+
+    def damages(self) -> dict[str, float]:
+        """For each block: 1 - mean Dice on the tuning part with that block alone in the low precision."""
+        found = {}
+        for block in self.blocks:
+            self._tell_step(f"Damage of {block}", 2 * len(self.blocks) - self.steps)
+            others = [other for other in self.blocks if other != block]
+            found[block] = 1 - _agreement(self.trial.judge(self._lowered(others), self.tuning)).mean
+        return found
+
+    def front(self, damage: Mapping[str, float]) -> tuple[list[FrontPoint], FrontPoint | None]:
+        """Forms with ever more blocks kept, and the first that holds the budget and is better than those before it."""
+        order = sorted(self.blocks, key=lambda block: damage[block] / max(1, self.costs[block]), reverse=True)
+        points: list[FrontPoint] = []
+        chosen: FrontPoint | None = None
+        count = 0
+        while count < len(order):
+            self._tell_step(f"{count} of {len(order)} blocks kept", len(order) - count)
+            point = self._point(order[:count])
+            holds = _holds(point.tuning, self.options.budget, STANDARD_ERRORS)
+            if chosen is None and holds and not any(cheaper.tuning.as_good_as(point.tuning) for cheaper in points):
+                chosen = point
+            points.append(point)
+            count += 1 if chosen is None else max(1, (len(order) - len(chosen.kept)) // POINTS_BEYOND)
+        return points, chosen
+
+    def _point(self, kept: Sequence[str]) -> FrontPoint:
+        dices = self.trial.judge(self._lowered(kept), self.every)
+        return FrontPoint(
+            kept=tuple(kept),
+            share=(sum(self.costs.values()) - sum(self.costs[block] for block in kept)) / self.total,
+            tuning=_agreement({number: dices[number] for number in self.tuning}),
+            held_out=_agreement({number: dices[number] for number in self.every if number not in self.tuning}),
+        )
+
+    def _lowered(self, kept: Sequence[str]) -> ModelProto:
+        from cclip_deploy.graph.precision.convert import lower
+
+        return lower(self.model, self.options.precision, self.ranges, kept).model
+
+    def _tell_step(self, what: str, most_left: int) -> None:
+        left = (time.monotonic() - self.started) / self.steps * most_left if self.steps else None
+        told = f", at most {timedelta(seconds=round(left))} left" if left is not None else ""
+        self.tell(f"{what}{told}")
+        self.steps += 1
+
+
+def blocks_of(model: ModelProto, precision: Precision) -> dict[str, tuple[str, ...]]:
+    """The parts of a graph that can be kept: names that `lower` takes, each with its products, in the graph's order.
+
+    A block is a bottleneck (`tower.layer1.0`), a masker, or a layer that belongs to none; a product whose weight has
+    no module's name stands for itself.
+    """
+    from cclip_deploy.graph.precision.onnx_graph import varying_tensors
+    from cclip_deploy.graph.precision.quantize import PRODUCTS, plan_quantisation
+
+    if is_quantised(precision):
+        plan = plan_quantisation(model)
+        weights = {product.node: product.weight_input for product in plan.products}
+        named = [(node, node.input[weights[node.name]]) for node in model.graph.node if node.name in weights]
+    else:
+        varying = varying_tensors(model)
+        products = [node for node in model.graph.node if node.op_type in PRODUCTS]
+        named = [(node, next((i for i in node.input[:2] if i not in varying), "")) for node in products]
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for node, weight in named:
+        blocks[_block(weight) or node.name].append(node.name)
+    return {block: tuple(nodes) for block, nodes in blocks.items()}
+
+
+def _block(weight: str) -> str | None:
+    parts = weight.split(".")
+    if len(parts) < 3:
+        return None
+    return ".".join(parts[:3] if len(parts) > 3 and parts[2].isdigit() else parts[:2])
+
+
+def _multiply_adds(model: ModelProto, blocks: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], int]:
+    """Those of each block, and those of the graph."""
+    from cclip_deploy.graph.cost import cost_of_nodes
+
+    counted = {cost.name: cost.multiply_adds for cost in cost_of_nodes(model, {"batch": 1})}
+    costs = {block: sum(counted.get(node, 0) for node in nodes) for block, nodes in blocks.items()}
+    return costs, max(1, sum(counted.values()))
+
+
+def _check(options: TuneOptions) -> None:
+    if options.precision == "fp32":
+        raise UsageError("FP32 is what is tuned against. Name a lower precision.")
+    if is_quantised(options.precision) != (options.calibration is not None):
+        wants = "needs" if is_quantised(options.precision) else "takes no"
+        raise UsageError(f"{options.precision} {wants} --calibration.")
+    if not all(0 < least <= 1 for least in (options.budget.mean, options.budget.worst)):
+        raise UsageError(f"A budget is a Dice above 0, up to 1, not {options.budget.mean}, {options.budget.worst}.")
+
+
+def _agreement(dices: Mapping[int, NDArray[np.float64]]) -> Agreement:
+    every = np.concatenate(list(dices.values()))
+    means = np.array([values.mean() for values in dices.values()])
+    error = means.std(ddof=1) / np.sqrt(len(means))
+    return Agreement(mean=float(every.mean()), worst=float(means.min()), standard_error=float(error))
+
+
+def _holds(found: Agreement, budget: Agreement, standard_errors: float = 0) -> bool:
+    return found.mean - standard_errors * found.standard_error >= budget.mean and found.worst >= budget.worst
+
+
+def _profile(
+    bundle: Bundle,
+    options: TuneOptions,
+    search: _Search,
+    damage: dict[str, float],
+    front: Sequence[FrontPoint],
+    chosen: FrontPoint | None,
+) -> TunedProfile:
+    if chosen is None:
+        best = max(front, key=lambda point: point.tuning.mean)
+        raise ParityError(
+            f"The budget (mean Dice {options.budget.mean}, worst image {options.budget.worst}) does not hold on the "
+            f"tuning part whatever is kept, in a form that none with fewer blocks equals; the best has "
+            f"{best.tuning.mean:.4f} and {best.tuning.worst:.4f}. Lower the budget, calibrate with other images, or "
+            "take a higher precision."
+        )
+    rest = REST.get(options.precision, "fp32")
+    halves = search.halves
+    return TunedProfile(
+        name=f"tuned-{options.precision}",
+        why=f"{chosen.share:.1%} of the image encoder's multiply-adds in {options.precision.split('-')[0]}, "
+        f"{len(chosen.kept)} of {len(search.blocks)} blocks in {rest}; mean Dice to FP32 "
+        f"{chosen.held_out.mean:.4f} on {len(halves.held_out.images)} held-out images. Not run on a GPU.",
+        precision=options.precision,
+        keep=chosen.kept,
+        tuned=Tuning(
+            graph_sha256=bundle.graph(IMAGE).sha256,
+            budget=options.budget,
+            share=chosen.share,
+            tuning=chosen.tuning,
+            held_out=chosen.held_out,
+            tuning_pictures=hashes(halves.tuning),
+            held_out_pictures=hashes(halves.held_out),
+            tuning_patients=len(halves.tuning.patients),
+            held_out_patients=len(halves.held_out.patients),
+            sources=halves.tuning.sources,
+            calibration=search.calibration,
+            damage=damage,
+            front=tuple(front),
+        ),
+    )
+
+
+def _hold(tuned: Tuning) -> None:
+    if not _holds(tuned.held_out, tuned.budget):
+        raise ParityError(
+            f"The budget holds on the tuning part (mean Dice {tuned.tuning.mean:.4f}, worst picture "
+            f"{tuned.tuning.worst:.4f}) but not on the held-out one ({tuned.held_out.mean:.4f}, "
+            f"{tuned.held_out.worst:.4f}). Give more evaluation images, or set a higher budget than you need. No "
+            "profile was written."
+        )

@@ -1,0 +1,164 @@
+"""ONNX Runtime on an NVIDIA GPU: its CUDA, TensorRT and TensorRT-RTX providers, with IO binding. Not yet run on one.
+
+The providers build their own engines from the bundle's graphs, in the precision that the graph is in: no provider
+option names one. Under TensorRT 10 the TensorRT provider builds weakly typed engines, so lower precisions
+are to be checked with `verify` there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.bundle.manifest import GraphEntry
+from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.runtime.backend import Kept, KeptOrArrays
+from cclip_deploy.runtime.onnxruntime.cpu import PROVIDERS, Device, OnnxRuntimeBackend, Provider
+
+LARGEST = {"batch": 8, "prompts": 16}
+RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+INSTALL_PLUGIN = "pip install onnxruntime-ep-nv-tensorrt-rtx"
+
+
+class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
+    """A bundle's graphs in ONNX Runtime on a GPU; features stay there between two graphs."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: str,
+        device: Device,
+        threads: int | None = None,
+        cache: Path | None = None,
+        memory: str = "cuda",
+    ) -> None:
+        """As `OnnxRuntimeBackend`.
+
+        Args:
+            bundle: where the graphs are.
+            precision: of the graphs.
+            device: which provider.
+            threads: of what is left to the CPU.
+            cache: a folder for the engines and kernels that the TensorRT providers compile; they are code that is run
+                the next time, so it must be nobody else's. None compiles them anew in every process.
+            memory: ONNX Runtime's name of the memory that kept outputs are in.
+        """
+        super().__init__(bundle, precision, device, threads)
+        self.cache = cache
+        self._memory = memory
+
+    def run(self, graph: str, inputs: KeptOrArrays) -> dict[str, NDArray[np.float32]]:
+        names, values = self._run_bound(graph, inputs, None, "cpu")
+        return {name: value.numpy().astype(np.float32) for name, value in zip(names, values, strict=True)}
+
+    def run_kept(self, graph: str, inputs: KeptOrArrays, names: Sequence[str]) -> dict[str, Kept]:
+        found, values = self._run_bound(graph, inputs, names, self._memory)
+        return {name: KeptValue(value) for name, value in zip(found, values, strict=True) if name in names}
+
+    def _run_bound(
+        self, graph: str, inputs: KeptOrArrays, keep: Sequence[str] | None, memory: str
+    ) -> tuple[list[str], list[Any]]:
+        session = self._session(graph)
+        names = [output.name for output in session.get_outputs()]
+        halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            if isinstance(value, KeptValue):
+                binding.bind_ortvalue_input(name, value.held())
+            else:
+                array = value if isinstance(value, np.ndarray) else value.numpy()
+                binding.bind_cpu_input(name, np.ascontiguousarray(array, np.float16 if name in halves else None))
+        for name in names:
+            binding.bind_output(name, memory if keep is None or name in keep else self._memory)
+        with self._guarded(graph) as options:
+            binding.synchronize_inputs()
+            session.run_with_iobinding(binding, options)
+            binding.synchronize_outputs()
+        return names, binding.get_outputs()
+
+    def _providers(self, entry: GraphEntry) -> list[Provider]:
+        options = provider_options(self.device, entry, self.cache)
+        # What TensorRT does not take runs in CUDA, not on the CPU.
+        return [(PROVIDERS[self.device], options)] + (
+            [(PROVIDERS["cuda"], provider_options("cuda", entry, None))] if self.device == "tensorrt" else []
+        )
+
+
+class KeptValue:
+    """An output in ONNX Runtime's own memory."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.held().shape())
+
+    def held(self) -> Any:
+        """ONNX Runtime's value; EnvironmentProblem where it was closed."""
+        if self._value is None:
+            raise EnvironmentProblem("This output was freed. Compute it again.")
+        return self._value
+
+    def numpy(self) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = self.held().numpy().astype(np.float32)
+        return array
+
+    def wait(self) -> None:
+        """Nothing to do: it was waited for when it was computed."""
+
+    def close(self) -> None:
+        self._value = None
+
+
+def provider_options(device: Device, entry: GraphEntry, cache: Path | None) -> dict[str, str]:
+    """A provider's options for one graph: shapes, no precision of the provider's own choice, caches if asked for.
+
+    The caches of a graph are in a folder of its hash, so that none is ever used for another graph.
+    """
+    if device == "cuda":
+        return {"use_tf32": "0"}
+    prefix = "trt" if device == "tensorrt" else "nv"
+    options: dict[str, str] = {}
+    if entry.dynamic():
+        for which, sizes in (("min", dict.fromkeys(LARGEST, 1)), ("opt", dict.fromkeys(LARGEST, 1)), ("max", LARGEST)):
+            options[f"{prefix}_profile_{which}_shapes"] = ",".join(
+                f"{tensor.name}:{'x'.join(str(sizes.get(str(side), side)) for side in tensor.shape)}"
+                for tensor in entry.inputs
+            )
+    folder = None if cache is None else str(cache / entry.sha256[:16])
+    if device == "tensorrt":
+        options |= {"trt_fp16_enable": "0", "trt_bf16_enable": "0", "trt_int8_enable": "0"}
+        if folder is not None:
+            options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
+            options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+    elif folder is not None:
+        options["nv_runtime_cache_path"] = folder
+    return options
+
+
+def register_rtx_plugin(runtime: Any) -> None:
+    """Make the TensorRT-RTX provider known to ONNX Runtime, which it comes to as a package of its own."""
+    provider = PROVIDERS["tensorrt-rtx"]
+    if provider in runtime.get_available_providers() or any(d.ep_name == provider for d in runtime.get_ep_devices()):
+        return
+    try:
+        import importlib
+
+        plugin = importlib.import_module(RTX_PLUGIN)
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"ONNX Runtime's TensorRT-RTX provider cannot be imported ({error}). Install it: {INSTALL_PLUGIN}"
+        ) from error
+    try:
+        runtime.register_execution_provider_library(provider, plugin.get_library_path())
+    except Exception as error:  # onnxruntime's exceptions have no common public base
+        raise EnvironmentProblem(
+            f"ONNX Runtime's TensorRT-RTX provider does not load: {str(error).splitlines()[0][:200]}. It needs an "
+            "NVIDIA driver and GPU: run cclip-deploy doctor."
+        ) from error

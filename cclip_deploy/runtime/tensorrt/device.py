@@ -1,0 +1,177 @@
+"""The GPU as the runner uses it: memory, copies, streams, events and CUDA graphs, behind one small interface.
+
+Two packages offer it. Which one is used is said, never guessed: cuda-python unless pycuda is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cclip_deploy.errors import UsageError
+
+GpuInterface = Literal["cuda-python", "pycuda"]
+Handle = Any
+"""A stream, an event or a captured graph: whatever the package behind the interface makes of it."""
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """The device that is used: its compute capability as "8.9", the CUDA version of its driver as "13.0"."""
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
+    driver_cuda: str
+
+
+class Gpu(Protocol):
+    """Device 0 of this machine. Addresses are device addresses; every copy and launch is on a stream, and asynchronous.
+
+    Every method raises EnvironmentProblem where CUDA reports an error, with CUDA's own words. What was allocated and
+    made has to be freed and closed by who asked for it: `Ownership` does that.
+    """
+
+    interface: GpuInterface
+    facts: GpuFacts
+
+    def allocate(self, n_bytes: int) -> int:
+        """The address of so much device memory, aligned to 256 bytes."""
+        ...
+
+    def free(self, address: int) -> None: ...
+
+    def allocate_pinned(self, n_bytes: int) -> Bytes:
+        """Page-locked host memory: copies from and to it are truly asynchronous."""
+        ...
+
+    def free_pinned(self, memory: Bytes) -> None: ...
+
+    def copy_in(self, address: int, source: Bytes, stream: Handle) -> None:
+        """Host to device, all of `source`, which must be pinned."""
+        ...
+
+    def copy_out(self, target: Bytes, address: int, stream: Handle) -> None:
+        """Device to host, as much as `target` holds, which must be pinned."""
+        ...
+
+    def open_stream(self) -> Handle: ...
+
+    def close_stream(self, stream: Handle) -> None: ...
+
+    def stream_address(self, stream: Handle) -> int:
+        """The stream as TensorRT takes it."""
+        ...
+
+    def synchronize(self, stream: Handle) -> None:
+        """Wait until all that was put on the stream is done; raises what went wrong in it."""
+        ...
+
+    def open_event(self) -> Handle: ...
+
+    def close_event(self, event: Handle) -> None: ...
+
+    def record(self, event: Handle, stream: Handle) -> None: ...
+
+    def milliseconds_between(self, start: Handle, end: Handle) -> float:
+        """Device time between two recorded events; waits for the later one."""
+        ...
+
+    def begin_capture(self, stream: Handle) -> None: ...
+
+    def end_capture(self, stream: Handle) -> Handle:
+        """The captured work as a graph that can be launched."""
+        ...
+
+    def launch(self, graph: Handle, stream: Handle) -> None: ...
+
+    def close_graph(self, graph: Handle) -> None: ...
+
+    def free_bytes(self) -> int:
+        """Device memory that nobody uses."""
+        ...
+
+    def enter_thread(self) -> None:
+        """Make the device the calling thread's; threads other than the opening one call it before anything else."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_gpu(interface: GpuInterface = "cuda-python") -> Gpu:
+    """Device 0 through the package that was asked for.
+
+    Raises:
+        UsageError: there is no such interface.
+        EnvironmentProblem: the package, the driver or a GPU is missing, or the driver is too old; with the remedy.
+    """
+    if interface == "cuda-python":
+        from cclip_deploy.runtime.tensorrt.cuda_python import CudaPythonGpu
+
+        return CudaPythonGpu()
+    if interface == "pycuda":
+        from cclip_deploy.runtime.tensorrt.pycuda import PyCudaGpu
+
+        return PyCudaGpu()
+    raise UsageError(f"GPU interface {interface!r} is none of {', '.join(get_args(GpuInterface))}.")
+
+
+class Ownership:
+    """Everything that one owner made on a GPU; closing it frees all that is still there, the last made first."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self._stack = ExitStack()
+        self._blocks: dict[int, int] = {}
+        self._pinned: dict[int, Bytes] = {}
+
+    def allocate(self, n_bytes: int) -> int:
+        address = self.gpu.allocate(n_bytes)
+        self._blocks[address] = n_bytes
+        return address
+
+    def free(self, address: int) -> None:
+        del self._blocks[address]
+        self.gpu.free(address)
+
+    def allocate_pinned(self, n_bytes: int) -> Bytes:
+        memory = self.gpu.allocate_pinned(n_bytes)
+        self._pinned[id(memory)] = memory
+        return memory
+
+    def free_pinned(self, memory: Bytes) -> None:
+        del self._pinned[id(memory)]
+        self.gpu.free_pinned(memory)
+
+    def open_stream(self) -> Handle:
+        stream = self.gpu.open_stream()
+        self._stack.callback(self.gpu.close_stream, stream)
+        return stream
+
+    @contextmanager
+    def event(self) -> Iterator[Handle]:
+        event = self.gpu.open_event()
+        try:
+            yield event
+        finally:
+            self.gpu.close_event(event)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that is held now."""
+        return sum(self._blocks.values())
+
+    def close(self) -> None:
+        """Free everything, even where freeing something fails; the first failure is raised at the end."""
+        for address in list(self._blocks):
+            self._stack.callback(self.free, address)
+        for memory in list(self._pinned.values()):
+            self._stack.callback(self.free_pinned, memory)
+        self._stack.close()

@@ -1,0 +1,47 @@
+"""The demo on almost no data: every stage runs, and nothing of the user's is overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.datasets.flat import read_flat
+from cclip_deploy.demo.demo import BUNDLE, FACTS, RECIPE, REPORT, DemoOptions, find_real_film, run_demo
+from cclip_deploy.errors import UsageError
+from cclip_deploy.train.config import DataSource, TrainConfig
+
+RECIPE_FILE = Path(__file__).parents[2] / "training" / "configs" / "synthetic_tiny.toml"
+
+
+def test_demo_trains_the_recipe_that_users_read() -> None:
+    written = TrainConfig.from_toml(RECIPE_FILE)
+    assert written.model_copy(update={"data": DataSource()}) == RECIPE
+
+
+def test_demo_refuses_a_folder_that_is_no_demo(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(UsageError, match="no earlier demo"):
+        run_demo(tmp_path, DemoOptions(), "test")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_demo_leaves_bundle_data_report_and_every_picture_that_the_report_shows(tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    recipe = RECIPE.model_copy(update={"image_size": 64, "epochs": 1})
+    options = DemoOptions(recipe, train_films=8, test_films=4, bench_rounds=3, bench_budget_seconds=5)
+    facts = run_demo(output, options, "test")
+    assert find_real_film() is not None, "pydicom-data is a development dependency"
+    assert {row.stage for row in facts.rows()} == {"train", "evaluate", "verify", "build-engine", "bench"}
+    assert {engine["precision"] for engine in facts.engines} == {"fp16"}
+    assert Bundle.open(output / BUNDLE).check_all() == ()
+    assert len({referral.image for referral in read_flat(output / "data")}) == 12
+    page, kept = (output / REPORT).read_text(), json.loads((output / FACTS).read_text())
+    assert kept["verify"]["passed"]
+    for prediction in kept["predictions"]:
+        assert (output / prediction["files"]["overlay"]).is_file()
+        assert f'src="{prediction["files"]["overlay"]}"' in page
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]

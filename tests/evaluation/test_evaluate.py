@@ -1,0 +1,324 @@
+"""A checkpoint and its bundle evaluated on data sets that a user may have, and the report of it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cclip_deploy.bundle.bundle import Bundle, edited_bundle, write_manifest
+from cclip_deploy.bundle.precision import Precision
+from cclip_deploy.datasets.flat import read_flat
+from cclip_deploy.datasets.mask_file import read_mask
+from cclip_deploy.datasets.synthetic.generator import Asking, write_dataset
+from cclip_deploy.engines.convert import DeriveOptions, derive_graphs
+from cclip_deploy.errors import BundleError, DataError, EnvironmentProblem, UsageError
+from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS
+from cclip_deploy.evaluation.evaluate import EvaluationOptions, EvaluationResult, NetworkChoice, evaluate
+from cclip_deploy.evaluation.report import check_report_folder, remarks, write_report
+from cclip_deploy.evaluation.summary import Scores
+from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.model.checkpoint import save_checkpoint
+from cclip_deploy.model.config import InputForm
+from cclip_deploy.model.network import CausalCLIPSeg
+from cclip_deploy.quantization.calibrate import CalibrationOptions
+from cclip_deploy.runtime.registry import BackendName, Choice, open_backend
+from tests.bundles import copy_of
+from tests.conftest import THREADS, TINY_HW
+
+FILM_HW = (80, 72)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six test films of another size than the network's, three prompts each, some of absent sites."""
+    folder = tmp_path_factory.mktemp("data") / "films"
+    write_dataset(folder, {"test": 6}, FILM_HW, 0, prompts_per_film=3, asking=Asking(absent_share=0.3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_checkpoint(tiny_checkpoint: Path, films: Path) -> EvaluationResult:
+    choice = NetworkChoice(tiny_checkpoint, threads=THREADS, image_hw=TINY_HW, prompt_length=24)
+    return evaluate(choice, films, EvaluationOptions(worst=2))
+
+
+@pytest.fixture(scope="module")
+def of_bundle(tiny_bundle_path: Path, films: Path) -> EvaluationResult:
+    return evaluate(NetworkChoice(tiny_bundle_path, threads=THREADS), films, EvaluationOptions(worst=2))
+
+
+def row_dice(result: EvaluationResult) -> np.ndarray:
+    return np.array([row.overlap.dice for row in result.measurements.rows])
+
+
+def test_a_bundle_and_its_checkpoint_agree(of_bundle: EvaluationResult, of_checkpoint: EvaluationResult) -> None:
+    np.testing.assert_allclose(row_dice(of_bundle), row_dice(of_checkpoint), atol=2e-3)
+    for one, other in zip(of_bundle.evaluation.controls, of_checkpoint.evaluation.controls, strict=True):
+        assert one.dice.value == pytest.approx(other.dice.value, abs=2e-3)
+    assert of_bundle.evaluation.scores.brier.value == pytest.approx(
+        of_checkpoint.evaluation.scores.brier.value, abs=1e-5
+    )
+    assert of_bundle.network["checkpoint_sha256"] == of_checkpoint.network["checkpoint_sha256"]
+    assert (of_bundle.network["backend"], of_checkpoint.network["backend"]) == ("onnxruntime", "pytorch")
+
+
+def test_a_checkpoint_that_knows_what_it_was_trained_on_is_asked_so(
+    tiny_network: CausalCLIPSeg, films: Path, tmp_path: Path, of_checkpoint: EvaluationResult
+) -> None:
+    save_checkpoint(tiny_network, tmp_path / "trained.safetensors", InputForm(TINY_HW, 24))
+    found = evaluate(
+        NetworkChoice(tmp_path / "trained.safetensors", threads=THREADS), films, EvaluationOptions(worst=0)
+    )
+    assert (found.network["image_hw"], found.network["prompt_length"]) == (list(TINY_HW), 24)
+    np.testing.assert_array_equal(row_dice(found), row_dice(of_checkpoint))
+
+
+def test_backends_agree(tiny_bundle_path: Path, films: Path, of_bundle: EvaluationResult) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is an extra: pip install 'cclip-deploy[openvino]'")
+    choice = NetworkChoice(tiny_bundle_path, Choice("openvino", threads=THREADS))
+    np.testing.assert_allclose(row_dice(evaluate(choice, films, EvaluationOptions())), row_dice(of_bundle), atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def low_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with FP16 graphs and an INT8 image encoder."""
+    folder = tmp_path_factory.mktemp("low")
+    path = copy_of(tiny_bundle_path, folder)
+    write_dataset(folder / "data", {"train": 8}, TINY_HW, 5)
+    calibration = CalibrationOptions((folder / "data",), "min-max")
+    graphs = ("image_encoder", "prompt_encoder", "mask_decoder")
+    for wanted in (DeriveOptions("fp16", graphs, threads=THREADS), DeriveOptions("int8", graphs, calibration)):
+        bundle = Bundle.open(path)
+        with edited_bundle(bundle) as unfinished:
+            write_manifest(unfinished, derive_graphs(bundle, wanted, unfinished, print).manifest)
+    return path
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("precision", "rest"), [("fp16", "fp16"), ("int8", "fp32")])
+def test_a_low_precision_is_measured_and_named(
+    backend: BackendName, precision: Precision, rest: str, low_bundle_path: Path, films: Path,
+    of_bundle: EvaluationResult,
+) -> None:  # fmt: skip
+    """Dice of every row as the segmenter's own probabilities give it, and not FP32's."""
+    pytest.importorskip(backend)
+    result = evaluate(
+        NetworkChoice(low_bundle_path, Choice(backend, threads=THREADS), precision), films, EvaluationOptions()
+    )
+    bundle = Bundle.open(low_bundle_path)
+    segmenter = Segmenter(bundle, open_backend(backend, bundle, precision, threads=THREADS))
+    expected = []
+    for row in read_flat(films):
+        probability = next(segmenter.probabilities(read_picture(row.image).pixels, [row.text]))
+        predicted, reference = probability >= 0.5, read_mask(row.mask)
+        total = predicted.sum() + reference.sum()
+        expected.append(2 * (predicted & reference).sum() / total if total else 1.0)
+    np.testing.assert_allclose(row_dice(result), expected, atol=1e-12)
+    assert not np.array_equal(row_dice(result), row_dice(of_bundle))
+    assert result.network["graphs"] == {"image_encoder": precision, "prompt_encoder": rest, "mask_decoder": rest}
+    assert (result.network["backend"], result.network["precision"]) == (backend, precision)
+    assert f"Ran in {backend} on cpu: image_encoder in {precision}, prompt_encoder in {rest}" in " ".join(
+        remarks(result)
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-fp16", "fp8"])
+def test_a_precision_that_the_bundle_lacks_is_an_error(precision: str, tiny_bundle_path: Path, films: Path) -> None:
+    with pytest.raises(UsageError, match=f"build-engine BUNDLE --{precision.replace('-', ' --')}"):
+        evaluate(NetworkChoice(tiny_bundle_path, precision=precision), films, EvaluationOptions())
+
+
+def test_engines_that_are_not_there_are_an_error_and_never_replaced(tiny_bundle_path: Path, films: Path) -> None:
+    runs = Choice("tensorrt-rtx", allow_fallback=True)
+    with pytest.raises(UsageError, match="build-engine BUNDLE --fp16 --backend tensorrt-rtx"):
+        evaluate(NetworkChoice(tiny_bundle_path, runs, "fp16"), films, EvaluationOptions())
+
+
+def test_what_stands_in_is_named(tiny_bundle_path: Path, films: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(EnvironmentProblem, match="CUDAExecutionProvider"):
+        evaluate(NetworkChoice(tiny_bundle_path, Choice(device="cuda")), films, EvaluationOptions())
+    choice = NetworkChoice(tiny_bundle_path, Choice(device="cuda", threads=THREADS, allow_fallback=True))
+    result = evaluate(choice, films, EvaluationOptions())
+    assert (result.network["ran"]["asked"], result.network["ran"]["ran"]) == (
+        "onnxruntime on cuda", "onnxruntime on cpu",
+    )  # fmt: skip
+    assert any("onnxruntime on cuda was requested and did not run" in remark for remark in remarks(result))
+
+
+def test_answers_are_measured_in_the_pictures_own_pixels(of_bundle: EvaluationResult) -> None:
+    assert {row.pixels for row in of_bundle.measurements.rows} == {FILM_HW[0] * FILM_HW[1]}
+
+
+def test_the_data_are_described(of_bundle: EvaluationResult) -> None:
+    data = of_bundle.data
+    assert (data.images, data.patients, data.split, data.layout, data.patients_known) == (6, 6, "test", "flat", True)
+    empty = sum(not row.overlap.reference for row in of_bundle.measurements.rows)
+    assert data.empty_masks == empty > 0
+
+
+def test_prompts_that_are_too_long_are_cut_and_counted(tiny_checkpoint: Path, films: Path) -> None:
+    choice = NetworkChoice(tiny_checkpoint, threads=THREADS, image_hw=(32, 32), prompt_length=8)
+    result = evaluate(choice, films, EvaluationOptions())
+    assert result.data.cut_prompts == result.data.rows > 0
+    assert any("longer than 8 tokens" in remark for remark in remarks(result))
+
+
+@pytest.fixture
+def copy(films: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(films, tmp_path / "copy"))
+
+
+def keep_rows(folder: Path, count: int) -> None:
+    (table,) = folder.glob("*.csv")
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[: count + 1]))
+
+
+def test_one_image_has_values_without_intervals(tiny_bundle_path: Path, copy: Path, tmp_path: Path) -> None:
+    keep_rows(copy, 1)
+    result = evaluate(NetworkChoice(tiny_bundle_path, threads=THREADS), copy, EvaluationOptions())
+    dice = result.evaluation.scores.dice_per_image
+    assert dice.value is not None
+    assert (dice.low, dice.high, dice.patients) == (None, None, 1)
+    assert {c.name for c in result.evaluation.controls if c.missing} == {"shuffled", "fixed"}
+    assert any("one patient alone" in warning for warning in result.warnings())
+    write_report(tmp_path / "report", result)
+
+
+def test_empty_references_alone_can_be_reported(tiny_bundle_path: Path, copy: Path, tmp_path: Path) -> None:
+    for mask in (copy / "masks").iterdir():
+        Image.new("L", FILM_HW[::-1]).save(mask)
+    choice = NetworkChoice(tiny_bundle_path, threads=THREADS)
+    result = evaluate(choice, copy, EvaluationOptions(empty="leave-out"))
+    assert result.evaluation.scores.dice_per_image.value is None
+    assert result.evaluation.scores.empty_found_empty.rows == result.data.rows
+    write_report(tmp_path / "report", result)
+    assert "Found where nothing is" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_split_that_is_not_there_is_named(tiny_bundle_path: Path, films: Path) -> None:
+    with pytest.raises(DataError, match="no rows of split 'val'; its splits: test"):
+        evaluate(NetworkChoice(tiny_bundle_path), films, EvaluationOptions(split="val"))
+
+
+def test_a_table_without_rows_is_named(tiny_bundle_path: Path, copy: Path) -> None:
+    keep_rows(copy, 0)
+    with pytest.raises(DataError, match="is empty"):
+        evaluate(NetworkChoice(tiny_bundle_path), copy, EvaluationOptions())
+
+
+def test_a_missing_mask_is_named_before_anything_is_computed(tiny_bundle_path: Path, copy: Path) -> None:
+    lost = sorted((copy / "masks").iterdir())[-1]
+    lost.unlink()
+    with pytest.raises(DataError, match=lost.name):
+        evaluate(NetworkChoice(tiny_bundle_path), copy, EvaluationOptions())
+
+
+def test_options_of_the_other_kind_are_refused(tiny_bundle_path: Path, tiny_checkpoint: Path, films: Path) -> None:
+    with pytest.raises(UsageError, match="are for a checkpoint"):
+        evaluate(NetworkChoice(tiny_bundle_path, image_hw=(64, 64)), films, EvaluationOptions())
+    with pytest.raises(UsageError, match="Export it"):
+        evaluate(NetworkChoice(tiny_checkpoint, Choice("openvino")), films, EvaluationOptions())
+    with pytest.raises(UsageError, match="Export it"):
+        evaluate(NetworkChoice(tiny_checkpoint, precision="fp16"), films, EvaluationOptions())
+    with pytest.raises(BundleError, match="There is no"):
+        evaluate(NetworkChoice(films / "nothing"), films, EvaluationOptions())
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": 1.0}, {"tolerance_px": -1.0}, {"worst": -1}, {"seed": -1}])
+def test_numbers_that_mean_nothing_are_refused(wrong: dict[str, float], films: Path) -> None:
+    with pytest.raises(UsageError):
+        evaluate(NetworkChoice(films), films, EvaluationOptions(**wrong))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def report(of_bundle: EvaluationResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reports") / "report"
+    write_report(folder, of_bundle)
+    return folder
+
+
+def test_the_page_needs_no_other_file(report: Path) -> None:
+    page = (report / "index.html").read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) >= 4 + 2
+    assert all(source.startswith("data:image/") for source in sources)
+    plots = [base64.b64decode(s.partition(",")[2]) for s in sources if s.startswith("data:image/svg")]
+    assert len(plots) == 4
+    assert "http" not in re.sub(r"data:[^\"]*", "", page)
+
+
+def test_the_page_says_the_numbers_that_the_json_says(report: Path, of_bundle: EvaluationResult) -> None:
+    numbers = json.loads((report / "evaluation.json").read_text())
+    assert numbers["scores"]["dice_per_image"]["value"] == pytest.approx(row_dice(of_bundle).mean())
+    assert numbers["policy"]["empty_reference"] == "one"
+    assert f"<b>{numbers['scores']['dice_per_image']['value']:.3f}</b>" in (report / "index.html").read_text()
+
+
+def test_few_patients_are_warned_of_in_page_and_numbers(report: Path, of_bundle: EvaluationResult) -> None:
+    (warning,) = json.loads((report / "evaluation.json").read_text())["warnings"]
+    assert warning.startswith(f"Fewer than {FEW_PATIENTS} patients: The split.")
+    assert f"<p>Warning: {warning}</p>" in (report / "index.html").read_text()
+
+
+def test_scores_of_few_patients_are_named_in_a_split_of_many(of_bundle: EvaluationResult) -> None:
+    data = replace(of_bundle.data, patients=FEW_PATIENTS)
+    (warning,) = replace(of_bundle, data=data).warnings()
+    assert "hd95_px" in warning
+    enough = {f.name: replace(getattr(of_bundle.evaluation.scores, f.name), patients=FEW_PATIENTS)
+              for f in fields(Scores)}  # fmt: skip
+    evaluation = replace(of_bundle.evaluation, scores=Scores(**enough))
+    assert replace(of_bundle, data=data, evaluation=evaluation).warnings() == []
+
+
+def test_every_row_is_in_the_table(report: Path, of_bundle: EvaluationResult) -> None:
+    with (report / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["dice"]) for row in rows] == row_dice(of_bundle).tolist()
+    assert {"text", "patient", "hd95_px", "dice_side_swapped", "prompt_cut"} < set(rows[0])
+
+
+def test_the_same_result_gives_the_same_page(report: Path, of_bundle: EvaluationResult, tmp_path: Path) -> None:
+    write_report(tmp_path / "again", of_bundle)
+    assert (tmp_path / "again" / "index.html").read_bytes() == (report / "index.html").read_bytes()
+
+
+def test_only_a_report_is_replaced(report: Path, of_bundle: EvaluationResult, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--force"):
+        check_report_folder(report, replace=False)
+    check_report_folder(report, replace=True)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    with pytest.raises(UsageError, match="will not replace it"):
+        write_report(tmp_path / "thesis", of_bundle, replace=True)
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_coverage_is_said_with_every_control_and_group(of_bundle: EvaluationResult, report: Path) -> None:
+    numbers, rows = json.loads((report / "evaluation.json").read_text()), of_bundle.data.rows
+    for control in numbers["controls"]:
+        coverage = control["coverage"]
+        assert coverage["rows"] + sum(left["rows"] for left in coverage["left_out"]) == coverage["rows_in_all"] == rows
+        assert coverage["rows"] == control["dice"]["rows"]
+    assert {group["by"]: group["coverage"]["rows"] for group in numbers["group_coverage"]} == {
+        "target size": rows, "side named": rows, "zones named": rows,
+    }  # fmt: skip
+    page, said = (report / "index.html").read_text(), remarks(of_bundle)
+    fixed = next(c["coverage"] for c in numbers["controls"] if c["name"] == "fixed")
+    assert fixed["rows"] < rows
+    assert f"<td>{fixed['rows']} of {rows}</td>" in re.sub(r"<td[^>]*>", "<td>", page)
+    assert any(remark.startswith(f"Control fixed: {fixed['rows']} of {rows} rows; left out are") for remark in said)
+    assert f"Groups by side named: known of {rows} of {rows} rows." in said

@@ -1,0 +1,73 @@
+"""Spreads over seeds, against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from cclip_deploy.evaluation.seed_statistics import (
+    detectable_difference,
+    holm,
+    paired_difference,
+    power_of_paired_test,
+    spread_of,
+    student_p_value,
+)
+
+
+def test_three_values_have_students_interval_of_two_degrees_of_freedom() -> None:
+    spread = spread_of([1.0, 2.0, 3.0])
+    half = 4.302653 / 3**0.5  # t(0.975, 2), from a table
+    assert (spread.mean, spread.sd) == (2.0, 1.0)
+    assert (spread.low, spread.high) == (pytest.approx(2 - half, abs=1e-5), pytest.approx(2 + half, abs=1e-5))
+    assert spread.show(2) == "2.00 [-0.48, 4.48]"
+
+
+def test_one_value_has_no_interval() -> None:
+    spread = spread_of([0.25])
+    assert (spread.sd, spread.low, spread.high, spread.show(signed=True)) == (None, None, None, "+0.250")
+
+
+def test_pairs_that_differ_by_the_same_have_no_spread_however_far_they_lie_apart() -> None:
+    difference = paired_difference([0.5, 0.7, 0.9], [0.4, 0.6, 0.8])
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.sd == pytest.approx(0, abs=1e-12)
+
+
+def test_unequal_numbers_of_seeds_are_no_pairs() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        paired_difference([1.0, 2.0], [1.0])
+
+
+def test_p_values_are_scipys() -> None:
+    ours, other = [0.51, 0.62, 0.58, 0.71, 0.66], [0.44, 0.57, 0.60, 0.61, 0.63]
+    found = student_p_value(paired_difference(ours, other))
+    assert found == pytest.approx(ttest_rel(ours, other).pvalue, rel=1e-9)
+    assert student_p_value(spread_of([0.5, 0.5])) == 0
+    assert student_p_value(spread_of([0.0, 0.0])) == 1
+
+
+def test_holm_multiplies_the_smallest_by_their_number_and_never_lets_a_larger_one_pass_it() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(("difference", "sd", "pairs"), [(0.15, 0.126, 5), (0.15, 0.104, 5), (0.1, 0.2, 12), (1, 1, 2)])
+def test_power_is_how_often_a_simulated_test_finds_it(difference: float, sd: float, pairs: int) -> None:
+    drawn = np.random.default_rng(0).normal(difference, sd, (pairs, 100_000))
+    found = ttest_rel(drawn, np.zeros_like(drawn)).pvalue < 0.05
+    assert power_of_paired_test(difference, sd, pairs) == pytest.approx(found.mean(), abs=0.006)
+    assert power_of_paired_test(-difference, sd, pairs) == power_of_paired_test(difference, sd, pairs)
+
+
+def test_power_of_no_difference_is_the_level_and_of_no_spread_certain() -> None:
+    assert power_of_paired_test(0, 0.1, 5) == pytest.approx(0.05)
+    assert power_of_paired_test(0.1, 0, 5) == 1
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5, 100])
+def test_the_detectable_difference_has_a_power_of_80_percent(pairs: int) -> None:
+    assert power_of_paired_test(detectable_difference(0.3, pairs), 0.3, pairs) == pytest.approx(0.8, abs=1e-6)
+    assert detectable_difference(0, pairs) == 0

@@ -1,0 +1,86 @@
+"""Further bundles that the stages' tests look at, each made once a run; copy them before changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from cclip_deploy.bundle.bundle import Bundle, edited_bundle, write_manifest
+from cclip_deploy.bundle.precision import Precision, is_quantised
+from cclip_deploy.datasets.synthetic.generator import write_dataset
+from cclip_deploy.engines.build import SERVED, BuildOptions, build_engines
+from cclip_deploy.engines.convert import DeriveOptions, derive_graphs
+from cclip_deploy.export import export
+from cclip_deploy.export.export import ExportOptions, export_bundle
+from cclip_deploy.graph.precision.convert import InputsAndOutputs
+from cclip_deploy.quantization.calibrate import CalibrationOptions
+from tests.bundles import copy_of, reseal
+from tests.conftest import THREADS, TINY_HW
+from tests.made_once import made_once
+
+
+@pytest.fixture(scope="session")
+def plain_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain export that belongs to the tiny bundle."""
+    options = ExportOptions(TINY_HW, 24, plain=True, threads=THREADS)
+
+    def make(path: Path) -> None:
+        export_bundle(tiny_checkpoint, path, options, "test")
+
+    return made_once(tmp_path_factory, "plain.cclip", make)
+
+
+@pytest.fixture(scope="session")
+def engine_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with its three FP16 graphs and an engine of each, really built."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an extra: pip install 'cclip-deploy[rtx]'")
+
+    def make(path: Path) -> None:
+        build_engines(Bundle.open(copy_of(tiny_bundle_path, path.parent, path.name)), BuildOptions(threads=THREADS))
+
+    return made_once(tmp_path_factory, "engines.cclip", make)
+
+
+def add_precisions(
+    path: Path, precisions: Sequence[Precision], keep: tuple[str, ...] = (), io: InputsAndOutputs = "fp32"
+) -> None:
+    """Derive the graphs that serve in further precisions, without engines; quantized ones from drawn pictures."""
+    films = path.parent / "films"
+    if not films.exists():
+        write_dataset(films, {"train": 8}, TINY_HW, 6)
+    calibration = CalibrationOptions((films / "images",), "min-max")
+    for precision in precisions:
+        bundle = Bundle.open(path)
+        chosen = calibration if is_quantised(precision) else None
+        options = DeriveOptions(precision, SERVED, chosen, keep, io, THREADS)
+        with edited_bundle(bundle) as folder:
+            write_manifest(folder, derive_graphs(bundle, options, folder, lambda _: None).manifest)
+
+
+@pytest.fixture(scope="session")
+def low_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle without `fused`, and with FP16, INT8 and INT8-FP16 graphs."""
+
+    def make(path: Path) -> None:
+        copy_of(tiny_bundle_path, path.parent, path.name)
+        (path / "graphs" / "fused.onnx").unlink()
+        reseal(path, lambda manifest: manifest["graphs"].pop("fused"))
+        add_precisions(path, ("fp16", "int8", "int8-fp16"))
+
+    return made_once(tmp_path_factory, "low.cclip", make)
+
+
+@pytest.fixture
+def traced_before(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, onnx.ModelProto]:
+    """Let an export take the tiny bundle's graphs, or what a test makes of them, instead of tracing for a while."""
+    graphs = {path.stem: onnx.load(path) for path in sorted((tiny_bundle_path / "graphs").iterdir())}
+
+    def take(*args: Any) -> dict[str, onnx.ModelProto]:
+        return dict(graphs)
+
+    monkeypatch.setattr(export, "_trace_graphs", take)
+    return graphs

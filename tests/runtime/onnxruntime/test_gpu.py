@@ -1,0 +1,159 @@
+"""ONNX Runtime's GPU providers: their options, and IO binding, which a CPU can run too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.parity.reference import expand, load_references
+from cclip_deploy.runtime.onnxruntime import gpu as onnx_runtime_gpu
+from cclip_deploy.runtime.onnxruntime.cpu import NamedGraph, OnnxRuntimeBackend, load_onnxruntime, make_session
+from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend, provider_options, register_rtx_plugin
+
+HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+RTX = "NvTensorRTRTXExecutionProvider"
+GRAPH = NamedGraph(b"", Path("graph.onnx"))
+
+
+@pytest.fixture
+def bound(tiny_bundle: Bundle) -> OnnxRuntimeGpuBackend:
+    """IO binding with the CPU's own provider and memory."""
+    backend = OnnxRuntimeGpuBackend(tiny_bundle, "fp32", "cpu", 2, memory="cpu")
+    backend._providers = lambda entry: [("CPUExecutionProvider", {})]  # type: ignore[method-assign]
+    return backend
+
+
+def test_bound_runs_answer_as_unbound_ones(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
+    plain = OnnxRuntimeBackend(tiny_bundle, threads=2)
+    reference = load_references(tiny_bundle)[0]
+    for graph, arrays in {
+        "prompt_encoder": {"tokens": reference.tokens},
+        "mask_decoder": expand(reference.decoder_inputs),
+    }.items():
+        for name, value in plain.run(graph, arrays).items():
+            np.testing.assert_allclose(bound.run(graph, arrays)[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_features_go_from_graph_to_graph_without_an_array(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
+    pixels = np.random.default_rng(0).random((40, 50), np.float32)
+    ours, plain = Segmenter(tiny_bundle, bound), Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2))
+    kernels = plain.encode_prompts(["left lung"])
+    features = ours.encode_image(pixels)
+    assert not isinstance(features, np.ndarray)
+    assert features.shape == (1, 64, 96, 32)
+    np.testing.assert_allclose(features.numpy(), plain.encode_image(pixels), rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+    truth = plain.decode(plain.encode_image(pixels), kernels)
+    np.testing.assert_allclose(ours.decode(features, kernels), truth, rtol=1e-4, atol=1e-4)
+    features.close()
+    with pytest.raises(EnvironmentProblem, match="was freed"):
+        ours.decode(features, kernels)
+
+
+def test_only_what_is_kept_is_given(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
+    tokens = load_references(tiny_bundle)[0].tokens
+    assert bound.run_kept("prompt_encoder", {"tokens": tokens}, ["kernel"]).keys() == {"kernel"}
+
+
+def test_options_name_shapes_caches_and_no_precision(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    entry = tiny_bundle.graph("image_encoder")
+    assert provider_options("cuda", entry, tmp_path) == {"use_tf32": "0"}
+    trt = provider_options("tensorrt", entry, tmp_path)
+    assert trt["trt_profile_min_shapes"] == trt["trt_profile_opt_shapes"] == "image:1x3x64x96"
+    assert trt["trt_profile_max_shapes"] == "image:8x3x64x96"
+    assert (trt["trt_fp16_enable"], trt["trt_int8_enable"], trt["trt_bf16_enable"]) == ("0", "0", "0")
+    assert trt["trt_engine_cache_path"] == trt["trt_timing_cache_path"] == str(tmp_path / entry.sha256[:16])
+    rtx = provider_options("tensorrt-rtx", tiny_bundle.graph("mask_decoder"), tmp_path)
+    assert rtx["nv_profile_max_shapes"] == "features:8x64x96x32,kernel:16x9x32,tap_bias:16x9,bias:16"
+    assert str(tmp_path) in rtx["nv_runtime_cache_path"]
+    assert not any("cache" in key for key in provider_options("tensorrt", entry, None))
+
+
+def test_tensorrt_leaves_the_rest_to_cuda(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cclip_deploy.runtime.onnxruntime.cpu.load_onnxruntime", lambda device: onnxruntime)
+    backend = OnnxRuntimeGpuBackend(tiny_bundle, "fp32", "tensorrt")
+    names = [name for name, _ in backend._providers(tiny_bundle.graph("fused"))]
+    assert names == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_session_that_fell_back_is_refused(device: Any) -> None:
+    fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *a, **k: fallen)
+    with pytest.raises(EnvironmentProblem, match=f"asked for {device} and fell back"):
+        make_session(runtime, GRAPH, device)
+
+
+def test_a_provider_that_fails_is_a_problem_of_the_machine_not_of_the_bundle() -> None:
+    seen: dict[str, Any] = {}
+
+    def session(*arguments: Any, **options: Any) -> Any:
+        seen.update(options)
+        raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
+
+    runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=session)
+    with pytest.raises(EnvironmentProblem, match=r"cannot run graph\.onnx on cuda: CUDA failure 100.*doctor"):
+        make_session(runtime, GRAPH, "cuda")
+    assert seen["enable_fallback"] == 0
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has GPU providers")
+@pytest.mark.parametrize(
+    ("device", "remedy"),
+    [("cuda", r"cclip-deploy\[gpu\]"), ("tensorrt", r"cclip-deploy\[gpu,tensorrt\]"), ("tensorrt-rtx", "pip install")],
+)  # fmt: skip
+def test_a_provider_that_is_not_there_names_its_remedy(device: Any, remedy: str, tiny_bundle: Bundle) -> None:
+    with pytest.raises(EnvironmentProblem, match=remedy):
+        OnnxRuntimeGpuBackend(tiny_bundle, "fp32", device)
+
+
+def test_the_rtx_provider_is_registered_from_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[tuple[str, str]] = []
+    device = SimpleNamespace(ep_name=RTX)
+    runtime = SimpleNamespace(
+        get_available_providers=lambda: ["CPUExecutionProvider"],
+        get_ep_devices=lambda: [device] if registered else [],
+        register_execution_provider_library=lambda name, path: registered.append((name, path)),
+    )
+    package = SimpleNamespace(get_library_path=lambda: "/somewhere/librtx.so")
+    monkeypatch.setitem(sys.modules, onnx_runtime_gpu.RTX_PLUGIN, package)  # type: ignore[arg-type]
+    register_rtx_plugin(runtime)
+    register_rtx_plugin(runtime)
+    assert registered == [(RTX, "/somewhere/librtx.so")]
+
+
+def test_a_session_of_the_rtx_package_takes_its_devices_and_options() -> None:
+    given: list[Any] = []
+
+    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def add_provider_for_devices(self, devices: Any, options: Any) -> None:
+            given.append((devices, options))
+
+    device = SimpleNamespace(ep_name=RTX)
+    runtime = SimpleNamespace(
+        SessionOptions=Options, get_available_providers=list, get_ep_devices=lambda: [device],
+        InferenceSession=lambda model, options, **k: SimpleNamespace(get_providers=lambda: [RTX], given=k),
+    )  # fmt: skip
+    session = make_session(runtime, GRAPH, "tensorrt-rtx", providers=[(RTX, {"nv_x": "1"})])
+    assert given == [([device], {"nv_x": "1"})]
+    assert "providers" not in session.given
+    runtime.get_ep_devices = list
+    with pytest.raises(EnvironmentProblem, match="finds no GPU"):
+        make_session(runtime, GRAPH, "tensorrt-rtx")
+
+
+def test_loading_asks_for_the_plugin_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(onnx_runtime_gpu, "register_rtx_plugin", asked.append)
+    load_onnxruntime("cpu")
+    assert asked == []
+    load_onnxruntime("tensorrt-rtx")
+    assert asked == [onnxruntime]

@@ -1,0 +1,134 @@
+"""Nothing of an engine reaches TensorRT before its hash, its version and its GPU were held against the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
+from cclip_deploy.runtime.tensorrt.device import GpuFacts
+from cclip_deploy.runtime.tensorrt.engine_file import engines_of, load_engine
+from tests.bundles import reseal
+from tests.runtime.fake_gpu import FACTS, FakeGpu
+from tests.runtime.fake_tensorrt import FakeTensorRt, engine_bundle
+
+Make = Callable[..., Bundle]
+
+
+@pytest.fixture
+def make(tiny_bundle_path: Path, tmp_path: Path) -> Make:
+    return lambda **changes: engine_bundle(tiny_bundle_path, tmp_path, **changes)
+
+
+def load(bundle: Bundle, facts: GpuFacts = FACTS) -> tuple[Any, FakeTensorRt]:
+    """Load the mask decoder's engine; the binding remembers what it deserialised."""
+    binding: Any = FakeTensorRt(FakeGpu(), bundle)
+    entry = engines_of(bundle, "tensorrt-rtx", "fp32")["mask_decoder"]
+    try:
+        return load_engine(bundle, entry, binding, facts), binding
+    except CclipError as error:
+        return error, binding
+
+
+def test_a_good_engine_is_deserialised(make: Make) -> None:
+    loaded, binding = load(make())
+    assert loaded.graph == "mask_decoder"
+    assert binding.deserialised == [b"engine of mask_decoder"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend_version": "1.6"}, r"built with tensorrt-rtx 1\.6, this process has tensorrt-rtx 1\.7.*build-engine"),
+        ({"runs_on": None}, "does not say for which GPU"),
+        ({"runs_on": {"compute_capabilities": ["8.6", "12.0"]}}, r"capability 8\.6, 12\.0; .* Imaginary GPU .* 8\.9"),
+        ({"runs_on": {"compute_capabilities": ["12.0"], "and_later": True}}, r"12\.0 or later; this machine"),
+        ({"runs_on": {"compute_capabilities": ["8.9"], "gpu": "Other GPU"}}, r"runs on a Other GPU \(8\.9\); this"),
+    ],
+)  # fmt: skip
+def test_an_engine_for_elsewhere_is_refused_before_it_is_deserialised(
+    make: Make, changes: dict[str, Any], message: str
+) -> None:
+    error, binding = load(make(**changes))
+    assert isinstance(error, EnvironmentProblem)
+    with pytest.raises(EnvironmentProblem, match=message):
+        raise error
+    assert binding.deserialised == []
+
+
+@pytest.mark.parametrize(
+    "runs_on",
+    [
+        {"compute_capabilities": ["8.0"], "and_later": True},
+        {"compute_capabilities": ["8.9"], "gpu": "Imaginary GPU"},
+        {"compute_capabilities": ["8.6", "8.9"]},
+    ],
+)
+def test_an_engine_for_this_gpu_is_taken(make: Make, runs_on: dict[str, Any]) -> None:
+    assert load(make(runs_on=runs_on))[1].deserialised
+
+
+def test_a_changed_engine_is_refused_before_it_is_deserialised(make: Make) -> None:
+    bundle = make()
+    (bundle.path / "engines/mask_decoder.engine").write_bytes(b"engine of something else")
+    error, binding = load(bundle)
+    assert isinstance(error, BundleError)
+    assert binding.deserialised == []
+
+
+def test_an_engine_that_changes_after_its_checksum_was_read_is_refused(make: Make) -> None:
+    bundle = make()
+    bundle.check("engines/mask_decoder.engine")
+    (bundle.path / "engines/mask_decoder.engine").write_bytes(b"engine of something else")
+    error, binding = load(bundle)
+    assert isinstance(error, BundleError)
+    assert "was altered" in str(error)
+    assert binding.deserialised == []
+
+
+def test_an_engine_that_tensorrt_does_not_take_says_why(make: Make) -> None:
+    bundle = make()
+    (bundle.path / "engines/mask_decoder.engine").write_bytes(b"junk")
+    reseal(bundle.path)
+    error, _ = load(Bundle.open(bundle.path))
+    assert isinstance(error, EnvironmentProblem)
+    assert "It says: this is no engine" in str(error)
+
+
+def test_an_engine_with_other_tensors_than_its_graph_is_refused(make: Make) -> None:
+    bundle = make()
+    (bundle.path / "engines/mask_decoder.engine").write_bytes(b"engine of prompt_encoder")
+    reseal(bundle.path)
+    error, _ = load(Bundle.open(bundle.path))
+    assert isinstance(error, BundleError)
+    assert "mask_decoder.engine has inputs" in str(error)
+
+
+def test_an_engine_of_a_graph_that_is_gone_is_refused(make: Make) -> None:
+    error, _ = load(make(graph_sha256="0" * 64))
+    assert isinstance(error, BundleError)
+    assert "no longer in the bundle" in str(error)
+
+
+def test_a_bundle_without_such_an_engine_says_how_to_build_it(make: Make, tiny_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"has no fp32 engine for tensorrt-rtx; it has none\. .* --fp32 --backend"):
+        engines_of(tiny_bundle, "tensorrt-rtx", "fp32")
+    with pytest.raises(UsageError, match=r"no int8-fp16 engine .* mask_decoder fp32 tensorrt-rtx.* --int8 --fp16"):
+        engines_of(make(), "tensorrt-rtx", "int8-fp16")
+
+
+def test_a_quantised_network_takes_the_rests_engines_for_what_is_not_quantised(make: Make) -> None:
+    bundle = make()
+    engines = tuple(
+        e.model_copy(update={"precision": "int8" if e.graph == "image_encoder" else "fp32"})
+        for e in bundle.manifest.engines
+    )
+    mixed = Bundle(bundle.path, bundle.manifest.model_copy(update={"engines": engines}), bundle.sums)
+    found = engines_of(mixed, "tensorrt-rtx", "int8")
+    assert {graph: entry.precision for graph, entry in found.items()} == {
+        "image_encoder": "int8", "prompt_encoder": "fp32", "mask_decoder": "fp32",
+    }  # fmt: skip

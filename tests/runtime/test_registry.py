@@ -1,0 +1,149 @@
+"""The backend that was asked for, and no other, unless another was allowed; then the report says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.runtime import registry as choice_module
+from cclip_deploy.runtime.registry import Choice, engine_precisions, open_backend, opened, precisions_to_run
+from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
+from tests.runtime.fake_gpu import FakeGpu
+from tests.runtime.fake_tensorrt import FakeTensorRt, engine_bundle
+
+
+@pytest.fixture
+def engines(tiny_bundle_path: Path, tmp_path: Path) -> Bundle:
+    return engine_bundle(tiny_bundle_path, tmp_path)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> Any:
+        raise EnvironmentProblem("There is no NVIDIA driver here.")
+
+    monkeypatch.setattr("cclip_deploy.runtime.tensorrt.runner.open_gpu", refuse)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_name_gives_its_backend(tiny_bundle: Bundle, name: str) -> None:
+    backend = open_backend(name, tiny_bundle, threads=1)  # type: ignore[arg-type]
+    assert (backend.name, backend.precision) == (name, "fp32")
+
+
+def test_what_cannot_be_is_refused(tiny_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="'abacus' is none of onnxruntime, openvino, tensorrt, tensorrt-rtx"):
+        open_backend("abacus", tiny_bundle)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="OpenVINO runs on the CPU, not on cuda"):
+        open_backend("openvino", tiny_bundle, device="cuda")
+    with pytest.raises(UsageError, match="tensorrt-rtx runs where its engines do, not on cuda"):
+        open_backend("tensorrt-rtx", tiny_bundle, device="cuda")
+
+
+def test_engines_are_run_by_their_binding_and_closed_at_the_end(
+    engines: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu()
+
+    def make(bundle: Bundle, precision: str, name: Any, options: Any) -> TensorRtBackend:
+        return TensorRtBackend(bundle, precision, name, options, gpu, FakeTensorRt(gpu, bundle))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(choice_module, "TensorRtBackend", make)
+    with opened(Choice("tensorrt-rtx"), engines, "fp32") as found:
+        assert found.backend.name == "tensorrt-rtx"
+        assert found.to_dict() == {
+            "asked": "tensorrt-rtx", "ran": "tensorrt-rtx", "precision": "fp32", "arithmetic": None,
+            "fallback_reason": None,
+        }  # fmt: skip
+        assert found.told() is None
+    assert gpu.is_closed
+    assert gpu.leaks() == {}
+
+
+def test_without_a_gpu_engines_are_an_error(engines: Bundle, no_gpu: None) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    with (
+        pytest.raises(EnvironmentProblem, match="no NVIDIA driver"),
+        opened(Choice("tensorrt-rtx"), engines, "fp32"),
+    ):
+        pass
+
+
+def test_a_fallback_that_was_allowed_says_what_ran_and_why(engines: Bundle, no_gpu: None) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    with opened(Choice("tensorrt-rtx", threads=1, allow_fallback=True), engines, "fp32") as found:
+        assert found.backend.name == "onnxruntime"
+        assert (found.asked, found.ran) == ("tensorrt-rtx", "onnxruntime on cpu")
+        assert found.to_dict()["fallback_reason"] == "There is no NVIDIA driver here."
+        assert "onnxruntime on cpu ran, not tensorrt-rtx as asked: There is no" in str(found.told())
+
+
+def test_an_engine_that_was_not_built_is_no_reason_to_fall_back(tiny_bundle: Bundle) -> None:
+    with (
+        pytest.raises(UsageError, match="no fp16 engine for tensorrt-rtx"),
+        opened(Choice("tensorrt-rtx", allow_fallback=True), tiny_bundle, "fp16"),
+    ):
+        pass
+    with pytest.raises(UsageError, match="build-engine BUNDLE --fp16 --backend tensorrt"):
+        engine_precisions(tiny_bundle, "tensorrt")
+
+
+def test_a_provider_that_fails_at_its_first_session_falls_back_too(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    class Failing:
+        name = "onnxruntime"
+
+        def load(self, graph: str) -> None:
+            loaded.append(graph)
+            raise EnvironmentProblem("fell back")
+
+    monkeypatch.setattr(choice_module, "OnnxRuntimeGpuBackend", lambda *a: Failing())
+    with opened(Choice(device="cuda", allow_fallback=True), tiny_bundle, "fp32") as found:
+        assert (found.asked, found.ran, found.why) == ("onnxruntime on cuda", "onnxruntime on cpu", "fell back")
+    with pytest.raises(EnvironmentProblem, match="fell back"), opened(Choice(device="cuda"), tiny_bundle, "fp32"):
+        pass
+    costs = {name: graph.multiply_adds for name, graph in tiny_bundle.manifest.graphs.items()}
+    assert loaded == [min(costs, key=costs.__getitem__)] * 2
+
+
+def test_the_cpu_itself_has_nothing_to_fall_back_to(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> Any:
+        raise EnvironmentProblem("no onnxruntime")
+
+    monkeypatch.setattr(choice_module, "OnnxRuntimeBackend", refuse)
+    with pytest.raises(EnvironmentProblem), opened(Choice(allow_fallback=True), tiny_bundle, "fp32"):
+        pass
+
+
+def test_a_backend_says_which_of_a_bundles_precisions_it_cannot_run(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bundle, "precisions", lambda self: ("fp32", "bf16", "int8", "int8-fp16"))
+    assert precisions_to_run(Choice(), tiny_bundle) == (("fp32", "bf16", "int8", "int8-fp16"), {})
+    runs, reasons = precisions_to_run(Choice("openvino"), tiny_bundle)
+    assert runs == ("fp32", "bf16", "int8")
+    assert reasons.keys() == {"int8-fp16"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    runs, reasons = precisions_to_run(Choice(), tiny_bundle)
+    assert runs == ("fp32", "int8", "int8-fp16")
+    assert "needs the package onnx" in reasons["bf16"]
+
+
+def test_engines_of_all_three_graphs_or_none_predict(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    """A quantized image encoder's engine is not replaced by the FP32 one that lies beside it."""
+    bundle = engine_bundle(tiny_bundle_path, tmp_path)
+    fused = bundle.manifest.engines[0].model_copy(update={"graph": "fused", "precision": "int8"})
+    manifest = bundle.manifest.model_copy(update={"engines": (*bundle.manifest.engines, fused)})
+    bundle = Bundle(bundle.path, manifest, bundle.sums)
+    gpu = FakeGpu()
+    backend = TensorRtBackend(bundle, "int8", "tensorrt-rtx", None, gpu, FakeTensorRt(gpu, bundle))  # type: ignore[arg-type]
+    with backend, pytest.raises(UsageError, match=r"no int8 .* engine of image_encoder.*--int8 --calibration DATA"):
+        Segmenter(bundle, backend)
