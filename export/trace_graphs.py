@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.export.export import require_export_packages
+from cclip_deploy.environment.packages import require_export_packages
 
 
 def main() -> None:

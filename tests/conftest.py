@@ -25,6 +25,7 @@ from cclip_deploy.parity.reference import seeded_inputs
 from tests.made_once import made_once
 from tests.published.checkpoint import state_dict
 
+pytest_plugins = ["tests.made_bundles", "tests.made_data"]
 TINY_HW = (64, 96)
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 

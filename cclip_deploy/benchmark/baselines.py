@@ -253,7 +253,7 @@ def load_network(bundle: Bundle, options: BenchOptions) -> CausalCLIPSeg:
         UsageError: another checkpoint.
         EnvironmentProblem: torch is not installed.
     """
-    from cclip_deploy.export.export import require_export_packages
+    from cclip_deploy.environment.packages import require_export_packages
 
     require_export_packages()
     from cclip_deploy.model.checkpoint import load_checkpoint

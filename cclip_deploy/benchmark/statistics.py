@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import accumulate
-from math import comb
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cclip_deploy.errors import UsageError
+from cclip_deploy.evaluation.median_interval import CONFIDENCE, median_interval
 
 MINIMUM_ROUNDS = 3
 FEWEST_ROUNDS_WITH_INTERVAL = 6
 """Of five values, even the least and the largest hold the median between them in only 93.75 % of cases."""
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -110,19 +108,6 @@ def paired_ratio(
     ratios = above / below
     low, high = median_interval(ratios) or (None, None)
     return PairedRatio(baseline, candidate, float(np.median(ratios)), low, high, CONFIDENCE, n=ratios.size)
-
-
-def median_interval(values: ArrayLike) -> tuple[float, float] | None:
-    """Distribution-free interval of a median: two of the values, (n,), that enclose it with probability 95 % or more.
-
-    The k-th smallest and the k-th largest fail to with probability 2 P(B < k), where B is binomial with n draws and
-    chance 1/2; k is the largest for which that is at most 5 %. None for fewer than six values: there is no such k.
-    """
-    ordered = np.sort(np.asarray(values, dtype=np.float64))
-    n = ordered.size
-    missed = accumulate(2 * comb(n, below) / 2**n for below in range(n // 2))
-    k = sum(chance <= 1 - CONFIDENCE for chance in missed)
-    return (float(ordered[k - 1]), float(ordered[n - k])) if k else None
 
 
 def _as_samples(samples_ms: ArrayLike) -> NDArray[np.float64]:

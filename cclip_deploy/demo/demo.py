@@ -18,11 +18,11 @@ from cclip_deploy.datasets.sample import Referral, of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.demo.report import DemoFacts, save_report
 from cclip_deploy.engines.build import BuildOptions, build_engines
-from cclip_deploy.environment.packages import require_training_packages
+from cclip_deploy.environment.packages import require_export_packages, require_training_packages
 from cclip_deploy.errors import EnvironmentProblem, ParityError, UsageError
 from cclip_deploy.evaluation.models import BundleNetwork
 from cclip_deploy.evaluation.scores import evaluate_dice
-from cclip_deploy.export.export import ExportOptions, export_bundle, require_export_packages
+from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.inference.predict import Prediction, predict
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.runtime.registry import Choice, opened

@@ -26,6 +26,12 @@ def require_packages(what: str, packages: Sequence[str], extra: str, note: str =
         raise EnvironmentProblem(message.rstrip())
 
 
+def require_export_packages() -> None:
+    """EnvironmentProblem that names the extra, where torch, open_clip or onnx is missing."""
+    note = "A bundle that is exported already runs without them."
+    require_packages("This", ("torch", "open_clip", "onnx", "onnxscript"), "export", note)
+
+
 def require_training_packages() -> None:
     """EnvironmentProblem that names the extra, where a package for training is missing."""
     require_packages("Training", ("torch", "open_clip", "safetensors", "lightning", "monai"), "train")

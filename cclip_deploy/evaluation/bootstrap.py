@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.evaluation.median_interval import CONFIDENCE
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
@@ -22,7 +23,6 @@ NOT_NEGATIVE: Range = (0.0, np.inf)
 SHARE: Range = (0.0, 1.0)
 DIFFERENCE_OF_SHARES: Range = (-1.0, 1.0)
 
-CONFIDENCE = 0.95
 RESAMPLES = 2000
 METHOD = "95 % studentized bootstrap over patients, 2000 resamples"
 FEW_PATIENTS = 20

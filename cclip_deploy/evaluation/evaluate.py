@@ -239,7 +239,7 @@ def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
             "A checkpoint runs in PyTorch on the CPU, in FP32. Export it, and give the bundle with that backend and "
             "precision."
         )
-    from cclip_deploy.export.export import require_export_packages
+    from cclip_deploy.environment.packages import require_export_packages
 
     require_export_packages()
     import torch

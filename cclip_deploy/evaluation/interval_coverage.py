@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from cclip_deploy.benchmark.statistics import median_interval
 from cclip_deploy.evaluation.bootstrap import (
     DIFFERENCE_OF_SHARES,
     NOT_NEGATIVE,
@@ -21,6 +20,7 @@ from cclip_deploy.evaluation.bootstrap import (
     PatientBootstrap,
     Range,
 )
+from cclip_deploy.evaluation.median_interval import median_interval
 from cclip_deploy.evaluation.seed_statistics import spread_of
 
 PATIENTS = (3, 5, 10, 20, 50, 100)

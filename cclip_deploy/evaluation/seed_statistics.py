@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from cclip_deploy.evaluation.bootstrap import student_quantile
+from cclip_deploy.evaluation.median_interval import CONFIDENCE
 
-CONFIDENCE = 0.95
 POWER = 0.8
 
 

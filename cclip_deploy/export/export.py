@@ -11,7 +11,7 @@ from cclip_deploy.bundle.bundle import TOKENIZER, Bundle, check_output, new_bund
 from cclip_deploy.bundle.manifest import CheckpointOrigin, GraphEntry, Manifest, installed_versions, utc_now
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import check_writable
-from cclip_deploy.environment.packages import require_packages
+from cclip_deploy.environment.packages import require_export_packages
 from cclip_deploy.errors import UsageError
 from cclip_deploy.imaging.preprocess import Preprocessing
 from cclip_deploy.model.config import InputForm
@@ -84,12 +84,6 @@ def export_bundle(
         manifest = _write_references(loaded, options, manifest, folder, on_progress)
         checks = _compare(folder, manifest, options.threads, on_progress)
     return Exported(Bundle.open(output), checks, len(loaded.dropped))
-
-
-def require_export_packages() -> None:
-    """EnvironmentProblem that names the extra, where torch, open_clip or onnx is missing."""
-    note = "A bundle that is exported already runs without them."
-    require_packages("This", ("torch", "open_clip", "onnx", "onnxscript"), "export", note)
 
 
 def _check_options(options: ExportOptions) -> None:

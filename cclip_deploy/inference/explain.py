@@ -117,7 +117,7 @@ def open_explainer(segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
     """By the checkpoint where one is given, else by the bundle's own outputs; raises what they raise."""
     if checkpoint is None:
         return BundleExplainer(segmenter)
-    from cclip_deploy.export.export import require_export_packages
+    from cclip_deploy.environment.packages import require_export_packages
 
     require_export_packages()
     from cclip_deploy.model.checkpoint import load_checkpoint

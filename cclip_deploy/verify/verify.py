@@ -154,7 +154,7 @@ def _references(
                 "Pictures and prompts of your own need the network to answer for them: give --checkpoint FILE too."
             )
         return load_references(bundle), [], []
-    from cclip_deploy.export.export import require_export_packages
+    from cclip_deploy.environment.packages import require_export_packages
 
     require_export_packages()
     from cclip_deploy.model.checkpoint import load_checkpoint

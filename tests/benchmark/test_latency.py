@@ -14,8 +14,9 @@ import pytest
 
 from cclip_deploy.benchmark import latency
 from cclip_deploy.benchmark.latency import Candidate, Timing, measure_interleaved
-from cclip_deploy.benchmark.statistics import median_interval, paired_ratio, summarise
+from cclip_deploy.benchmark.statistics import paired_ratio, summarise
 from cclip_deploy.errors import UsageError
+from cclip_deploy.evaluation.median_interval import median_interval
 
 
 @dataclass

@@ -17,8 +17,9 @@ from onnx import numpy_helper
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.files import sha256_file
+from cclip_deploy.environment.packages import require_export_packages
 from cclip_deploy.errors import CheckpointError, EnvironmentProblem, ImageError, ParityError, PromptError, UsageError
-from cclip_deploy.export.export import ExportOptions, export_bundle, require_export_packages
+from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.model import checkpoint as checkpoints
 from cclip_deploy.model.checkpoint import save_checkpoint
 from cclip_deploy.model.config import TINY, InputForm

@@ -197,7 +197,7 @@ for round in range(60):
 
 def test_processes_that_write_at_once_never_see_half_a_file(folder: KernelFolder) -> None:
     command = [sys.executable, "-c", WRITER, str(folder.folder)]
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
     running = [
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, env=environment) for _ in range(3)

@@ -16,7 +16,7 @@ from cclip_deploy.prompts.reader import mirror
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.batches import Share, make_batch, passes_per_epoch, plan_epoch, read_ahead
 from cclip_deploy.train.training_set import TrainingSet, open_training_set
-from tests.train.conftest import SMALL
+from tests.made_data import SMALL
 
 
 @pytest.fixture

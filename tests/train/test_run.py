@@ -30,8 +30,8 @@ from cclip_deploy.train.config import DataSource, Devices, Game, SyntheticFilms,
 from cclip_deploy.train.loop import BEST, LAST, STOPPED_BATCH, TrainProgress
 from cclip_deploy.train.run import RunOptions, find_data, train
 from cclip_deploy.train.state import STATE
+from tests.made_data import CPU, SMALL
 from tests.model.open_clip_twin import open_clip_twin
-from tests.train.conftest import CPU, SMALL
 
 RECIPES = Path(__file__).parents[2] / "training" / "configs"
 QUIET = RunOptions(tensorboard=False)

@@ -13,7 +13,7 @@ from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.sample import Referral, of_split
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.training_set import Kept, fingerprint, open_training_set
-from tests.train.conftest import SMALL
+from tests.made_data import SMALL
 
 
 def test_masks_are_brought_to_the_networks_size(train_rows: list[Referral], tokenizer: PromptTokenizer) -> None:
