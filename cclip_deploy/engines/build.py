@@ -20,8 +20,9 @@ from cclip_deploy.quantization.calibrate import CalibrationOptions
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.tensorrt.binding import BindingName, check_targets, load_binding
 from cclip_deploy.runtime.tensorrt.builder import BuiltEngine, EngineOptions, build_engine
-from cclip_deploy.runtime.tensorrt.device import GpuInterface, open_gpu
+from cclip_deploy.runtime.tensorrt.device import GpuInterface
 from cclip_deploy.runtime.tensorrt.layers import check_precision
+from cclip_deploy.runtime.tensorrt.open_device import open_gpu
 from cclip_deploy.runtime.tensorrt.settings import EngineSettings, engine_target, is_rtx
 from cclip_deploy.verify.engine_proof import proof_record
 

@@ -16,7 +16,8 @@ from cclip_deploy.engines.build import BuildOptions, build_engines
 from cclip_deploy.environment.fingerprint import fingerprint
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from cclip_deploy.runtime.tensorrt.binding import BindingName
-from cclip_deploy.runtime.tensorrt.device import Gpu, GpuFacts, open_gpu
+from cclip_deploy.runtime.tensorrt.device import Gpu, GpuFacts
+from cclip_deploy.runtime.tensorrt.open_device import open_gpu
 from tests.bundles import copy_of
 from tests.conftest import THREADS, TINY_HW
 from tests.gpu.machine import binding_reason

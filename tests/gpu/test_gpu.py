@@ -26,7 +26,8 @@ from cclip_deploy.runtime.onnxruntime.cpu import Device
 from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend
 from cclip_deploy.runtime.registry import Choice, engine_precisions
 from cclip_deploy.runtime.tensorrt.binding import BindingName
-from cclip_deploy.runtime.tensorrt.device import Gpu, GpuFacts, open_gpu
+from cclip_deploy.runtime.tensorrt.device import Gpu, GpuFacts
+from cclip_deploy.runtime.tensorrt.open_device import open_gpu
 from cclip_deploy.runtime.tensorrt.runner import GpuOptions, TensorRtBackend
 from cclip_deploy.runtime.tensorrt.settings import EngineSettings
 from cclip_deploy.verify.verify import VerifyOptions, verify_bundle

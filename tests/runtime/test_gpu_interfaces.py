@@ -16,7 +16,8 @@ from cclip_deploy.errors import EnvironmentProblem, UsageError
 from cclip_deploy.runtime.tensorrt import cuda_python as gpu_cuda_python
 from cclip_deploy.runtime.tensorrt import pycuda as gpu_pycuda
 from cclip_deploy.runtime.tensorrt.cuda_python import CudaPythonGpu
-from cclip_deploy.runtime.tensorrt.device import Gpu, Ownership, open_gpu
+from cclip_deploy.runtime.tensorrt.device import Gpu, Ownership
+from cclip_deploy.runtime.tensorrt.open_device import open_gpu
 
 OK, TOO_OLD, NO_DEVICE, NO_MEMORY = 0, 35, 100, 2
 

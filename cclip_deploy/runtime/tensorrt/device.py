@@ -1,19 +1,14 @@
-"""The GPU as the runner uses it: memory, copies, streams, events and CUDA graphs, behind one small interface.
-
-Two packages offer it. Which one is used is said, never guessed: cuda-python unless pycuda is asked for.
-"""
+"""Interface to a GPU: memory, copies, streams, events and CUDA graphs. `cuda_python` and `pycuda` implement it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from cclip_deploy.errors import UsageError
 
 GpuInterface = Literal["cuda-python", "pycuda"]
 Handle = Any
@@ -103,24 +98,6 @@ class Gpu(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def open_gpu(interface: GpuInterface = "cuda-python") -> Gpu:
-    """Device 0 through the package that was asked for.
-
-    Raises:
-        UsageError: there is no such interface.
-        EnvironmentProblem: the package, the driver or a GPU is missing, or the driver is too old; with the remedy.
-    """
-    if interface == "cuda-python":
-        from cclip_deploy.runtime.tensorrt.cuda_python import CudaPythonGpu
-
-        return CudaPythonGpu()
-    if interface == "pycuda":
-        from cclip_deploy.runtime.tensorrt.pycuda import PyCudaGpu
-
-        return PyCudaGpu()
-    raise UsageError(f"GPU interface {interface!r} is none of {', '.join(get_args(GpuInterface))}.")
 
 
 class Ownership:

@@ -24,8 +24,9 @@ from cclip_deploy.errors import UsageError
 from cclip_deploy.runtime.backend import Kept, KeptOrArrays
 from cclip_deploy.runtime.tensorrt.binding import BindingName, load_binding
 from cclip_deploy.runtime.tensorrt.context import LoadedEngine
-from cclip_deploy.runtime.tensorrt.device import Gpu, GpuInterface, open_gpu
+from cclip_deploy.runtime.tensorrt.device import Gpu, GpuInterface
 from cclip_deploy.runtime.tensorrt.engine_file import check_engine, engines_of, load_engine
+from cclip_deploy.runtime.tensorrt.open_device import open_gpu
 from cclip_deploy.runtime.tensorrt.stream import Lane
 
 if TYPE_CHECKING:
