@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from platformdirs import user_cache_path
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.files import sha256_input
@@ -69,9 +69,8 @@ class CalibrationSet(CalibrationImages):
 
 
 def default_cache() -> Path:
-    """Where calibrations are kept between runs: under XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cclip-deploy" / "calibration"
+    """Return the folder in which calibrations are kept between runs, below the user's cache folder."""
+    return user_cache_path("cclip-deploy") / "calibration"
 
 
 def choose_pictures(options: CalibrationOptions) -> CalibrationSet:

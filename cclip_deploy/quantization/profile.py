@@ -5,11 +5,10 @@ Its first keys are those of the profiles in engines/profiles/; the section `tune
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+import tomli_w
 
 from pydantic import BaseModel, ConfigDict
 
@@ -139,32 +138,6 @@ def read_tuned_profile(path: Path) -> TunedProfile:
 
 
 def write_tuned_profile(profile: TunedProfile, path: Path) -> None:
-    """Write a profile as TOML, whole or not at all."""
-    text = "\n".join(_lines(profile.model_dump(mode="json", exclude_none=True), "")) + "\n"
+    """Write a profile as TOML, completely or not at all; EnvironmentProblem where the disk does not take it."""
     with whole_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def _lines(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """TOML of nested mappings, lists of mappings and plain values; the standard library reads TOML only."""
-    for key, value in values.items():
-        if not _is_table(value):
-            yield f"{json.dumps(key)} = {_plain(value)}" if "." in key else f"{key} = {_plain(value)}"
-    for key, value in values.items():
-        for table in value if isinstance(value, list) and _is_table(value) else [value]:
-            if isinstance(table, Mapping):
-                name = f"{prefix}{key}"
-                yield from ("", f"[[{name}]]" if isinstance(value, list) else f"[{name}]")
-                yield from _lines(table, f"{name}.")
-
-
-def _is_table(value: object) -> bool:
-    tables: Sequence[object] = value if isinstance(value, list) else [value]
-    return bool(tables) and isinstance(tables[0], Mapping)
-
-
-def _plain(value: object) -> str:
-    """A string, number, truth value or list of them, in the form that TOML shares with JSON."""
-    if isinstance(value, list) and len(value) > 4:
-        return "[\n" + "".join(f"    {json.dumps(item)},\n" for item in value) + "]"
-    return json.dumps(value)
+        unfinished.write_text(tomli_w.dumps(profile.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
