@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from cclip_deploy.common.toml_file import faults_of, read_toml
+from cclip_deploy.common.toml_file import StrictModel, faults_of, read_toml
 from cclip_deploy.datasets.synthetic.confounders import CONFOUNDERS, USUAL_RHO
 from cclip_deploy.errors import UsageError
-from cclip_deploy.train.config import RecipeTable, TrainConfig
+from cclip_deploy.train.config import TrainConfig
 
 Kind = Literal["marker", "text", "collimation", "gain", "blur"]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)]
@@ -22,7 +22,7 @@ _Seed = Annotated[int, Field(ge=0)]
 _Count = Annotated[int, Field(gt=0)]
 
 
-class Films(RecipeTable):
+class Films(StrictModel):
     """Synthetic films, drawn anew for every seed, whose signs follow the target's side in training."""
 
     train: _Count = 400
@@ -36,7 +36,7 @@ class Films(RecipeTable):
     """How often a sign stands for the target's side: in training and validation, and in the test set "id"."""
 
 
-class Arm(RecipeTable):
+class Arm(StrictModel):
     """One row of the table."""
 
     recipe: Changes = Field(default_factory=dict)
@@ -49,7 +49,7 @@ class Arm(RecipeTable):
     """How signs stand on its training and validation films: as the plan says, by chance (rho 0.5), or not at all."""
 
 
-class AblationPlan(RecipeTable):
+class AblationPlan(StrictModel):
     """A checked plan; training/ablations/ holds examples."""
 
     reference: Name = "off"

@@ -12,9 +12,9 @@ from cclip_deploy.ablation.run import Ablation
 from cclip_deploy.bundle.manifest import installed_versions, utc_now
 from cclip_deploy.common.files import whole_file
 from cclip_deploy.common.names import json_text, printable
+from cclip_deploy.common.plotting import BLUE, GRAY, INK, QUIET, save_figure
 from cclip_deploy.environment.packages import require_packages
 from cclip_deploy.evaluation.causal import untrained_mask
-from cclip_deploy.evaluation.plots import INK, OTHER, OURS, QUIET
 from cclip_deploy.evaluation.seed_statistics import Spread, paired_difference, spread_of
 
 NUMBERS, TABLES, PICTURE = "ablation.json", "ablation.md", "ablation.png"
@@ -128,13 +128,11 @@ def draw_arms(ablation: Ablation, path: Path) -> None:
         axes.margins(x=0.12)
     panels[0].set_yticks(range(len(arms)), list(reversed(arms)))
     panels[0].set_ylim(-0.6, len(arms) - 0.4)
-    kind = path.suffix[1:] or "png"
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    save_figure(figure, path)
 
 
 def _draw_spread(axes: Any, place: int, spread: Spread, is_reference: bool) -> None:
-    colour = OTHER if is_reference else OURS
+    colour = GRAY if is_reference else BLUE
     if spread.low is not None and spread.high is not None:
         axes.plot([spread.low, spread.high], [place, place], color=colour, lw=3, alpha=0.45, solid_capstyle="butt")
     axes.plot(spread.values, [place + 0.22] * len(spread.values), "o", color=colour, ms=3, alpha=0.7, mew=0)

@@ -13,12 +13,12 @@ import numpy as np
 from cclip_deploy.ablation.data import CellData
 from cclip_deploy.common.files import whole_file
 from cclip_deploy.common.names import json_text
+from cclip_deploy.common.threads import torch_threads
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.imaging.reading import read_picture
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
-from cclip_deploy.train.run import own_threads
 
 RESULT = "cell.json"
 Tell = Callable[[str], None]
@@ -69,7 +69,7 @@ def run_cell(cell: Cell, tell: Tell = lambda message: None) -> CellResult:
     path = cell.folder / RESULT
     if path.exists():
         return _read(path, identity)
-    with own_threads(cell.config.threads):
+    with torch_threads(cell.config.threads):
         result = _train_and_measure(cell, tell)
     record = {"identity": {"recipe": identity.recipe, "data": identity.data}, "result": asdict(result)}
     with whole_file(path) as unfinished:

@@ -14,6 +14,7 @@ import numpy as np
 from cclip_deploy.benchmark.candidate import Answer, BenchCandidate, Floats, Form, Setting, Tokens
 from cclip_deploy.benchmark.plan import MACHINE, WHOLE, BenchInputs, BenchOptions, LeftOut, Progress
 from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.common.threads import set_torch_threads
 from cclip_deploy.errors import UsageError
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.graph_model import load_model
@@ -128,7 +129,7 @@ class Peers:
         """A float32 product of two large matrices: what this machine's arithmetic can do at best."""
         import torch
 
-        torch.set_num_threads(self.options.threads)
+        set_torch_threads(self.options.threads)
         left, right = torch.rand(2, PRODUCT_SIDE, PRODUCT_SIDE)
         into = torch.empty_like(left)
         return BenchCandidate(
@@ -175,7 +176,7 @@ class Peers:
     def _in_torch(self, compute: Callable[..., torch.Tensor], setting: Setting | None = None) -> Prepared:
         import torch
 
-        torch.set_num_threads(self.options.threads)
+        set_torch_threads(self.options.threads)
         layout = torch.channels_last if setting is Setting.CHANNELS_LAST else torch.contiguous_format
 
         def answer(image: Floats, tokens: Tokens) -> Floats:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.errors import DataError, EnvironmentProblem
+from cclip_deploy.common.plotting import BLUE, INK, LINE, QUIET, require_matplotlib, save_figure
+from cclip_deploy.errors import DataError
 
-OURS, PEER, INK, QUIET = "#0072B2", "#C3C8CE", "#1B1F24", "#57606A"  # Okabe and Ito's blue; ours is darker, too
 STAGE, BASELINE = "image and prompt", "plain export"
 TITLES = {
     "fused fp32": "cclip-deploy in ONNX Runtime, new prompt",
@@ -38,20 +38,18 @@ def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
         DataError: the result has no plain export, or is no result of `--peers`.
         EnvironmentProblem: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EnvironmentProblem(f"A picture needs matplotlib ({error}). Install it: pip install matplotlib") from error
+    require_matplotlib("A plot")
+    from matplotlib.figure import Figure
 
     rows = _rows(result)
     figure = Figure(figsize=(10, 0.44 * len(rows) + 1.35), dpi=120, facecolor="white")
     axes = figure.add_axes((0.42, 0.02, 0.565, 1 - 1.0 / (0.44 * len(rows) + 1.35)))
     times = [row["p50_ms"] for row in rows]
-    axes.barh(range(len(rows)), times, color=[OURS if row.get("ours") else PEER for row in rows], height=0.74)
+    axes.barh(range(len(rows)), times, color=[BLUE if row.get("ours") else LINE for row in rows], height=0.74)
     ratios = {ratio["candidate"]: ratio["ratio"] for ratio in result["ratios"] if ratio["baseline"] == BASELINE}
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     for place, (row, label) in enumerate(zip(rows, axes.get_yticklabels(), strict=True)):
-        style: dict[str, Any] = {"color": OURS if row.get("ours") else INK, "fontsize": 10.5}
+        style: dict[str, Any] = {"color": BLUE if row.get("ours") else INK, "fontsize": 10.5}
         style["fontweight"] = "bold" if row.get("ours") else "normal"
         label.set(**style)
         axes.annotate(
@@ -60,13 +58,12 @@ def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
         )  # fmt: skip
     axes.set(xlim=(0, max(times) * 1.42), ylim=(-0.6, len(rows) - 0.4), xticks=[])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.spines["left"].set_color(PEER)
+    axes.spines["left"].set_color(LINE)
     axes.tick_params(length=0)
     height = figure.get_figheight()
     figure.text(0.02, 1 - 0.36 / height, _title(result), color=INK, fontsize=13.5, fontweight="bold")
     figure.text(0.02, 1 - 0.66 / height, _subtitle(result), color=QUIET, fontsize=9.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ from importlib import metadata
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from cclip_deploy.bundle.precision import Precision
+from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.imaging.preprocess import Preprocessing
 
 SCHEMA_VERSION = 2
@@ -50,11 +51,7 @@ Text = Annotated[str, StringConstraints(max_length=2**18)]
 Side = Annotated[int, Field(gt=0, le=LARGEST_SIDE)]
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorSpec(_Entry):
+class TensorSpec(StrictModel):
     """An input or output; a string in `shape` is a dynamic dimension's name."""
 
     name: str
@@ -65,14 +62,14 @@ class TensorSpec(_Entry):
 Tensors = Annotated[tuple[TensorSpec, ...], Field(max_length=MOST_TENSORS), AfterValidator(_small)]
 
 
-class CalibrationEntry(_Entry):
+class CalibrationEntry(StrictModel):
     """The calibration record that a quantised graph took its scales from."""
 
     file: RelativePath
     sha256: Sha256
 
 
-class GraphEntry(_Entry):
+class GraphEntry(StrictModel):
     """One ONNX graph, and the hash of what it was made from: the checkpoint, or the FP32 graph.
 
     `high_precision_nodes` are the products that a derived graph was asked to keep in a higher precision; None where
@@ -97,7 +94,7 @@ class GraphEntry(_Entry):
 Shape = Annotated[tuple[int, ...], Field(max_length=MOST_SIDES)]
 
 
-class EngineTarget(_Entry):
+class EngineTarget(StrictModel):
     """The GPUs of an engine: of these compute capabilities or, `and_later`, from the least on; of one name, if any."""
 
     compute_capabilities: Annotated[tuple[Name, ...], Field(max_length=32)]
@@ -105,7 +102,7 @@ class EngineTarget(_Entry):
     gpu: Name | None = None
 
 
-class EngineEntry(_Entry):
+class EngineEntry(StrictModel):
     """One built engine, the graph it was built from, and where its layer table lies.
 
     `timing_cache_sha256` is the cache that the build began with: the same one again may choose other kernels.
@@ -127,7 +124,7 @@ class EngineEntry(_Entry):
     timing_cache_sha256: Sha256 | None = None
 
 
-class CheckpointOrigin(_Entry):
+class CheckpointOrigin(StrictModel):
     """The checkpoint that a bundle was exported from."""
 
     name: Name
@@ -136,7 +133,7 @@ class CheckpointOrigin(_Entry):
     tensors_dropped: int
 
 
-class Manifest(_Entry):
+class Manifest(StrictModel):
     """All that a bundle says of itself."""
 
     schema_version: int = SCHEMA_VERSION

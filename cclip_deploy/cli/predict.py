@@ -99,8 +99,8 @@ def predict(
 
 
 def _open_explainer(segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
+    from cclip_deploy.common.plotting import require_matplotlib
     from cclip_deploy.inference.explain import open_explainer
-    from cclip_deploy.inference.explanation_plot import require_matplotlib
 
-    require_matplotlib()
+    require_matplotlib("Drawing an explanation")
     return open_explainer(segmenter, checkpoint)

@@ -11,18 +11,17 @@ from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.prompts.reader import mirror
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Small = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Augmentation(BaseModel):
+class Augmentation(StrictModel):
     """How far a picture may be changed; zero everywhere, which is the default, changes nothing."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     flip_share: _Share = 0.0
     """Probability of a flip left to right. The words are flipped too; a picture whose words cannot be is not flipped.

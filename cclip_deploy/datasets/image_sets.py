@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from cclip_deploy.common.files import sha256_input
 from cclip_deploy.common.names import printable
+from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.datasets.reading import LAYOUTS, has_layout, read_data_set
 from cclip_deploy.datasets.sample import Referral, patient_of
 from cclip_deploy.errors import DataError
@@ -34,7 +33,7 @@ class SetImage:
     patient: str | None = None
 
 
-class ImageSource(BaseModel):
+class ImageSource(StrictModel):
     """What was found under one path: a data set's split, or a folder or file that belongs to no data set.
 
     Attributes:
@@ -45,8 +44,6 @@ class ImageSource(BaseModel):
         patients: how many are known.
         images_without_patient: images of which neither a column nor the file's name says the patient.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     layout: str | None = None

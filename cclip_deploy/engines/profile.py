@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from cclip_deploy.bundle.precision import Precision
-from cclip_deploy.common.toml_file import read_toml
+from cclip_deploy.common.toml_file import StrictModel, read_toml
 from cclip_deploy.engines.build import SERVED, BuildOptions
 from cclip_deploy.graph.precision.convert import InputsAndOutputs
 from cclip_deploy.quantization.calibrate import CalibrationOptions
@@ -18,11 +18,7 @@ from cclip_deploy.runtime.tensorrt.runner import MOST_LANES, GpuOptions
 from cclip_deploy.runtime.tensorrt.settings import Compatibility, EngineSettings
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Shapes(_Part):
+class Shapes(StrictModel):
     """How many pictures and prompts at once: at most, and usually, which is what kernels are tuned for."""
 
     max_batch: PositiveInt = 8
@@ -32,7 +28,7 @@ class Shapes(_Part):
     one_alone: bool = False
 
 
-class Builder(_Part):
+class Builder(StrictModel):
     """See `EngineSettings`; `workspace_mib` is the most scratch memory that a layer may take."""
 
     workspace_mib: PositiveInt | None = None
@@ -45,7 +41,7 @@ class Builder(_Part):
     timing_cache: Path | None = None
 
 
-class Run(_Part):
+class Run(StrictModel):
     """See `GpuOptions`."""
 
     gpu_interface: GpuInterface = "cuda-python"
@@ -53,7 +49,7 @@ class Run(_Part):
     lanes: Annotated[int, Field(ge=1, le=MOST_LANES)] = 1
 
 
-class EngineProfile(_Part):
+class EngineProfile(StrictModel):
     """One target: which engines, in what, for which sizes, and how they are to be run there."""
 
     name: str

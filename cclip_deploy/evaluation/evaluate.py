@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import installed_versions, utc_now
 from cclip_deploy.bundle.precision import Precision
+from cclip_deploy.common.threads import set_torch_threads
 from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import Referral, of_split
 from cclip_deploy.errors import BundleError, ImageError, UsageError
@@ -20,7 +21,6 @@ from cclip_deploy.evaluation.controls import make_controls
 from cclip_deploy.evaluation.metrics import BOUNDARY_TOLERANCE_PX
 from cclip_deploy.evaluation.split import Measurements, MeasuringOptions, OnImage, ShownCase, measure_split
 from cclip_deploy.evaluation.summary import EmptyPolicy, Evaluation, summarise
-from cclip_deploy.runtime.backend import check_threads
 
 if TYPE_CHECKING:
     from cclip_deploy.evaluation.models import AskedNetwork
@@ -242,8 +242,6 @@ def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
     from cclip_deploy.environment.packages import require_export_packages
 
     require_export_packages()
-    import torch
-
     from cclip_deploy.evaluation.models import CheckpointNetwork
     from cclip_deploy.inference.describe_prompt import open_tokenizer
     from cclip_deploy.model.checkpoint import load_checkpoint
@@ -253,9 +251,7 @@ def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
     trained = loaded.form or InputForm()
     form = InputForm(choice.image_hw or trained.image_hw, choice.prompt_length or trained.prompt_length)
     tokenizer, _ = open_tokenizer(None, form.prompt_length)
-    check_threads(choice.threads)
-    if choice.threads is not None:
-        torch.set_num_threads(choice.threads)
+    set_torch_threads(choice.threads)
     return CheckpointNetwork(loaded, form, tokenizer)
 
 

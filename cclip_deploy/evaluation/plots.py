@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cclip_deploy.common.plotting import BLUE, GRAY, GRID, INK, LINE, QUIET, VERMILION, encode_figure
 from cclip_deploy.evaluation.bootstrap import Estimate
 from cclip_deploy.evaluation.summary import CalibrationBin, ControlScore, CurvePoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OURS, OTHER, ACCENT, INK, QUIET = "#0072B2", "#8A949E", "#D55E00", "#16202A", "#5B6875"  # Okabe and Ito's hues
 SIZE_INCHES = (3.3, 2.75)
 
 
@@ -24,7 +23,7 @@ def draw_controls(controls: Sequence[ControlScore], true: Estimate) -> str:
     figure, axes = _plot("Dice, mean over rows", "")
     named = [("true", true), *((c.name, c.dice) for c in controls if c.dice.value is not None)]
     for place, (name, estimate) in enumerate(reversed(named)):
-        colour = OURS if name == "true" else OTHER
+        colour = BLUE if name == "true" else GRAY
         value = np.nan if estimate.value is None else estimate.value
         if estimate.low is not None and estimate.high is not None:
             axes.plot([estimate.low, estimate.high], [place, place], color=colour, lw=3.2, solid_capstyle="butt")
@@ -43,8 +42,8 @@ def draw_curve(curve: Sequence[CurvePoint], threshold: float) -> str:
     figure, axes = _plot("threshold on the probability", "Dice")
     x = [point.threshold for point in curve]
     for name, colour, estimates in (
-        ("mean over rows", OURS, [point.dice_per_image for point in curve]),
-        ("pooled", ACCENT, [point.dice_pooled for point in curve]),
+        ("mean over rows", BLUE, [point.dice_per_image for point in curve]),
+        ("pooled", VERMILION, [point.dice_pooled for point in curve]),
     ):
         axes.plot(x, _values(estimates), color=colour, lw=1.8, label=name)
         low, high = ([np.nan if v is None else v for v in side] for side in _sides(estimates))
@@ -66,8 +65,8 @@ def draw_calibration(bins: Sequence[CalibrationBin]) -> str:
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
     filled = [b for b in bins if b.pixels]
     axes.plot([0, 1], [0, 1], color=QUIET, lw=0.9, ls=(0, (3, 3)))
-    axes.plot([b.mean_probability for b in filled], [b.inside_share for b in filled], "o-", color=OURS, ms=4, lw=1.5)
-    below.bar([(b.low + b.high) / 2 for b in bins], [b.pixels for b in bins], 0.9 / len(bins), color=OTHER)
+    axes.plot([b.mean_probability for b in filled], [b.inside_share for b in filled], "o-", color=BLUE, ms=4, lw=1.5)
+    below.bar([(b.low + b.high) / 2 for b in bins], [b.pixels for b in bins], 0.9 / len(bins), color=GRAY)
     below.set_yscale("symlog", linthresh=1)
     most = max((b.pixels for b in bins), default=1)
     exponents = range(0, int(np.log10(max(most, 1))) + 1, 3)
@@ -84,11 +83,11 @@ def draw_calibration(bins: Sequence[CalibrationBin]) -> str:
 def draw_spread(dice: Sequence[float], mean: Estimate) -> str:
     """How the rows' Dice spread, and where their mean lies."""
     figure, axes = _plot("Dice of a row", "rows")
-    axes.hist(dice, bins=20, range=(0, 1), color=OURS, alpha=0.75, rwidth=0.92)
+    axes.hist(dice, bins=20, range=(0, 1), color=BLUE, alpha=0.75, rwidth=0.92)
     if mean.value is not None:
-        axes.axvline(mean.value, color=ACCENT, lw=1.4)
+        axes.axvline(mean.value, color=VERMILION, lw=1.4)
         axes.annotate(f"mean {mean.value:.3f}", (mean.value, 1), (-5, -12), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", ha="right" if mean.value > 0.3 else "left", color=ACCENT,
+                      textcoords="offset points", ha="right" if mean.value > 0.3 else "left", color=VERMILION,
                       fontsize=8.5)  # fmt: skip
     axes.set_xlim(0, 1)
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -107,11 +106,11 @@ def _plot(x: str, y: str) -> tuple[Figure, Any]:
 
 def _calm(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#C3C8CE")
+    axes.spines[["left", "bottom"]].set_color(LINE)
     axes.tick_params(length=0, labelsize=8.5, colors=INK)
     axes.xaxis.label.set(color=QUIET, fontsize=9)
     axes.yaxis.label.set(color=QUIET, fontsize=9)
-    axes.grid(color="#EEF1F3", lw=0.8)
+    axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
 
 
@@ -130,10 +129,4 @@ def _sides(estimates: Sequence[Estimate]) -> tuple[list[float | None], list[floa
 
 
 def _uri(figure: Figure) -> str:
-    """The same bytes for the same plot."""
-    from matplotlib import rc_context
-
-    file = io.BytesIO()
-    with rc_context({"svg.hashsalt": "cclip-deploy", "svg.fonttype": "path"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(encode_figure(figure, "svg")).decode()

@@ -13,8 +13,9 @@ from cclip_deploy.common.files import restore_folder, whole_folder
 from cclip_deploy.common.html_page import Figure, Section, Table, Tile, write_page
 from cclip_deploy.common.names import json_text, printable
 from cclip_deploy.common.paths import check_writable
+from cclip_deploy.common.plotting import require_matplotlib
 from cclip_deploy.datasets.mask_file import read_mask
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import UsageError
 from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS
 from cclip_deploy.evaluation.evaluate import EvaluationResult
 from cclip_deploy.evaluation.split import ShownCase
@@ -30,14 +31,13 @@ OVERLAY_PX, OVERLAY_QUALITY = 560, 82
 
 
 def check_report_folder(folder: Path, replace: bool) -> None:
-    """UsageError where a report cannot go, EnvironmentProblem where it cannot be written or matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"The report's plots need matplotlib ({error}). Install it: pip install 'cclip-deploy[train]'. "
-            "Or leave -o out."
-        ) from error
+    """Check, before any work is done, that a report can be written.
+
+    Raises:
+        UsageError: something else is at `folder`, or a report and `replace` is false.
+        EnvironmentProblem: the folder cannot be written, or matplotlib is missing.
+    """
+    require_matplotlib("A report (-o)")
     restore_folder(folder)
     check_writable(folder)
     if not folder.exists():

@@ -11,12 +11,12 @@ from cclip_deploy.bundle.bundle import TOKENIZER, Bundle, check_output, new_bund
 from cclip_deploy.bundle.manifest import CheckpointOrigin, GraphEntry, Manifest, installed_versions, utc_now
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import check_writable
+from cclip_deploy.common.threads import check_threads, set_torch_threads
 from cclip_deploy.environment.packages import require_export_packages
 from cclip_deploy.errors import UsageError
 from cclip_deploy.imaging.preprocess import Preprocessing
 from cclip_deploy.model.config import InputForm
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
-from cclip_deploy.runtime.backend import check_threads
 
 if TYPE_CHECKING:
     import onnx
@@ -72,10 +72,7 @@ def export_bundle(
     require_export_packages()
     from cclip_deploy.model.checkpoint import load_checkpoint
 
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
+    set_torch_threads(options.threads)
     with new_bundle(output, options.replace) as folder:
         on_progress(f"Reading {checkpoint}")
         loaded = load_checkpoint(checkpoint)

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.errors import UsageError
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -16,14 +17,12 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(StrictModel):
     """How a picture becomes an input; kept in the bundle, because a model is only right with its own.
 
     Mean and deviation are those of CLIP, of RGB in [0, 1]. The picture is stretched to the input's size. Pillow widens
     its filters when it shrinks, hence `antialias` cannot be false.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     mean: tuple[_Finite, _Finite, _Finite] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[_Positive, _Positive, _Positive] = (0.26862954, 0.26130258, 0.27577711)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.common.files import disk_problem
-from cclip_deploy.common.locks import unfinished_file
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.common.plotting import INK, QUIET, save_figure
 from cclip_deploy.inference.explain import Seen
 
 if TYPE_CHECKING:
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 COLUMNS, PANEL_INCHES, DPI = 3, 3.7, 110
-INK, QUIET, MAP = "#16202A", "#5B6875", "viridis"
+COLOR_MAP = "viridis"
 LONGEST_TITLE = 110
 
 
@@ -33,16 +30,6 @@ class Panel:
     below: str
     unit: str
     limits: tuple[float, float]
-
-
-def require_matplotlib() -> None:
-    """EnvironmentProblem without matplotlib; asked before any work is done."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"Explanations are drawn by matplotlib ({error}). Install it: pip install matplotlib"
-        ) from error
 
 
 def write_explanation(
@@ -59,14 +46,7 @@ def write_explanation(
         answer: the confounding branch's probability (H, W), if there is one.
     """
     figure = _draw(pixels, mask, prompt, _panels(seen, answer))
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-    try:
-        with unfinished_file(path) as unfinished:
-            unfinished.write_bytes(file.getvalue())
-            unfinished.replace(path)
-    except OSError as error:
-        raise disk_problem(path, error) from error
+    save_figure(figure, path, DPI)
     return path
 
 
@@ -109,7 +89,7 @@ def _draw(pixels: Floats, mask: NDArray[np.bool_], prompt: str, panels: list[Pan
     for axes, panel in zip(every[1:], panels, strict=False):
         _film(axes, pixels)
         drawn = axes.imshow(
-            panel.values, cmap=MAP, vmin=panel.limits[0], vmax=max(panel.limits[1], panel.limits[0] + 1e-6),
+            panel.values, cmap=COLOR_MAP, vmin=panel.limits[0], vmax=max(panel.limits[1], panel.limits[0] + 1e-6),
             alpha=0.6, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear",
         )  # fmt: skip
         bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02)

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.names import printable
+from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.datasets.image_sets import ImageSet, ImageSource
 from cclip_deploy.errors import ParityError
 from cclip_deploy.evaluation.split import encode_texts
@@ -24,7 +24,7 @@ LEAST_MEAN_DICE, LEAST_DICE = 0.99, 0.95
 """What masks of a quantized network are held to on an evaluation set: the mean, and the worst image's mean."""
 
 
-class MaskAgreement(BaseModel):
+class MaskAgreement(StrictModel):
     """Dice of a precision's masks to FP32's.
 
     Attributes:
@@ -39,8 +39,6 @@ class MaskAgreement(BaseModel):
         worst_mask: the lowest Dice.
         worst_picture: name of the worst image.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     precision: str
     pictures: int

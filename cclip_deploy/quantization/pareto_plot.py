@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cclip_deploy.common.files import whole_file
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.common.plotting import BLUE, INK, QUIET, VERMILION, require_matplotlib, save_figure
+from cclip_deploy.errors import UsageError
 from cclip_deploy.quantization.profile import TunedProfile
 
-MEAN, WORST, INK, QUIET = "#0072B2", "#D55E00", "#1B1F24", "#57606A"  # Okabe and Ito's blue and vermilion
 FORMATS = (".png", ".svg")
 
 
@@ -21,17 +20,15 @@ def draw_front(profile: TunedProfile, path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise UsageError(f"{path} ends in none of {', '.join(FORMATS)}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EnvironmentProblem(f"A picture needs matplotlib ({error}). Install it: pip install matplotlib") from error
+    require_matplotlib("A plot")
+    from matplotlib.figure import Figure
 
     tuned = profile.tuned
     points = sorted(tuned.front, key=lambda point: point.share)
     shares = [100 * point.share for point in points]
     figure = Figure(figsize=(8, 4.2), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    for name, colour in (("mean", MEAN), ("worst", WORST)):
+    for name, colour in (("mean", BLUE), ("worst", VERMILION)):
         label = "mean" if name == "mean" else "worst picture"
         axes.plot(shares, [getattr(p.held_out, name) for p in points], "o-", color=colour, label=label, markersize=5)
         axes.axhline(getattr(tuned.budget, name), color=colour, linestyle=":", linewidth=1.2)
@@ -47,6 +44,4 @@ def draw_front(profile: TunedProfile, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     axes.legend(frameon=False, loc="lower left")
-    kind = path.suffix[1:] or "png"
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    save_figure(figure, path)

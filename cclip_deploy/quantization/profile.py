@@ -10,12 +10,10 @@ from pathlib import Path
 
 import tomli_w
 
-from pydantic import BaseModel, ConfigDict
-
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.common.files import whole_file
-from cclip_deploy.common.toml_file import read_toml
+from cclip_deploy.common.toml_file import StrictModel, read_toml
 from cclip_deploy.datasets.image_sets import ImageSource
 from cclip_deploy.errors import UsageError
 from cclip_deploy.graph.precision.ranges import Method
@@ -23,11 +21,7 @@ from cclip_deploy.quantization.calibrate import CalibrationOptions, choose_pictu
 from cclip_deploy.runtime.tensorrt.binding import BindingName
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Agreement(_Part):
+class Agreement(StrictModel):
     """Dice to FP32's masks: the mean over all masks, its standard error by picture, and the worst picture's mean."""
 
     mean: float
@@ -39,7 +33,7 @@ class Agreement(_Part):
         return self.mean >= other.mean and self.worst >= other.worst
 
 
-class FrontPoint(_Part):
+class FrontPoint(StrictModel):
     """One form of the network: its blocks in the higher precision, and what is left in the low one.
 
     Attributes:
@@ -55,7 +49,7 @@ class FrontPoint(_Part):
     held_out: Agreement
 
 
-class CalibrationUsed(_Part):
+class CalibrationUsed(StrictModel):
     """What the ranges came from; images by the SHA-256 of their files."""
 
     method: Method
@@ -64,7 +58,7 @@ class CalibrationUsed(_Part):
     sources: tuple[ImageSource, ...] = ()
 
 
-class Tuning(_Part):
+class Tuning(StrictModel):
     """The search: the graph that it was made for, the pictures, the budget, and the front.
 
     `damage` is what each block costs when it alone is in the low precision: 1 minus the mean Dice on the tuning part.
@@ -91,7 +85,7 @@ class Tuning(_Part):
         return next((point for point in cheaper if point.held_out.as_good_as(self.held_out)), None)
 
 
-class TunedProfile(_Part):
+class TunedProfile(StrictModel):
     """What `build-engine --tuned` takes: the precision, the blocks kept out of it, and how they were found."""
 
     name: str

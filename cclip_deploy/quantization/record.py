@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cclip_deploy.bundle.bundle import RECORD_BYTES, Bundle
 from cclip_deploy.bundle.manifest import CalibrationEntry, GraphEntry
+from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.datasets.image_sets import ImageSource, counted
 from cclip_deploy.errors import BundleError
 from cclip_deploy.graph.precision.ranges import Method
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CalibrationPicture(_Record):
+class CalibrationPicture(StrictModel):
     """An image by name, by the hash of its file, by that of its decoded pixels, and its patient where known."""
 
     name: str
@@ -27,7 +24,7 @@ class CalibrationPicture(_Record):
     patient: str | None = None
 
 
-class CalibrationImages(_Record):
+class CalibrationImages(StrictModel):
     """The images that a calibration ran on, and what they were compared with.
 
     Attributes:

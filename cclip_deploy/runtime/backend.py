@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
-from cclip_deploy.common.limits import MOST_THREADS
-from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem
 
 _NO_MEMORY = ("allocate", "bad_alloc", "out of memory")
 
@@ -107,12 +106,6 @@ def run_failure(runtime: str, path: Path, error: Exception) -> CclipError:
             "a machine with more memory."
         )
     return BundleError(f"{runtime} cannot run {path}: {reason}. Check it: cclip-deploy verify BUNDLE.")
-
-
-def check_threads(threads: int | None) -> None:
-    """UsageError for a number of threads below 1 or above MOST_THREADS; None leaves it to the runtime."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(f"{threads} threads are out of range. Use 1 to {MOST_THREADS}.")
 
 
 def _sides(shape: Sequence[int | str]) -> list[int | str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cclip_deploy.common.limits import MOST_THREADS
-from cclip_deploy.common.paths import read_toml
+from cclip_deploy.common.toml_file import StrictModel, read_toml
 from cclip_deploy.datasets.augmentation import Augmentation
-from cclip_deploy.errors import UsageError
 from cclip_deploy.model.config import CONTEXT_LENGTH, InputForm, image_hw
 
 Mode = Literal["off", "joint", "alternating", "reversal"]
@@ -25,13 +24,7 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class RecipeTable(BaseModel):
-    """A table of a recipe or a plan; a key that it does not have is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SyntheticFilms(RecipeTable):
+class SyntheticFilms(StrictModel):
     """Films to draw where the data folder is not there yet (`cclip-deploy synth` draws the same)."""
 
     images: Annotated[int, Field(ge=5)] = 500
@@ -39,7 +32,7 @@ class SyntheticFilms(RecipeTable):
     seed: _Whole = 0
 
 
-class DataSource(RecipeTable):
+class DataSource(StrictModel):
     """Where the data set is; a path is relative to the folder that the command runs in."""
 
     folder: Path | None = None
@@ -52,7 +45,7 @@ class DataSource(RecipeTable):
     synthetic: SyntheticFilms | None = None
 
 
-class Game(RecipeTable):
+class Game(StrictModel):
     """The min-max game between maskers and the rest; mode "off" reads the mask budget alone.
 
     The rest minimises `causal_weight` x L_causal + `confounding_weight` x L_confounding. In "alternating" and
@@ -79,7 +72,7 @@ class Game(RecipeTable):
     """The shared 1x1 block's running statistics follow the causal features alone, which inference sees."""
 
 
-class Devices(RecipeTable):
+class Devices(StrictModel):
     """Where and how exactly it computes; handed to Lightning Fabric."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -90,7 +83,7 @@ class Devices(RecipeTable):
     precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
-class TrainConfig(RecipeTable):
+class TrainConfig(StrictModel):
     """A training recipe; training/configs/ holds examples. No value here is the paper's: it gives none."""
 
     model: Literal["tiny", "rn101"] = "tiny"
@@ -174,16 +167,11 @@ class TrainConfig(RecipeTable):
         """Read a recipe, with another data folder where given, and with CLIP's weights as a start where given.
 
         Raises:
-            UsageError: the file cannot be read, or a key is unknown, out of range or at odds with another.
+            UsageError: the recipe does not exist or cannot be read, or a key is unknown, out of range or contradictory.
         """
-        values = read_toml(path, UsageError)
-        if clip_weights is not None:
-            values["clip_weights"] = clip_weights
-        try:
-            config = TrainConfig.model_validate(values)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise UsageError(f"Recipe {path}: {problems}. Keys are {', '.join(TrainConfig.model_fields)}.") from error
+        overrides = {} if clip_weights is None else {"clip_weights": clip_weights}
+        remedy = f" Keys are {', '.join(TrainConfig.model_fields)}."
+        config = read_toml(path, TrainConfig, f"There is no recipe {path}. Check the path.", remedy, overrides)
         if data is None:
             return config
         return config.model_copy(update={"data": config.data.model_copy(update={"folder": data, "synthetic": None})})

@@ -16,6 +16,7 @@ import numpy as np
 from cclip_deploy.common.files import writing_into
 from cclip_deploy.common.locks import is_bookkeeping
 from cclip_deploy.common.paths import check_writable
+from cclip_deploy.common.threads import torch_threads
 from cclip_deploy.datasets.reading import DataSet, read_data_set
 from cclip_deploy.datasets.sample import Referral, of_split
 from cclip_deploy.datasets.synthetic.generator import share_out_films, write_dataset
@@ -216,25 +217,12 @@ def _of_first_images(referrals: list[Referral], count: int) -> list[Referral]:
 
 
 @contextmanager
-def own_threads(threads: int) -> Iterator[None]:
-    """So many threads of torch within, the caller's afterwards."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def _own_settings(config: TrainConfig, fabric: Fabric) -> Iterator[None]:
     """The recipe's threads and random numbers within, the caller's afterwards."""
     import torch
 
     devices = [fabric.device] if fabric.device.type == "cuda" else []
-    with own_threads(config.threads), torch.random.fork_rng(devices):
+    with torch_threads(config.threads), torch.random.fork_rng(devices):
         torch.manual_seed(config.seed)
         yield
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle.bundle import CHAIN, Bundle
 from cclip_deploy.bundle.manifest import graph_key
+from cclip_deploy.common.threads import set_torch_threads
 from cclip_deploy.errors import UsageError
 from cclip_deploy.imaging.reading import find_pictures
 from cclip_deploy.inference.segmenter import chain_precisions
@@ -18,7 +19,6 @@ from cclip_deploy.parity.reference import Reference, load_references
 from cclip_deploy.parity.stages import check_tokenizer_file, mask_stage_checks, stage_checks
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.quantization.record import read_record
-from cclip_deploy.runtime.backend import check_threads
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.registry import Choice, Opened, opened, precisions_to_run
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
@@ -181,11 +181,7 @@ def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOpti
             f"{options.checkpoint} is a {loaded.config.name!r} network, the bundle holds "
             f"{bundle.manifest.model['name']!r}. Give the checkpoint that it was exported from."
         )
-    check_threads(options.threads)
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
+    set_torch_threads(options.threads)
     pictures = find_pictures(options.pictures) if options.pictures else []
     return make_references(PyTorchBackend(loaded.model), bundle.manifest, pictures, options.prompts)
 

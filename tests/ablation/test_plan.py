@@ -59,7 +59,7 @@ def test_arm_and_setting_are_laid_over_the_recipe_table_by_table() -> None:
         ("[films]\nconfounders = ['halo']\n[recipe]\n[arms.off]", "films.confounders"),
         ("[films]\n[recipe]\n[arms.'../x']", "arms"),
         ("[films]\n[recipe]", "arms: field required"),
-        ("[films", "no TOML"),
+        ("[films", "not a TOML"),
     ],
 )
 def test_what_is_wrong_with_a_plan_is_named(text: str, named: str, tmp_path: Path) -> None:

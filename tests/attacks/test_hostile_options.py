@@ -16,13 +16,13 @@ from cclip_deploy.benchmark.plan import BenchOptions
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.limits import LARGEST_IMAGE_SIDE, MOST_THREADS
 from cclip_deploy.common.paths import check_writable
+from cclip_deploy.common.threads import check_threads
 from cclip_deploy.datasets.synthetic import generator as synthetic
 from cclip_deploy.errors import CclipError, EnvironmentProblem, UsageError
 from cclip_deploy.evaluation.evaluate import NetworkChoice, open_network
 from cclip_deploy.evaluation.report import check_report_folder
 from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.model.config import InputForm, image_hw
-from cclip_deploy.runtime.backend import check_threads
 from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
 from cclip_deploy.runtime.openvino.backend import OpenVinoBackend
 from cclip_deploy.train.config import TrainConfig

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.benchmark.plot import OURS, PEER, draw_benchmark
+from cclip_deploy.benchmark.plot import LINE, draw_benchmark
+from cclip_deploy.common.plotting import BLUE
 from cclip_deploy.errors import DataError
 
 TIMES_MS = {"pytorch eager": 800.0, "plain export": 400.0, "fused fp32": 100.0, "cached prompt fp32": 90.0}
@@ -42,7 +43,7 @@ def test_bars_are_as_long_as_the_times_on_a_white_ground(tmp_path: Path) -> None
     with Image.open(tmp_path / "new" / "b.png") as opened:
         picture = np.asarray(opened.convert("RGB"))
     assert (picture[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()
-    assert longest_run(picture, PEER) / longest_run(picture, OURS) == pytest.approx(8, rel=0.05)  # 800 ms to 100 ms
+    assert longest_run(picture, LINE) / longest_run(picture, BLUE) == pytest.approx(8, rel=0.05)  # 800 ms to 100 ms
 
 
 def test_kept_results_of_earlier_versions_are_drawn(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_profile_becomes_options(tmp_path: Path) -> None:
         (BASE.replace("fp16", "fp4"), "precision: input should be"),
         (BASE + "[run]\nlanes = 0\n", "run.lanes: input should be greater"),
         ('name = "x"\n', "why: field required; backend: field required"),
-        ("not toml at all", "is no TOML file"),
+        ("not toml at all", "is not a TOML file"),
     ],
 )
 def test_a_slip_is_named(text: str, message: str, tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_a_profile_comes_back_as_it_was_written(profile: TunedProfile, tmp_path:
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("extra = 1", "extra: extra inputs are not permitted"), ("=", "is no TOML file"), ('io = "fp16"', "io: extra")],
+    [("extra = 1", "extra: extra inputs are not permitted"), ("=", "is not a TOML file"), ('io = "fp16"', "io: extra")],
 )
 def test_a_profile_with_unknown_keys_is_refused(line: str, said: str, profile: TunedProfile, tmp_path: Path) -> None:
     path = tmp_path / "p.toml"

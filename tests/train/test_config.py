@@ -20,16 +20,16 @@ def test_published_recipes_are_valid(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("learning_rat = 1", "learning_rat: Extra inputs"),
-        ("epochs = 0", "epochs: Input should be greater than 0"),
+        ("learning_rat = 1", "learning_rat: extra inputs"),
+        ("epochs = 0", "epochs: input should be greater than 0"),
         ("image_size = 100", "not a positive multiple of 32"),
-        ("mode = 'both'", "mode: Input should be 'off', 'joint', 'alternating' or 'reversal'"),
-        ("epochs 3", "is no TOML file"),
-        ("[game]\nmask_budget = 1.0", "game.mask_budget: Input should be less than 1"),
-        ("[game]\nmaskers_steps = 1", "game.maskers_steps: Extra inputs"),
-        ("learning_rate = inf", "learning_rate: Input should be a finite number"),
-        ("frozen = ['layer9']", "frozen.0: Input should be 'stem', 'layer1'"),
-        ("[devices]\nprecision = '8-bit'", "devices.precision: Input should be '32-true'"),
+        ("mode = 'both'", "mode: input should be 'off', 'joint', 'alternating' or 'reversal'"),
+        ("epochs 3", "is not a TOML file"),
+        ("[game]\nmask_budget = 1.0", "game.mask_budget: input should be less than 1"),
+        ("[game]\nmaskers_steps = 1", "game.maskers_steps: extra inputs"),
+        ("learning_rate = inf", "learning_rate: input should be a finite number"),
+        ("frozen = ['layer9']", "frozen.0: input should be 'stem', 'layer1'"),
+        ("[devices]\nprecision = '8-bit'", "devices.precision: input should be '32-true'"),
         ("clip_weights = 'openai'\nstart_checkpoint = 'a.pth'", "both say where the towers start"),
         ("image_size = 32\nimages_per_batch = 1", "images_per_batch 1 needs an image_size of at least 64"),
     ],
@@ -41,5 +41,5 @@ def test_a_wrong_recipe_is_refused(tmp_path: Path, text: str, words: str) -> Non
 
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="no recipe"):
         TrainConfig.from_toml(tmp_path / "none.toml")

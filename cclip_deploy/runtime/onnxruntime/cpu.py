@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
 from cclip_deploy.bundle.precision import is_quantised
+from cclip_deploy.common.threads import check_threads
 from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
-from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, check_threads, run_failure
+from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, run_failure
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.watchdog import check_seconds_limit, time_limit
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
 from cclip_deploy.bundle.precision import product_type
+from cclip_deploy.common.threads import check_threads
 from cclip_deploy.errors import BundleError, EnvironmentProblem, PrecisionNotSupported
-from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, check_threads, run_failure
+from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, run_failure
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.openvino.arithmetic import Arithmetic, arithmetic_of, hint_for, refuse_lower
 from cclip_deploy.runtime.openvino.unsigned import use_all_bits
