@@ -104,13 +104,13 @@ def read_toml(path: Path, error: type[CclipError] = DataError) -> dict[str, Any]
     """The TOML document in a file; raises `error` where it is none, too large, or nested too deeply."""
     text = read_text(path, "TOML file", LARGEST_TOML, error)
     if _LONG_KEY.search(text):
-        raise error(f"{path} is no TOML file: a key has more than {MOST_KEY_PARTS} parts. Correct it.")
+        raise error(f"{path} is not a TOML file: a key has more than {MOST_KEY_PARTS} parts. Correct it.")
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise error(f"{path} is no TOML file: it is nested too deeply. Correct it.") from None
+        raise error(f"{path} is not a TOML file: it is nested too deeply. Correct it.") from None
     except ValueError as problem:
-        raise error(f"{path} is no TOML file: {problem}.") from problem
+        raise error(f"{path} is not a TOML file: {problem}.") from problem
 
 
 def check_inside(folder: Path, name: str, where: str, allow_outside: bool = False) -> Path:
