@@ -19,13 +19,13 @@ class PrecisionNotSupported(UsageError):
     """A backend cannot run graphs of the requested precision."""
 
 
-class EnvironmentProblem(CclipError):
+class EnvironmentIssue(CclipError):
     """This machine lacks something that was asked for: a package, a driver, disk space."""
 
     exit_code = 3
 
 
-class TargetInUse(EnvironmentProblem):
+class TargetInUse(EnvironmentIssue):
     """Another run is writing the same file or folder; the message names its process, host and start."""
 
 

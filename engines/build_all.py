@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.bundle.precision import PRECISIONS, is_quantised
+from cclip_deploy.bundle.precision import PRECISIONS, is_quantized
 from cclip_deploy.cli.entry import run_script
 from cclip_deploy.engines.build import SERVED, BuildOptions, build_engines
 from cclip_deploy.quantization.calibrate import CalibrationOptions, default_cache
@@ -25,11 +25,11 @@ def main() -> None:
     pictures = arguments.calibration
     calibration = CalibrationOptions((pictures,), cache=default_cache()) if pictures else None
     for precision in PRECISIONS:
-        if is_quantised(precision) and not pictures:
+        if is_quantized(precision) and not pictures:
             continue
         options = BuildOptions(
             precision, arguments.backend, tuple(arguments.graph or SERVED), threads=arguments.threads,
-            calibration=calibration if is_quantised(precision) else None,
+            calibration=calibration if is_quantized(precision) else None,
         )  # fmt: skip
         build_engines(Bundle.open(arguments.bundle), options, print)
     for engine in describe_bundle(arguments.bundle)["engines"]:

@@ -10,10 +10,10 @@ import onnx
 import pytest
 
 from cclip_deploy.bundle.bundle import Bundle, edited_bundle, write_manifest
-from cclip_deploy.bundle.precision import Precision, is_quantised
+from cclip_deploy.bundle.precision import Precision, is_quantized
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.engines.build import SERVED, BuildOptions, build_engines
-from cclip_deploy.engines.convert import DeriveOptions, derive_graphs
+from cclip_deploy.engines.convert import ConvertOptions, convert_graphs
 from cclip_deploy.export import export
 from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.graph.precision.convert import InputsAndOutputs
@@ -55,10 +55,10 @@ def add_precisions(
     calibration = CalibrationOptions((films / "images",), "min-max")
     for precision in precisions:
         bundle = Bundle.open(path)
-        chosen = calibration if is_quantised(precision) else None
-        options = DeriveOptions(precision, SERVED, chosen, keep, io, THREADS)
+        chosen = calibration if is_quantized(precision) else None
+        options = ConvertOptions(precision, SERVED, chosen, keep, io, THREADS)
         with edited_bundle(bundle) as folder:
-            write_manifest(folder, derive_graphs(bundle, options, folder, lambda _: None).manifest)
+            write_manifest(folder, convert_graphs(bundle, options, folder, lambda _: None).manifest)
 
 
 @pytest.fixture(scope="session")

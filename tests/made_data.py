@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cclip_deploy.datasets.flat import read_flat
-from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import Devices, TrainConfig
@@ -33,7 +33,7 @@ def validated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train_rows(data_folder: Path) -> list[Referral]:
+def train_rows(data_folder: Path) -> list[Sample]:
     return of_split(read_flat(data_folder), "train")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def randomised(module: M, seed: int = 0) -> M:
+def randomized(module: M, seed: int = 0) -> M:
     """The module in float64 and evaluation mode, all weights and statistics random, activations of order one."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double().eval().requires_grad_(False)

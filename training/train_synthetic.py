@@ -10,7 +10,7 @@ from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.environment.packages import require_training_packages
-from cclip_deploy.evaluation.models import CheckpointNetwork
+from cclip_deploy.evaluation.models import CheckpointModel
 from cclip_deploy.evaluation.scores import evaluate_dice
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
@@ -42,8 +42,8 @@ def main() -> None:
     print(f"{report.steps} steps in {report.training_s:.0f} s, {report.waiting_share:.1%} of it waiting for data")
 
     tokenizer = PromptTokenizer.from_open_clip()
-    network = CheckpointNetwork(load_checkpoint(report.checkpoint), config.form, tokenizer)
-    scores = evaluate_dice(network, of_split(read_data_set(data).referrals, "test"))
+    network = CheckpointModel(load_checkpoint(report.checkpoint), config.form, tokenizer)
+    scores = evaluate_dice(network, of_split(read_data_set(data).samples, "test"))
     print(f"Dice, per-image mean [95 % interval], {scores.true.patients} test films, {scores.true.rows} prompts")
     print(f"  true prompts      {scores.true.show()}")
     print(f"  shuffled prompts  {scores.shuffled.show()}")

@@ -9,9 +9,9 @@ from types import MappingProxyType
 
 from cclip_deploy.ablation.plan import AblationPlan, Films, Signs
 from cclip_deploy.datasets.reading import read_data_set
-from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.confounders import Confounding
-from cclip_deploy.datasets.synthetic.generator import PLAIN, Asking, film_rng, make_samples, write_dataset
+from cclip_deploy.datasets.synthetic.generator import DEFAULT_FILMS, Asking, film_rng, make_samples, write_dataset
 from cclip_deploy.evaluation.causal import ToggledFilm
 
 Tell = Callable[[str], None]
@@ -25,7 +25,7 @@ ON_FOLDER = "test"
 
 
 @dataclass(frozen=True)
-class CellData:
+class TrialData:
     """What one training is given, and what it is tested on."""
 
     training: Path
@@ -38,13 +38,13 @@ class CellData:
     seed: int
     allow_outside: bool = False
 
-    def test_rows(self, name: str) -> list[Referral]:
+    def test_rows(self, name: str) -> list[Sample]:
         """The rows of a test set."""
         return of_split(self.read(self.tests[name]), "test")
 
-    def read(self, folder: Path) -> tuple[Referral, ...]:
+    def read(self, folder: Path) -> tuple[Sample, ...]:
         """The rows of one of these folders."""
-        return read_data_set(folder, self.layout, self.subject, self.allow_outside).referrals
+        return read_data_set(folder, self.layout, self.subject, self.allow_outside).samples
 
     def toggled(self) -> Iterator[ToggledFilm]:
         """The test films, all their signs once on the target's side and once on the other; needs films."""
@@ -59,21 +59,21 @@ class CellData:
             yield ToggledFilm(one[0].image, other[0].image, one[0].lungs, prompts)
 
 
-def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: bool, tell: Tell) -> CellData:
+def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: bool, tell: Tell) -> TrialData:
     """The data of one training, its test sets only if it is to be tested.
 
     Films that are not there yet are drawn, each set whole or not at all.
 
     Raises:
         UsageError: the films are too small.
-        EnvironmentProblem: the disk does not take them.
+        EnvironmentIssue: the disk does not take them.
     """
     config = plan.recipe_of(plan.reference, 0, seed)
     hw, source = config.image_hw, config.data
     if plan.films is None:
         assert source.folder is not None
         tests = {ON_FOLDER: source.folder}
-        return CellData(
+        return TrialData(
             source.folder, source.layout, source.subject, tests, None, hw, seed, source.allow_outside
         )  # fmt: skip
     films, signs, place = plan.films, plan.arms[arm].signs, folder / f"seed{seed}"
@@ -88,12 +88,12 @@ def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: 
     training = draw(f"train-{signs}", {"train": films.train, "val": films.val}, _training_asking(films, signs))
     rho_of = {name: rho(films.rho) for name, rho in TEST_SETS.items()} if tested else {}
     tests = {name: draw(name, {"test": films.test}, _asking(films, rho)) for name, rho in rho_of.items()}
-    return CellData(training, "flat", None, tests, films, hw, seed)
+    return TrialData(training, "flat", None, tests, films, hw, seed)
 
 
 def _training_asking(films: Films, signs: Signs) -> Asking:
     if signs == "none":
-        return PLAIN
+        return DEFAULT_FILMS
     return _asking(films, films.rho if signs == "follow" else 0.5)
 
 

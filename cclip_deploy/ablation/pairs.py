@@ -8,7 +8,7 @@ from itertools import combinations
 
 from cclip_deploy.evaluation.seed_statistics import (
     POWER,
-    Spread,
+    SeedStatistics,
     detectable_difference,
     holm,
     paired_difference,
@@ -29,7 +29,7 @@ class Pair:
 
     arm: str
     less: str
-    difference: Spread
+    difference: SeedStatistics
     higher_in: int
     """Seeds in which `arm` has the higher value."""
     p_value: float

@@ -15,10 +15,10 @@ from cclip_deploy.common.names import json_text, printable
 from cclip_deploy.common.plotting import BLUE, GRAY, INK, QUIET, save_figure
 from cclip_deploy.environment.packages import require_packages
 from cclip_deploy.evaluation.causal import untrained_mask
-from cclip_deploy.evaluation.seed_statistics import Spread, paired_difference, spread_of
+from cclip_deploy.evaluation.seed_statistics import SeedStatistics, paired_difference, seed_statistics
 
 NUMBERS, TABLES, PICTURE = "ablation.json", "ablation.md", "ablation.png"
-LEVELS = (3, 4, 5)
+PYRAMID_LEVELS = (3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Table:
 
 
 def check_report_packages() -> None:
-    """EnvironmentProblem where a report could not be made; asked before hours of training."""
+    """EnvironmentIssue where a report could not be made; asked before hours of training."""
     require_packages("An ablation's report", ("scipy", "matplotlib"), "train")
 
 
@@ -71,7 +71,7 @@ def tables(ablation: Ablation) -> list[Table]:
 
 
 def write_report(folder: Path, ablation: Ablation, command: str) -> None:
-    """Write tables, numbers and picture into a folder, each file whole; EnvironmentProblem where the disk is full."""
+    """Write tables, numbers and picture into a folder, each file whole; EnvironmentIssue where the disk is full."""
     for name, text in ((NUMBERS, json_text(to_dict(ablation, command))), (TABLES, _text(ablation))):
         with whole_file(folder / name) as unfinished:
             unfinished.write_text(printable(text), encoding="utf-8")
@@ -91,7 +91,8 @@ def to_dict(ablation: Ablation, command: str) -> dict[str, Any]:
         "setting_chosen": {arm: number + 1 for arm, number in ablation.choice.items()},
         "trainings": [asdict(result) for result in ablation.results],
         "arms": {
-            arm: {name: asdict(spread_of(ablation.values(arm, name))) for name in names} for arm in ablation.plan.arms
+            arm: {name: asdict(seed_statistics(ablation.values(arm, name))) for name in names}
+            for arm in ablation.plan.arms
         },
         "differences": {
             arm: {name: asdict(_difference(ablation, arm, name)) for name in names} for arm in _others(ablation)
@@ -119,7 +120,9 @@ def draw_arms(ablation: Ablation, path: Path) -> None:
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, shown, strict=True):
         for place, arm in enumerate(reversed(arms)):
-            _draw_spread(axes, place, spread_of(ablation.values(arm, measure.name)), arm == ablation.plan.reference)
+            _draw_spread(
+                axes, place, seed_statistics(ablation.values(arm, measure.name)), arm == ablation.plan.reference
+            )
         axes.set_title(measure.title, color=INK, loc="left", fontsize=10)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0, colors=QUIET)
@@ -131,12 +134,12 @@ def draw_arms(ablation: Ablation, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_spread(axes: Any, place: int, spread: Spread, is_reference: bool) -> None:
-    colour = GRAY if is_reference else BLUE
+def _draw_spread(axes: Any, place: int, spread: SeedStatistics, is_reference: bool) -> None:
+    color = GRAY if is_reference else BLUE
     if spread.low is not None and spread.high is not None:
-        axes.plot([spread.low, spread.high], [place, place], color=colour, lw=3, alpha=0.45, solid_capstyle="butt")
-    axes.plot(spread.values, [place + 0.22] * len(spread.values), "o", color=colour, ms=3, alpha=0.7, mew=0)
-    axes.plot([spread.mean], [place], "o", color="white", mec=colour, mew=1.8, ms=6)
+        axes.plot([spread.low, spread.high], [place, place], color=color, lw=3, alpha=0.45, solid_capstyle="butt")
+    axes.plot(spread.values, [place + 0.22] * len(spread.values), "o", color=color, ms=3, alpha=0.7, mew=0)
+    axes.plot([spread.mean], [place], "o", color="white", mec=color, mew=1.8, ms=6)
 
 
 def _measures(ablation: Ablation) -> list[Measure]:
@@ -148,14 +151,14 @@ def _others(ablation: Ablation) -> list[str]:
     return [arm for arm in ablation.plan.arms if arm != ablation.plan.reference]
 
 
-def _difference(ablation: Ablation, arm: str, name: str) -> Spread:
+def _difference(ablation: Ablation, arm: str, name: str) -> SeedStatistics:
     return paired_difference(ablation.values(arm, name), ablation.values(ablation.plan.reference, name))
 
 
 def _score_rows(ablation: Ablation) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     measures = _measures(ablation)
     rows = [
-        (arm, *(spread_of(ablation.values(arm, m.name)).show(m.digits) for m in measures))
+        (arm, *(seed_statistics(ablation.values(arm, m.name)).show(m.digits) for m in measures))
         for arm in ablation.plan.arms
     ]  # fmt: skip
     return ("arm", *(m.title for m in measures)), tuple(rows)
@@ -193,7 +196,9 @@ def _pair_tables(ablation: Ablation) -> list[Table]:
 
 def _mask_rows(ablation: Ablation) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     def levels(arm: str, fact: str) -> str:
-        return " / ".join(f"{spread_of(ablation.values(arm, f'mask_{fact}_{level}')).mean:.2f}" for level in LEVELS)
+        return " / ".join(
+            f"{seed_statistics(ablation.values(arm, f'mask_{fact}_{level}')).mean:.2f}" for level in PYRAMID_LEVELS
+        )
 
     rows = [(arm, *(levels(arm, fact) for fact, _ in MASK_FACTS)) for arm in ablation.plan.arms]
     return ("arm", *(title for _, title in MASK_FACTS)), tuple(rows)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cclip_deploy.ablation.data import prepare_data
 from cclip_deploy.ablation.plan import AblationPlan
-from cclip_deploy.ablation.trial import Cell, CellResult, run_cell
+from cclip_deploy.ablation.trial import Trial, TrialResult, run_trial
 from cclip_deploy.common.files import whole_file, writing_into
 from cclip_deploy.common.locks import is_bookkeeping
 from cclip_deploy.common.names import json_text
@@ -34,11 +34,11 @@ class Ablation:
     """Everything that came out."""
 
     plan: AblationPlan
-    tuning: dict[str, tuple[CellResult, ...]]
+    tuning: dict[str, tuple[TrialResult, ...]]
     """Of every arm with more than one setting: one training a setting."""
     choice: dict[str, int]
     """The setting of every arm."""
-    results: tuple[CellResult, ...]
+    results: tuple[TrialResult, ...]
     """Arm by arm, in the order of the seeds."""
 
     def values(self, arm: str, measure: str) -> list[float]:
@@ -53,7 +53,7 @@ def ablate(plan: AblationPlan, output: Path, jobs: int = 1, tell: Tell = lambda 
         UsageError: the folder holds another ablation, or a loss stopped being a number.
         DataError: a data set without val or test split.
         TargetInUse: another run writes into the folder.
-        EnvironmentProblem: a package is missing, or the disk is full; what was done is kept.
+        EnvironmentIssue: a package is missing, or the disk is full; what was done is kept.
     """
     require_training_packages()
     with writing_into(output):
@@ -94,13 +94,13 @@ def _claim(output: Path, plan: AblationPlan) -> None:
 
 def _cell(
     plan: AblationPlan, output: Path, arm: str, setting: int, seed: int, tested: bool, tell: Tell
-) -> Cell:  # fmt: skip
+) -> Trial:  # fmt: skip
     config, data = plan.recipe_of(arm, setting, seed), prepare_data(plan, output / "films", arm, seed, tested, tell)
     folder = output / ("grid" if tested else "tuning") / f"{arm}-setting{setting + 1}-seed{seed}"
-    return Cell(arm, setting, config, data, folder, tested)
+    return Trial(arm, setting, config, data, folder, tested)
 
 
-def _best(arm: str, tried: Sequence[CellResult] | None) -> int:
+def _best(arm: str, tried: Sequence[TrialResult] | None) -> int:
     """The setting of the highest Dice on the val split, of equal ones the first."""
     if not tried:
         return 0
@@ -110,14 +110,14 @@ def _best(arm: str, tried: Sequence[CellResult] | None) -> int:
     return max(usable, key=lambda result: result.val_dice or 0.0).setting
 
 
-def _run(cells: Sequence[Cell], jobs: int, tell: Tell) -> list[CellResult]:
+def _run(cells: Sequence[Trial], jobs: int, tell: Tell) -> list[TrialResult]:
     """The results in the order of the cells."""
     started_s = time.monotonic()
     if jobs == 1:
-        return [run_cell(cell, tell) for cell in cells]
+        return [run_trial(cell, tell) for cell in cells]
     with _processes(jobs) as pool:
-        running = {pool.submit(run_cell, cell): number for number, cell in enumerate(cells)}
-        results: dict[int, CellResult] = {}
+        running = {pool.submit(run_trial, cell): number for number, cell in enumerate(cells)}
+        results: dict[int, TrialResult] = {}
         for future in as_completed(running):
             results[running[future]] = future.result()
             done = len(results)

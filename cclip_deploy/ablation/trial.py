@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cclip_deploy.ablation.data import CellData
+from cclip_deploy.ablation.data import TrialData
 from cclip_deploy.common.files import whole_file
 from cclip_deploy.common.names import json_text
 from cclip_deploy.common.threads import torch_threads
@@ -25,19 +25,19 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training that is asked for; those not `tested` are judged on the val split alone."""
 
     arm: str
     setting: int
     config: TrainConfig
-    data: CellData
+    data: TrialData
     folder: Path
     tested: bool
 
 
 @dataclass(frozen=True)
-class CellResult:
+class TrialResult:
     """What one training came to."""
 
     arm: str
@@ -50,7 +50,7 @@ class CellResult:
     training_s: float
 
 
-def run_cell(cell: Cell, tell: Tell = lambda message: None) -> CellResult:
+def run_trial(cell: Trial, tell: Tell = lambda message: None) -> TrialResult:
     """Train, from its last state where there is one, and measure; or read what that gave before.
 
     Raises:
@@ -58,13 +58,13 @@ def run_cell(cell: Cell, tell: Tell = lambda message: None) -> CellResult:
         DataError: the data set has no rows to validate or test on.
     """
     from cclip_deploy.train.state import Identity
-    from cclip_deploy.train.training_set import fingerprint
+    from cclip_deploy.train.training_set import data_fingerprint
 
     data = cell.data
-    referrals = data.read(data.training)
-    prints = {split: fingerprint(of_split(referrals, split)) for split in ("train", "val")}
+    samples = data.read(data.training)
+    prints = {split: data_fingerprint(of_split(samples, split)) for split in ("train", "val")}
     if cell.tested:
-        prints |= {f"test {name}": fingerprint(data.test_rows(name)) for name in data.tests}
+        prints |= {f"test {name}": data_fingerprint(data.test_rows(name)) for name in data.tests}
     identity = Identity.of(cell.config, prints)
     path = cell.folder / RESULT
     if path.exists():
@@ -78,12 +78,12 @@ def run_cell(cell: Cell, tell: Tell = lambda message: None) -> CellResult:
     return result
 
 
-def _read(path: Path, identity: Any) -> CellResult:
+def _read(path: Path, identity: Any) -> TrialResult:
     from cclip_deploy.train.state import Identity
 
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        then, result = Identity(**record["identity"]), CellResult(**record["result"])
+        then, result = Identity(**record["identity"]), TrialResult(**record["result"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}). Delete its folder, and that training is done again.") from error
     differing = then.differences(identity)
@@ -94,7 +94,7 @@ def _read(path: Path, identity: Any) -> CellResult:
     return result
 
 
-def _train_and_measure(cell: Cell, tell: Tell) -> CellResult:
+def _train_and_measure(cell: Trial, tell: Tell) -> TrialResult:
     from cclip_deploy.train.loop import STOPPED_BATCH
     from cclip_deploy.train.run import RunOptions, train
 
@@ -109,22 +109,22 @@ def _train_and_measure(cell: Cell, tell: Tell) -> CellResult:
     except UsageError:
         if cell.tested or not (cell.folder / STOPPED_BATCH).exists():
             raise
-        return CellResult(cell.arm, cell.setting, seed, None, {}, 0.0)
+        return TrialResult(cell.arm, cell.setting, seed, None, {}, 0.0)
     assert report.best_dice is not None
     numbers = _measure(cell, report.checkpoint, tell) if cell.tested else {}
-    return CellResult(cell.arm, cell.setting, seed, report.best_dice, numbers, report.training_s)
+    return TrialResult(cell.arm, cell.setting, seed, report.best_dice, numbers, report.training_s)
 
 
-def _measure(cell: Cell, checkpoint: Path, tell: Tell) -> dict[str, float]:
+def _measure(cell: Trial, checkpoint: Path, tell: Tell) -> dict[str, float]:
     """Every number of a trained network, on rows that neither training nor validation saw."""
-    from cclip_deploy.evaluation.causal import measure_masks, measure_toggle
+    from cclip_deploy.evaluation.causal import measure_causal_masks, measure_toggle
     from cclip_deploy.evaluation.controls import make_controls
-    from cclip_deploy.evaluation.models import CheckpointNetwork
+    from cclip_deploy.evaluation.models import CheckpointModel
     from cclip_deploy.evaluation.split import MeasuringOptions, measure_split
     from cclip_deploy.model.checkpoint import load_checkpoint
 
     config, data = cell.config, cell.data
-    network = CheckpointNetwork(load_checkpoint(checkpoint), config.form, PromptTokenizer.from_open_clip())
+    network = CheckpointModel(load_checkpoint(checkpoint), config.form, PromptTokenizer.from_open_clip())
     measuring, numbers = MeasuringOptions(network.threshold, 2.0, worst=0), {}
     for place, name in enumerate(data.tests):
         tell(f"{cell.folder.name}: measuring on {name}")
@@ -136,7 +136,7 @@ def _measure(cell: Cell, checkpoint: Path, tell: Tell) -> dict[str, float]:
         if answers:
             numbers["dice_shuffled"] = float(np.mean(answers))
     films = dict.fromkeys(row.image for row in data.test_rows(next(iter(data.tests))))
-    masks = measure_masks(network.loaded.model, (read_picture(film).pixels for film in films), config.image_hw)
+    masks = measure_causal_masks(network.loaded.model, (read_picture(film).pixels for film in films), config.image_hw)
     for name, levels in asdict(masks).items():
         numbers |= {f"mask_{name}_{level}": value for level, value in zip((3, 4, 5), levels, strict=True)}
     if data.films is not None:

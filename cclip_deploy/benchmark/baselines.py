@@ -44,7 +44,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Peers:
+class Baselines:
     """Makes the baselines; those that cannot run are named in `left_out` with the reason.
 
     `on_cpu` says whether the bundle runs on the CPU: baselines that only run there are not timed beside a GPU.
@@ -252,7 +252,7 @@ def load_network(bundle: Bundle, options: BenchOptions) -> CausalCLIPSeg:
 
     Raises:
         UsageError: another checkpoint.
-        EnvironmentProblem: torch is not installed.
+        EnvironmentIssue: torch is not installed.
     """
     from cclip_deploy.environment.packages import require_export_packages
 

@@ -27,8 +27,8 @@ from cclip_deploy.errors import CclipError, UsageError
 from cclip_deploy.inference.prompt_cache import PromptKernels
 from cclip_deploy.inference.segmenter import PROMPTS_AT_ONCE, Features, Segmenter
 from cclip_deploy.parity.compare import can_chain
-from cclip_deploy.runtime.backend import Arrays, Backend, KeepsOutputs, Kept, KeptOrArrays
-from cclip_deploy.runtime.registry import Choice, Opened, engine_precisions, opened
+from cclip_deploy.runtime.backend import Arrays, Backend, DeviceBackend, DeviceTensor, TensorsOrArrays
+from cclip_deploy.runtime.registry import BackendConfig, OpenBackend, engine_precisions, opened
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
 
 LABELS = {
@@ -45,7 +45,7 @@ def name_of(stage: str, precision: str, backend: str) -> str:
     return f"{stage} {precision}" if backend == "onnxruntime" else f"{stage} {precision}, {LABELS[backend]}"
 
 
-def our_candidates(
+def bundle_candidates(
     bundle: Bundle, inputs: BenchInputs, options: BenchOptions, left_out: LeftOut, stack: ExitStack
 ) -> list[BenchCandidate]:
     """Every precision of the bundle on every requested backend; what a backend cannot run goes to `left_out`.
@@ -81,7 +81,7 @@ def our_candidates(
     return found
 
 
-def _why_not(bundle: Bundle, precision: str, choice: Choice, options: BenchOptions) -> str | None:
+def _why_not(bundle: Bundle, precision: str, choice: BackendConfig, options: BenchOptions) -> str | None:
     """Why a precision is not timed on a backend, before it is opened."""
     if precision == "bf16" and not choice.on_gpu:
         return "no CPU kernel runs BF16; its widened form is no timing"
@@ -92,7 +92,7 @@ def _why_not(bundle: Bundle, precision: str, choice: Choice, options: BenchOptio
     return None
 
 
-def _device(ours: Opened, choice: Choice) -> str:
+def _device(ours: OpenBackend, choice: BackendConfig) -> str:
     """Where a backend really runs; engines run on a CUDA device."""
     if ours.why is not None:
         return "cpu"
@@ -104,7 +104,7 @@ class _OnBackend:
     """The candidates of one backend in one precision; the prompts' kernels and one image's features are kept."""
 
     bundle: Bundle
-    ours: Opened
+    ours: OpenBackend
     inputs: BenchInputs
     options: BenchOptions
     device: str
@@ -215,18 +215,18 @@ class _OnBackend:
     def _image_pass(self) -> None:
         """Until the features are there, wherever they are."""
         features = self._features(self.inputs.image)
-        if isinstance(features, Kept):
+        if isinstance(features, DeviceTensor):
             features.wait()
 
     def _features(self, image: Floats) -> Features:
-        if isinstance(self.backend, KeepsOutputs):
-            return self.backend.run_kept("image_encoder", {"image": image}, ["features"])["features"]
+        if isinstance(self.backend, DeviceBackend):
+            return self.backend.run_on_device("image_encoder", {"image": image}, ["features"])["features"]
         return self.backend.run("image_encoder", {"image": image})["features"]
 
     def _decode(self, features: Features, kernels: PromptKernels) -> Floats:
         prompt = {"kernel": kernels.kernel, "tap_bias": kernels.tap_bias, "bias": kernels.bias}
-        if isinstance(self.backend, KeepsOutputs):
-            inputs: KeptOrArrays = {"features": features, **prompt}
+        if isinstance(self.backend, DeviceBackend):
+            inputs: TensorsOrArrays = {"features": features, **prompt}
             return self.backend.run("mask_decoder", inputs)["logits"]
         return self.backend.run("mask_decoder", {"features": np.asarray(features), **prompt})["logits"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.benchmark.statistics import MINIMUM_ROUNDS, PairedRatio, paired_ratio, summarise
+from cclip_deploy.benchmark.statistics import MINIMUM_ROUNDS, PairedRatio, paired_ratio, summarize
 from cclip_deploy.environment.fingerprint import fingerprint
 from cclip_deploy.errors import UsageError
 
@@ -29,7 +29,7 @@ NANOSECONDS_PER_MS = 1e6
 class Candidate:
     """One way to compute one stage.
 
-    `run` takes nothing and must not return before the result is ready: a CUDA candidate synchronises inside.
+    `run` takes nothing and must not return before the result is ready: a CUDA candidate synchronizes inside.
     `stage` says what the time covers ("image", "prompt", "fused", "end to end", …); ratios are taken within a stage.
     `extra` holds facts for the report, for example threads or provider.
     """
@@ -184,7 +184,7 @@ def result_row(candidate: Candidate, timing: Timing) -> dict[str, Any]:
         "backend": candidate.backend,
         "precision": candidate.precision,
         "stage": candidate.stage,
-        **summarise(timing.samples_ms, timing.warmup_ms).to_dict(),
+        **summarize(timing.samples_ms, timing.warmup_ms).to_dict(),
         "disturbed_n": timing.disturbed_n,
         "samples_ms": timing.samples_ms.tolist(),
         **candidate.facts(),

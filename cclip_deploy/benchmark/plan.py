@@ -14,7 +14,7 @@ from cclip_deploy.common.threads import check_threads
 from cclip_deploy.errors import UsageError
 from cclip_deploy.parity.reference import END_ID, FIRST_WORD, LAST_WORD, SEED, START_ID, seeded_inputs
 from cclip_deploy.runtime.onnxruntime.cpu import Device
-from cclip_deploy.runtime.registry import BackendName, Choice
+from cclip_deploy.runtime.registry import BackendConfig, BackendName
 
 Progress = Callable[[str], None]
 LeftOut = list[dict[str, str]]
@@ -44,7 +44,7 @@ class BenchOptions:
     seed: int = 0
     backend: BackendName | None = None
     peers: bool = False
-    choice: Choice | None = None
+    choice: BackendConfig | None = None
     workloads: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (8, 1))
 
     def __post_init__(self) -> None:
@@ -54,9 +54,9 @@ class BenchOptions:
         if any(pictures < 1 or prompts < 1 for pictures, prompts in self.workloads):
             raise UsageError(f"Workloads are of 1 or more pictures and prompts, not {self.workloads}.")
 
-    def choice_of(self, backend: BackendName) -> Choice:
+    def choice_of(self, backend: BackendName) -> BackendConfig:
         """How a backend is opened; `choice` has the options of GPUs, and whether another may stand in."""
-        return replace(self.choice or Choice(), backend=backend, device=self.device, threads=self.threads)
+        return replace(self.choice or BackendConfig(), backend=backend, device=self.device, threads=self.threads)
 
     def backends(self) -> tuple[BackendName, ...]:
         """The backends that run the bundle: the one that was given, or the default ones."""

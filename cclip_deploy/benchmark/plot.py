@@ -36,7 +36,7 @@ def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
 
     Raises:
         DataError: the result has no plain export, or is no result of `--peers`.
-        EnvironmentProblem: matplotlib is not installed.
+        EnvironmentIssue: matplotlib is not installed.
     """
     require_matplotlib("A plot")
     from matplotlib.figure import Figure

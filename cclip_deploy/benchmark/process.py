@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 
 # A process inherits the peak of the one that starts it, so a small one stands between: argument 1 is the command, JSON.
 LAUNCHER = """
@@ -45,7 +45,7 @@ def measure_command(command: Sequence[str], runs: int = 3) -> ProcessCost:
     """Run a command once to warm the disk, then `runs` times.
 
     Raises:
-        EnvironmentProblem: it does not end well; what it said on standard error is in the message.
+        EnvironmentIssue: it does not end well; what it said on standard error is in the message.
     """
     told = [_run_once(command) for _ in range(1 + runs)][1:]
     return ProcessCost(median(t["seconds"] for t in told), max(t["peak_bytes"] for t in told), runs)
@@ -74,5 +74,5 @@ def _run_once(command: Sequence[str]) -> dict[str, Any]:
     told: dict[str, Any] = json.loads(done.stdout or '{"code": null}')
     if told["code"] != 0:
         said = " ".join(done.stderr.split())[-300:]
-        raise EnvironmentProblem(f"{' '.join(command[:6])} … ended with code {told['code']}: {said}")
+        raise EnvironmentIssue(f"{' '.join(command[:6])} … ended with code {told['code']}: {said}")
     return told

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from cclip_deploy.benchmark.accuracy import JudgedPairs, with_accuracy
-from cclip_deploy.benchmark.baselines import Peers, load_network, open_plain
-from cclip_deploy.benchmark.bundle_candidates import our_candidates
+from cclip_deploy.benchmark.baselines import Baselines, load_network, open_plain
+from cclip_deploy.benchmark.bundle_candidates import bundle_candidates
 from cclip_deploy.benchmark.candidate import BenchCandidate, Form
 from cclip_deploy.benchmark.latency import Timing, measure_interleaved, report
 from cclip_deploy.benchmark.plan import BenchInputs, BenchOptions, LeftOut, Progress
 from cclip_deploy.benchmark.process import ProcessCost, measure_command, source_revision
 from cclip_deploy.benchmark.targets import figures, ratio_baselines
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.parity.reference import PICTURE_PROMPTS, SHORTEST_PROMPT, drawn_films
 from cclip_deploy.runtime.registry import BackendName, engine_precisions
 
@@ -40,7 +40,7 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
 
     Raises:
         UsageError: the bundle is a plain export, or does not belong to the checkpoint or the plain bundle.
-        EnvironmentProblem: the requested backend or device is not there.
+        EnvironmentIssue: the requested backend or device is not there.
         ParityError: a candidate of the bundle does not compute what PyTorch does.
     """
     if bundle.manifest.form != "deploy":
@@ -124,9 +124,9 @@ class _Compared:
 def _compared(bundle: Bundle, options: BenchOptions, left_out: LeftOut, tell: Progress) -> Iterator[_Compared]:
     inputs = BenchInputs.for_bundle(bundle, options)
     with tempfile.TemporaryDirectory(prefix="cclip-bench-") as scratch, ExitStack() as stack:
-        candidates = our_candidates(bundle, inputs, options, left_out, stack)
+        candidates = bundle_candidates(bundle, inputs, options, left_out, stack)
         on_cpu = any(candidate.device == "cpu" for candidate in candidates)
-        peers = Peers(inputs, options, left_out, tell, on_cpu)
+        peers = Baselines(inputs, options, left_out, tell, on_cpu)
         network = None
         if options.checkpoint is None:
             left_out += [{"name": str(name), "reason": "needs --checkpoint"} for name in (Form.EAGER, Form.COMPILED)]
@@ -170,6 +170,6 @@ def _predict_alone(bundle: Bundle, options: BenchOptions, left_out: LeftOut, tel
             tell(f"Timing predict in a process of its own, {backend}")
             try:
                 found[backend] = measure_command(_predict_command(bundle, film, backend, options))
-            except EnvironmentProblem as error:
+            except EnvironmentIssue as error:
                 left_out.append({"name": f"predict, {backend}", "reason": str(error)})
     return found

@@ -60,7 +60,7 @@ class PairedRatio:
         return asdict(self)
 
 
-def summarise(samples_ms: ArrayLike, warmup_ms: ArrayLike = ()) -> LatencySummary:
+def summarize(samples_ms: ArrayLike, warmup_ms: ArrayLike = ()) -> LatencySummary:
     """Percentiles of the samples.
 
     p50 is the median. p90, p95 and p99 are nearest-rank: the smallest sample that at least that share of all samples

@@ -34,7 +34,7 @@ MANIFEST_BYTES, TOKENIZER_BYTES, RECORD_BYTES = 16 * 2**20, 32 * 2**20, 64 * 2**
 """The largest files of each kind that are read; records are calibrations and layer tables."""
 OPEN_ATTEMPTS, OPEN_PAUSE_S = 5, 0.01
 LOADED_FOLDERS = ("graphs", "engines")
-"""What lies here is given to runtimes, some of which open neighbours of a file, so nothing may lie here unlisted."""
+"""What lies here is given to runtimes, some of which open neighbors of a file, so nothing may lie here unlisted."""
 
 
 class Bundle:
@@ -205,7 +205,7 @@ def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         UsageError: something is at `path` already and `replace` is false, or it is no bundle.
         TargetInUse: another run is writing it.
-        EnvironmentProblem: the disk is full or not writable.
+        EnvironmentIssue: the disk is full or not writable.
     """
     path = Path(path)
     check_output(path, replace)

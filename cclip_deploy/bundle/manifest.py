@@ -63,7 +63,7 @@ Tensors = Annotated[tuple[TensorSpec, ...], Field(max_length=MOST_TENSORS), Afte
 
 
 class CalibrationEntry(StrictModel):
-    """The calibration record that a quantised graph took its scales from."""
+    """The calibration record that a quantized graph took its scales from."""
 
     file: RelativePath
     sha256: Sha256

@@ -27,7 +27,7 @@ def precision_of(graph: str, precision: str) -> str:
 def build_command(precision: str, *options: str) -> str:
     """The command that adds a precision's graphs and engines to a bundle."""
     flags = [f"--{part}" for part in precision.split("-")]
-    data = ["--calibration DATA"] if is_quantised(precision) else []
+    data = ["--calibration DATA"] if is_quantized(precision) else []
     return " ".join(["cclip-deploy build-engine BUNDLE", *flags, *data, *options])
 
 
@@ -36,6 +36,6 @@ def rest_type(precision: str) -> str:
     return REST.get(precision, "fp32")
 
 
-def is_quantised(precision: str) -> bool:
+def is_quantized(precision: str) -> bool:
     """Whether graphs of this precision hold codes and scales, so that they need a calibration."""
     return precision in REST

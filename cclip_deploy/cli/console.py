@@ -151,7 +151,7 @@ def print_json(value: Any) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """One JSON document in a file, whole or not at all; EnvironmentProblem where it cannot be written."""
+    """One JSON document in a file, whole or not at all; EnvironmentIssue where it cannot be written."""
     with whole_file(path) as unfinished:
         unfinished.write_text(json_text(value), encoding="utf-8")
 

@@ -9,10 +9,10 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, reports_errors, stdout, table
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 
 if TYPE_CHECKING:
-    from cclip_deploy.environment.doctor import Check
+    from cclip_deploy.environment.doctor import DoctorCheck
 
 STATUS_STYLE = {"ok": "green", "missing": "yellow", "broken": "bold red"}
 
@@ -31,10 +31,10 @@ def doctor(
     else:
         show(checks)
     if blockers(checks):
-        raise typer.Exit(EnvironmentProblem.exit_code)
+        raise typer.Exit(EnvironmentIssue.exit_code)
 
 
-def show(checks: Sequence[Check]) -> None:
+def show(checks: Sequence[DoctorCheck]) -> None:
     """A table of what was found, then the remedies, unbroken so that they can be copied."""
     from rich.text import Text
 

@@ -63,7 +63,7 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Measure a network on a data set: [bold]Dice, outlines, calibration, prompt controls[/], with intervals."""
-    from cclip_deploy.evaluation.evaluate import EvaluationOptions, NetworkChoice
+    from cclip_deploy.evaluation.evaluate import EvaluationOptions, NetworkConfig
     from cclip_deploy.evaluation.evaluate import evaluate as run
     from cclip_deploy.evaluation.report import fill_report, new_report
     from cclip_deploy.model.config import image_hw
@@ -73,7 +73,7 @@ def evaluate(
     if backend is not None or device != "cpu":
         name = backend or "onnxruntime"
         runs = options.choice(name, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
-    choice = NetworkChoice(network, runs, precision, threads, size, prompt_length)
+    choice = NetworkConfig(network, runs, precision, threads, size, prompt_length)
     chosen = EvaluationOptions(split, layout, subject, threshold, empty_masks, tolerance, worst, seed, allow_outside)
     report = nullcontext() if output is None else new_report(output, force)
     with report as folder, progress(json or stdout.is_terminal) as tell, picture_progress(quiet=json) as on_picture:

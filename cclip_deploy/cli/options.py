@@ -10,7 +10,7 @@ import typer
 from cclip_deploy.common.limits import MOST_THREADS
 
 if TYPE_CHECKING:
-    from cclip_deploy.runtime.registry import Choice
+    from cclip_deploy.runtime.registry import BackendConfig
 
 Bundle = Annotated[Path, typer.Argument(help="The folder that export wrote.", show_default=False)]
 DataLayout = Annotated[
@@ -72,10 +72,10 @@ def choice(
     gpu_interface: GpuInterface,
     cuda_graphs: bool,
     engine_cache: Path | None = None,
-) -> Choice:
+) -> BackendConfig:
     """The options about what runs, as the library takes them."""
-    from cclip_deploy.runtime.registry import Choice
+    from cclip_deploy.runtime.registry import BackendConfig
     from cclip_deploy.runtime.tensorrt.runner import GpuOptions
 
     gpu = GpuOptions(gpu_interface, cuda_graphs)
-    return Choice(backend, device, threads, gpu, engine_cache, allow_fallback)
+    return BackendConfig(backend, device, threads, gpu, engine_cache, allow_fallback)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 CLOSED_PIPE, FULL = 141, 3
-"""Exit codes: 128 + SIGPIPE, as of a program that the signal ends; 3, as of every EnvironmentProblem."""
+"""Exit codes: 128 + SIGPIPE, as of a program that the signal ends; 3, as of every EnvironmentIssue."""
 
 
 class OutputLost(SystemExit):

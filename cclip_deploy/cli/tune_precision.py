@@ -46,7 +46,7 @@ def tune_precision(
     from cclip_deploy.bundle.bundle import Bundle
     from cclip_deploy.datasets.image_sets import DataSetOptions
     from cclip_deploy.quantization.calibrate import CalibrationOptions, default_cache
-    from cclip_deploy.quantization.pareto_plot import draw_front
+    from cclip_deploy.quantization.pareto_plot import draw_pareto_front
     from cclip_deploy.quantization.profile import Agreement, write_tuned_profile
     from cclip_deploy.quantization.tune import TuneOptions
     from cclip_deploy.quantization.tune import tune_precision as tune
@@ -66,7 +66,7 @@ def tune_precision(
         )
     write_tuned_profile(profile, output)
     if picture:
-        draw_front(profile, picture)
+        draw_pareto_front(profile, picture)
     if json:
         print_json(profile.model_dump(mode="json"))
         return

@@ -30,7 +30,7 @@ from cclip_deploy.common.locks import (
     temporary_path,
     unfinished_file,
 )
-from cclip_deploy.errors import CclipError, DataError, EnvironmentProblem, TargetInUse, UsageError
+from cclip_deploy.errors import CclipError, DataError, EnvironmentIssue, TargetInUse, UsageError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _PART = re.compile(r"\.(.+)\.([0-9a-f]{16})\.([0-9]+)-of-[0-9]+", re.DOTALL)
@@ -48,7 +48,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         TargetInUse: another run writes this folder.
-        EnvironmentProblem: the disk is full or cannot be written; what was at `path` is still there.
+        EnvironmentIssue: the disk is full or cannot be written; what was at `path` is still there.
         DataError: another file cannot be read in the block.
     """
     path = path.resolve()
@@ -82,7 +82,7 @@ def writing_into(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: it is a file.
         TargetInUse: another run writes into it.
-        EnvironmentProblem: it cannot be made or written.
+        EnvironmentIssue: it cannot be made or written.
     """
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
@@ -101,7 +101,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: a device or pipe is at `path`: it would be replaced.
-        EnvironmentProblem: the disk is full or cannot be written; what was at `path` is still there.
+        EnvironmentIssue: the disk is full or cannot be written; what was at `path` is still there.
         DataError: another file cannot be read in the block.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -152,7 +152,7 @@ def restore_folder(path: Path) -> None:
     A run that is between them just now is waited for.
 
     Raises:
-        EnvironmentProblem: the folder cannot be put back; the message says what to rename.
+        EnvironmentIssue: the folder cannot be put back; the message says what to rename.
     """
     path = path.resolve()
     for _ in range(_SWAP_TRIES):
@@ -165,17 +165,17 @@ def restore_folder(path: Path) -> None:
         except TargetInUse:
             time.sleep(_SWAP_PAUSE_S)
         except OSError as error:
-            raise EnvironmentProblem(
+            raise EnvironmentIssue(
                 f"A run was killed while it replaced {path}, and {found[0].name} beside it cannot be put back "
                 f"({error}). Rename that to {path.name}."
             ) from error
 
 
-def disk_problem(path: Path, error: OSError) -> EnvironmentProblem:
+def disk_problem(path: Path, error: OSError) -> EnvironmentIssue:
     """The error of a disk that did not take `path`."""
     if error.errno in NO_ROOM:
-        return EnvironmentProblem(f"The disk is full; {path} was left as it was. Free some space and run it again.")
-    return EnvironmentProblem(f"{path} could not be written ({error}). Choose another place, or mend this one.")
+        return EnvironmentIssue(f"The disk is full; {path} was left as it was. Free some space and run it again.")
+    return EnvironmentIssue(f"{path} could not be written ({error}). Choose another place, or mend this one.")
 
 
 def reading_problem(path: Path, error: OSError) -> DataError:

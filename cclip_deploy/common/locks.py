@@ -20,7 +20,7 @@ from secrets import token_hex
 from typing import Literal
 
 from cclip_deploy.common.names import printable
-from cclip_deploy.errors import EnvironmentProblem, TargetInUse
+from cclip_deploy.errors import EnvironmentIssue, TargetInUse
 
 LOCK = "cclip-lock"
 """Of a folder that stays where it is, `.cclip-lock` in it; of one that is replaced, `.NAME.cclip-lock` beside it."""
@@ -37,7 +37,7 @@ def locked(lock: Path, target: Path) -> Iterator[None]:
 
     Raises:
         TargetInUse: another run holds it; the message says that it is writing `target`.
-        EnvironmentProblem: the file system has no locks.
+        EnvironmentIssue: the file system has no locks.
         OSError: the lock file cannot be made.
     """
     descriptor = _take(lock, target)
@@ -112,7 +112,7 @@ def _take(lock: Path, target: Path) -> int:
         try:
             taken = _lock(descriptor)
             if taken is None:
-                raise EnvironmentProblem(f"The disk that holds {target} has no file locks. Choose a place on another.")
+                raise EnvironmentIssue(f"The disk that holds {target} has no file locks. Choose a place on another.")
             if not taken:
                 raise TargetInUse(_who_holds(descriptor, target))
             if _is_file_at(lock, descriptor):  # else its holder has just removed it

@@ -124,7 +124,7 @@ def check_inside(folder: Path, name: str, where: str, allow_outside: bool = Fals
 
 
 def check_writable(*paths: Path | None) -> None:
-    """EnvironmentProblem where an output cannot be written, before any work for it is done; None is passed over."""
+    """EnvironmentIssue where an output cannot be written, before any work for it is done; None is passed over."""
     for path in filter(None, paths):
         try:
             absolute = Path(os.path.abspath(path))

@@ -18,7 +18,7 @@ INK, QUIET, GRAY, LINE, GRID = "#16202A", "#5B6875", "#8A949E", "#C3C8CE", "#EEF
 
 
 def require_matplotlib(what: str) -> None:
-    """Raise EnvironmentProblem if matplotlib is missing; `what` needs it, and begins the message: "A plot"."""
+    """Raise EnvironmentIssue if matplotlib is missing; `what` needs it, and begins the message: "A plot"."""
     require_packages(what, ("matplotlib",), "train")
 
 
@@ -26,7 +26,7 @@ def save_figure(figure: Figure, path: Path, dpi: float | None = None) -> None:
     """Write a figure as PNG or SVG, by the suffix of `path`: completely or not at all, and the same bytes each time.
 
     Raises:
-        EnvironmentProblem: the disk is full or `path` cannot be written.
+        EnvironmentIssue: the disk is full or `path` cannot be written.
     """
     content = encode_figure(figure, path.suffix.removeprefix("."), dpi)
     with whole_file(path) as unfinished:

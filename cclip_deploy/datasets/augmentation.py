@@ -81,7 +81,7 @@ def apply_change(
 def _move(
     change: Change, pixels: npt.NDArray[np.float32], masks: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Turn counter-clockwise and enlarge about the centre."""
+    """Turn counter-clockwise and enlarge about the center."""
     import torch
     from monai.transforms import Affine
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cclip_deploy.common.paths import check_inside
-from cclip_deploy.datasets.sample import SPLITS, Referral, check_sizes, subject_of
+from cclip_deploy.datasets.sample import SPLITS, Sample, check_sizes, subject_of
 from cclip_deploy.datasets.tables import Row, read_table
 from cclip_deploy.errors import DataError
 
@@ -20,7 +20,7 @@ def find_tables(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in {".csv", ".jsonl"} and path.is_file())
 
 
-def read_flat(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Referral]:
+def read_flat(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Sample]:
     """Read the one table in `folder`, with the columns image, mask, text and perhaps split, subject.
 
     Paths are relative to the folder; absolute ones and those with `..` need `allow_outside`. Without a split column
@@ -34,21 +34,21 @@ def read_flat(folder: Path, subject_pattern: str | None = None, allow_outside: b
             unknown split.
     """
     table = _find_table(folder)
-    referrals: list[Referral] = []
+    samples: list[Sample] = []
     seen: dict[tuple[Path, str], str] = {}
     rows = read_table(table)
     if table.suffix.lower() == ".csv":
         _check_columns(f"{table}, row 1", rows[0].values)
     for row in rows:
-        referral = _read_referral(folder, row, subject_pattern, allow_outside)
-        first = seen.setdefault((referral.image, referral.text), row.where)
+        sample = _read_referral(folder, row, subject_pattern, allow_outside)
+        first = seen.setdefault((sample.image, sample.text), row.where)
         if first != row.where:
             number = first.rpartition(" ")[2]
             raise DataError(
-                f"{row.where}: {referral.image.name} has the text {referral.text!r} in row {number} too. Keep one."
+                f"{row.where}: {sample.image.name} has the text {sample.text!r} in row {number} too. Keep one."
             )
-        referrals.append(referral)
-    return referrals
+        samples.append(sample)
+    return samples
 
 
 def _find_table(folder: Path) -> Path:
@@ -74,7 +74,7 @@ def _check_columns(where: str, columns: Iterable[str]) -> None:
             raise DataError(f"{where}: column {name!r} is missing; there are {', '.join(held)}. Add it.")
 
 
-def _read_referral(folder: Path, row: Row, subject_pattern: str | None, allow_outside: bool) -> Referral:
+def _read_referral(folder: Path, row: Row, subject_pattern: str | None, allow_outside: bool) -> Sample:
     _check_columns(row.where, row.values)
     values: Mapping[str, str] = {name: value.strip() for name, value in row.values.items()}
     for name, value in values.items():
@@ -86,4 +86,4 @@ def _read_referral(folder: Path, row: Row, subject_pattern: str | None, allow_ou
     image, mask = (check_inside(folder, values[name], row.where, allow_outside) for name in ("image", "mask"))
     check_sizes(image, mask, row.where)
     subject = values.get("subject") or subject_of(values["image"], subject_pattern)
-    return Referral(image, mask, values["text"], split, subject)
+    return Sample(image, mask, values["text"], split, subject)

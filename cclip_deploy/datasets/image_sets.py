@@ -11,7 +11,7 @@ from cclip_deploy.common.files import sha256_input
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.datasets.reading import LAYOUTS, has_layout, read_data_set
-from cclip_deploy.datasets.sample import Referral, patient_of
+from cclip_deploy.datasets.sample import Sample, patient_of
 from cclip_deploy.errors import DataError
 from cclip_deploy.imaging.reading import find_pictures, picture_stem
 
@@ -139,11 +139,11 @@ def read_image_set(paths: Sequence[Path], split: str, options: DataSetOptions = 
 
 def _read_split(folder: Path, split: str, options: DataSetOptions) -> tuple[list[SetImage], ImageSource]:
     data_set = read_data_set(folder, options.layout, options.subject_pattern, options.allow_outside)
-    taken = _choose_split(folder, {referral.split for referral in data_set.referrals}, split)
-    rows: dict[Path, list[Referral]] = {}
-    for referral in data_set.referrals:
-        if referral.split == taken:
-            rows.setdefault(referral.image, []).append(referral)
+    taken = _choose_split(folder, {sample.split for sample in data_set.samples}, split)
+    rows: dict[Path, list[Sample]] = {}
+    for sample in data_set.samples:
+        if sample.split == taken:
+            rows.setdefault(sample.image, []).append(sample)
     images = [SetImage(path, tuple(r.text for r in own), own[0].patient) for path, own in rows.items()]
     return images, _describe(folder, images, data_set.layout, taken)
 

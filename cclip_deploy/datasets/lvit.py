@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cclip_deploy.datasets.sample import Referral, check_sizes, list_pictures, name_some, subject_of
+from cclip_deploy.datasets.sample import Sample, check_sizes, list_pictures, name_some, subject_of
 from cclip_deploy.datasets.tables import Row, read_described
 from cclip_deploy.errors import DataError
 from cclip_deploy.imaging.reading import picture_stem
@@ -29,7 +29,7 @@ def has_languidemedseg(folder: Path) -> bool:
     return any((folder / "prompt" / f"{name}.csv").is_file() for name in ("train", "test"))
 
 
-def read_lvit(folder: Path, subject_pattern: str | None = None) -> list[Referral]:
+def read_lvit(folder: Path, subject_pattern: str | None = None) -> list[Sample]:
     """Read `{Train,Val,Test}_Folder/{img,labelcol}` with tables of the columns Image (a mask's name) and Description.
 
     A table is an .xlsx or .csv whose name begins with Train_text, Val_text or Test_text, in the split's folder or
@@ -40,7 +40,7 @@ def read_lvit(folder: Path, subject_pattern: str | None = None) -> list[Referral
         DataError: no table or several, one that cannot be read, rows whose mask or image is not there, a mask of
             another size than its image, two rows for one mask.
     """
-    referrals: list[Referral] = []
+    samples: list[Sample] = []
     splits = [split for split, name in LVIT_FOLDERS.items() if (folder / name).is_dir()]
     own = {split: _find_table(folder, split) for split in splits}
     for split in splits:
@@ -54,17 +54,17 @@ def read_lvit(folder: Path, subject_pattern: str | None = None) -> list[Referral
             )
         shared = [split, "val"] if split == "train" and "val" in splits and own["val"] is None else [split]
         places = {s: (folder / LVIT_FOLDERS[s] / "img", folder / LVIT_FOLDERS[s] / "labelcol") for s in shared}
-        referrals += _share_out(table, read_described(table), places, subject_pattern)
-    return referrals
+        samples += _share_out(table, read_described(table), places, subject_pattern)
+    return samples
 
 
-def read_languidemedseg(folder: Path, subject_pattern: str | None = None) -> list[Referral]:
+def read_languidemedseg(folder: Path, subject_pattern: str | None = None) -> list[Sample]:
     """Read `{Train,Test}/{Images,GTs}` with `prompt/{train,test}.csv`, the last fifth of the train rows as validation.
 
     Raises:
         DataError: as `read_lvit`.
     """
-    referrals: list[Referral] = []
+    samples: list[Sample] = []
     for name in ("train", "test"):
         table = folder / "prompt" / f"{name}.csv"
         if table.is_file():
@@ -73,8 +73,8 @@ def read_languidemedseg(folder: Path, subject_pattern: str | None = None) -> lis
             parts = {"train": rows[:cut], "val": rows[cut:]} if name == "train" else {"test": rows}
             place = (folder / name.capitalize() / "Images", folder / name.capitalize() / "GTs")
             for split, part in parts.items():
-                referrals += _share_out(table, part, {split: place}, subject_pattern)
-    return referrals
+                samples += _share_out(table, part, {split: place}, subject_pattern)
+    return samples
 
 
 def is_lvit_table(name: str) -> bool:
@@ -95,13 +95,13 @@ def _find_table(folder: Path, split: str) -> Path | None:
 
 def _share_out(
     table: Path, rows: Sequence[Described], places: Mapping[str, tuple[Path, Path]], subject_pattern: str | None
-) -> list[Referral]:
-    """Rows as referrals of the split whose mask folder holds their mask; DataError names those that none holds."""
+) -> list[Sample]:
+    """Rows as samples of the split whose mask folder holds their mask; DataError names those that none holds."""
     images = {split: list_pictures(place[0]) for split, place in places.items()}
     masks = {split: list_pictures(place[1]) for split, place in places.items()}
     stems = {split: _by_stem(held) for split, held in images.items()}
     strangers: list[str] = []
-    referrals: list[Referral] = []
+    samples: list[Sample] = []
     for row, name, text in rows:
         split = next((split for split, held in masks.items() if name in held), None)
         if split is None:
@@ -109,14 +109,14 @@ def _share_out(
             continue
         image = _image_of(name, images[split], stems[split], row.where)
         check_sizes(image, masks[split][name], row.where)
-        referrals.append(Referral(image, masks[split][name], text, split, subject_of(image.name, subject_pattern)))
+        samples.append(Sample(image, masks[split][name], text, split, subject_of(image.name, subject_pattern)))
     if strangers:
         folders = " or ".join(str(place[1]) for place in places.values())
         raise DataError(
             f"{table}: {len(strangers)} of {len(rows)} rows name masks that are not in {folders}: "
             f"{name_some(strangers)}. Restore the files or remove the rows."
         )
-    return referrals
+    return samples
 
 
 def _by_stem(images: Mapping[str, Path]) -> dict[str, list[Path]]:

@@ -20,11 +20,11 @@ LOSSY_THRESHOLD, LOSSY_SLACK, LOSSY_SHARE = 128, 48, 0.02
 def read_mask(path: Path) -> NDArray[np.bool_]:
     """A mask, 0 outside and one other value (1 or 255, as a rule) inside: (H, W) bool.
 
-    Grey, or colour with three equal channels. A JPEG file, as Kvasir-SEG has them, cannot hold two values: it is cut at
+    Gray, or color with three equal channels. A JPEG file, as Kvasir-SEG has them, cannot hold two values: it is cut at
     half of white (`is_lossy` tells such files). EXIF orientation is applied, as to images.
 
     Raises:
-        DataError: more than two values, or two that are not 0 and another, such as a greyscale picture has.
+        DataError: more than two values, or two that are not 0 and another, such as a grayscale picture has.
         ImageError: the file cannot be decoded.
     """
     with opened_raster(path) as file:
@@ -46,7 +46,7 @@ def _equal_channels(path: Path, image: Image.Image) -> NDArray[np.uint8]:
         opaque = image.mode == "RGB" or image.getextrema()[-1] == (255, 255)
         if opaque and np.ptp(channels, axis=2).max() == 0:
             return channels[..., 0]
-    raise DataError(f"Mask {path} has colour mode {image.mode} and is no grey. Save it as a grey PNG of 0 and 255.")
+    raise DataError(f"Mask {path} has color mode {image.mode} and is no gray. Save it as a gray PNG of 0 and 255.")
 
 
 def _inside(path: Path, values: NDArray[np.generic]) -> NDArray[np.bool_]:
@@ -65,6 +65,6 @@ def _cut_lossy(path: Path, values: NDArray[np.generic]) -> NDArray[np.bool_]:
     if between > LOSSY_SHARE:
         raise DataError(
             f"Mask {path} is a JPEG file in which {between:.0%} of the pixels are neither black nor white, so it is no "
-            "mask. Give the mask, or threshold it and save it as a grey PNG."
+            "mask. Give the mask, or threshold it and save it as a gray PNG."
         )
     return np.asarray(levels >= LOSSY_THRESHOLD)

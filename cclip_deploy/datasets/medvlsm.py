@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cclip_deploy.common.paths import check_inside, read_json
-from cclip_deploy.datasets.sample import SPLITS, Referral, check_sizes, subject_of
+from cclip_deploy.datasets.sample import SPLITS, Sample, check_sizes, subject_of
 from cclip_deploy.errors import DataError
 
 
@@ -18,7 +18,7 @@ def has_medvlsm(folder: Path) -> bool:
     return any((folder / "anns" / f"{split}.json").is_file() for split in SPLITS)
 
 
-def read_medvlsm(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Referral]:
+def read_medvlsm(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Sample]:
     """Read `images/`, `masks/` and `anns/{train,val,test}.json`, lists of `{img_name, mask_name, prompts}`.
 
     `prompts` maps p0, p1, … to a text or a list of texts. Every key gives a row, in order; an empty text (p0) gives
@@ -30,17 +30,17 @@ def read_medvlsm(folder: Path, subject_pattern: str | None = None, allow_outside
             `masks/` (unless `allow_outside`), a mask of another size than its image, one text for two masks of one
             image.
     """
-    referrals: list[Referral] = []
+    samples: list[Sample] = []
     for split in SPLITS:
         annotations = folder / "anns" / f"{split}.json"
         if annotations.is_file():
-            referrals += _read_split(folder, annotations, split, subject_pattern, allow_outside)
-    return referrals
+            samples += _read_split(folder, annotations, split, subject_pattern, allow_outside)
+    return samples
 
 
 def _read_split(
     folder: Path, annotations: Path, split: str, subject_pattern: str | None, allow_outside: bool
-) -> Iterator[Referral]:
+) -> Iterator[Sample]:
     seen: dict[tuple[str, str], str] = {}
     for number, entry in enumerate(_read_entries(annotations), 1):
         where = f"{annotations}, entry {number}"
@@ -52,7 +52,7 @@ def _read_split(
             first = seen.setdefault((image_name, text), where)
             if first != where:
                 raise DataError(f"{where}: {image_name} has the text {text!r} in {first} too. Keep one.")
-            yield Referral(image, mask, text, split, subject_of(image_name, subject_pattern))
+            yield Sample(image, mask, text, split, subject_of(image_name, subject_pattern))
 
 
 def _read_entries(annotations: Path) -> list[Any]:

@@ -16,7 +16,7 @@ from cclip_deploy.datasets.lvit import (
     read_lvit,
 )
 from cclip_deploy.datasets.medvlsm import has_medvlsm, read_medvlsm
-from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.errors import DataError, PromptError, UsageError
 from cclip_deploy.prompts.spelling import RepairedPrompt, repair_prompt
 
@@ -26,7 +26,7 @@ class Layout:
     """How a layout is told from others, and read from a folder, a pattern of subjects, and `allow_outside`."""
 
     found_in: Callable[[Path], bool]
-    read: Callable[[Path, str | None, bool], list[Referral]]
+    read: Callable[[Path, str | None, bool], list[Sample]]
     looks: str
 
 
@@ -50,11 +50,11 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as training and evaluation take it: one referral a row, texts repaired."""
+    """A data set as training and evaluation take it: one sample a row, texts repaired."""
 
     folder: Path
     layout: str
-    referrals: tuple[Referral, ...]
+    samples: tuple[Sample, ...]
     repaired: tuple[tuple[int, RepairedPrompt], ...]
     """The rows whose text was repaired, and how."""
 
@@ -90,7 +90,7 @@ def read_data_set(
 
     Raises:
         DataError: the folder, its tables or its files are not what the layout has.
-        EnvironmentProblem: an Excel table without openpyxl.
+        EnvironmentIssue: an Excel table without openpyxl.
         UsageError: an unknown layout, or a pattern that is no regular expression.
     """
     if layout is not None and layout not in LAYOUTS:
@@ -101,16 +101,16 @@ def read_data_set(
     written = LAYOUTS[name].read(folder, subject_pattern, allow_outside)
     if not written:
         raise DataError(f"{folder} has no rows in the {name} layout, which is known by {LAYOUTS[name].looks}.")
-    prompts = [_repair(referral) for referral in written]
-    referrals = tuple(dataclasses.replace(r, text=prompt.text) for r, prompt in zip(written, prompts, strict=True))
-    return DataSet(folder, name, referrals, tuple((n, prompt) for n, prompt in enumerate(prompts) if prompt.repairs))
+    prompts = [_repair(sample) for sample in written]
+    samples = tuple(dataclasses.replace(r, text=prompt.text) for r, prompt in zip(written, prompts, strict=True))
+    return DataSet(folder, name, samples, tuple((n, prompt) for n, prompt in enumerate(prompts) if prompt.repairs))
 
 
-def _repair(referral: Referral) -> RepairedPrompt:
+def _repair(sample: Sample) -> RepairedPrompt:
     try:
-        return repair_prompt(referral.text)
+        return repair_prompt(sample.text)
     except PromptError as error:
-        raise DataError(f"{referral.image}, split {referral.split}: {error}") from error
+        raise DataError(f"{sample.image}, split {sample.split}: {error}") from error
 
 
 def _layouts_in(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from cclip_deploy.common.files import sha256_input
 from cclip_deploy.datasets.mask_file import is_lossy, read_mask
 from cclip_deploy.datasets.reading import DataSet
-from cclip_deploy.datasets.sample import SPLITS, Referral
+from cclip_deploy.datasets.sample import SPLITS, Sample
 from cclip_deploy.errors import DataError
 from cclip_deploy.imaging.reading import failure_of, is_picture_name, picture_size, read_picture
 from cclip_deploy.prompts.reader import read_prompt
@@ -134,63 +134,63 @@ def report_data_set(
     A prompt of more than `prompt_length` tokens counts as cut.
 
     Raises:
-        DataError: a prompt holds nothing to tokenise.
+        DataError: a prompt holds nothing to tokenize.
     """
-    referrals = data_set.referrals
-    held = [split for split in SPLITS if any(referral.split == split for referral in referrals)]
-    masks = sorted({referral.mask for referral in referrals})
+    samples = data_set.samples
+    held = [split for split in SPLITS if any(sample.split == split for sample in samples)]
+    masks = sorted({sample.mask for sample in samples})
     empty, lossy, failed = _inspect_masks(masks, on_mask)
-    for image in sorted({referral.image for referral in referrals}):
+    for image in sorted({sample.image for sample in samples}):
         try:
             read_picture(image)
         except Exception as error:  # whatever a decoder raises on a stranger's bytes
             failed[image] = failure_of(image, error)
     repaired = {row for row, _ in data_set.repaired}
     counts = {
-        split: _count([(n, r) for n, r in enumerate(referrals) if r.split == split], tokenizer, prompt_length,
+        split: _count([(n, r) for n, r in enumerate(samples) if r.split == split], tokenizer, prompt_length,
                       repaired, empty, lossy)
         for split in held
     }  # fmt: skip
-    digests = {image: sha256_input(image) for image in sorted({referral.image for referral in referrals})}
+    digests = {image: sha256_input(image) for image in sorted({sample.image for sample in samples})}
     return DataReport(
         folder=str(data_set.folder),
         layout=data_set.layout,
         prompt_length=prompt_length,
-        patients_known=any(r.patient is not None for r in referrals),
+        patients_known=any(r.patient is not None for r in samples),
         splits=counts,
-        overlaps=tuple(_compare(referrals, pair, digests) for pair in combinations(held, 2)),
+        overlaps=tuple(_compare(samples, pair, digests) for pair in combinations(held, 2)),
         repaired=tuple(
-            RepairedRow(referrals[row].image.name, referrals[row].split, prompt.written, prompt.text,
+            RepairedRow(samples[row].image.name, samples[row].split, prompt.written, prompt.text,
                         tuple((repair.found, repair.put) for repair in prompt.repairs))
             for row, prompt in data_set.repaired
         ),
-        unused_files=_find_unused(data_set.folder, referrals),
+        unused_files=_find_unused(data_set.folder, samples),
         failed=tuple((str(path), reason) for path, reason in failed.items()),
     )  # fmt: skip
 
 
 def _count(
-    rows: Sequence[tuple[int, Referral]],
+    rows: Sequence[tuple[int, Sample]],
     tokenizer: PromptTokenizer,
     prompt_length: int,
     repaired: set[int],
     empty: set[Path],
     lossy: set[Path],
 ) -> SplitReport:
-    referrals = [referral for _, referral in rows]
-    tokens = {text: _count_tokens(tokenizer, text) for text in {referral.text for referral in referrals}}
-    masks = {referral.mask for referral in referrals}
-    images = {referral.image for referral in referrals}
+    samples = [sample for _, sample in rows]
+    tokens = {text: _count_tokens(tokenizer, text) for text in {sample.text for sample in samples}}
+    masks = {sample.mask for sample in samples}
+    images = {sample.image for sample in samples}
     return SplitReport(
         images=len(images),
         masks=len(masks),
-        prompts=len(referrals),
+        prompts=len(samples),
         distinct_prompts=len(tokens),
-        patients=len({referral.subject for referral in referrals}),
+        patients=len({sample.subject for sample in samples}),
         repaired_prompts=sum(row in repaired for row, _ in rows),
-        cut_prompts=sum(tokens[referral.text] > prompt_length for referral in referrals),
+        cut_prompts=sum(tokens[sample.text] > prompt_length for sample in samples),
         longest_prompt_tokens=max(tokens.values()),
-        free_prompts=sum(not read_prompt(referral.text).complete for referral in referrals),
+        free_prompts=sum(not read_prompt(sample.text).complete for sample in samples),
         empty_masks=len(masks & empty),
         lossy_masks=len(masks & lossy),
         image_sizes=_size_range(images),
@@ -234,16 +234,16 @@ def _area(size: tuple[int, int]) -> int:
     return size[0] * size[1]
 
 
-def _compare(referrals: Sequence[Referral], pair: tuple[str, str], digests: dict[Path, str]) -> Overlap:
-    one, other = ([referral for referral in referrals if referral.split == split] for split in pair)
-    patients = {referral.subject for referral in one} & {referral.subject for referral in other}
-    pictures = {digests[referral.image] for referral in one} & {digests[referral.image] for referral in other}
+def _compare(samples: Sequence[Sample], pair: tuple[str, str], digests: dict[Path, str]) -> Overlap:
+    one, other = ([sample for sample in samples if sample.split == split] for split in pair)
+    patients = {sample.subject for sample in one} & {sample.subject for sample in other}
+    pictures = {digests[sample.image] for sample in one} & {digests[sample.image] for sample in other}
     shared = patients or {r.image.name for r in other if digests[r.image] in pictures}
     return Overlap(pair, len(patients), len(pictures), tuple(sorted(shared)[:EXAMPLES]))
 
 
-def _find_unused(folder: Path, referrals: Sequence[Referral]) -> tuple[str, ...]:
-    used = {path for referral in referrals for path in (referral.image, referral.mask)}
+def _find_unused(folder: Path, samples: Sequence[Sample]) -> tuple[str, ...]:
+    used = {path for sample in samples for path in (sample.image, sample.mask)}
     places = sorted({path.parent for path in used})
     found = [p for place in places for p in sorted(place.iterdir()) if is_picture_name(p)]
     return tuple(os.path.relpath(path, folder) for path in found if path not in used)

@@ -24,7 +24,7 @@ SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
-class Referral:
+class Sample:
     """One row of a data set: what `text` names in `image` is drawn in `mask`."""
 
     image: Path
@@ -39,11 +39,11 @@ class Referral:
         return None if self.subject.endswith(self.image.name) else self.subject
 
 
-def of_split(referrals: Sequence[Referral], split: str) -> list[Referral]:
-    """The referrals of one split; DataError if there are none."""
-    chosen = [referral for referral in referrals if referral.split == split]
+def of_split(samples: Sequence[Sample], split: str) -> list[Sample]:
+    """The samples of one split; DataError if there are none."""
+    chosen = [sample for sample in samples if sample.split == split]
     if not chosen:
-        held = ", ".join(sorted({referral.split for referral in referrals})) or "none"
+        held = ", ".join(sorted({sample.split for sample in samples})) or "none"
         raise DataError(f"The data set has no rows of split {split!r}; its splits: {held}. Add rows of that split.")
     return chosen
 
@@ -72,11 +72,11 @@ def patient_of(image_name: str, pattern: str | None = None) -> str | None:
 def check_sizes(image: Path, mask: Path, where: str) -> None:
     """DataError unless both files exist, can be opened, and have the same size and EXIF orientation by their headers.
 
-    EnvironmentProblem where the image is DICOM and pydicom is not installed.
+    EnvironmentIssue where the image is DICOM and pydicom is not installed.
     """
     sizes = {name: _read_size(path, f"{where}: {name}") for name, path in (("image", image), ("mask", mask))}
     if has_dicom_mark(mask):
-        raise DataError(f"{where}: mask {mask} is a DICOM file. Save it as a grey PNG of 0 and 255.")
+        raise DataError(f"{where}: mask {mask} is a DICOM file. Save it as a gray PNG of 0 and 255.")
     if sizes["image"] != sizes["mask"]:
         shown = {name: f"{width}x{height}" for name, (width, height) in sizes.items()}
         raise DataError(

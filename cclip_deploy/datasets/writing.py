@@ -18,7 +18,7 @@ from cclip_deploy.common.csv_text import csv_text, harmless
 from cclip_deploy.datasets.flat import FLAT_COLUMNS, JSON_TABLE_NAME, TABLE_NAME
 from cclip_deploy.datasets.lvit import LVIT_FOLDERS, TRAIN_SHARE
 from cclip_deploy.datasets.sample import SPLITS
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 
 DESCRIBED = ("Image", "Description")
 OWN_NAME_EVERY = 5
@@ -172,7 +172,7 @@ def _write_xlsx(path: Path, described: Sequence[tuple[str, str]]) -> None:
     try:
         import openpyxl  # type: ignore[import-untyped]
     except ImportError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             "Writing Excel tables needs openpyxl. Install it: pip install 'cclip-deploy[train]'"
         ) from error
     book = openpyxl.Workbook()

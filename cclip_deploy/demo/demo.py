@@ -14,18 +14,18 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.files import restore_folder, whole_folder
 from cclip_deploy.common.paths import check_writable
 from cclip_deploy.datasets.flat import read_flat
-from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.demo.report import DemoFacts, save_report
 from cclip_deploy.engines.build import BuildOptions, build_engines
 from cclip_deploy.environment.packages import require_export_packages, require_training_packages
-from cclip_deploy.errors import EnvironmentProblem, ParityError, UsageError
-from cclip_deploy.evaluation.models import BundleNetwork
+from cclip_deploy.errors import EnvironmentIssue, ParityError, UsageError
+from cclip_deploy.evaluation.models import BundleModel
 from cclip_deploy.evaluation.scores import evaluate_dice
 from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.inference.predict import Prediction, predict
 from cclip_deploy.inference.segmenter import Segmenter
-from cclip_deploy.runtime.registry import Choice, opened
+from cclip_deploy.runtime.registry import BackendConfig, opened
 from cclip_deploy.train.config import Devices, TrainConfig
 from cclip_deploy.train.run import RunOptions, train
 from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
@@ -65,7 +65,7 @@ def run_demo(output: Path, options: DemoOptions, command: str, on_progress: Prog
     Raises:
         UsageError: something else than a demo is at `output`.
         ParityError: the exported bundle does not verify.
-        EnvironmentProblem: `output` cannot be written.
+        EnvironmentIssue: `output` cannot be written.
     """
     restore_folder(output)
     if output.exists() and not (output / FACTS).is_file():
@@ -103,8 +103,8 @@ def _run_stages(folder: Path, options: DemoOptions, command: str, tell: Progress
     verified = verify_bundle(bundle, VerifyOptions(threads=options.threads), tell)
     if not verified.passed:
         raise ParityError("The demo's bundle does not verify; nothing of it was kept. Please report this.")
-    with opened(Choice(threads=options.threads), bundle, "fp32") as runs:
-        network = BundleNetwork(bundle, runs)
+    with opened(BackendConfig(threads=options.threads), bundle, "fp32") as runs:
+        network = BundleModel(bundle, runs)
         tell(f"Scoring {len(held_out)} held-out prompts, each against all others")
         scores = evaluate_dice(network, held_out)
         benched = bench_bundle(bundle, _bench_options(checkpoint, options), tell)
@@ -129,15 +129,15 @@ def _tell_step(tell: Progress, progress: TrainProgress) -> None:
         tell(f"Training, step {progress.step} of {progress.steps}, loss {progress.loss:.3f}")
 
 
-def _first_pictures(referrals: Sequence[Referral], count: int) -> list[Path]:
-    return list(dict.fromkeys(referral.image for referral in referrals))[:count]
+def _first_pictures(samples: Sequence[Sample], count: int) -> list[Path]:
+    return list(dict.fromkeys(sample.image for sample in samples))[:count]
 
 
 def _build(bundle: Bundle, options: DemoOptions, tell: Progress) -> tuple[list[dict[str, Any]], str | None]:
     """The FP16 engines, or why there are none: TensorRT-RTX is an extra, and the demo says when it is missing."""
     try:
         entries = build_engines(bundle, BuildOptions(threads=options.threads), tell)
-    except EnvironmentProblem as error:
+    except EnvironmentIssue as error:
         return [], str(error)
     sizes = [(bundle.path / entry.file).stat().st_size for entry in entries]
     return [{**e.model_dump(mode="json"), "bytes": size} for e, size in zip(entries, sizes, strict=True)], None
@@ -151,13 +151,13 @@ def _bench_options(checkpoint: Path, options: DemoOptions) -> BenchOptions:
 
 
 def _predict(
-    segmenter: Segmenter, held_out: Sequence[Referral], film: Path | None, output: Path, tell: Progress
+    segmenter: Segmenter, held_out: Sequence[Sample], film: Path | None, output: Path, tell: Progress
 ) -> list[Prediction]:
     """Three held-out films with their own first two prompts, and the real film with two."""
     done: list[Prediction] = []
     for picture in _first_pictures(held_out, 3):
         tell(f"Segmenting {picture.name}")
-        prompts = [referral.text for referral in held_out if referral.image == picture][:2]
+        prompts = [sample.text for sample in held_out if sample.image == picture][:2]
         done += predict(segmenter, [picture], prompts, output).done
     if film is not None:
         tell(f"Segmenting {film.name}")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cclip_deploy.bundle.bundle import CHAIN, Bundle, edited_bundle, write_manifest
 from cclip_deploy.bundle.manifest import EngineEntry, EngineTarget, GraphEntry, TensorSpec, graph_key
-from cclip_deploy.bundle.precision import Precision, is_quantised
-from cclip_deploy.engines.convert import Derived, DeriveOptions, derive_graphs
+from cclip_deploy.bundle.precision import Precision, is_quantized
+from cclip_deploy.engines.convert import ConvertedGraphs, ConvertOptions, convert_graphs
 from cclip_deploy.errors import UsageError
 from cclip_deploy.graph.precision.convert import InputsAndOutputs
 from cclip_deploy.quantization.agreement import evaluation_images, hold_masks_to_fp32, write_agreement
@@ -34,8 +34,8 @@ SERVED = CHAIN
 class BuildOptions:
     """Which engines. The maxima bound the dynamic dimensions; engines are tuned for the usual numbers.
 
-    `one_alone` adds a second optimisation profile, of one picture and one prompt alone, which doubles an engine's size.
-    `calibration` belongs to the quantised precisions, `keep` names nodes and blocks that stay in a higher one.
+    `one_alone` adds a second optimization profile, of one picture and one prompt alone, which doubles an engine's size.
+    `calibration` belongs to the quantized precisions, `keep` names nodes and blocks that stay in a higher one.
     """
 
     precision: Precision = "fp16"
@@ -64,7 +64,7 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
         UsageError: a graph that the bundle does not have, a precision that is none or that the target does not have, or
             a calibration that cannot be.
         DataError: a calibration picture cannot be read or belongs to the evaluation set.
-        EnvironmentProblem: the binding or the onnx package is missing.
+        EnvironmentIssue: the binding or the onnx package is missing.
         ParityError: a graph of this precision strays from the reference, or an engine does not run in the precision.
     """
     check_precision(options.precision)
@@ -72,14 +72,14 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
     _check_plan(bundle, options)
     binding = load_binding(options.backend)
     own_gpu = None if is_rtx(binding) else _own_gpu(options)
-    wanted = DeriveOptions(
+    wanted = ConvertOptions(
         options.precision, options.graphs, options.calibration, options.keep, options.io, options.threads
     )
     with edited_bundle(bundle) as folder:
-        derived = derive_graphs(bundle, wanted, folder, on_progress)
+        derived = convert_graphs(bundle, wanted, folder, on_progress)
         manifest = derived.manifest
         unsealed = Bundle.unsealed(folder, manifest, bundle.sums)
-        if is_quantised(options.precision) and options.calibration and options.calibration.evaluation_set:
+        if is_quantized(options.precision) and options.calibration and options.calibration.evaluation_set:
             on_progress(f"Comparing {options.precision} masks with FP32's on the evaluation set")
             images = evaluation_images(options.calibration, on_progress)
             agreement = hold_masks_to_fp32(unsealed, options.precision, images, options.threads)
@@ -103,7 +103,7 @@ def _tell(on_progress: Progress, graph: str, phase: str) -> None:
     on_progress(f"{graph}: {phase}")
 
 
-def _engine_options(graph: str, source: GraphEntry, derived: Derived, options: BuildOptions) -> EngineOptions:
+def _engine_options(graph: str, source: GraphEntry, derived: ConvertedGraphs, options: BuildOptions) -> EngineOptions:
     one = _shapes(source.inputs, replace(options, max_batch=1, max_prompts=1, usual_batch=1, usual_prompts=1))
     return EngineOptions(
         _shapes(source.inputs, options),

@@ -11,9 +11,9 @@ import numpy as np
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import CalibrationEntry, GraphEntry, Manifest, graph_key
-from cclip_deploy.bundle.precision import REST, Precision, is_quantised, precision_of, product_type
-from cclip_deploy.errors import EnvironmentProblem, UsageError
-from cclip_deploy.graph.precision.convert import InputsAndOutputs, LoweredGraph
+from cclip_deploy.bundle.precision import REST, Precision, is_quantized, precision_of, product_type
+from cclip_deploy.errors import EnvironmentIssue, UsageError
+from cclip_deploy.graph.precision.convert import ConvertedGraph, InputsAndOutputs
 from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
 from cclip_deploy.quantization.record import write_record
 from cclip_deploy.runtime.graph_model import load_model
@@ -29,7 +29,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class DeriveOptions:
+class ConvertOptions:
     """Which graphs, in which precision, and how; `keep` and `io` are those of `graph.lower.lower`."""
 
     precision: Precision
@@ -41,7 +41,7 @@ class DeriveOptions:
 
 
 @dataclass(frozen=True)
-class Derived:
+class ConvertedGraphs:
     """A manifest with the new graphs, the precision that each graph came in, and what each keeps out of it."""
 
     manifest: Manifest
@@ -49,21 +49,21 @@ class Derived:
     kept: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
-def derive_graphs(bundle: Bundle, options: DeriveOptions, folder: Path, on_progress: Progress) -> Derived:
+def convert_graphs(bundle: Bundle, options: ConvertOptions, folder: Path, on_progress: Progress) -> ConvertedGraphs:
     """Write the precision's graphs, and their calibration, into a folder that `edited_bundle` gave, and compare them.
 
-    The FP32 graphs are the bundle's own. In a quantised precision, a graph of which nothing can be quantised (the
+    The FP32 graphs are the bundle's own. In a quantized precision, a graph of which nothing can be quantized (the
     prompt encoder, the mask decoder) comes in what the rest of the network runs in.
 
     Raises:
-        UsageError: no calibration for a quantised precision or one for another; `keep` names nothing.
+        UsageError: no calibration for a quantized precision or one for another; `keep` names nothing.
         ParityError: a graph strays from the reference, or gives values that are not finite (the layer is named).
     """
     _check_options(options)
     for name in options.graphs:
         bundle.check(bundle.graph(name).file)
     if options.precision == "fp32" and options.io == "fp32":
-        return Derived(bundle.manifest, dict.fromkeys(options.graphs, "fp32"))
+        return ConvertedGraphs(bundle.manifest, dict.fromkeys(options.graphs, "fp32"))
     if options.precision == "fp32":
         raise UsageError("FP32 graphs keep FP32 inputs and outputs; --io fp16 belongs to a lower precision.")
     _require_onnx(options.precision)
@@ -73,13 +73,13 @@ def derive_graphs(bundle: Bundle, options: DeriveOptions, folder: Path, on_progr
     work.refuse_what_was_not_found()
     manifest = bundle.manifest.model_copy(update={"graphs": {**bundle.manifest.graphs, **work.entries}})
     _compare(bundle, folder, manifest, work, on_progress)
-    return Derived(manifest, work.precisions, work.kept)
+    return ConvertedGraphs(manifest, work.precisions, work.kept)
 
 
 class _Work:
     """The graphs derived so far."""
 
-    def __init__(self, bundle: Bundle, options: DeriveOptions, folder: Path, on_progress: Progress) -> None:
+    def __init__(self, bundle: Bundle, options: ConvertOptions, folder: Path, on_progress: Progress) -> None:
         self.bundle, self.options, self.folder, self.on_progress = bundle, options, folder, on_progress
         self.chosen: CalibrationSet | None = None
         if options.calibration is not None:
@@ -97,19 +97,19 @@ class _Work:
 
         model = load_model(self.bundle, name)
         precision = self.options.precision
-        if is_quantised(precision) and not tensors_to_calibrate(model):
+        if is_quantized(precision) and not tensors_to_calibrate(model):
             precision = REST[precision]
         self.precisions[name] = precision
         if precision == "fp32":
             return
         keep = matching(model, self.options.keep)
         self.found |= keep
-        ranges, calibration = self._calibrated(name, model) if is_quantised(precision) else (None, None)
+        ranges, calibration = self._calibrated(name, model) if is_quantized(precision) else (None, None)
         self.on_progress(f"Converting {name} to {precision}")
         lowered = lower(model, precision, ranges, keep, self.options.io)
         self.kept[name] = lowered.kept
         high = tuple(sorted(named_products(model, keep)))
-        if is_quantised(precision):
+        if is_quantized(precision):
             self._tell_share(name, precision, model, lowered.kept)
         entry = self._write(name, precision, lowered, calibration)
         self.entries[graph_key(name, precision)] = entry.model_copy(update={"high_precision_nodes": high})
@@ -130,22 +130,22 @@ class _Work:
         return record.ranges, entry
 
     def _write(
-        self, name: str, precision: Precision, lowered: LoweredGraph, calibration: CalibrationEntry | None
+        self, name: str, precision: Precision, lowered: ConvertedGraph, calibration: CalibrationEntry | None
     ) -> GraphEntry:
-        from cclip_deploy.graph.entry import describe_graph, save_graph
+        from cclip_deploy.graph.entry import graph_entry, save_graph
 
         file = f"graphs/{graph_key(name, precision)}.onnx"
         (self.folder / file).unlink(missing_ok=True)
         save_graph(lowered.model, self.folder / file)
         source = self.bundle.graph(name).sha256
-        entry = describe_graph(lowered.model, file, self.folder, source, precision)
+        entry = graph_entry(lowered.model, file, self.folder, source, precision)
         return entry.model_copy(update={"calibration": calibration})
 
     def refuse_what_was_not_found(self) -> None:
         precision = self.options.precision
-        if is_quantised(precision) and not any(is_quantised(given) for given in self.precisions.values()):
+        if is_quantized(precision) and not any(is_quantized(given) for given in self.precisions.values()):
             raise UsageError(
-                f"Nothing of {', '.join(self.precisions)} can be quantised. Name image_encoder too, or build in "
+                f"Nothing of {', '.join(self.precisions)} can be quantized. Name image_encoder too, or build in "
                 f"{REST[precision]}."
             )
         if unknown := sorted(set(self.options.keep) - self.found):
@@ -155,10 +155,10 @@ class _Work:
             )
 
 
-def _check_options(options: DeriveOptions) -> None:
-    if is_quantised(options.precision) and options.calibration is None:
+def _check_options(options: ConvertOptions) -> None:
+    if is_quantized(options.precision) and options.calibration is None:
         raise UsageError(f"{options.precision} needs pictures to calibrate with: give --calibration DIR.")
-    if options.calibration is not None and not is_quantised(options.precision):
+    if options.calibration is not None and not is_quantized(options.precision):
         raise UsageError(f"{options.precision} has no scales to calibrate. Leave --calibration out, or ask for --int8.")
 
 
@@ -166,7 +166,7 @@ def _require_onnx(precision: str) -> None:
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"Making {precision} graphs needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
         ) from error
 

@@ -36,7 +36,7 @@ DRIVER_REMEDY = "Install the NVIDIA driver; in a container, start it with: docke
 
 
 @dataclass(frozen=True)
-class Check:
+class DoctorCheck:
     """One thing looked at, what came out, and the command that mends it; `needed_for` says what fails without it."""
 
     name: str
@@ -85,7 +85,7 @@ PYTHON_PACKAGES = (
 DEVICE_BUFFER_MODULES = {"cuda.bindings": "cuda-bindings", "pycuda": "pycuda"}  # module: distribution
 
 
-def diagnose(deep: bool = False) -> list[Check]:
+def diagnose(deep: bool = False) -> list[DoctorCheck]:
     """Look at Python, packages, driver, disk and memory.
 
     onnxruntime, openvino and the TensorRT bindings are imported, in a process of their own, because a broken
@@ -107,30 +107,30 @@ def diagnose(deep: bool = False) -> list[Check]:
     ]
 
 
-def blockers(checks: Iterable[Check], purpose: str = RUN) -> list[Check]:
+def blockers(checks: Iterable[DoctorCheck], purpose: str = RUN) -> list[DoctorCheck]:
     """The checks that keep this machine from `purpose`; empty where it can."""
     return [check for check in checks if purpose in check.needed_for and check.status != "ok"]
 
 
-def check_python() -> Check:
+def check_python() -> DoctorCheck:
     """Python is new enough."""
     found = ".".join(map(str, sys.version_info[:3]))
     is_enough = sys.version_info[:2] >= MINIMUM_PYTHON
     remedy = None if is_enough else "Install Python 3.11 and make a new environment: python3.11 -m venv .venv"
-    return Check("python", "ok" if is_enough else "broken", found, remedy, (RUN, EXPORT))
+    return DoctorCheck("python", "ok" if is_enough else "broken", found, remedy, (RUN, EXPORT))
 
 
-def check_package(package: Package, deep: bool = False) -> Check:
+def check_package(package: Package, deep: bool = False) -> DoctorCheck:
     """Installed, by its metadata; imported too if `deep`."""
     if not _is_found(package.module):
         return _missing(package)
     if deep and (error := probe_import(package.module).error):
         return _broken(package, error)
     version = installed_version(package.distribution) or "version unknown"
-    return Check(package.distribution, "ok", version, None, package.needed_for)
+    return DoctorCheck(package.distribution, "ok", version, None, package.needed_for)
 
 
-def check_onnxruntime(has_gpu: bool) -> list[Check]:
+def check_onnxruntime(has_gpu: bool) -> list[DoctorCheck]:
     """onnxruntime as such, and its CUDA provider: it is listed whenever it was compiled in, GPU or not."""
     if not _is_found(ONNXRUNTIME.module):
         return [_missing(ONNXRUNTIME), _cuda_provider([], has_gpu)]
@@ -139,11 +139,11 @@ def check_onnxruntime(has_gpu: bool) -> list[Check]:
         return [_broken(ONNXRUNTIME, probe.error), _cuda_provider([], has_gpu)]
     version = installed_version("onnxruntime") or installed_version("onnxruntime-gpu") or "version unknown"
     detail = f"{version}, providers: {', '.join(probe.providers)}"
-    found = Check(ONNXRUNTIME.distribution, "ok", detail, None, ONNXRUNTIME.needed_for)
+    found = DoctorCheck(ONNXRUNTIME.distribution, "ok", detail, None, ONNXRUNTIME.needed_for)
     return [found, _cuda_provider(probe.providers, has_gpu)]
 
 
-def check_openvino() -> Check:
+def check_openvino() -> DoctorCheck:
     """openvino, the processor it found, and the kinds of arithmetic that it lists for it."""
     if not _is_found(OPENVINO.module):
         return _missing(OPENVINO)
@@ -153,10 +153,12 @@ def check_openvino() -> Check:
     if not probe.providers:
         return _broken(OPENVINO, "it loads, but its CPU plugin does not")
     version, (processor, *kinds) = installed_version(OPENVINO.distribution) or "version unknown", probe.providers
-    return Check(OPENVINO.distribution, "ok", f"{version}, {processor}: {', '.join(kinds)}", None, OPENVINO.needed_for)
+    return DoctorCheck(
+        OPENVINO.distribution, "ok", f"{version}, {processor}: {', '.join(kinds)}", None, OPENVINO.needed_for
+    )
 
 
-def check_binding(package: Package, has_gpu: bool) -> Check:
+def check_binding(package: Package, has_gpu: bool) -> DoctorCheck:
     """A TensorRT binding imports; without a driver it builds engines at most."""
     if not _is_found(package.module):
         return _missing(package)
@@ -165,12 +167,12 @@ def check_binding(package: Package, has_gpu: bool) -> Check:
     version = installed_version(package.distribution) or "version unknown"
     if not has_gpu and package is TENSORRT:
         detail = f"{version}; it needs a GPU to build and to run engines, and there is none here"
-        return Check(package.distribution, "broken", detail, DRIVER_REMEDY, package.needed_for)
+        return DoctorCheck(package.distribution, "broken", detail, DRIVER_REMEDY, package.needed_for)
     does = "builds and runs engines" if has_gpu else "builds engines; running them needs an NVIDIA driver and GPU"
-    return Check(package.distribution, "ok", f"{version}; {does}", None, package.needed_for)
+    return DoctorCheck(package.distribution, "ok", f"{version}; {does}", None, package.needed_for)
 
 
-def check_device_buffers() -> Check:
+def check_device_buffers() -> DoctorCheck:
     """cuda-python or pycuda: one of them allocates the memory that an engine reads and writes."""
     found = [
         f"{distribution} {installed_version(distribution)}"
@@ -179,34 +181,34 @@ def check_device_buffers() -> Check:
     ]
     remedy = None if found else "pip install cuda-python (or pip install 'cclip-deploy[tensorrt]' for pycuda)"
     detail = ", ".join(found) or "neither cuda-python nor pycuda is installed"
-    return Check("device buffers", "ok" if found else "missing", detail, remedy, (RUN_ENGINES,))
+    return DoctorCheck("device buffers", "ok" if found else "missing", detail, remedy, (RUN_ENGINES,))
 
 
-def check_driver(library: str = "libcuda.so.1") -> Check:
+def check_driver(library: str = "libcuda.so.1") -> DoctorCheck:
     """The NVIDIA driver loads and counts at least one GPU; `nvidia-smi` adds names where it is there."""
     needed_for = (RUN_CUDA, RUN_ENGINES)
     try:
         cuda = ctypes.CDLL(library)
     except OSError as error:
-        return Check("nvidia driver", "missing", f"no driver: {error}", DRIVER_REMEDY, needed_for)
+        return DoctorCheck("nvidia driver", "missing", f"no driver: {error}", DRIVER_REMEDY, needed_for)
     count = ctypes.c_int(0)
     code = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
     if code or not count.value:
         detail = f"{library} loads, but counts {count.value} GPUs (CUDA error {code})"
-        return Check("nvidia driver", "broken", detail, DRIVER_REMEDY, needed_for)
+        return DoctorCheck("nvidia driver", "broken", detail, DRIVER_REMEDY, needed_for)
     gpus, problem = read_gpus()
     named = [f"{gpu['name']} (driver {gpu['driver']})" for gpu in gpus or []]
     detail = ", ".join(named) or f"{count.value} GPUs; {problem or 'nvidia-smi is not on the path'}"
-    return Check("nvidia driver", "ok", detail, None, needed_for)
+    return DoctorCheck("nvidia driver", "ok", detail, None, needed_for)
 
 
-def check_disk(folder: Path) -> Check:
+def check_disk(folder: Path) -> DoctorCheck:
     """Room for the graphs of an exported network, and for the temporary copy beside them."""
     free_bytes = shutil.disk_usage(folder).free
     return _resource("free disk", free_bytes, EXPORT_DISK_BYTES, f"in {folder}", "Free some, or work in another folder")
 
 
-def check_memory() -> Check:
+def check_memory() -> DoctorCheck:
     """Memory enough to trace the published network."""
     return _resource("memory", total_memory_bytes(), EXPORT_MEMORY_BYTES, "in all", "Export on a larger machine")
 
@@ -249,18 +251,18 @@ def probe_import(module: str, lister: str = "get_available_providers") -> Probe:
         return Probe(f"importing it ended the process with code {done.returncode} (a negative one is a signal)")
 
 
-def _cuda_provider(providers: Iterable[str], has_gpu: bool) -> Check:
+def _cuda_provider(providers: Iterable[str], has_gpu: bool) -> DoctorCheck:
     name, needed_for = "onnxruntime CUDA", (RUN_CUDA,)
     reinstall = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'cclip-deploy[gpu]'"
     if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
         detail = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
-        return Check(name, "broken", detail, reinstall, needed_for)
+        return DoctorCheck(name, "broken", detail, reinstall, needed_for)
     if "CUDAExecutionProvider" not in providers:
-        return Check(name, "missing", "no onnxruntime that was built with it", reinstall, needed_for)
+        return DoctorCheck(name, "missing", "no onnxruntime that was built with it", reinstall, needed_for)
     if not has_gpu:
         detail = "CUDAExecutionProvider is listed but unusable: no NVIDIA GPU, a session would run on the CPU"
-        return Check(name, "broken", detail, DRIVER_REMEDY, needed_for)
-    return Check(name, "ok", "CUDAExecutionProvider and a GPU are there", None, needed_for)
+        return DoctorCheck(name, "broken", detail, DRIVER_REMEDY, needed_for)
+    return DoctorCheck(name, "ok", "CUDAExecutionProvider and a GPU are there", None, needed_for)
 
 
 def _is_found(module: str) -> bool:
@@ -270,16 +272,16 @@ def _is_found(module: str) -> bool:
         return False
 
 
-def _missing(package: Package) -> Check:
-    return Check(package.distribution, "missing", "not installed", package.remedy, package.needed_for)
+def _missing(package: Package) -> DoctorCheck:
+    return DoctorCheck(package.distribution, "missing", "not installed", package.remedy, package.needed_for)
 
 
-def _broken(package: Package, error: str) -> Check:
+def _broken(package: Package, error: str) -> DoctorCheck:
     remedy = package.remedy.replace("install", "install --force-reinstall", 1)
-    return Check(package.distribution, "broken", error, remedy, package.needed_for)
+    return DoctorCheck(package.distribution, "broken", error, remedy, package.needed_for)
 
 
-def _resource(name: str, found_bytes: int, needed_bytes: int, where: str, remedy: str) -> Check:
+def _resource(name: str, found_bytes: int, needed_bytes: int, where: str, remedy: str) -> DoctorCheck:
     detail = f"{found_bytes / GIB:.1f} GiB {where}, export of the published network needs {needed_bytes / GIB:.0f}"
     is_enough = found_bytes >= needed_bytes
-    return Check(name, "ok" if is_enough else "missing", detail, None if is_enough else remedy, (EXPORT,))
+    return DoctorCheck(name, "ok" if is_enough else "missing", detail, None if is_enough else remedy, (EXPORT,))

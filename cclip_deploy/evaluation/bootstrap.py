@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.evaluation.median_interval import CONFIDENCE
 
 Floats = NDArray[np.float64]
@@ -95,7 +95,7 @@ class PatientBootstrap:
             M estimates.
 
         Raises:
-            EnvironmentProblem: scipy is not installed.
+            EnvironmentIssue: scipy is not installed.
         """
         used = np.ones(len(parts), np.bool_) if used is None else used
         present, owner = np.unique(self._owner[used], return_inverse=True)
@@ -179,11 +179,11 @@ def _draws(patients: int, seed: int) -> NDArray[np.uint16]:
 
 
 def student_quantile(degrees_of_freedom: int) -> float:
-    """The quantile of Student's t that leaves 2.5 % above it; EnvironmentProblem where scipy is not installed."""
+    """The quantile of Student's t that leaves 2.5 % above it; EnvironmentIssue where scipy is not installed."""
     try:
         from scipy.special import stdtrit
     except ImportError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"Intervals need scipy ({error}). Install it: pip install 'cclip-deploy[train]'"
         ) from error
     return float(stdtrit(degrees_of_freedom, (1 + CONFIDENCE) / 2))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.errors import UsageError
 from cclip_deploy.evaluation.metrics import Mask
-from cclip_deploy.evaluation.models import AskedNetwork
+from cclip_deploy.evaluation.models import EvaluatedModel
 from cclip_deploy.evaluation.split import encode_texts
 from cclip_deploy.imaging.preprocess import Preprocessing, to_input
 
@@ -24,7 +24,7 @@ Levels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class MaskFacts:
+class MaskStatistics:
     """The causal masks over a set of pictures; a mask that passes everything has mean 1 and entropy 0."""
 
     mean: Levels
@@ -44,7 +44,7 @@ class ToggledFilm:
     prompts: tuple[str, ...]
 
 
-def measure_masks(model: CausalCLIPSeg, pictures: Iterable[Floats], image_hw: tuple[int, int]) -> MaskFacts:
+def measure_causal_masks(model: CausalCLIPSeg, pictures: Iterable[Floats], image_hw: tuple[int, int]) -> MaskStatistics:
     """Over pictures (H, W[, C]) in [0, 1]; the network must be in evaluation mode. UsageError without pictures."""
     import torch
 
@@ -60,7 +60,7 @@ def measure_masks(model: CausalCLIPSeg, pictures: Iterable[Floats], image_hw: tu
     if not values.all():
         raise UsageError("Masks of no picture have neither mean nor entropy. Give one picture or more.")
     mean, entropy_bits, square = (sums / values[:, None]).T
-    return MaskFacts(*(_levels(v) for v in (mean, entropy_bits, (square - mean.square()).clamp(min=0).sqrt())))
+    return MaskStatistics(*(_levels(v) for v in (mean, entropy_bits, (square - mean.square()).clamp(min=0).sqrt())))
 
 
 def untrained_mask() -> tuple[float, float, float]:
@@ -76,7 +76,7 @@ def untrained_mask() -> tuple[float, float, float]:
     return mean, float(weights @ entropy), float(np.sqrt(weights @ mask**2 - mean**2))
 
 
-def measure_toggle(network: AskedNetwork, films: Iterable[ToggledFilm]) -> float:
+def measure_toggle(network: EvaluatedModel, films: Iterable[ToggledFilm]) -> float:
     """Mean over prompts of the mean |difference of p| inside the lungs, between a film's two forms; in [0, 1]."""
     changes = []
     for film in films:

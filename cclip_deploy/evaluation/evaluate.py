@@ -14,21 +14,21 @@ from cclip_deploy.bundle.manifest import installed_versions, utc_now
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.common.threads import set_torch_threads
 from cclip_deploy.datasets.reading import read_data_set
-from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.errors import BundleError, ImageError, UsageError
 from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS, METHOD
 from cclip_deploy.evaluation.controls import make_controls
 from cclip_deploy.evaluation.metrics import BOUNDARY_TOLERANCE_PX
 from cclip_deploy.evaluation.split import Measurements, MeasuringOptions, OnImage, ShownCase, measure_split
-from cclip_deploy.evaluation.summary import EmptyPolicy, Evaluation, summarise
+from cclip_deploy.evaluation.summary import EmptyPolicy, Evaluation, summarize
 
 if TYPE_CHECKING:
-    from cclip_deploy.evaluation.models import AskedNetwork
-    from cclip_deploy.runtime.registry import Choice
+    from cclip_deploy.evaluation.models import EvaluatedModel
+    from cclip_deploy.runtime.registry import BackendConfig
 
 
 @dataclass(frozen=True)
-class NetworkChoice:
+class NetworkConfig:
     """The network to evaluate, and how it runs.
 
     Attributes:
@@ -41,7 +41,7 @@ class NetworkChoice:
     """
 
     path: Path
-    runs: Choice | None = None
+    runs: BackendConfig | None = None
     precision: Precision = "fp32"
     threads: int | None = None
     image_hw: tuple[int, int] | None = None
@@ -97,7 +97,7 @@ class EvaluationResult:
     data: DataFacts
     options: EvaluationOptions
     threshold: float
-    referrals: tuple[Referral, ...]
+    samples: tuple[Sample, ...]
     measurements: Measurements
     evaluation: Evaluation
     seconds: float
@@ -151,13 +151,13 @@ class EvaluationResult:
         return f"{len(failed)} of {len(failed) + self.data.images}; first: {failed[0][1]}"
 
     def _show_case(self, case: ShownCase) -> dict[str, Any]:
-        referral, overlap = self.referrals[case.row], self.measurements.rows[case.row].overlap
-        shown = {"image": str(referral.image), "text": referral.text, "dice": overlap.dice}
+        sample, overlap = self.samples[case.row], self.measurements.rows[case.row].overlap
+        shown = {"image": str(sample.image), "text": sample.text, "dice": overlap.dice}
         return {**shown, "predicted_pixels": overlap.predicted}
 
 
 def evaluate(
-    choice: NetworkChoice,
+    choice: NetworkConfig,
     folder: Path,
     options: EvaluationOptions,
     command: str = "",
@@ -170,47 +170,47 @@ def evaluate(
         DataError: the data set lacks the split, a mask, or is otherwise not what its layout has.
         ImageError: no picture could be used; where some could, the result names the others.
         UsageError: an option that does not belong to what is evaluated.
-        EnvironmentProblem: a package is missing.
+        EnvironmentIssue: a package is missing.
     """
     options.check()
     started_s = time.monotonic()
     on_progress(f"Reading {folder}")
     data = read_data_set(folder, options.layout, options.subject_pattern, options.allow_outside)
-    referrals = of_split(data.referrals, options.split)
-    repaired = sum(data.referrals[row].split == options.split for row, _ in data.repaired)
+    samples = of_split(data.samples, options.split)
+    repaired = sum(data.samples[row].split == options.split for row, _ in data.repaired)
     on_progress(f"Opening {choice.path}")
     with open_network(choice) as network:
         threshold = network.threshold if options.threshold is None else options.threshold
-        controls = make_controls([referral.text for referral in referrals], options.seed)
+        controls = make_controls([sample.text for sample in samples], options.seed)
         measuring = MeasuringOptions(threshold, options.tolerance_px, options.worst, leave_out_failures=True)
-        measurements = measure_split(network, referrals, controls, measuring, on_image)
+        measurements = measure_split(network, samples, controls, measuring, on_image)
         described = network.describe()
     if not measurements.kept:
         raise ImageError(measurements.failed[0][1])
-    referrals = [referrals[row] for row in measurements.kept]
+    samples = [samples[row] for row in measurements.kept]
     controls = [control.of_rows(measurements.kept) for control in controls]
     on_progress("Computing intervals over patients")
     return EvaluationResult(
         network=described,
-        data=_describe(folder, data.layout, options.split, referrals, measurements, repaired),
+        data=_describe(folder, data.layout, options.split, samples, measurements, repaired),
         options=options,
         threshold=threshold,
-        referrals=tuple(referrals),
+        samples=tuple(samples),
         measurements=measurements,
-        evaluation=summarise(measurements, referrals, controls, options.empty, options.seed),
+        evaluation=summarize(measurements, samples, controls, options.empty, options.seed),
         seconds=time.monotonic() - started_s,
         command=command,
     )
 
 
 @contextmanager
-def open_network(choice: NetworkChoice) -> Iterator[AskedNetwork]:
+def open_network(choice: NetworkConfig) -> Iterator[EvaluatedModel]:
     """The network of a bundle's folder or a checkpoint's file, closed at the end.
 
     Raises:
         BundleError: there is nothing at the path.
         UsageError: an option of the other kind, or a precision that the bundle does not have.
-        EnvironmentProblem: the backend is not installed or cannot use the device, and no fallback is allowed.
+        EnvironmentIssue: the backend is not installed or cannot use the device, and no fallback is allowed.
     """
     if not choice.path.exists():
         raise BundleError(f"There is no {choice.path}. Give a bundle's folder or a checkpoint's file.")
@@ -222,18 +222,18 @@ def open_network(choice: NetworkChoice) -> Iterator[AskedNetwork]:
 
 
 @contextmanager
-def _open_bundle(choice: NetworkChoice) -> Iterator[AskedNetwork]:
-    from cclip_deploy.evaluation.models import BundleNetwork
-    from cclip_deploy.runtime.registry import Choice, opened
+def _open_bundle(choice: NetworkConfig) -> Iterator[EvaluatedModel]:
+    from cclip_deploy.evaluation.models import BundleModel
+    from cclip_deploy.runtime.registry import BackendConfig, opened
 
     if choice.image_hw is not None or choice.prompt_length is not None:
         raise UsageError("A bundle has its image size and prompt length itself; those options are for a checkpoint.")
     bundle = Bundle.open(choice.path)
-    with opened(choice.runs or Choice(threads=choice.threads), bundle, choice.precision) as runs:
-        yield BundleNetwork(bundle, runs)
+    with opened(choice.runs or BackendConfig(threads=choice.threads), bundle, choice.precision) as runs:
+        yield BundleModel(bundle, runs)
 
 
-def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
+def _open_checkpoint(choice: NetworkConfig) -> EvaluatedModel:
     if choice.runs is not None or choice.precision != "fp32":
         raise UsageError(
             "A checkpoint runs in PyTorch on the CPU, in FP32. Export it, and give the bundle with that backend and "
@@ -242,7 +242,7 @@ def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
     from cclip_deploy.environment.packages import require_export_packages
 
     require_export_packages()
-    from cclip_deploy.evaluation.models import CheckpointNetwork
+    from cclip_deploy.evaluation.models import CheckpointModel
     from cclip_deploy.inference.describe_prompt import open_tokenizer
     from cclip_deploy.model.checkpoint import load_checkpoint
     from cclip_deploy.model.config import InputForm
@@ -252,20 +252,20 @@ def _open_checkpoint(choice: NetworkChoice) -> AskedNetwork:
     form = InputForm(choice.image_hw or trained.image_hw, choice.prompt_length or trained.prompt_length)
     tokenizer, _ = open_tokenizer(None, form.prompt_length)
     set_torch_threads(choice.threads)
-    return CheckpointNetwork(loaded, form, tokenizer)
+    return CheckpointModel(loaded, form, tokenizer)
 
 
 def _describe(
-    folder: Path, layout: str, split: str, referrals: list[Referral], measurements: Measurements, repaired: int
+    folder: Path, layout: str, split: str, samples: list[Sample], measurements: Measurements, repaired: int
 ) -> DataFacts:
     return DataFacts(
         folder=str(folder),
         layout=layout,
         split=split,
-        rows=len(referrals),
-        images=len({referral.image for referral in referrals}),
-        patients=len({referral.subject for referral in referrals}),
-        patients_known=any(referral.patient is not None for referral in referrals),
+        rows=len(samples),
+        images=len({sample.image for sample in samples}),
+        patients=len({sample.subject for sample in samples}),
+        patients_known=any(sample.patient is not None for sample in samples),
         empty_masks=sum(row.overlap.reference == 0 for row in measurements.rows),
         repaired_prompts=repaired,
         cut_prompts=sum(row.cut for row in measurements.rows),

@@ -21,7 +21,7 @@ from cclip_deploy.evaluation.bootstrap import (
     Range,
 )
 from cclip_deploy.evaluation.median_interval import median_interval
-from cclip_deploy.evaluation.seed_statistics import spread_of
+from cclip_deploy.evaluation.seed_statistics import seed_statistics
 
 PATIENTS = (3, 5, 10, 20, 50, 100)
 SEEDS = (3, 5, 10)
@@ -86,7 +86,7 @@ def seed_coverage(distribution: str, count: int, repeats: int) -> dict[str, Any]
     """Coverage in percent of Student's interval of a mean of `count` trainings; the true mean is 0."""
     rng, hits = np.random.default_rng(0), 0
     for _ in range(repeats):
-        found = spread_of(SEED_CASES[distribution](rng, count).tolist())
+        found = seed_statistics(SEED_CASES[distribution](rng, count).tolist())
         hits += found.low is not None and found.high is not None and found.low <= 0 <= found.high
     return {"distribution": distribution, "seeds": count, "coverage": round(100 * hits / repeats, 1)}
 

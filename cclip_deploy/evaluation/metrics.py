@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 
 Mask = NDArray[np.bool_]
 
-LEVELS = 20
+PROBABILITY_LEVELS = 20
 """Probabilities are counted in twentieths: the thresholds of the curve and the bins of the calibration."""
 BOUNDARY_TOLERANCE_PX = 2.0
 
@@ -72,10 +72,10 @@ def measure_outlines(predicted: Mask, reference: Mask, tolerance_px: float = BOU
     An outline is a mask's pixels that have one outside the mask, or outside the picture, above, below, left or right.
     `hd95_px` is the larger of the two 95th percentiles of the distance from one outline to the other (linear
     interpolation). `boundary_dice` is the share of both outlines' pixels that lie within `tolerance_px` of the other:
-    the normalised surface Dice of Nikolov et al., 2018.
+    the normalized surface Dice of Nikolov et al., 2018.
 
     Raises:
-        EnvironmentProblem: scipy is not installed.
+        EnvironmentIssue: scipy is not installed.
     """
     _check_shapes(predicted, reference)
     if not predicted.any() or not reference.any():
@@ -83,7 +83,7 @@ def measure_outlines(predicted: Mask, reference: Mask, tolerance_px: float = BOU
     try:
         from scipy.ndimage import distance_transform_edt
     except ImportError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"Distances of outlines need scipy ({error}). Install it: pip install 'cclip-deploy[train]'"
         ) from error
     window = _window(predicted | reference)
@@ -99,10 +99,10 @@ def measure_outlines(predicted: Mask, reference: Mask, tolerance_px: float = BOU
 def count_levels(probability: NDArray[np.float32], reference: Mask) -> Levels:
     """Sort the pixels of a probability map (H, W) in [0, 1] into twentieths."""
     _check_shapes(probability, reference)
-    level = np.minimum((probability * np.float32(LEVELS)).astype(np.uint8), LEVELS - 1)
-    inside = np.bincount(level[reference], minlength=LEVELS)
-    every = np.bincount(level.ravel(), minlength=LEVELS)
-    summed = np.bincount(level.ravel(), weights=probability.ravel(), minlength=LEVELS).astype(np.float64)
+    level = np.minimum((probability * np.float32(PROBABILITY_LEVELS)).astype(np.uint8), PROBABILITY_LEVELS - 1)
+    inside = np.bincount(level[reference], minlength=PROBABILITY_LEVELS)
+    every = np.bincount(level.ravel(), minlength=PROBABILITY_LEVELS)
+    summed = np.bincount(level.ravel(), weights=probability.ravel(), minlength=PROBABILITY_LEVELS).astype(np.float64)
     error = probability - reference
     return Levels(inside, every - inside, summed, float(np.vdot(error, error)))
 

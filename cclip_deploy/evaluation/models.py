@@ -15,7 +15,7 @@ from cclip_deploy.inference.prompt_cache import PromptCache, PromptKernels, Toke
 from cclip_deploy.inference.segmenter import PROMPTS_AT_ONCE, Segmenter, chain_precisions, sigmoid
 from cclip_deploy.model.config import InputForm
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
-from cclip_deploy.runtime.registry import Opened
+from cclip_deploy.runtime.registry import OpenBackend
 
 if TYPE_CHECKING:
     from cclip_deploy.model.checkpoint import LoadedCheckpoint
@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 THRESHOLD = 0.5
 
 
-class AskedNetwork(Protocol):
+class EvaluatedModel(Protocol):
     """A network that answers token rows about pictures."""
 
     tokenizer: PromptTokenizer
@@ -40,10 +40,10 @@ class AskedNetwork(Protocol):
         ...
 
 
-class BundleNetwork:
+class BundleModel:
     """A bundle on the backend that was opened for it."""
 
-    def __init__(self, bundle: Bundle, runs: Opened) -> None:
+    def __init__(self, bundle: Bundle, runs: OpenBackend) -> None:
         """UsageError where the bundle lacks a graph or engine of the backend's precision."""
         self.graphs = chain_precisions(runs.backend, bundle)
         self.segmenter, self.runs = Segmenter(bundle, runs.backend), runs
@@ -70,7 +70,7 @@ class BundleNetwork:
         }
 
 
-class CheckpointNetwork:
+class CheckpointModel:
     """A checkpoint in PyTorch on the CPU: no rewrite, no graph, so that it can speak against a bundle."""
 
     def __init__(self, loaded: LoadedCheckpoint, form: InputForm, tokenizer: PromptTokenizer) -> None:
@@ -102,7 +102,7 @@ class CheckpointNetwork:
             "backend": "pytorch",
             "precision": "fp32",
             "graphs": dict.fromkeys(CHAIN, "fp32"),
-            "ran": Opened(self._backend, "pytorch on cpu", "pytorch on cpu").to_dict(),
+            "ran": OpenBackend(self._backend, "pytorch on cpu", "pytorch on cpu").to_dict(),
             "image_hw": list(self.form.image_hw),
             "prompt_length": self.form.prompt_length,
         }

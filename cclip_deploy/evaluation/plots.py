@@ -10,7 +10,7 @@ import numpy as np
 
 from cclip_deploy.common.plotting import BLUE, GRAY, GRID, INK, LINE, QUIET, VERMILION, encode_figure
 from cclip_deploy.evaluation.bootstrap import Estimate
-from cclip_deploy.evaluation.summary import CalibrationBin, ControlScore, CurvePoint
+from cclip_deploy.evaluation.summary import CalibrationBin, ControlScore, ThresholdPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,13 +23,13 @@ def draw_controls(controls: Sequence[ControlScore], true: Estimate) -> str:
     figure, axes = _plot("Dice, mean over rows", "")
     named = [("true", true), *((c.name, c.dice) for c in controls if c.dice.value is not None)]
     for place, (name, estimate) in enumerate(reversed(named)):
-        colour = BLUE if name == "true" else GRAY
+        color = BLUE if name == "true" else GRAY
         value = np.nan if estimate.value is None else estimate.value
         if estimate.low is not None and estimate.high is not None:
-            axes.plot([estimate.low, estimate.high], [place, place], color=colour, lw=3.2, solid_capstyle="butt")
-        axes.plot([value], [place], "o", color="white", mec=colour, mew=1.6, ms=5)
+            axes.plot([estimate.low, estimate.high], [place, place], color=color, lw=3.2, solid_capstyle="butt")
+        axes.plot([value], [place], "o", color="white", mec=color, mew=1.6, ms=5)
         if not np.isnan(value):
-            axes.annotate(f"{value:.2f}", (value, place), (0, 5), textcoords="offset points", ha="center", color=colour,
+            axes.annotate(f"{value:.2f}", (value, place), (0, 5), textcoords="offset points", ha="center", color=color,
                           fontsize=8.5)  # fmt: skip
     axes.set_yticks(range(len(named)), [name for name, _ in reversed(named)])
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.5, len(named) - 0.3))
@@ -37,17 +37,17 @@ def draw_controls(controls: Sequence[ControlScore], true: Estimate) -> str:
     return _uri(figure)
 
 
-def draw_curve(curve: Sequence[CurvePoint], threshold: float) -> str:
+def draw_curve(curve: Sequence[ThresholdPoint], threshold: float) -> str:
     """Dice by threshold, both conventions, each with its interval as a band."""
     figure, axes = _plot("threshold on the probability", "Dice")
     x = [point.threshold for point in curve]
-    for name, colour, estimates in (
+    for name, color, estimates in (
         ("mean over rows", BLUE, [point.dice_per_image for point in curve]),
         ("pooled", VERMILION, [point.dice_pooled for point in curve]),
     ):
-        axes.plot(x, _values(estimates), color=colour, lw=1.8, label=name)
+        axes.plot(x, _values(estimates), color=color, lw=1.8, label=name)
         low, high = ([np.nan if v is None else v for v in side] for side in _sides(estimates))
-        axes.fill_between(x, low, high, color=colour, alpha=0.14, lw=0)
+        axes.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
     axes.axvline(threshold, color=QUIET, lw=0.9, ls=(0, (3, 3)))
     axes.annotate(
         f"used: {threshold:g}", (threshold, 0.02), (4, 0), textcoords="offset points", color=QUIET, fontsize=8.5

@@ -35,7 +35,7 @@ def check_report_folder(folder: Path, replace: bool) -> None:
 
     Raises:
         UsageError: something else is at `folder`, or a report and `replace` is false.
-        EnvironmentProblem: the folder cannot be written, or matplotlib is missing.
+        EnvironmentIssue: the folder cannot be written, or matplotlib is missing.
     """
     require_matplotlib("A report (-o)")
     restore_folder(folder)
@@ -53,7 +53,7 @@ def new_report(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to fill by `fill_report`, held for this run; it takes its name when the block ends well.
 
     Raises:
-        UsageError, EnvironmentProblem: as `check_report_folder`; TargetInUse where another run writes it.
+        UsageError, EnvironmentIssue: as `check_report_folder`; TargetInUse where another run writes it.
     """
     check_report_folder(folder, replace)
     with whole_folder(folder) as unfinished:
@@ -149,11 +149,11 @@ def _rows_csv(result: EvaluationResult) -> str:
     head = ("image", "mask", "text", "patient", "dice", "iou", "hd95_px", "boundary_dice", "predicted_pixels",
             "reference_pixels", "prompt_cut")  # fmt: skip
     table: list[list[object]] = [[*head, *(f"dice_{name.replace('-', '_')}" for name in names)]]
-    for referral, row in zip(result.referrals, result.measurements.rows, strict=True):
+    for sample, row in zip(result.samples, result.measurements.rows, strict=True):
         outlines = ("", "") if row.outlines is None else (row.outlines.hd95_px, row.outlines.boundary_dice)
         controls = [row.controls[name].dice if name in row.controls else "" for name in names]
         table.append([
-            referral.image, referral.mask, referral.text, referral.subject, row.overlap.dice, row.overlap.iou,
+            sample.image, sample.mask, sample.text, sample.subject, row.overlap.dice, row.overlap.iou,
             *outlines, row.overlap.predicted, row.overlap.reference, int(row.cut), *controls,
         ])  # fmt: skip
     return csv_text(table)
@@ -253,16 +253,16 @@ def _worst_sections(result: EvaluationResult) -> list[Section]:
 def _overlays(result: EvaluationResult, cases: Sequence[ShownCase]) -> tuple[Figure, ...]:
     figures = []
     for case in cases:
-        referral = result.referrals[case.row]
-        pixels = read_picture(referral.image).pixels
-        overlay = draw_overlay(pixels, case.mask(), referral.text, read_mask(referral.mask))
+        sample = result.samples[case.row]
+        pixels = read_picture(sample.image).pixels
+        overlay = draw_overlay(pixels, case.mask(), sample.text, read_mask(sample.mask))
         overlay.thumbnail((OVERLAY_PX, 2 * OVERLAY_PX))
         file = io.BytesIO()
         overlay.save(file, "JPEG", quality=OVERLAY_QUALITY)
         source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
         row = result.measurements.rows[case.row].overlap
         said = f"Dice {row.dice:.3f}" if row.reference else f"{row.predicted:,} pixels predicted"
-        figures.append(Figure(source, f"{referral.image.name}: {said}"))
+        figures.append(Figure(source, f"{sample.image.name}: {said}"))
     return tuple(figures)
 
 

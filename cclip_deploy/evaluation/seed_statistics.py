@@ -14,7 +14,7 @@ POWER = 0.8
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedStatistics:
     """`sd`, `low` and `high` are None of a single training."""
 
     values: tuple[float, ...]
@@ -32,25 +32,25 @@ class Spread:
         return f"{shown} [{form.format(self.low)}, {form.format(self.high)}]"
 
 
-def spread_of(values: Sequence[float]) -> Spread:
+def seed_statistics(values: Sequence[float]) -> SeedStatistics:
     """Mean, standard deviation, and Student's 95 % interval of the mean of n independent trainings, n - 1 degrees.
 
     A percentile bootstrap would be too narrow for three or five values; coverage is in docs/evaluation.md.
     """
     mean, count = fmean(values), len(values)
     if count < 2:
-        return Spread(tuple(values), mean, None, None, None)
+        return SeedStatistics(tuple(values), mean, None, None, None)
     sd = stdev(values)
     half = student_quantile(count - 1) * sd / math.sqrt(count)
-    return Spread(tuple(values), mean, sd, mean - half, mean + half)
+    return SeedStatistics(tuple(values), mean, sd, mean - half, mean + half)
 
 
-def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Spread:
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> SeedStatistics:
     """The spread of value - reference, pair by pair."""
-    return spread_of([value - other for value, other in zip(values, reference, strict=True)])
+    return seed_statistics([value - other for value, other in zip(values, reference, strict=True)])
 
 
-def student_p_value(spread: Spread) -> float:
+def student_p_value(spread: SeedStatistics) -> float:
     """Two-sided p of Student's t test that the true mean is 0; needs two values or more."""
     from scipy.stats import t
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.common.limits import MOST_MASK_BYTES
 from cclip_deploy.datasets.mask_file import read_mask
-from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.errors import DataError
 from cclip_deploy.evaluation.controls import Control
 from cclip_deploy.evaluation.metrics import (
@@ -26,7 +26,7 @@ from cclip_deploy.evaluation.metrics import (
     measure_outlines,
     measure_overlap,
 )
-from cclip_deploy.evaluation.models import AskedNetwork
+from cclip_deploy.evaluation.models import EvaluatedModel
 from cclip_deploy.imaging.reading import failure_of, read_picture
 from cclip_deploy.inference.prompt_cache import Tokens
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
@@ -103,9 +103,9 @@ class Worst:
 
 @dataclass(frozen=True)
 class Measurements:
-    """A measured split: rows in the order of the referrals, and predictions to look at, the worst first.
+    """A measured split: rows in the order of the samples, and predictions to look at, the worst first.
 
-    `rows` and the cases' numbers leave out the rows of failed pictures; `kept` are the referrals' numbers of `rows`.
+    `rows` and the cases' numbers leave out the rows of failed pictures; `kept` are the samples' numbers of `rows`.
     """
 
     rows: tuple[MeasuredRow, ...]
@@ -135,8 +135,8 @@ class _Loaded:
 
 
 def measure_split(
-    network: AskedNetwork,
-    referrals: Sequence[Referral],
+    network: EvaluatedModel,
+    samples: Sequence[Sample],
     controls: Sequence[Control],
     options: MeasuringOptions,
     on_image: OnImage = lambda path, number, total: None,
@@ -150,16 +150,16 @@ def measure_split(
         ImageError: a picture or mask cannot be decoded. These two, too, are kept in `failed` with
             `leave_out_failures`, as is whatever else reading a picture raises.
     """
-    tokens, cut = encode_texts([referral.text for referral in referrals], network.tokenizer, network.prompt_length)
+    tokens, cut = encode_texts([sample.text for sample in samples], network.tokenizer, network.prompt_length)
     sentences = {text for control in controls for row in control.asked for text in row}
     others = {text: network.tokenizer.encode_cut(text, network.prompt_length) for text in sentences}
     rows_of: dict[Path, list[int]] = defaultdict(list)
-    for row, referral in enumerate(referrals):
-        rows_of[referral.image].append(row)
+    for row, sample in enumerate(samples):
+        rows_of[sample.image].append(row)
     measured: dict[int, MeasuredRow] = {}
     failed: dict[Path, str] = {}
     worst, invented = Worst(options.worst), Worst(options.worst)
-    for number, (image, loading) in enumerate(_read_ahead(referrals, rows_of), 1):
+    for number, (image, loading) in enumerate(_read_ahead(samples, rows_of), 1):
         on_image(image, number, len(rows_of))
         try:
             loaded = loading.result()
@@ -168,7 +168,7 @@ def measure_split(
                 raise
             failed[image] = failure_of(image, error)
             continue
-        picture = _Picture(loaded, {row: referrals[row].mask for row in rows_of[image]}, options)
+        picture = _Picture(loaded, {row: samples[row].mask for row in rows_of[image]}, options)
         own = {row: tokens[row] for row in rows_of[image]}
         questions = [
             Question(row, control.name, others[text], weight)
@@ -204,7 +204,7 @@ class _Picture:
         self._levels: dict[int, Levels] = {}
         self._controls: dict[int, dict[str, ControlAnswer]] = {row: {} for row in masks}
 
-    def ask(self, network: AskedNetwork, own: Mapping[int, Tokens], questions: Sequence[Question]) -> None:
+    def ask(self, network: EvaluatedModel, own: Mapping[int, Tokens], questions: Sequence[Question]) -> None:
         """Ask each distinct token row once, the rows' own ones first, as controls are compared with those answers."""
         askers: dict[bytes, list[Question]] = defaultdict(list)
         for question in questions:
@@ -258,14 +258,14 @@ def encode_texts(texts: Sequence[str], tokenizer: PromptTokenizer, length: int) 
 
 
 def _read_ahead(
-    referrals: Sequence[Referral], rows_of: Mapping[Path, Sequence[int]]
+    samples: Sequence[Sample], rows_of: Mapping[Path, Sequence[int]]
 ) -> Iterator[tuple[Path, Future[_Loaded]]]:
     """Each picture with its masks, which a thread begins a little before it is asked for."""
     reader = ThreadPoolExecutor(1, "cclip-reader")
     ahead: deque[tuple[Path, Future[_Loaded]]] = deque()
     try:
         for image, rows in rows_of.items():
-            ahead.append((image, reader.submit(_load, image, [referrals[row].mask for row in rows])))
+            ahead.append((image, reader.submit(_load, image, [samples[row].mask for row in rows])))
             if len(ahead) > READ_AHEAD:
                 yield ahead.popleft()
         yield from ahead

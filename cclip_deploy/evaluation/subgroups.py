@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.prompts.reader import read_prompt
 
 VIEW = re.compile(r"_vp-([a-z0-9]+)|_([24]CH)(?:_|\.)", re.IGNORECASE)
@@ -14,7 +14,7 @@ WAYS = ("target size", "side named", "zones named", "view")
 SIZES = ((0.0, "empty"), (0.01, "up to 1 % of the picture"), (0.05, "1 to 5 %"), (1.0, "more than 5 %"))
 
 
-def groups_of(referral: Referral, reference_share: float) -> dict[str, str]:
+def groups_of(sample: Sample, reference_share: float) -> dict[str, str]:
     """The group of one row in every way of grouping.
 
     A sentence that was not understood has a group of its own, and so has one that names no side, or sides without
@@ -23,13 +23,13 @@ def groups_of(referral: Referral, reference_share: float) -> dict[str, str]:
     `reference_share` is the reference mask's share of the picture, in [0, 1].
     """
     found = {"target size": next(name for limit, name in SIZES if reference_share <= limit)}
-    reading = read_prompt(referral.text)
+    reading = read_prompt(sample.text)
     if reading.understood:
         zones = str(len(reading.zones.sites())) if reading.complete else NONE_NAMED
         found |= {"side named": reading.side if reading.sides else NONE_NAMED, "zones named": zones}
     else:
         found |= {"side named": NOT_UNDERSTOOD, "zones named": NOT_UNDERSTOOD}
-    view = VIEW.search(referral.image.name)
+    view = VIEW.search(sample.image.name)
     if view is not None:
         found["view"] = (view[1] or view[2]).lower()
     return found

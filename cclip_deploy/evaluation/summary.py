@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.evaluation.bootstrap import (
     DIFFERENCE_OF_SHARES,
     NOT_NEGATIVE,
@@ -21,7 +21,7 @@ from cclip_deploy.evaluation.bootstrap import (
     divide,
 )
 from cclip_deploy.evaluation.controls import Control
-from cclip_deploy.evaluation.metrics import LEVELS
+from cclip_deploy.evaluation.metrics import PROBABILITY_LEVELS
 from cclip_deploy.evaluation.split import MeasuredRow, Measurements
 from cclip_deploy.evaluation.subgroups import NONE_NAMED, NOT_UNDERSTOOD, WAYS, groups_of, order
 
@@ -29,7 +29,7 @@ EmptyPolicy = Literal["one", "leave-out"]
 """What a row with an empty reference counts: Dice and IoU 1 where the prediction is empty too, else 0; or nothing."""
 EMPTY_REFERENCE = "its reference is empty, and such rows are left out"
 UNKNOWN_GROUP = {"view": "the image's name does not tell it"}
-THRESHOLDS = tuple(step / LEVELS for step in range(1, LEVELS))
+THRESHOLDS = tuple(step / PROBABILITY_LEVELS for step in range(1, PROBABILITY_LEVELS))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ControlScore:
 
 
 @dataclass(frozen=True)
-class CurvePoint:
+class ThresholdPoint:
     """Dice at one threshold."""
 
     threshold: float
@@ -142,7 +142,7 @@ class Evaluation:
 
     scores: Scores
     controls: tuple[ControlScore, ...]
-    curve: tuple[CurvePoint, ...]
+    curve: tuple[ThresholdPoint, ...]
     calibration: tuple[CalibrationBin, ...]
     groups: tuple[GroupScore, ...]
     group_coverage: tuple[GroupCoverage, ...]
@@ -156,19 +156,19 @@ class Evaluation:
         return values
 
 
-def summarise(
+def summarize(
     measurements: Measurements,
-    referrals: Sequence[Referral],
+    samples: Sequence[Sample],
     controls: Sequence[Control],
     empty: EmptyPolicy,
     seed: int = 0,
 ) -> Evaluation:
     """Everything that is said of a split, with 95 % bootstrap intervals over its patients."""
     rows = measurements.rows
-    bootstrap = PatientBootstrap([referral.subject for referral in referrals], seed)
+    bootstrap = PatientBootstrap([sample.subject for sample in samples], seed)
     counted = np.array([empty == "one" or row.overlap.reference > 0 for row in rows], np.bool_)
     dice = np.where(counted, [row.overlap.dice for row in rows], np.nan)
-    groups = [groups_of(r, row.overlap.reference / row.pixels) for r, row in zip(referrals, rows, strict=True)]
+    groups = [groups_of(r, row.overlap.reference / row.pixels) for r, row in zip(samples, rows, strict=True)]
     return Evaluation(
         scores=_score(rows, counted, dice, bootstrap),
         controls=tuple(_score_control(control, rows, dice, bootstrap) for control in controls),
@@ -227,7 +227,7 @@ def _score_control(
 
 def _draw_curve(
     rows: Sequence[MeasuredRow], counted: NDArray[np.bool_], bootstrap: PatientBootstrap
-) -> tuple[CurvePoint, ...]:
+) -> tuple[ThresholdPoint, ...]:
     """Pixels at or above each threshold come from the counted levels, no picture is asked again."""
     both = np.array([np.cumsum(row.levels.inside[::-1])[::-1][1:] for row in rows], np.float64)  # (rows, 19)
     above = both + [np.cumsum(row.levels.outside[::-1])[::-1][1:] for row in rows]
@@ -235,20 +235,20 @@ def _draw_curve(
     per_row = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
     means = bootstrap.estimate(np.column_stack([per_row, np.ones(len(rows))]), _share_last, SHARE, counted)
     pooled = bootstrap.estimate(np.concatenate([2 * both, total], axis=1), _halves, SHARE)
-    return tuple(CurvePoint(*point) for point in zip(THRESHOLDS, means, pooled, strict=True))
+    return tuple(ThresholdPoint(*point) for point in zip(THRESHOLDS, means, pooled, strict=True))
 
 
 def _calibrate(rows: Sequence[MeasuredRow]) -> tuple[CalibrationBin, ...]:
     inside, every, probability = (_level_sums(rows, what).sum(axis=0) for what in ("inside", "every", "p"))
     return tuple(
         CalibrationBin(
-            low=level / LEVELS,
-            high=(level + 1) / LEVELS,
+            low=level / PROBABILITY_LEVELS,
+            high=(level + 1) / PROBABILITY_LEVELS,
             pixels=int(every[level]),
             mean_probability=float(probability[level] / every[level]) if every[level] else None,
             inside_share=float(inside[level] / every[level]) if every[level] else None,
         )
-        for level in range(LEVELS)
+        for level in range(PROBABILITY_LEVELS)
     )
 
 

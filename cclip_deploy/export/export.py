@@ -63,7 +63,7 @@ def export_bundle(
         UsageError: `output` exists, or an option cannot be.
         ParityError: a graph differs from PyTorch by more than the limits.
         TargetInUse: another run is writing `output`.
-        EnvironmentProblem: a package is missing or the disk is full.
+        EnvironmentIssue: a package is missing or the disk is full.
     """
     check_output(output, options.replace)
     check_writable(output)
@@ -125,7 +125,7 @@ def _trace_graphs(
 def _write_graphs(
     loaded: LoadedCheckpoint, options: ExportOptions, form: InputForm, command: str, folder: Path, on_progress: Progress
 ) -> Manifest:
-    from cclip_deploy.graph.entry import describe_graph, save_graph
+    from cclip_deploy.graph.entry import graph_entry, save_graph
 
     (folder / "graphs").mkdir()
     entries: dict[str, GraphEntry] = {}
@@ -134,7 +134,7 @@ def _write_graphs(
     for name in list(graphs):
         graph, file = graphs.pop(name), f"graphs/{name}.onnx"
         save_graph(graph, folder / file)
-        entries[name] = describe_graph(graph, file, folder, loaded.sha256, "fp32")
+        entries[name] = graph_entry(graph, file, folder, loaded.sha256, "fp32")
     (folder / TOKENIZER).write_text(PromptTokenizer.from_open_clip().to_json(), encoding="utf-8")
     return Manifest(
         created=utc_now(),

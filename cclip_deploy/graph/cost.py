@@ -43,11 +43,11 @@ class Cost:
 
 
 def count_multiply_adds(model: onnx.ModelProto, sizes: Mapping[str, int]) -> Cost:
-    """Count the multiply-adds of every product and convolution in the graph, float or quantised.
+    """Count the multiply-adds of every product and convolution in the graph, float or quantized.
 
     Counted by the usual convention: a product of (M, K) and (K, N) is M·K·N, a convolution is its output elements times
     its kernel's elements a group, a transposed one its input elements times them; products with padding count, adding a
-    bias does not. Elementwise operators, reductions, gathers, resizes, pools and normalisations count nothing.
+    bias does not. Elementwise operators, reductions, gathers, resizes, pools and normalizations count nothing.
 
     Args:
         model: any opset; its weights are neither copied nor read.

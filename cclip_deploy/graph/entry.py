@@ -22,9 +22,7 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def describe_graph(
-    graph: onnx.ModelProto, file: str, folder: Path, made_from_sha256: str, precision: str
-) -> GraphEntry:
+def graph_entry(graph: onnx.ModelProto, file: str, folder: Path, made_from_sha256: str, precision: str) -> GraphEntry:
     """The manifest's entry of a graph that was written to `file`; multiply-adds are of one picture and one prompt."""
     return GraphEntry(
         file=file,

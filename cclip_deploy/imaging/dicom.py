@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.errors import EnvironmentProblem, ImageError
+from cclip_deploy.errors import EnvironmentIssue, ImageError
 from cclip_deploy.imaging.dicom_frames import check_frame
 from cclip_deploy.imaging.reading import Picture, check_picture_size, decoding, row_strips
 
@@ -27,15 +27,15 @@ _NEEDED = ("Rows", "Columns", "BitsStored", "PhotometricInterpretation")
 
 
 def read_dicom(path: Path) -> Picture:
-    """Read a single-frame grey, RGB, YBR or (plain, not segmented) palette file of DICOM PS3.10.
+    """Read a single-frame gray, RGB, YBR or (plain, not segmented) palette file of DICOM PS3.10.
 
-    Grey goes through the modality LUT (or rescale), then the first VOI LUT, or else the first window, or else is
+    Gray goes through the modality LUT (or rescale), then the first VOI LUT, or else the first window, or else is
     stretched from its least to its greatest value; MONOCHROME1 is inverted, so that 0 is always black. Pixels that
     PixelPaddingValue marks are no part of the picture: they take no part in the stretch and become 0.
 
     Raises:
         ImageError: damaged, several frames, no picture inside, or values that the standard does not allow.
-        EnvironmentProblem: pydicom, or a decoder for the file's compression, is not installed.
+        EnvironmentIssue: pydicom, or a decoder for the file's compression, is not installed.
     """
     pydicom = _import_pydicom()
     with decoding(path):
@@ -45,7 +45,7 @@ def read_dicom(path: Path) -> Picture:
         if header.file_meta.TransferSyntaxUID.is_encapsulated:
             check_frame(path, pydicom, header)
         stored = pydicom.pixels.pixel_array(path)
-        show = _grey if header.PhotometricInterpretation in _GREY else _colour
+        show = _gray if header.PhotometricInterpretation in _GREY else _color
         pixels, bits = show(path, stored, header)
         if not np.isfinite(pixels).all():
             raise ImageError(f"{path} has a rescale that overflows. Correct RescaleSlope and RescaleIntercept.")
@@ -67,7 +67,7 @@ def _import_pydicom() -> Any:
         import pydicom
         import pydicom.pixels
     except ImportError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"Reading DICOM needs pydicom ({error}). Install it: pip install 'cclip-deploy[medical]'"
         ) from error
     return pydicom
@@ -97,7 +97,7 @@ def _check_decoder(path: Path, syntax: UID) -> None:
             "Convert it to Explicit VR Little Endian, for example with DCMTK or GDCM."
         ) from None
     if not decoder.is_available:
-        raise EnvironmentProblem(_describe_missing_decoder(path, syntax.name, decoder.missing_dependencies))
+        raise EnvironmentIssue(_describe_missing_decoder(path, syntax.name, decoder.missing_dependencies))
 
 
 def _describe_missing_decoder(path: Path, syntax_name: str, missing: list[str]) -> str:
@@ -121,7 +121,7 @@ def _check_header(path: Path, header: Dataset) -> None:
     check_picture_size(path, int(header.Columns), int(header.Rows), samples)
 
 
-def _colour(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
+def _color(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
     """RGB (H, W, 3) in [0, 1]; pydicom has turned YBR into RGB already."""
     if header.PhotometricInterpretation == "PALETTE COLOR":
         return _apply_palette(path, stored, header)
@@ -129,7 +129,7 @@ def _colour(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[
     if stored.ndim != 3 or stored.shape[-1] != 3 or stored.dtype.kind != "u":
         raise ImageError(
             f"{path} is {header.PhotometricInterpretation} with an array of shape {stored.shape} and type "
-            f"{stored.dtype}; unsigned grey, palette, RGB or YBR is read. Export it as RGB."
+            f"{stored.dtype}; unsigned gray, palette, RGB or YBR is read. Export it as RGB."
         )
     shown = np.empty(stored.shape, np.float32)
     for rows in row_strips(stored.shape):
@@ -140,11 +140,11 @@ def _colour(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[
 def _apply_palette(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
     shown = np.empty((*stored.shape, 3), np.float32)
     depths = []
-    for channel, colour in enumerate(("Red", "Green", "Blue")):
-        name = f"{colour}PaletteColorLookupTable"
+    for channel, color in enumerate(("Red", "Green", "Blue")):
+        name = f"{color}PaletteColorLookupTable"
         if f"{name}Descriptor" not in header or f"{name}Data" not in header:
             raise ImageError(
-                f"{path} lacks a plain {colour.lower()} palette (segmented ones are not read). Save as RGB."
+                f"{path} lacks a plain {color.lower()} palette (segmented ones are not read). Save as RGB."
             )
         palette = _Table.read(path, header[f"{name}Descriptor"].value, header[f"{name}Data"].value, header)
         depths.append(palette.bits)
@@ -153,10 +153,10 @@ def _apply_palette(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[N
     return shown, depths[0]
 
 
-def _grey(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
+def _gray(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
     """Two passes over strips of rows: one for the extremes of the modality's values, and one for what is shown."""
     if stored.ndim != 2 or not np.isfinite(stored).all():
-        raise ImageError(f"{path} is grey, but its array has shape {stored.shape} or values that are not numbers.")
+        raise ImageError(f"{path} is gray, but its array has shape {stored.shape} or values that are not numbers.")
     modality = _read_modality(path, bool(stored.min() < 0), header)
     every, seen = [], []
     for rows in row_strips(stored.shape):
@@ -202,17 +202,17 @@ def _read_interest(path: Path, signed: bool, seen: Values, header: Dataset) -> C
         sequence = header.VOILUTSequence[0]
         table = _Table.read(path, sequence.LUTDescriptor, sequence.LUTData, header)
         return lambda values: table.look_up(values, signed)
-    centre, width = _first_number(path, header, "WindowCenter"), _first_number(path, header, "WindowWidth")
-    if centre is not None and width is not None:
+    center, width = _first_number(path, header, "WindowCenter"), _first_number(path, header, "WindowWidth")
+    if center is not None and width is not None:
         function = str(header.get("VOILUTFunction") or "LINEAR").upper()
-        return lambda values: _window(path, values, centre, width, function)
+        return lambda values: _window(path, values, center, width, function)
     if not seen.size or seen.min() == seen.max():
         return lambda values: np.zeros(values.shape)
     low, high = seen.min(), seen.max()
     return lambda values: np.clip((values - low) / (high - low), 0, 1)
 
 
-def _window(path: Path, values: Values, centre: float, width: float, function: str) -> Values:
+def _window(path: Path, values: Values, center: float, width: float, function: str) -> Values:
     """Window to [0, 1] by the formulas of PS3.3 C.11.2.1.2.1 and C.11.2.1.3."""
     least = 1 if function == "LINEAR" else 0
     if function not in {"LINEAR", "LINEAR_EXACT", "SIGMOID"} or width < least or width == 0:
@@ -221,10 +221,10 @@ def _window(path: Path, values: Values, centre: float, width: float, function: s
             "Correct or remove WindowCenter and WindowWidth."
         )
     if function == "LINEAR":
-        centre, width = centre - 0.5, width - 1
+        center, width = center - 0.5, width - 1
     if width == 0:
-        return (values > centre).astype(np.float64)
-    distance: Values = (values - centre) / width
+        return (values > center).astype(np.float64)
+    distance: Values = (values - center) / width
     if function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * distance, -700, 700)))
     return np.clip(distance + 0.5, 0, 1)

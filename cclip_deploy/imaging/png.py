@@ -20,7 +20,7 @@ _ZLIB_LEVEL = 1
 
 
 def encode_png(pixels: NDArray[Any], text: Mapping[str, str] = MappingProxyType({})) -> bytes:
-    """The PNG file (ISO/IEC 15948) of grey (H, W) uint8 or uint16, or of RGB (H, W, 3) uint8, without any loss.
+    """The PNG file (ISO/IEC 15948) of gray (H, W) uint8 or uint16, or of RGB (H, W, 3) uint8, without any loss.
 
     Every row is filtered as its difference from the row above, and compressed at zlib's fastest level: what masks
     and films take is about what Pillow's default makes of them, in less than half the time. `text` is Latin-1 by
@@ -29,11 +29,11 @@ def encode_png(pixels: NDArray[Any], text: Mapping[str, str] = MappingProxyType(
     Raises:
         UsageError: another shape or type.
     """
-    grey, colour = pixels.ndim == 2, pixels.shape[2:] == (3,) and pixels.dtype == np.uint8
-    if not pixels.size or not (colour or (grey and pixels.dtype in (np.uint8, np.uint16))):
-        raise UsageError(f"{pixels.dtype} of shape {pixels.shape} is no PNG here: uint8 or uint16 grey, or uint8 RGB.")
+    gray, color = pixels.ndim == 2, pixels.shape[2:] == (3,) and pixels.dtype == np.uint8
+    if not pixels.size or not (color or (gray and pixels.dtype in (np.uint8, np.uint16))):
+        raise UsageError(f"{pixels.dtype} of shape {pixels.shape} is no PNG here: uint8 or uint16 gray, or uint8 RGB.")
     height, width = pixels.shape[:2]
-    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _GREY if grey else _COLOUR, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _GREY if gray else _COLOUR, 0, 0, 0)
     body = zlib.compress(_filter_rows(pixels).data, _ZLIB_LEVEL)
     texts = b"".join(_chunk(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in text.items())
     return _SIGNATURE + _chunk(b"IHDR", header) + texts + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")

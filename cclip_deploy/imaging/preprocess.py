@@ -32,12 +32,12 @@ class Preprocessing(StrictModel):
 
 
 def to_input(pixels: NDArray[Any], image_hw: tuple[int, int], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Resize and normalise (H, W) or (H, W, 3) pixels in [0, 1] to (1, 3, *image_hw) float32.
+    """Resize and normalize (H, W) or (H, W, 3) pixels in [0, 1] to (1, 3, *image_hw) float32.
 
     The resize is in float, so 16-bit depth survives; where the size is right already, it changes nothing. What a
-    bicubic filter overshoots is cut to [0, 1] before the normalisation.
+    bicubic filter overshoots is cut to [0, 1] before the normalization.
     """
-    return normalise(resize_pixels(pixels, image_hw, preprocessing), preprocessing)[None]
+    return normalize(resize_pixels(pixels, image_hw, preprocessing), preprocessing)[None]
 
 
 def resize_pixels(pixels: NDArray[Any], image_hw: tuple[int, int], preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -50,12 +50,12 @@ def resize_pixels(pixels: NDArray[Any], image_hw: tuple[int, int], preprocessing
     return np.stack([_resize(channel, image_hw, resample) for channel in channels])
 
 
-def normalise(resized: NDArray[np.float32], preprocessing: Preprocessing) -> NDArray[np.float32]:
+def normalize(resized: NDArray[np.float32], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """The second half of `to_input`: (1 or 3, h, w) in [0, 1] to (3, h, w) of CLIP's mean and deviation."""
     mean = np.array(preprocessing.mean, dtype=np.float32)[:, None, None]
     std = np.array(preprocessing.std, dtype=np.float32)[:, None, None]
-    normalised: NDArray[np.float32] = (resized - mean) / std  # (3, h, w)
-    return normalised
+    normalized: NDArray[np.float32] = (resized - mean) / std  # (3, h, w)
+    return normalized
 
 
 def to_source(probability: NDArray[Any], source_hw: tuple[int, int]) -> NDArray[np.float32]:

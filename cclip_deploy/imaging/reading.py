@@ -51,14 +51,14 @@ class Picture:
 def read_picture(path: Path) -> Picture:
     """Read a PNG, JPEG, TIFF, BMP or single-frame DICOM file.
 
-    Grey keeps its depth: 1, 8, 12 and 16 bits are divided by their largest value (whole-number TIFFs of 32 bits are
-    read as 16-bit values, float TIFFs must be in [0, 1] already). Pillow reduces colour and grey-with-alpha of 16 bits
-    to 8. Transparent pixels are laid on black, the colour of air on a film. EXIF orientation is applied.
+    Gray keeps its depth: 1, 8, 12 and 16 bits are divided by their largest value (whole-number TIFFs of 32 bits are
+    read as 16-bit values, float TIFFs must be in [0, 1] already). Pillow reduces color and gray-with-alpha of 16 bits
+    to 8. Transparent pixels are laid on black, the color of air on a film. EXIF orientation is applied.
 
     Raises:
         ImageError: not a file, empty, truncated, of another type, with several pages, of more than MAX_PIXELS pixels
             or MAX_VALUES pixels times channels, or with a side above MAX_SIDE.
-        EnvironmentProblem: DICOM without pydicom, or compressed with a method that has no decoder here.
+        EnvironmentIssue: DICOM without pydicom, or compressed with a method that has no decoder here.
     """
     _check_file(path)
     if has_dicom_mark(path):
@@ -74,7 +74,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
     Raises:
         ImageError: not a file, empty, or of another type.
-        EnvironmentProblem: DICOM without pydicom.
+        EnvironmentIssue: DICOM without pydicom.
     """
     _check_file(path)
     if has_dicom_mark(path):
@@ -101,7 +101,7 @@ def opened_raster(path: Path) -> Iterator[Image.Image]:
         ImageError: the file is no regular one, of another type or too large, or what the block does with it fails.
     """
     _check_file(path)
-    # Opened here, because Pillow maps a named file into memory and then misreads TIFFs of orientation 5 to 8.
+    # OpenBackend here, because Pillow maps a named file into memory and then misreads TIFFs of orientation 5 to 8.
     with decoding(path), path.open("rb") as file, _open(path, file) as image:
         check_picture_size(path, *image.size, _channels(image))
         tags = getattr(image, "tag_v2", {})
@@ -224,7 +224,7 @@ def _decode(path: Path, image: Image.Image) -> Picture:
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise ImageError(f"{path} has several pages or frames. Save the one you want to a file of its own.")
     image.load()
-    pixels, bits = _deep_grey(path, image) if image.mode.startswith(("I", "F")) else _shallow(image)
+    pixels, bits = _deep_gray(path, image) if image.mode.startswith(("I", "F")) else _shallow(image)
     return Picture(path=path, pixels=np.ascontiguousarray(pixels), kind=kind, bits=bits)
 
 
@@ -275,8 +275,8 @@ def _open(path: Path, file: BinaryIO) -> Image.Image:
         ) from error
 
 
-def _deep_grey(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], int]:
-    """Grey of more than 8 bits, (H, W) in [0, 1]; Pillow leaves depth and polarity of such TIFFs to the caller."""
+def _deep_gray(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], int]:
+    """Gray of more than 8 bits, (H, W) in [0, 1]; Pillow leaves depth and polarity of such TIFFs to the caller."""
     tags = getattr(image, "tag_v2", {})
     bits = {"I": 16, "F": 32}.get(image.mode) or int(tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0])
     white = 1 if image.mode == "F" else 2**bits - 1
@@ -285,7 +285,7 @@ def _deep_grey(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], int
     if not (low >= 0 and high <= white):
         raise ImageError(
             f"{path} has values from {low:g} to {high:g}, where 0 to {white} is expected. "
-            "Scale them and save a 16-bit grey PNG or TIFF."
+            "Scale them and save a 16-bit gray PNG or TIFF."
         )
     inverted = tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO
     pixels = np.empty(values.shape, np.float32)
@@ -296,11 +296,11 @@ def _deep_grey(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], int
 
 
 def _shallow(image: Image.Image) -> tuple[NDArray[np.float32], int]:
-    """Grey (H, W) or colour (H, W, 3) in [0, 1] from 8 bits or fewer a channel."""
+    """Gray (H, W) or color (H, W, 3) in [0, 1] from 8 bits or fewer a channel."""
     bits = 1 if image.mode == "1" else 8
-    colour, grey = ("RGBA", "LA") if image.has_transparency_data else ("RGB", "L")
+    color, gray = ("RGBA", "LA") if image.has_transparency_data else ("RGB", "L")
     image = ImageOps.exif_transpose(image)
-    image = image.convert(grey if image.mode in {"1", "L", "LA", "La"} else colour)
+    image = image.convert(gray if image.mode in {"1", "L", "LA", "La"} else color)
     values = np.asarray(image).astype(np.float32)
     values /= 255
     if image.mode in {"LA", "RGBA"}:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from cclip_deploy.common.files import replace_together
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.imaging.png import encode_png
 from cclip_deploy.imaging.preprocess import check_unit_range
 from cclip_deploy.imaging.reading import Picture, opened_raster, picture_stem, row_strips
@@ -46,12 +46,12 @@ def write_segmentation(
     """Write `<stem>-mask.png`, `<stem>-probability.png` and `<stem>-overlay.png`; existing ones are replaced.
 
     `probability` is (H, W) in [0, 1], of the picture's size. The mask is 8-bit, 255 where probability >= threshold
-    and 0 elsewhere. The probability is 16-bit grey, 65535 = 1. All are complete under hidden names before the first
+    and 0 elsewhere. The probability is 16-bit gray, 65535 = 1. All are complete under hidden names before the first
     takes its own, and replaced as one (`files.replace_together`). The mask keeps `picture.sha256` as PNG text.
 
     Raises:
         UsageError: a wrong shape, value, threshold or stem.
-        EnvironmentProblem: the disk is full or the folder cannot be written.
+        EnvironmentIssue: the disk is full or the folder cannot be written.
     """
     height, width = picture.pixels.shape[:2]
     if probability.shape != (height, width):
@@ -122,7 +122,7 @@ def draw_overlay(
     """Draw the mask on the picture, tinted and outlined, above a strip with the prompt; RGB.
 
     `pixels` are (H, W) or (H, W, 3) in [0, 1], `mask` and `truth` (H, W), true or not 0 inside. `truth` is outlined in
-    another colour, and the strip then says which is which. The longest side of the picture becomes at most 1024 pixels;
+    another color, and the strip then says which is which. The longest side of the picture becomes at most 1024 pixels;
     one under 512 is enlarged by a whole number. Prompts of more than six lines are cut; letters are Latin.
     """
     for what, region in (("mask", mask), ("truth", truth)):
@@ -145,12 +145,10 @@ def _slug(text: str, separators: str) -> str:
     return re.sub(separators, "-", latin).strip("-.")
 
 
-def _writing_problem(folder: Path, error: OSError) -> EnvironmentProblem:
+def _writing_problem(folder: Path, error: OSError) -> EnvironmentIssue:
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        return EnvironmentProblem(
-            f"No room for masks in {folder} ({error.strerror}). Free space or use another folder."
-        )
-    return EnvironmentProblem(f"Masks cannot be written to {folder}: {error}. Check its permissions or use another.")
+        return EnvironmentIssue(f"No room for masks in {folder} ({error.strerror}). Free space or use another folder.")
+    return EnvironmentIssue(f"Masks cannot be written to {folder}: {error}. Check its permissions or use another.")
 
 
 def _overlay_size(height: int, width: int) -> tuple[int, int]:
@@ -179,17 +177,17 @@ def _fine_region(region: NDArray[Any], size: tuple[int, int]) -> NDArray[np.bool
     return np.asarray(image.resize((2 * size[0], 2 * size[1]), resample)) >= 128
 
 
-def _draw_outline(image: Image.Image, fine: NDArray[np.bool_], colour: tuple[int, int, int]) -> None:
+def _draw_outline(image: Image.Image, fine: NDArray[np.bool_], color: tuple[int, int, int]) -> None:
     """A line of two overlay pixels along the edge, half inside and half outside, on a faint dark halo."""
     # Growing the seam of both sides is growing each side and taking what they share, at half the cost.
     line = _grow(_seam(fine))
     halo = _grow(_grow(line))
     _lay_on(image, _STRIP, halo, _HALO)
-    _lay_on(image, colour, line, 1)
+    _lay_on(image, color, line, 1)
 
 
 def _seam(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The pixels that have a neighbour of the other kind above, below, left or right."""
+    """The pixels that have a neighbor of the other kind above, below, left or right."""
     seam = np.zeros_like(region)
     vertical, horizontal = region[1:] ^ region[:-1], region[:, 1:] ^ region[:, :-1]
     seam[1:] |= vertical
@@ -208,11 +206,11 @@ def _grow(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return grown
 
 
-def _lay_on(image: Image.Image, colour: tuple[int, int, int], fine: NDArray[np.bool_], opacity: float) -> None:
-    """Blend a colour into the picture where the fine region covers it, each pixel by the share that is covered."""
+def _lay_on(image: Image.Image, color: tuple[int, int, int], fine: NDArray[np.bool_], opacity: float) -> None:
+    """Blend a color into the picture where the fine region covers it, each pixel by the share that is covered."""
     covered = Image.fromarray(fine.view(np.uint8) * np.uint8(round(255 * opacity))).reduce(2)
     if box := covered.getbbox():
-        image.paste(colour, box, covered.crop(box))
+        image.paste(color, box, covered.crop(box))
 
 
 def _add_caption(image: Image.Image, prompt: str, with_reference: bool) -> Image.Image:
@@ -236,9 +234,9 @@ def _add_caption(image: Image.Image, prompt: str, with_reference: bool) -> Image
     return sheet
 
 
-def _draw_swatch(draw: ImageDraw.ImageDraw, left: int, middle: int, side: int, colour: tuple[int, int, int]) -> None:
+def _draw_swatch(draw: ImageDraw.ImageDraw, left: int, middle: int, side: int, color: tuple[int, int, int]) -> None:
     half = side * 3 // 8
-    draw.rounded_rectangle((left, middle - half, left + 2 * half, middle + half), radius=side // 5, fill=colour)
+    draw.rounded_rectangle((left, middle - half, left + 2 * half, middle + half), radius=side // 5, fill=color)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:

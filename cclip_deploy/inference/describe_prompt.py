@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.prompts.reader import read_prompt
 from cclip_deploy.prompts.spelling import repair_prompts
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
@@ -19,7 +19,7 @@ def open_tokenizer(bundle: Path | None, length: int | None) -> tuple[PromptToken
 
     Raises:
         BundleError: the bundle cannot be opened.
-        EnvironmentProblem: no bundle, and open_clip is not installed.
+        EnvironmentIssue: no bundle, and open_clip is not installed.
         UsageError: the length is out of range.
     """
     if length is not None and not SHORTEST_LENGTH <= length <= LONGEST_LENGTH:
@@ -30,7 +30,7 @@ def open_tokenizer(bundle: Path | None, length: int | None) -> tuple[PromptToken
     try:
         return PromptTokenizer.from_open_clip(), length or USUAL_LENGTH
     except ImportError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             "Counting tokens without a bundle needs open_clip. Install it: pip install 'cclip-deploy[export]', "
             "or name a bundle with --bundle."
         ) from error

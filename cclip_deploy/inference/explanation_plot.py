@@ -23,7 +23,7 @@ LONGEST_TITLE = 110
 
 @dataclass(frozen=True)
 class Panel:
-    """A map (h, w) to lay over the film, what it is, and the range of its colours."""
+    """A map (h, w) to lay over the film, what it is, and the range of its colors."""
 
     values: Floats
     title: str
@@ -35,7 +35,7 @@ class Panel:
 def write_explanation(
     path: Path, pixels: Floats, mask: NDArray[np.bool_], prompt: str, seen: Seen, answer: Floats | None
 ) -> Path:
-    """Write a PNG, whole or not at all; EnvironmentProblem where the disk does not take it.
+    """Write a PNG, whole or not at all; EnvironmentIssue where the disk does not take it.
 
     Args:
         path: of the picture to write.
@@ -51,7 +51,7 @@ def write_explanation(
 
 
 def _panels(seen: Seen, answer: Floats | None) -> list[Panel]:
-    """One colour range for all masks, so that they can be compared."""
+    """One color range for all masks, so that they can be compared."""
     panels = []
     if seen.masks:
         limits = min(float(m.min()) for m in seen.masks.values()), max(float(m.max()) for m in seen.masks.values())

@@ -108,7 +108,7 @@ def predict(
         TargetInUse: another run writes into the output.
         ImageError: a picture does not exist, or a folder holds none.
         PromptError: a prompt is empty or too long, before anything is written.
-        EnvironmentProblem: the output cannot be written; what was written before is whole.
+        EnvironmentIssue: the output cannot be written; what was written before is whole.
     """
     if options.threshold is not None and not 0 < options.threshold < 1:
         raise UsageError(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.common.files import disk_problem
 from cclip_deploy.common.locks import clear_leftovers, unfinished_file
-from cclip_deploy.errors import EnvironmentProblem, ParityError, UsageError
+from cclip_deploy.errors import EnvironmentIssue, ParityError, UsageError
 
 KERNELS_IN_MEMORY = 4096
 SUFFIX = ".kernel"
@@ -114,7 +114,7 @@ class KernelFolder:
 
         Raises:
             UsageError: a file lies at its place.
-            EnvironmentProblem: it cannot be made or written, or the disk is full.
+            EnvironmentIssue: it cannot be made or written, or the disk is full.
         """
         self.folder = Path(folder)
         self.origin = origin
@@ -156,7 +156,7 @@ class KernelFolder:
         """Keep the kernel of one prompt; it is whole on disk, or not there.
 
         Raises:
-            EnvironmentProblem: the disk is full, or the folder cannot be written any more.
+            EnvironmentIssue: the disk is full, or the folder cannot be written any more.
         """
         arrays = (kernels.kernel, kernels.tap_bias, kernels.bias)
         body = self.origin.header(tokens) + b"".join(a.astype(_LITTLE_ENDIAN).tobytes() for a in arrays)
@@ -175,7 +175,7 @@ class KernelFolder:
 class PromptCache:
     """Kernels by token row: the last `capacity` used in memory, 9 kB each, and every one in `folder` if there is one.
 
-    The token row is the normalised prompt. open_clip's cleaning repairs encodings, resolves HTML entities, squeezes
+    The token row is the normalized prompt. open_clip's cleaning repairs encodings, resolves HTML entities, squeezes
     blanks and lowers letters before it splits, and the network sees only what comes out: "Left  Lung" and "left lung"
     are one row and share an entry, and no two prompts that the network could tell apart do. What a backend rounds
     differently (about 1e-6) is no part of the key: a kernel serves every backend of its precision.
@@ -200,7 +200,7 @@ class PromptCache:
 
         Raises:
             ParityError: a computed kernel is not finite; it is not kept.
-            EnvironmentProblem: the folder cannot be written.
+            EnvironmentIssue: the folder cannot be written.
         """
         keys = [row.tobytes() for row in rows]
         distinct = dict(zip(keys, rows, strict=True))
@@ -270,6 +270,6 @@ def _read_regular_file(path: Path, most_bytes: int) -> bytes | None:
         return b""
 
 
-def _cache_problem(folder: Path, error: OSError) -> EnvironmentProblem:
+def _cache_problem(folder: Path, error: OSError) -> EnvironmentIssue:
     problem = disk_problem(folder, error)
-    return EnvironmentProblem(f"The prompt cache cannot be used. {problem} Or leave --prompt-cache out.")
+    return EnvironmentIssue(f"The prompt cache cannot be used. {problem} Or leave --prompt-cache out.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from cclip_deploy.bundle.manifest import EngineEntry
 from cclip_deploy.inference.segmenter import Segmenter
-from cclip_deploy.runtime.registry import Opened
+from cclip_deploy.runtime.registry import OpenBackend
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
 
 HALF = ("fp16", "bf16")
@@ -17,7 +17,7 @@ HALF = ("fp16", "bf16")
 class RunReport:
     """What computed the masks of a run; `graphs` is the precision of each, `unused` the engines that were not run."""
 
-    opened: Opened
+    opened: OpenBackend
     graphs: dict[str, str]
     unused: tuple[EngineEntry, ...]
 
@@ -49,7 +49,7 @@ class RunReport:
         return [*notes, *_unused_engines(self.unused)]
 
 
-def report_run(opened: Opened, segmenter: Segmenter) -> RunReport:
+def report_run(opened: OpenBackend, segmenter: Segmenter) -> RunReport:
     """What an open segmenter runs, beside the engines that its bundle holds."""
     ran = opened.backend.entries if isinstance(opened.backend, TensorRtBackend) else ()
     unused = tuple(engine for engine in segmenter.bundle.manifest.engines if engine not in ran)

@@ -19,13 +19,13 @@ from cclip_deploy.inference.prompt_cache import (
     PromptKernels,
     Tokens,
 )
-from cclip_deploy.runtime.backend import Backend, KeepsOutputs, Kept, KeptOrArrays
+from cclip_deploy.runtime.backend import Backend, DeviceBackend, DeviceTensor, TensorsOrArrays
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
 
 PROMPTS_AT_ONCE = 16
 
 Floats = NDArray[np.float32]
-Features = NDArray[np.float32] | Kept
+Features = NDArray[np.float32] | DeviceTensor
 """A picture's features; a backend with memory of its own keeps them there."""
 
 
@@ -42,7 +42,7 @@ class Segmenter:
             UsageError: the bundle is a plain one, lacks a graph of the backend's precision, or is another than the
                 backend's; or `prompt_cache` is a file.
             BundleError: the tokenizer has more tokens than the network.
-            EnvironmentProblem: `prompt_cache` cannot be written.
+            EnvironmentIssue: `prompt_cache` cannot be written.
         """
         if bundle.manifest.form != "deploy":
             raise UsageError(
@@ -68,8 +68,8 @@ class Segmenter:
     def encode_image(self, pixels: Floats) -> Features:
         """Pixels (H, W) or (H, W, 3) in [0, 1], any size -> features (1, h, w, 256) of the bundle's image size."""
         image = self._network_input(pixels)
-        if isinstance(self.backend, KeepsOutputs):
-            return self.backend.run_kept("image_encoder", {"image": image}, ["features"])["features"]
+        if isinstance(self.backend, DeviceBackend):
+            return self.backend.run_on_device("image_encoder", {"image": image}, ["features"])["features"]
         return self.backend.run("image_encoder", {"image": image})["features"]
 
     def image_outputs(self, pixels: Floats) -> dict[str, Floats]:
@@ -159,8 +159,8 @@ class Segmenter:
 
     def _decode_part(self, features: Features, part: PromptKernels) -> Floats:
         prompt = {"kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
-        if isinstance(self.backend, KeepsOutputs):
-            inputs: KeptOrArrays = {"features": features, **prompt}
+        if isinstance(self.backend, DeviceBackend):
+            inputs: TensorsOrArrays = {"features": features, **prompt}
             logits = self.backend.run("mask_decoder", inputs)["logits"]
         else:
             logits = self.backend.run("mask_decoder", {"features": np.asarray(features), **prompt})["logits"]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cclip_deploy.common.files import whole_file
-from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import CheckpointError, EnvironmentIssue, UsageError
 from cclip_deploy.model.config import RN101, InputForm, ModelConfig
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import from_published, is_published_layout, list_names, to_published
@@ -65,7 +65,7 @@ def save_checkpoint(model: CausalCLIPSeg, path: Path, form: InputForm | None = N
         try:
             save_file(tensors, unfinished, metadata)
         except SafetensorError as error:  # how its own writer says that the disk did not take it
-            raise EnvironmentProblem(
+            raise EnvironmentIssue(
                 f"Could not write {path}: {error}. Free some space or choose another folder."
             ) from error
 

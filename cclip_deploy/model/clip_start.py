@@ -9,7 +9,7 @@ from pathlib import Path
 import open_clip
 from torch import Tensor
 
-from cclip_deploy.errors import CheckpointError, EnvironmentProblem
+from cclip_deploy.errors import CheckpointError, EnvironmentIssue
 from cclip_deploy.model.checkpoint import read_tensors, refuse_types
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import image_tower_name, list_names
@@ -36,7 +36,7 @@ def load_clip_weights(model: CausalCLIPSeg, source: str) -> ClipStart:
 
     Raises:
         CheckpointError: the file is not CLIP, or of another size than the model's towers.
-        EnvironmentProblem: open_clip could not fetch the weights.
+        EnvironmentIssue: open_clip could not fetch the weights.
     """
     tensors = _read_clip(source)
     renamed = {
@@ -66,7 +66,7 @@ def _read_clip(source: str) -> Mapping[str, Tensor]:
         try:
             return open_clip.create_model(ARCHITECTURE, pretrained=source).state_dict()  # type: ignore[no-any-return]
         except (OSError, RuntimeError) as error:
-            raise EnvironmentProblem(
+            raise EnvironmentIssue(
                 f"open_clip could not fetch {ARCHITECTURE} {source!r}: {error}. Download it yourself and give the file."
             ) from error
     path = Path(source)

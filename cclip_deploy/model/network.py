@@ -22,7 +22,7 @@ class Logits(NamedTuple):
 class CausalCLIPSeg(nn.Module):
     """An image and a sentence in, the logits of what the sentence names out.
 
-    Inputs: image (B, 3, H, W) float, CLIP-normalised, H and W multiples of 32; tokens (B, L) int, L <= 77, CLIP ids,
+    Inputs: image (B, 3, H, W) float, CLIP-normalized, H and W multiples of 32; tokens (B, L) int, L <= 77, CLIP ids,
     zeros after the end token.
     """
 

@@ -99,10 +99,10 @@ class TextTower(nn.Module):
         )
         self.ln_final = LayerNorm(config.text_width)
         self.text_projection = nn.Parameter(torch.empty(config.text_width, config.embed_dim))
-        self._initialise(config)
+        self._initialize(config)
 
-    def _initialise(self, config: ModelConfig) -> None:
-        """CLIP's initialisation (Radford et al. 2021, section 2.4 and its released code's scales)."""
+    def _initialize(self, config: ModelConfig) -> None:
+        """CLIP's initialization (Radford et al. 2021, section 2.4 and its released code's scales)."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=config.text_width**-0.5)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import CHAIN
 from cclip_deploy.bundle.manifest import Manifest, graph_key
-from cclip_deploy.bundle.precision import is_quantised, product_type, rest_type
+from cclip_deploy.bundle.precision import is_quantized, product_type, rest_type
 from cclip_deploy.errors import ParityError
 from cclip_deploy.parity.reference import Reference, expand, thin
 from cclip_deploy.runtime.backend import Backend
@@ -60,13 +60,13 @@ broken graph only. Whether a trained network's masks survive is judged on an eva
 """
 
 SEEDED_LIMITS = Limits(relative_error=1, max_error=1.5, mask_dice=0, flipped_share=0.5)
-"""Of quantised graphs on the seeded reference: it is coloured noise, unlike any film that ranges were calibrated on, so
+"""Of quantized graphs on the seeded reference: it is colored noise, unlike any film that ranges were calibrated on, so
 most of it is cut off. It must be finite, of the right shape and nearer than no answer."""
 
 
 def limits_of(precision: str, reference: str) -> Limits:
     """The limits of a precision on a reference; `int8-fp16` has those of INT8."""
-    if is_quantised(precision) and reference == "seeded":
+    if is_quantized(precision) and reference == "seeded":
         return SEEDED_LIMITS
     return LIMITS[product_type(precision)]
 
@@ -164,7 +164,7 @@ def check_graphs(
 
     `chain` is the three graphs one after another, one picture at a time.
     `plain_batch` is the static batch of a plain graph, if there is one. Unless `with_chain` says so, the chain is run
-    where all its graphs are named; a quantised one has graphs of the rest's precision among them.
+    where all its graphs are named; a quantized one has graphs of the rest's precision among them.
 
     Raises:
         ParityError: an output has another shape than the reference's.
@@ -181,8 +181,8 @@ def check_graphs(
 
 
 def can_chain(manifest: Manifest, precision: str) -> bool:
-    """Whether a precision has an image encoder, and the two other graphs in it or, if it quantises, in its rest."""
-    others = rest_type(precision) if is_quantised(precision) else precision
+    """Whether a precision has an image encoder, and the two other graphs in it or, if it quantizes, in its rest."""
+    others = rest_type(precision) if is_quantized(precision) else precision
     keys = (graph_key(CHAIN[0], precision), *(graph_key(name, others) for name in CHAIN[1:]))
     return all(key in manifest.graphs for key in keys)
 

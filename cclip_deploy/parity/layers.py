@@ -50,11 +50,11 @@ def layer_errors(
     """
     import onnx
 
-    from cclip_deploy.graph.precision.rounding import is_narrow, widen
+    from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
     from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
 
     shown = onnx.ModelProto()
-    shown.CopyFrom(widen(model) if is_narrow(model) else model)
+    shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)
     layers = _add_twins(shown, full)
     if not layers:
         return []

@@ -143,7 +143,7 @@ def _drawings(image_hw: tuple[int, int]) -> Iterator[tuple[tuple[Array, ...], tu
             make_film(np.random.default_rng(SEED + 2 * number + place), (max(MIN_SIDE_PX, h), max(MIN_SIDE_PX, w)))
             for place, (h, w) in enumerate(sizes)
         ]
-        grey, smaller = (film.image for film in films)
+        gray, smaller = (film.image for film in films)
         tinted = np.stack([smaller, smaller * 0.95, smaller * 0.9 + 0.05], axis=-1)
-        pictures = tuple(np.rint(values * 255).astype(np.uint8) for values in (grey, tinted))
+        pictures = tuple(np.rint(values * 255).astype(np.uint8) for values in (gray, tinted))
         yield pictures, tuple(film.prompt for film in films)

@@ -78,7 +78,7 @@ class Reference:
 
 
 def seeded_inputs(image_hw: tuple[int, int], prompt_length: int) -> tuple[Floats, NDArray[np.int64]]:
-    """Two pictures of coloured blocks and noise, two prompts of random words; the same on every machine."""
+    """Two pictures of colored blocks and noise, two prompts of random words; the same on every machine."""
     rng = np.random.default_rng(SEED)
     height, width = image_hw
     blocks = rng.normal(0, 1, (2, 3, height // TILE, width // TILE))

@@ -14,7 +14,7 @@ from itertools import product
 
 from cclip_deploy.prompts import words
 from cclip_deploy.prompts.template import NUMBERS, SIDES, ZONES, Zones, parse_or_none, render
-from cclip_deploy.prompts.words import Token, tokenise
+from cclip_deploy.prompts.words import Token, tokenize
 
 LONGEST_TEXT = 1000
 """Characters of a text that is read."""
@@ -90,7 +90,7 @@ def read_prompt(text: str) -> Reading:
     """What a sentence says; misspelt words are read as what they were meant to be."""
     if len(text) > LONGEST_TEXT:
         return _unread(f"longer than {LONGEST_TEXT} characters")
-    tokens = tokenise(text)
+    tokens = tokenize(text)
     kinds = _classify("".join(token.kind for token in tokens))
     tokens = [Token(kind, token.text, token.value) for kind, token in zip(kinds, tokens, strict=True)]
     unclear = _unclear_words(tokens, kinds)
@@ -154,7 +154,7 @@ def _unread(*reasons: str) -> Reading:
 
 
 def _classify(kinds: str) -> str:
-    """The kinds of words that only their neighbours tell: "all" and "both" as place or as mere emphasis.
+    """The kinds of words that only their neighbors tell: "all" and "both" as place or as mere emphasis.
 
     "Bilateral" names both sides where no side stands beside it, or before a zone; else it only counts them.
     """

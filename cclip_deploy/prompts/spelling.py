@@ -99,7 +99,7 @@ def _all_known(words: Sequence[str]) -> bool:
 
 
 def _join_broken(words: Sequence[str], gaps: Sequence[str], repairs: list[Repair]) -> tuple[list[str], list[str]]:
-    """ "lo wer" becomes "lower": two neighbours, neither a known word, that are one together."""
+    """ "lo wer" becomes "lower": two neighbors, neither a known word, that are one together."""
     joined, kept = list(words[:1]), list(gaps[:1])
     for word, gap in zip(words[1:], gaps[1:-1], strict=True):
         whole = joined[-1] + word

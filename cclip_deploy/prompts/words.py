@@ -83,7 +83,7 @@ class Token:
     """The side or the zone that it names."""
 
 
-def tokenise(text: str) -> list[Token]:
+def tokenize(text: str) -> list[Token]:
     """The words and marks of a text, misspelt words read as what they were meant to be; hyphens and quotes left out."""
     lowered = _AND.sub("and", re.sub(r"\s-+\s", " , ", text.lower()))
     tokens: list[Token] = []

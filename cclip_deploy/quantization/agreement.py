@@ -52,7 +52,9 @@ class MaskAgreement(StrictModel):
     worst_picture: str
 
 
-def measure_masks(bundle: Bundle, precision: str, images: ImageSet, threads: int | None = None) -> MaskAgreement:
+def measure_mask_agreement(
+    bundle: Bundle, precision: str, images: ImageSet, threads: int | None = None
+) -> MaskAgreement:
     """Compare the masks of a deploy bundle in a precision with those of its FP32 graphs, image by image.
 
     Args:
@@ -120,7 +122,7 @@ def evaluation_images(options: CalibrationOptions, on_progress: Progress = lambd
 
 def hold_masks_to_fp32(bundle: Bundle, precision: str, images: ImageSet, threads: int | None = None) -> MaskAgreement:
     """Measure on an evaluation set; ParityError where the masks differ from FP32's by more than is allowed."""
-    found = measure_masks(bundle, precision, images, threads)
+    found = measure_mask_agreement(bundle, precision, images, threads)
     if not (found.mean >= LEAST_MEAN_DICE and found.worst >= LEAST_DICE):
         raise ParityError(
             f"{precision} masks stray from FP32's on the evaluation set: mean Dice {found.mean:.4f} (at least "

@@ -33,7 +33,7 @@ def write_entry(cache: Path, key: str, ranges: dict[str, float]) -> None:
     """Keep the ranges under a key, whole or not at all.
 
     Raises:
-        EnvironmentProblem: the disk is full or the folder cannot be written.
+        EnvironmentIssue: the disk is full or the folder cannot be written.
     """
     with whole_file(_path(cache, key)) as unfinished:
         unfinished.write_text(json.dumps({"sha256": _digest(key, ranges), "ranges": ranges}), encoding="utf-8")

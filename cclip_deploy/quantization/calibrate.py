@@ -1,4 +1,4 @@
-"""Calibrate: run a bundle's FP32 graph over pictures and keep the range of every tensor that is to be quantised."""
+"""Calibrate: run a bundle's FP32 graph over pictures and keep the range of every tensor that is to be quantized."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def calibrate(
 def collect_statistics(
     bundle: Bundle, graph: str, paths: Sequence[Path], threads: int | None = None
 ) -> dict[str, TensorStatistics]:
-    """What each tensor of a graph that is to be quantised held over the pictures; for the documentation's curve."""
+    """What each tensor of a graph that is to be quantized held over the pictures; for the documentation's curve."""
     from cclip_deploy.graph.precision.convert import tensors_to_calibrate
 
     model = load_model(bundle, graph)
@@ -197,7 +197,7 @@ def _statistics(
     session = make_session(load_onnxruntime("cpu"), with_outputs(model, tensors).SerializeToString(), threads=threads)
     given = {value.name for value in model.graph.input}
     computed = [name for name in tensors if name not in given]
-    tokens = seeded_inputs(manifest.image_hw, manifest.prompt_length)[1][:1]  # what is quantised depends on no token
+    tokens = seeded_inputs(manifest.image_hw, manifest.prompt_length)[1][:1]  # what is quantized depends on no token
     statistics = {name: TensorStatistics() for name in tensors}
     for number, path in enumerate(paths, start=1):
         on_progress(f"Calibrating {graph}, image {number} of {len(paths)}")

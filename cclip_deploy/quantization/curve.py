@@ -12,7 +12,7 @@ from cclip_deploy.common.files import link_or_copy, scratch_folder
 from cclip_deploy.datasets.image_sets import ImageSet
 from cclip_deploy.graph.precision.convert import lower
 from cclip_deploy.graph.precision.ranges import METHODS, Method, ranges_of
-from cclip_deploy.quantization.agreement import MaskAgreement, evaluation_images, measure_masks
+from cclip_deploy.quantization.agreement import MaskAgreement, evaluation_images, measure_mask_agreement
 from cclip_deploy.quantization.calibrate import CalibrationOptions, choose_pictures, collect_statistics
 from cclip_deploy.runtime.graph_model import load_model
 
@@ -20,7 +20,7 @@ IMAGE = "image_encoder"
 
 
 @dataclass(frozen=True)
-class CurvePoint:
+class CalibrationCurvePoint:
     """The masks of one calibration, beside FP32's."""
 
     method: Method
@@ -40,8 +40,8 @@ def measure_curve(
     methods: Sequence[Method] = METHODS,
     threads: int | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
-) -> list[CurvePoint]:
-    """Quantise the image encoder with the first pictures of a calibration set, and judge it on the evaluation set.
+) -> list[CalibrationCurvePoint]:
+    """Quantize the image encoder with the first pictures of a calibration set, and judge it on the evaluation set.
 
     The smaller sets are parts of the larger ones. The bundle is not changed; its other graphs have to exist in what the
     rest of the precision runs in.
@@ -57,7 +57,7 @@ def measure_curve(
         for method in methods:
             on_progress(f"{method}, {count} pictures")
             ranges = ranges_of(statistics, method, options.percentile)
-            points.append(CurvePoint(method, count, _judge(bundle, precision, ranges, evaluation, threads)))
+            points.append(CalibrationCurvePoint(method, count, _judge(bundle, precision, ranges, evaluation, threads)))
     return points
 
 
@@ -69,7 +69,7 @@ def _judge(
     threads: int | None,
 ) -> MaskAgreement:
     """Masks of the bundle with an image encoder of these ranges, in a copy that is thrown away."""
-    from cclip_deploy.graph.entry import describe_graph, save_graph
+    from cclip_deploy.graph.entry import graph_entry, save_graph
 
     source = bundle.graph(IMAGE)
     with scratch_folder(bundle.path.with_name(f"{bundle.path.name}.curve")) as folder:
@@ -80,7 +80,7 @@ def _judge(
         (folder / file).unlink(missing_ok=True)
         lowered = lower(model, precision, ranges).model
         save_graph(lowered, folder / file)
-        entry = describe_graph(lowered, file, folder, source.sha256, precision)
+        entry = graph_entry(lowered, file, folder, source.sha256, precision)
         graphs = {**bundle.manifest.graphs, graph_key(IMAGE, precision): entry}
         unsealed = Bundle.unsealed(folder, bundle.manifest.model_copy(update={"graphs": graphs}), bundle.sums)
-        return measure_masks(unsealed, precision, evaluation, threads)
+        return measure_mask_agreement(unsealed, precision, evaluation, threads)

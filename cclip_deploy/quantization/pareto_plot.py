@@ -11,12 +11,12 @@ from cclip_deploy.quantization.profile import TunedProfile
 FORMATS = (".png", ".svg")
 
 
-def draw_front(profile: TunedProfile, path: Path) -> None:
+def draw_pareto_front(profile: TunedProfile, path: Path) -> None:
     """Write a PNG or SVG: Dice on the held-out pictures, mean and worst, of every form that was judged.
 
     Raises:
         UsageError: another ending than .png or .svg.
-        EnvironmentProblem: matplotlib is not installed, or the file cannot be written.
+        EnvironmentIssue: matplotlib is not installed, or the file cannot be written.
     """
     if path.suffix not in FORMATS:
         raise UsageError(f"{path} ends in none of {', '.join(FORMATS)}.")
@@ -28,11 +28,11 @@ def draw_front(profile: TunedProfile, path: Path) -> None:
     shares = [100 * point.share for point in points]
     figure = Figure(figsize=(8, 4.2), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    for name, colour in (("mean", BLUE), ("worst", VERMILION)):
+    for name, color in (("mean", BLUE), ("worst", VERMILION)):
         label = "mean" if name == "mean" else "worst picture"
-        axes.plot(shares, [getattr(p.held_out, name) for p in points], "o-", color=colour, label=label, markersize=5)
-        axes.axhline(getattr(tuned.budget, name), color=colour, linestyle=":", linewidth=1.2)
-        axes.plot(100 * tuned.share, getattr(tuned.held_out, name), "o", color=colour, markersize=12, fillstyle="none")
+        axes.plot(shares, [getattr(p.held_out, name) for p in points], "o-", color=color, label=label, markersize=5)
+        axes.axhline(getattr(tuned.budget, name), color=color, linestyle=":", linewidth=1.2)
+        axes.plot(100 * tuned.share, getattr(tuned.held_out, name), "o", color=color, markersize=12, fillstyle="none")
     axes.annotate(
         f"chosen: {tuned.share:.0%}, {tuned.held_out.mean:.4f}", (100 * tuned.share, tuned.held_out.mean), (-14, -24),
         textcoords="offset points", color=INK, fontweight="bold", ha="right",

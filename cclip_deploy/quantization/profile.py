@@ -132,6 +132,6 @@ def read_tuned_profile(path: Path) -> TunedProfile:
 
 
 def write_tuned_profile(profile: TunedProfile, path: Path) -> None:
-    """Write a profile as TOML, completely or not at all; EnvironmentProblem where the disk does not take it."""
+    """Write a profile as TOML, completely or not at all; EnvironmentIssue where the disk does not take it."""
     with whole_file(path) as unfinished:
         unfinished.write_text(tomli_w.dumps(profile.model_dump(mode="json", exclude_none=True)), encoding="utf-8")

@@ -96,7 +96,7 @@ def write_record(record: CalibrationRecord, file: str, folder: Path) -> Calibrat
 
 
 def read_record(bundle: Bundle, graph: GraphEntry) -> CalibrationRecord:
-    """The record of a quantised graph, its checksum verified.
+    """The record of a quantized graph, its checksum verified.
 
     Raises:
         BundleError: it is no record, or one of another graph.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.bundle.precision import Precision, is_quantised, rest_type
+from cclip_deploy.bundle.precision import Precision, is_quantized, rest_type
 from cclip_deploy.datasets.image_sets import SetImage
 from cclip_deploy.evaluation.split import encode_texts
 from cclip_deploy.imaging.preprocess import to_input
@@ -39,7 +39,7 @@ class _Case:
     logits: Floats  # FP32's, (1, P, H, W)
 
 
-class MaskTrial:
+class SensitivityEvaluator:
     """Images with FP32's logits, on which forms of the image encoder are judged."""
 
     def __init__(
@@ -62,7 +62,7 @@ class MaskTrial:
         self.precision, self.threads = precision, threads
         self._runtime = load_onnxruntime("cpu")
         full = Segmenter(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", threads))
-        rest = rest_type(precision) if is_quantised(precision) else precision
+        rest = rest_type(precision) if is_quantized(precision) else precision
         self._parts = {} if rest == "fp32" else self._lowered_parts(bundle, rest)
         self._full = full
         self.cases: list[_Case] = []
@@ -111,7 +111,7 @@ class MaskTrial:
 
     def _session(self, model: ModelProto) -> Any:
         """A session that rounds where the graph says so, as `verify` runs it."""
-        from cclip_deploy.graph.precision.rounding import is_narrow, widen
+        from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
 
-        shown = widen(model) if is_narrow(model) else model
+        shown = emulate_rounding(model) if is_narrow(model) else model
         return make_session(self._runtime, shown.SerializeToString(), "cpu", self.threads, self.precision)

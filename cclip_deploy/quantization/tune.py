@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.bundle.precision import REST, Precision, is_quantised
+from cclip_deploy.bundle.precision import REST, Precision, is_quantized
 from cclip_deploy.datasets.image_sets import DataSetOptions, read_image_set
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.quantization.agreement import LEAST_DICE, LEAST_MEAN_DICE, with_prompts
 from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures, usable
 from cclip_deploy.quantization.halves import Halves, deal_out, hashes
 from cclip_deploy.quantization.profile import Agreement, CalibrationUsed, FrontPoint, TunedProfile, Tuning
-from cclip_deploy.quantization.sensitivity import MaskTrial
+from cclip_deploy.quantization.sensitivity import SensitivityEvaluator
 from cclip_deploy.runtime.graph_model import load_model
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TuneOptions:
     Attributes:
         precision: the low one.
         evaluation_set: images, or data sets' test splits; one half decides, the other judges.
-        calibration: for a quantised precision; its evaluation set is the one above.
+        calibration: for a quantized precision; its evaluation set is the one above.
         budget: least mean Dice to FP32's masks, and least mean of a picture.
         limit: how many evaluation images to use at most, of as many patients as possible.
         data_sets: how data-set folders are read.
@@ -114,7 +114,7 @@ class _Search:
                 method=record.method, percentile=record.percentile, pictures=pictures, sources=record.sources
             )
         self.halves = halves
-        self.trial = MaskTrial(bundle, options.precision, halves.images, options.threads, tell)
+        self.trial = SensitivityEvaluator(bundle, options.precision, halves.images, options.threads, tell)
         self.tuning, self.every = range(len(halves.tuning.images)), range(len(halves.images))
         self.started, self.steps = time.monotonic(), 0
 
@@ -134,7 +134,7 @@ class _Search:
     def _all_kept(self, rest: Precision) -> ModelProto:
         from cclip_deploy.graph.precision.convert import lower
 
-        return lower(self.model, rest, keep=() if is_quantised(self.options.precision) else tuple(self.blocks)).model
+        return lower(self.model, rest, keep=() if is_quantized(self.options.precision) else tuple(self.blocks)).model
 
     def damages(self) -> dict[str, float]:
         """For each block: 1 - mean Dice on the tuning part with that block alone in the low precision."""
@@ -189,10 +189,10 @@ def blocks_of(model: ModelProto, precision: Precision) -> dict[str, tuple[str, .
     no module's name stands for itself.
     """
     from cclip_deploy.graph.precision.onnx_graph import varying_tensors
-    from cclip_deploy.graph.precision.quantize import PRODUCTS, plan_quantisation
+    from cclip_deploy.graph.precision.quantize import PRODUCTS, plan_quantization
 
-    if is_quantised(precision):
-        plan = plan_quantisation(model)
+    if is_quantized(precision):
+        plan = plan_quantization(model)
         weights = {product.node: product.weight_input for product in plan.products}
         named = [(node, node.input[weights[node.name]]) for node in model.graph.node if node.name in weights]
     else:
@@ -224,8 +224,8 @@ def _multiply_adds(model: ModelProto, blocks: Mapping[str, Sequence[str]]) -> tu
 def _check(options: TuneOptions) -> None:
     if options.precision == "fp32":
         raise UsageError("FP32 is what is tuned against. Name a lower precision.")
-    if is_quantised(options.precision) != (options.calibration is not None):
-        wants = "needs" if is_quantised(options.precision) else "takes no"
+    if is_quantized(options.precision) != (options.calibration is not None):
+        wants = "needs" if is_quantized(options.precision) else "takes no"
         raise UsageError(f"{options.precision} {wants} --calibration.")
     if not all(0 < least <= 1 for least in (options.budget.mean, options.budget.worst)):
         raise UsageError(f"A budget is a Dice above 0, up to 1, not {options.budget.mean}, {options.budget.worst}.")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
-from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem
+from cclip_deploy.errors import BundleError, CclipError, EnvironmentIssue
 
 _NO_MEMORY = ("allocate", "bad_alloc", "out of memory")
 
@@ -37,7 +37,7 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class Kept(Protocol):
+class DeviceTensor(Protocol):
     """An output that stayed where it was computed, for the next graph; freed when the last reference to it goes."""
 
     @property
@@ -56,19 +56,19 @@ class Kept(Protocol):
         ...
 
 
-KeptOrArrays = Mapping[str, NDArray[np.generic] | Kept]
+TensorsOrArrays = Mapping[str, NDArray[np.generic] | DeviceTensor]
 
 
 @runtime_checkable
-class KeepsOutputs(Protocol):
+class DeviceBackend(Protocol):
     """A backend with memory of its own: what one graph computes need not leave it before the next reads it."""
 
-    def run_kept(self, graph: str, inputs: KeptOrArrays, names: Sequence[str]) -> dict[str, Kept]:
+    def run_on_device(self, graph: str, inputs: TensorsOrArrays, names: Sequence[str]) -> dict[str, DeviceTensor]:
         """Compute one graph and keep these of its outputs; the others are dropped."""
         ...
 
-    def run(self, graph: str, inputs: KeptOrArrays) -> dict[str, NDArray[np.float32]]:
-        """As `Backend.run`; inputs may be what `run_kept` of the same backend gave."""
+    def run(self, graph: str, inputs: TensorsOrArrays) -> dict[str, NDArray[np.float32]]:
+        """As `Backend.run`; inputs may be what `run_on_device` of the same backend gave."""
         ...
 
 
@@ -101,7 +101,7 @@ def run_failure(runtime: str, path: Path, error: Exception) -> CclipError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
     reason = " ".join(lines)[:300] or type(error).__name__
     if isinstance(error, MemoryError) or any(words in reason.lower() for words in _NO_MEMORY):
-        return EnvironmentProblem(
+        return EnvironmentIssue(
             f"{runtime} has not enough memory to run {path}: {reason}. Use a smaller image, fewer prompts at once, or "
             "a machine with more memory."
         )

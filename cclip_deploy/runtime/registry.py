@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.precision import product_type
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.runtime.backend import Backend
 from cclip_deploy.runtime.onnxruntime.cpu import Device, OnnxRuntimeBackend
 from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend
@@ -25,7 +25,7 @@ ENGINE_BACKENDS: tuple[BindingName, ...] = get_args(BindingName)
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendConfig:
     """What is asked to run a bundle, and whether ONNX Runtime on the CPU may where this machine lacks it.
 
     `device` is ONNX Runtime's, `engine_cache` a folder for what its TensorRT providers compile, `gpu` for engines.
@@ -53,7 +53,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenBackend:
     """A backend, what was asked for, what runs, and why that is another."""
 
     backend: Backend
@@ -112,7 +112,7 @@ def open_backend(
 
     Raises:
         UsageError: there is no such backend, or not on this device, or the bundle has no engine for it.
-        EnvironmentProblem: it is not installed, or cannot use the device.
+        EnvironmentIssue: it is not installed, or cannot use the device.
     """
     if name == "onnxruntime" and device == "cpu":
         return OnnxRuntimeBackend(bundle, precision, device, threads, rounds_as_written)
@@ -132,19 +132,21 @@ def open_backend(
 
 
 @contextmanager
-def opened(choice: Choice, bundle: Bundle, precision: str, rounds_as_written: bool = False) -> Iterator[Opened]:
+def opened(
+    choice: BackendConfig, bundle: Bundle, precision: str, rounds_as_written: bool = False
+) -> Iterator[OpenBackend]:
     """The backend that was asked for or, if the choice allows it, ONNX Runtime on the CPU; closed at the end.
 
     A missing engine is no reason to fall back: it was not built, and the message says how. A GPU is tried with the
     smallest graph, because some things are found missing only then.
     """
     try:
-        found = Opened(_open(choice, bundle, precision, rounds_as_written), choice.asked(), choice.asked())
-    except EnvironmentProblem as error:
-        if not choice.allow_fallback or choice.asked() == Choice().asked():
+        found = OpenBackend(_open(choice, bundle, precision, rounds_as_written), choice.asked(), choice.asked())
+    except EnvironmentIssue as error:
+        if not choice.allow_fallback or choice.asked() == BackendConfig().asked():
             raise
         stand_in = open_backend("onnxruntime", bundle, precision, "cpu", choice.threads, rounds_as_written)
-        found = Opened(stand_in, choice.asked(), Choice().asked(), str(error))
+        found = OpenBackend(stand_in, choice.asked(), BackendConfig().asked(), str(error))
     try:
         yield found
     finally:
@@ -161,7 +163,7 @@ def engine_precisions(bundle: Bundle, backend: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def precisions_to_run(choice: Choice, bundle: Bundle) -> tuple[tuple[str, ...], dict[str, str]]:
+def precisions_to_run(choice: BackendConfig, bundle: Bundle) -> tuple[tuple[str, ...], dict[str, str]]:
     """The precisions of a bundle that a backend can run and, of each other one, why it cannot.
 
     UsageError where the bundle has no engine for an engine backend.
@@ -175,7 +177,7 @@ def precisions_to_run(choice: Choice, bundle: Bundle) -> tuple[tuple[str, ...], 
     return tuple(p for p in have if p not in reasons), {p: reasons[p] for p in have if p in reasons}
 
 
-def _open(choice: Choice, bundle: Bundle, precision: str, rounds_as_written: bool) -> Backend:
+def _open(choice: BackendConfig, bundle: Bundle, precision: str, rounds_as_written: bool) -> Backend:
     if choice.runs_engines:
         engines_of(bundle, choice.backend, precision)
     backend = open_backend(
@@ -191,7 +193,7 @@ def _open(choice: Choice, bundle: Bundle, precision: str, rounds_as_written: boo
     return backend
 
 
-def _smallest(choice: Choice, bundle: Bundle, precision: str) -> str:
+def _smallest(choice: BackendConfig, bundle: Bundle, precision: str) -> str:
     if choice.runs_engines:
         graphs = set(engines_of(bundle, choice.backend, precision))
     else:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Timer
 
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 
 
 def check_seconds_limit(seconds: float | None) -> None:
@@ -22,7 +22,7 @@ def time_limit(seconds: float | None, stop: Callable[[], object], what: str) -> 
     `stop` has to make the block raise. A runtime stops between two operators, so one operator alone is waited for.
 
     Raises:
-        EnvironmentProblem: the block raised after `stop` was called; the message names `what`.
+        EnvironmentIssue: the block raised after `stop` was called; the message names `what`.
     """
     if seconds is None:
         yield
@@ -41,7 +41,7 @@ def time_limit(seconds: float | None, stop: Callable[[], object], what: str) -> 
     except Exception as error:
         if not was_stopped.is_set():
             raise
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"{what} ran longer than {seconds} s and was stopped. Set a higher seconds_limit, or use a smaller image "
             "or fewer prompts."
         ) from error

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.datasets.augmentation import Augmentation, apply_change, draw_change
 from cclip_deploy.errors import DataError
-from cclip_deploy.imaging.preprocess import Preprocessing, normalise
+from cclip_deploy.imaging.preprocess import Preprocessing, normalize
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.training_set import TrainingSet
@@ -28,7 +28,7 @@ READ_AHEAD = 3
 class Batch(NamedTuple):
     """B images, each with P of its rows."""
 
-    images: NDArray[np.float32]  # (B, 3, H, W), normalised
+    images: NDArray[np.float32]  # (B, 3, H, W), normalized
     tokens: NDArray[np.int64]  # (B, P, L)
     masks: NDArray[np.bool_]  # (B, P, H, W)
     rows: NDArray[np.int64]  # (B, P), the rows' numbers in the split
@@ -73,7 +73,7 @@ def make_batch(
     config: TrainConfig,
     epoch: int | None = None,
 ) -> Batch:
-    """Read and normalise the rows (B, P) of B images; changed at random, differently each epoch, where one is given."""
+    """Read and normalize the rows (B, P) of B images; changed at random, differently each epoch, where one is given."""
     drawn = [_draw_one(data, of_image, tokenizer, config, epoch) for of_image in rows]
     images, tokens, masks = (np.stack(part) for part in zip(*drawn, strict=True))
     return Batch(images, tokens, masks, rows)
@@ -106,4 +106,4 @@ def _draw_one(
         changed, masks, texts = apply_change(change, pixels.transpose(1, 2, 0), masks, texts)
         pixels = changed.transpose(2, 0, 1)
         tokens = np.stack([tokenizer.encode_cut(text, config.prompt_length) for text in texts])
-    return normalise(pixels, Preprocessing()), tokens, masks
+    return normalize(pixels, Preprocessing()), tokens, masks

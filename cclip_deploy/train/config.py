@@ -48,8 +48,8 @@ class DataSource(StrictModel):
 class Game(StrictModel):
     """The min-max game between maskers and the rest; mode "off" reads the mask budget alone.
 
-    The rest minimises `causal_weight` x L_causal + `confounding_weight` x L_confounding. In "alternating" and
-    "reversal" the maskers minimise the same with the second sign turned (CIRL, Lv et al., CVPR 2022; its weights).
+    The rest minimizes `causal_weight` x L_causal + `confounding_weight` x L_confounding. In "alternating" and
+    "reversal" the maskers minimize the same with the second sign turned (CIRL, Lv et al., CVPR 2022; its weights).
     """
 
     causal_weight: _Weight = 0.5

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.train.batches import Share
 from cclip_deploy.train.config import Devices
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 
 def launch(devices: Devices) -> Fabric:
-    """The processes and devices of a recipe; EnvironmentProblem if this machine has not got them."""
+    """The processes and devices of a recipe; EnvironmentIssue if this machine has not got them."""
     try:
         from lightning.fabric import Fabric
         from lightning.fabric.utilities.exceptions import MisconfigurationException
     except ImportError as error:
-        raise EnvironmentProblem("Training needs Lightning. Install it: pip install 'cclip-deploy[train]'") from error
+        raise EnvironmentIssue("Training needs Lightning. Install it: pip install 'cclip-deploy[train]'") from error
     on_gpu = devices.accelerator != "cpu" and torch.cuda.is_available()
     if devices.accelerator == "cuda" and not on_gpu:
-        raise EnvironmentProblem("The recipe asks for CUDA and PyTorch finds no GPU. Set devices.accelerator = 'cpu'.")
+        raise EnvironmentIssue("The recipe asks for CUDA and PyTorch finds no GPU. Set devices.accelerator = 'cpu'.")
     if devices.precision == "16-mixed" and not on_gpu:
-        raise EnvironmentProblem("Mixed precision in float16 needs a GPU. Set devices.precision = 'bf16-mixed'.")
+        raise EnvironmentIssue("Mixed precision in float16 needs a GPU. Set devices.precision = 'bf16-mixed'.")
     try:
         fabric = Fabric(
             accelerator=devices.accelerator, devices=devices.count, num_nodes=devices.nodes,
             strategy=devices.strategy, precision=devices.precision,
         )  # fmt: skip
     except (MisconfigurationException, ValueError) as error:
-        raise EnvironmentProblem(f"Lightning Fabric cannot use devices = {devices}: {error}") from error
+        raise EnvironmentIssue(f"Lightning Fabric cannot use devices = {devices}: {error}") from error
     fabric.launch()
     return fabric
 
@@ -74,13 +74,13 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         world = torch.distributed.get_world_size()
         mean = _SumOverProcesses.apply(x.mean(dim=(0, 2, 3))) / world  # (C,)
-        centred = x - mean[:, None, None]
-        variance = _SumOverProcesses.apply(centred.square().mean(dim=(0, 2, 3))) / world
+        centered = x - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centered.square().mean(dim=(0, 2, 3))) / world
         if self.track_running_stats:
             self._follow(mean.detach(), variance.detach(), world * x.numel() // x.shape[1])
         scale = self.weight * (variance + self.eps).rsqrt()
-        normalised: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
-        return normalised
+        normalized: Tensor = centered * scale[:, None, None] + self.bias[:, None, None]
+        return normalized
 
     def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
         assert self.running_mean is not None

@@ -42,7 +42,7 @@ class TensorBatch:
 
 @dataclass(frozen=True)
 class Losses:
-    """What one player minimises, and what it is made of."""
+    """What one player minimizes, and what it is made of."""
 
     total: Tensor
     causal: Tensor

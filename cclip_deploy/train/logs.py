@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from cclip_deploy.common.files import whole_file
 from cclip_deploy.common.names import json_text
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 
 LOG_FOLDER, RECORD = "logs", "run.json"
-LEVELS = (3, 4, 5)
+PYRAMID_LEVELS = (3, 4, 5)
 
 
-class Journal:
+class TrainLog:
     """TensorBoard's event files; one that is not `kept` writes nothing."""
 
     def __init__(self, folder: Path, step: int, kept: bool) -> None:
@@ -27,11 +27,11 @@ class Journal:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise EnvironmentProblem("Logs need TensorBoard. Install it: pip install 'cclip-deploy[train]'") from error
+            raise EnvironmentIssue("Logs need TensorBoard. Install it: pip install 'cclip-deploy[train]'") from error
         # Steps after the one that training goes on from were lost; TensorBoard is not to show them twice.
         self._writer = SummaryWriter(str(folder / LOG_FOLDER), purge_step=step or None)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> TrainLog:
         return self
 
     def __exit__(

@@ -21,9 +21,9 @@ from cclip_deploy.train.batches import Batch, Share, make_batch, passes_per_epoc
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.devices import average_gradients, mean_over_processes
 from cclip_deploy.train.game import Losses, TensorBatch, main_losses, masker_losses, only_maskers_learn
-from cclip_deploy.train.logs import LEVELS, Journal, write_record
-from cclip_deploy.train.optimisers import learning_rate_share, set_rates, start_training_mode
-from cclip_deploy.train.state import Identity, Learner, Progress, save_state
+from cclip_deploy.train.logs import PYRAMID_LEVELS, TrainLog, write_record
+from cclip_deploy.train.optimizers import learning_rate_share, set_rates, start_training_mode
+from cclip_deploy.train.state import Identity, Learner, TrainingPosition, save_state
 from cclip_deploy.train.training_set import TrainingSet
 from cclip_deploy.train.validation import draw_examples, measure_dice
 
@@ -59,9 +59,9 @@ class Training:
     validation_set: TrainingSet | None
     tokenizer: PromptTokenizer
     learner: Learner
-    progress: Progress
+    progress: TrainingPosition
     identity: Identity
-    journal: Journal
+    journal: TrainLog
     record: dict[str, object]
     on_progress: OnProgress
 
@@ -82,7 +82,7 @@ def run_epochs(training: Training) -> None:
 
     Raises:
         UsageError: the loss stopped being a number; the batch is in the run's folder.
-        EnvironmentProblem: a state or a checkpoint could not be written; the ones before are still there.
+        EnvironmentIssue: a state or a checkpoint could not be written; the ones before are still there.
     """
     while training.progress.epoch < training.config.epochs and not training.progress.stopped_early:
         _run_epoch(training)
@@ -97,7 +97,7 @@ def _run_epoch(training: Training) -> None:
     for batches, waited_s in _draw_steps(training):
         step = done + progress.steps_in_epoch
         rate_share = learning_rate_share(step, steps, config)
-        set_rates(training.learner.optimisers, rate_share)
+        set_rates(training.learner.optimizers, rate_share)
         progress.told.append(_take_step(training, batches))
         progress.steps_in_epoch += 1
         now_s = time.perf_counter()
@@ -126,10 +126,10 @@ def _draw_steps(training: Training) -> Iterator[tuple[list[Batch], float]]:
 
 
 def _take_step(training: Training, batches: Sequence[Batch]) -> list[float]:
-    """One step of every player; returns what `Progress.told` keeps, of the main one."""
+    """One step of every player; returns what `TrainingPosition.told` keeps, of the main one."""
     config, learner, epoch = training.config, training.learner, training.progress.epoch
     model = learner.model
-    main, *adversaries = learner.optimisers
+    main, *adversaries = learner.optimizers
     told = _descend(training, main, batches, lambda batch: main_losses(model, batch, config, epoch))
     for adversary in adversaries:
         with only_maskers_learn(model):
@@ -142,12 +142,12 @@ def _take_step(training: Training, batches: Sequence[Batch]) -> list[float]:
 
 
 def _descend(
-    training: Training, optimiser: Optimizer, batches: Sequence[Batch], losses_of: Callable[[TensorBatch], Losses]
+    training: Training, optimizer: Optimizer, batches: Sequence[Batch], losses_of: Callable[[TensorBatch], Losses]
 ) -> list[float]:
     """One step down the mean loss of some batches; returns the means of what the losses are made of."""
     fabric, model = training.learner.fabric, training.learner.model
     dtype = next(model.parameters()).dtype
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     told = []
     for batch in batches:
         on_device = TensorBatch(
@@ -159,10 +159,10 @@ def _descend(
             losses = losses_of(on_device)
         told.append(_check_losses(training, batch, losses))
         fabric.backward(losses.total / len(batches))
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average_gradients(fabric, parameters)
-    fabric.clip_gradients(model, optimiser, max_norm=training.config.max_gradient_norm, error_if_nonfinite=False)
-    optimiser.step()
+    fabric.clip_gradients(model, optimizer, max_norm=training.config.max_gradient_norm, error_if_nonfinite=False)
+    optimizer.step()
     return np.mean(told, axis=0).tolist()  # type: ignore[no-any-return]
 
 
@@ -205,7 +205,7 @@ def _tell_step(training: Training, step: int, steps: int, rate_share: float) -> 
         values = {"loss/total": total, "loss/causal": causal, "learning_rate": rate}
         if not math.isnan(confounding):
             values["loss/confounding"] = confounding
-        values |= {f"mask_mean/level_{level}": mean for level, mean in zip(LEVELS, means, strict=True)}
+        values |= {f"mask_mean/level_{level}": mean for level, mean in zip(PYRAMID_LEVELS, means, strict=True)}
         training.journal.tell(values, step + 1)
     if training.share.rank == 0:
         dice = progress.history[-1]["dice"] if progress.history else None

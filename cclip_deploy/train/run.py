@@ -18,14 +18,14 @@ from cclip_deploy.common.locks import is_bookkeeping
 from cclip_deploy.common.paths import check_writable
 from cclip_deploy.common.threads import torch_threads
 from cclip_deploy.datasets.reading import DataSet, read_data_set
-from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.generator import share_out_films, write_dataset
 from cclip_deploy.environment.packages import require_training_packages
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.model.config import CONFIGS
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
-from cclip_deploy.train.training_set import fingerprint, open_training_set
+from cclip_deploy.train.training_set import data_fingerprint, open_training_set
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -98,7 +98,7 @@ def train(
         DataError: the data set is not what it should be.
         UsageError: the folder holds another training, or the loss stopped being a number.
         TargetInUse: another run trains in the folder.
-        EnvironmentProblem: a package or a device is missing, or the disk did not take a file; what was saved before is
+        EnvironmentIssue: a package or a device is missing, or the disk did not take a file; what was saved before is
             still there.
     """
     require_training_packages()
@@ -115,7 +115,7 @@ def find_data(config: TrainConfig, tell: Tell = lambda message: None) -> Path:
 
     Raises:
         UsageError: the recipe names no data set.
-        EnvironmentProblem: a package for the training is missing; nothing was drawn.
+        EnvironmentIssue: a package for the training is missing; nothing was drawn.
     """
     require_training_packages()
     folder, films = config.data.folder, config.data.synthetic
@@ -153,9 +153,9 @@ class _Run:
 def _train_in(run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgress, tell: Tell) -> TrainReport:
     import torch
 
-    from cclip_deploy.train.logs import Journal, write_record
+    from cclip_deploy.train.logs import TrainLog, write_record
     from cclip_deploy.train.loop import Training, run_epochs
-    from cclip_deploy.train.state import STATE, Identity, Progress, load_state
+    from cclip_deploy.train.state import STATE, Identity, TrainingPosition, load_state
 
     config, data_folder, folder, options = run.config, run.data_folder, run.folder, run.options
     tell(f"Reading {data_folder}")
@@ -164,7 +164,7 @@ def _train_in(run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgre
     if data_set.repaired:
         tell(f"Repaired typing errors in {len(data_set.repaired)} prompts; cclip-deploy data lists them")
     splits = _read_splits(data_set, config, options)
-    identity = Identity.of(config, {split: fingerprint(rows) for split, rows in splits.items()})
+    identity = Identity.of(config, {split: data_fingerprint(rows) for split, rows in splits.items()})
     train_set, validation_set = (
         open_training_set(splits[split], tokenizer, config) if split in splits else None for split in ("train", "val")
     )
@@ -172,12 +172,12 @@ def _train_in(run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgre
     with _own_settings(config, fabric):
         learner, clip = _make_learner(config, fabric, tell)
         resumed = options.resume and (folder / STATE).exists()
-        progress = load_state(folder, learner, identity) if resumed else Progress()
+        progress = load_state(folder, learner, identity) if resumed else TrainingPosition()
         record = _describe(config, data_folder, identity, clip, torch.__version__)
         record["repaired_prompts"] = len(data_set.repaired)
         loaded_s = time.perf_counter() - started_s
         first_step = len(progress.told)
-        with Journal(folder, first_step, options.tensorboard and fabric.is_global_zero) as journal:
+        with TrainLog(folder, first_step, options.tensorboard and fabric.is_global_zero) as journal:
             training = Training(
                 config, folder, train_set, validation_set, tokenizer, learner, progress, identity, journal, record,
                 on_progress,
@@ -198,11 +198,11 @@ def _check_folder(folder: Path, options: RunOptions) -> None:
         raise UsageError(f"{folder} is not empty. Go on with --resume, or choose another folder.")
 
 
-def _read_splits(data_set: DataSet, config: TrainConfig, options: RunOptions) -> dict[str, list[Referral]]:
+def _read_splits(data_set: DataSet, config: TrainConfig, options: RunOptions) -> dict[str, list[Sample]]:
     """The rows to train on, and those to validate on where there are any."""
-    splits = {"train": of_split(data_set.referrals, "train")}
-    if any(referral.split == "val" for referral in data_set.referrals):
-        splits["val"] = of_split(data_set.referrals, "val")
+    splits = {"train": of_split(data_set.samples, "train")}
+    if any(sample.split == "val" for sample in data_set.samples):
+        splits["val"] = of_split(data_set.samples, "val")
     elif config.patience is not None:
         raise DataError("The recipe has patience, and the data set no rows of split 'val'. Add some, or take it out.")
     if options.dry_run:
@@ -211,9 +211,9 @@ def _read_splits(data_set: DataSet, config: TrainConfig, options: RunOptions) ->
     return splits
 
 
-def _of_first_images(referrals: list[Referral], count: int) -> list[Referral]:
-    chosen = set(list(dict.fromkeys(referral.image for referral in referrals))[:count])
-    return [referral for referral in referrals if referral.image in chosen]
+def _of_first_images(samples: list[Sample], count: int) -> list[Sample]:
+    chosen = set(list(dict.fromkeys(sample.image for sample in samples))[:count])
+    return [sample for sample in samples if sample.image in chosen]
 
 
 @contextmanager
@@ -231,7 +231,7 @@ def _make_learner(config: TrainConfig, fabric: Fabric, tell: Tell) -> tuple[Lear
     from cclip_deploy.model.clip_start import load_clip_weights
     from cclip_deploy.model.network import CausalCLIPSeg
     from cclip_deploy.train.devices import move_to_device
-    from cclip_deploy.train.optimisers import freeze, make_average, make_optimisers
+    from cclip_deploy.train.optimizers import freeze, make_average, make_optimizers
     from cclip_deploy.train.state import Learner
 
     model = CausalCLIPSeg(CONFIGS[config.model])
@@ -244,9 +244,9 @@ def _make_learner(config: TrainConfig, fabric: Fabric, tell: Tell) -> tuple[Lear
         _start_from(model, config.start_checkpoint)
     move_to_device(model, fabric, config.devices.precision)
     frozen = freeze(model, config)
-    wrapped = fabric.setup_optimizers(*make_optimisers(model, config))
-    optimisers = list(wrapped) if isinstance(wrapped, tuple) else [wrapped]
-    return Learner(fabric, model, frozen, optimisers, make_average(model, config)), clip
+    wrapped = fabric.setup_optimizers(*make_optimizers(model, config))
+    optimizers = list(wrapped) if isinstance(wrapped, tuple) else [wrapped]
+    return Learner(fabric, model, frozen, optimizers, make_average(model, config)), clip
 
 
 def _start_from(model: CausalCLIPSeg, path: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cclip_deploy.model.network import CausalCLIPSeg
 
 SCALE = 4
-TAPS = 3
+SHIFTS = 3
 
 
 def grouped_logits(model: CausalCLIPSeg, images: Tensor, tokens: Tensor) -> Tensor:
@@ -46,10 +46,12 @@ def head_logits(head: MaskHead, features: Tensor, states: Tensor) -> Tensor:
     batch, prompts = states.shape[:2]
     risen = _interpolated_block(head.block2, _interpolated_block(head.block1, features))  # (B, 256, H, W)
     kernel = head.kernel(states.flatten(0, 1))  # (B * P, 256, 3, 3), (B * P,)
-    taps = kernel.weight.flip(2, 3).flatten(2).transpose(1, 2).reshape(batch, prompts * TAPS**2, -1)  # (B, P * 9, 256)
+    taps = (
+        kernel.weight.flip(2, 3).flatten(2).transpose(1, 2).reshape(batch, prompts * SHIFTS**2, -1)
+    )  # (B, P * 9, 256)
     mix_weight, mix_bias = head.mix.parameters()  # (256, 256, 1, 1), (256,)
     terms = (taps @ mix_weight.flatten(1)) @ risen.flatten(2) + (taps @ mix_bias).unsqueeze(2)
-    logits = functional.fold(terms, risen.shape[-2:], kernel_size=TAPS, padding=1)  # (B, P, H, W)
+    logits = functional.fold(terms, risen.shape[-2:], kernel_size=SHIFTS, padding=1)  # (B, P, H, W)
     return logits + kernel.bias.reshape(batch, prompts, 1, 1)
 
 
@@ -68,7 +70,9 @@ def _convolve_interpolated(x: Tensor, weight: Tensor) -> Tensor:
     batch, width, height, breadth = x.shape
     along_y, along_x = (shifted_matrices(size, SCALE).to(x) for size in (height, breadth))  # (3, 4h, h), (3, 4w, w)
     taps = weight.permute(0, 3, 2, 1).reshape(-1, width)  # rows: C_out, k_x, k_y
-    mixed = (taps @ x.flatten(2)).reshape(batch, -1, TAPS * height, breadth)  # (B, C_out * k_x, k_y * h, w)
-    tall = along_y.transpose(0, 1).reshape(SCALE * height, TAPS * height) @ mixed  # (B, C_out * k_x, 4h, w)
-    tall = tall.reshape(batch, -1, TAPS, SCALE * height, breadth).transpose(2, 3).flatten(3)  # (B, C_out, 4h, k_x * w)
-    return tall @ along_x.transpose(1, 2).reshape(TAPS * breadth, SCALE * breadth)  # (B, C_out, 4h, 4w)
+    mixed = (taps @ x.flatten(2)).reshape(batch, -1, SHIFTS * height, breadth)  # (B, C_out * k_x, k_y * h, w)
+    tall = along_y.transpose(0, 1).reshape(SCALE * height, SHIFTS * height) @ mixed  # (B, C_out * k_x, 4h, w)
+    tall = (
+        tall.reshape(batch, -1, SHIFTS, SCALE * height, breadth).transpose(2, 3).flatten(3)
+    )  # (B, C_out, 4h, k_x * w)
+    return tall @ along_x.transpose(1, 2).reshape(SHIFTS * breadth, SCALE * breadth)  # (B, C_out, 4h, 4w)

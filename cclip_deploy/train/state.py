@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from cclip_deploy.common.files import whole_file
-from cclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import CheckpointError, EnvironmentIssue, UsageError
 from cclip_deploy.model.checkpoint import refuse_types
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import TrainConfig
@@ -37,7 +37,7 @@ class Learner:
     fabric: Fabric
     model: CausalCLIPSeg
     frozen: list[nn.Module]
-    optimisers: list[Optimizer]
+    optimizers: list[Optimizer]
     average: AveragedModel | None
 
     @property
@@ -47,7 +47,7 @@ class Learner:
 
 
 @dataclass
-class Progress:
+class TrainingPosition:
     """How far a training is."""
 
     epoch: int = 0
@@ -90,15 +90,15 @@ class Identity:
         ]
 
 
-def save_state(folder: Path, learner: Learner, progress: Progress, identity: Identity) -> None:
-    """Replace the state in a run's folder, whole or not at all; EnvironmentProblem where the disk does not take it."""
+def save_state(folder: Path, learner: Learner, progress: TrainingPosition, identity: Identity) -> None:
+    """Replace the state in a run's folder, whole or not at all; EnvironmentIssue where the disk does not take it."""
     average = None if learner.average is None else learner.average.state_dict()
     state = {
         "format": FORMAT,
         "identity": json.dumps({"recipe": identity.recipe, "data": identity.data}),
         "progress": json.dumps(progress.__dict__),
         "model": learner.model.state_dict(),
-        "optimisers": [optimiser.state_dict() for optimiser in learner.optimisers],
+        "optimisers": [optimizer.state_dict() for optimizer in learner.optimizers],
         "average": average,
         "precision": learner.fabric.strategy.precision.state_dict(),
         "random": torch.random.get_rng_state(),
@@ -107,13 +107,13 @@ def save_state(folder: Path, learner: Learner, progress: Progress, identity: Ide
         try:
             torch.save(state, unfinished)
         except RuntimeError as error:  # how torch's own writer says that the disk did not take it
-            raise EnvironmentProblem(
+            raise EnvironmentIssue(
                 f"{folder / STATE} could not be written ({str(error).splitlines()[0]}); the state before it is still "
                 "there. Free some space and go on with --resume."
             ) from error
 
 
-def load_state(folder: Path, learner: Learner, identity: Identity) -> Progress:
+def load_state(folder: Path, learner: Learner, identity: Identity) -> TrainingPosition:
     """Put a saved state into a fresh learner, and tell how far it was.
 
     Raises:
@@ -134,14 +134,14 @@ def load_state(folder: Path, learner: Learner, identity: Identity) -> Progress:
     try:
         refuse_types(path, saved["model"], learner.model.state_dict())
         learner.model.load_state_dict(saved["model"])
-        for optimiser, state in zip(learner.optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+        for optimizer, state in zip(learner.optimizers, saved["optimisers"], strict=True):
+            optimizer.load_state_dict(state)
         if learner.average is not None:
             refuse_types(path, saved["average"], learner.average.state_dict())
             learner.average.load_state_dict(saved["average"])
         learner.fabric.strategy.precision.load_state_dict(saved["precision"])
         torch.random.set_rng_state(saved["random"])
-        return Progress(**json.loads(saved["progress"]))
+        return TrainingPosition(**json.loads(saved["progress"]))
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise _damaged(path, error) from error
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.common.files import sha256_file
 from cclip_deploy.datasets.mask_file import read_mask
-from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.imaging.preprocess import Preprocessing, resize_pixels
 from cclip_deploy.imaging.reading import read_picture
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
@@ -24,7 +24,7 @@ GIB = 2**30
 A = TypeVar("A", bound=np.generic)
 
 
-class Kept(Generic[A]):
+class CachedSample(Generic[A]):
     """Arrays read from files, each kept in memory from its first reading on as long as there is room."""
 
     def __init__(self, paths: Sequence[Path], read: Callable[[Path], NDArray[A]], room_bytes: float) -> None:
@@ -51,8 +51,8 @@ class Kept(Generic[A]):
 class TrainingSet:
     """One split: N images, R rows, prompts of L tokens."""
 
-    images: Kept[np.float32]  # N of (1 or 3, H, W) in [0, 1]
-    masks: Kept[np.bool_]  # R of (H, W)
+    images: CachedSample[np.float32]  # N of (1 or 3, H, W) in [0, 1]
+    masks: CachedSample[np.bool_]  # R of (H, W)
     tokens: NDArray[np.int64]  # (R, L)
     texts: tuple[str, ...]  # R
     image_of_row: NDArray[np.int64]  # (R,)
@@ -60,36 +60,36 @@ class TrainingSet:
     cut_prompts: int
 
 
-def open_training_set(referrals: Sequence[Referral], tokenizer: PromptTokenizer, config: TrainConfig) -> TrainingSet:
-    """The referrals of a split; a prompt that is too long is cut, and counted."""
+def open_training_set(samples: Sequence[Sample], tokenizer: PromptTokenizer, config: TrainConfig) -> TrainingSet:
+    """The samples of a split; a prompt that is too long is cut, and counted."""
     rows_of_path: dict[Path, list[int]] = {}
-    for row, referral in enumerate(referrals):
-        rows_of_path.setdefault(referral.image, []).append(row)
+    for row, sample in enumerate(samples):
+        rows_of_path.setdefault(sample.image, []).append(row)
     numbers = {path: number for number, path in enumerate(rows_of_path)}
     hw, room_bytes = config.image_hw, config.cache_gib * GIB
     return TrainingSet(
-        images=Kept(list(rows_of_path), lambda path: _read_image(path, hw), 0.8 * room_bytes),
-        masks=Kept([r.mask for r in referrals], lambda path: fit_mask(read_mask(path), hw), 0.2 * room_bytes),
-        tokens=np.stack([tokenizer.encode_cut(referral.text, config.prompt_length) for referral in referrals]),
-        texts=tuple(referral.text for referral in referrals),
-        image_of_row=np.array([numbers[referral.image] for referral in referrals], np.int64),
+        images=CachedSample(list(rows_of_path), lambda path: _read_image(path, hw), 0.8 * room_bytes),
+        masks=CachedSample([r.mask for r in samples], lambda path: fit_mask(read_mask(path), hw), 0.2 * room_bytes),
+        tokens=np.stack([tokenizer.encode_cut(sample.text, config.prompt_length) for sample in samples]),
+        texts=tuple(sample.text for sample in samples),
+        image_of_row=np.array([numbers[sample.image] for sample in samples], np.int64),
         rows_of_image=tuple(np.array(rows, np.int64) for rows in rows_of_path.values()),
-        cut_prompts=sum(len(tokenizer.ids(referral.text)) > config.prompt_length for referral in referrals),
+        cut_prompts=sum(len(tokenizer.ids(sample.text)) > config.prompt_length for sample in samples),
     )
 
 
-def fingerprint(referrals: Sequence[Referral]) -> dict[str, Any]:
+def data_fingerprint(samples: Sequence[Sample]) -> dict[str, Any]:
     """What a split is, so that a resumed training can tell another one: counts, and SHA-256 of each part."""
-    images = dict.fromkeys(referral.image for referral in referrals)
-    root = os.path.commonpath([path.parent for r in referrals for path in (r.image, r.mask)])
-    names = [(os.path.relpath(r.image, root), os.path.relpath(r.mask, root), r.subject) for r in referrals]
+    images = dict.fromkeys(sample.image for sample in samples)
+    root = os.path.commonpath([path.parent for r in samples for path in (r.image, r.mask)])
+    names = [(os.path.relpath(r.image, root), os.path.relpath(r.mask, root), r.subject) for r in samples]
     return {
-        "rows": len(referrals),
+        "rows": len(samples),
         "images": len(images),
         "file names and patients": _digest(repr(name) for name in names),
-        "prompts": _digest(referral.text for referral in referrals),
+        "prompts": _digest(sample.text for sample in samples),
         "pictures": _digest(sha256_file(path) for path in images),
-        "masks": _digest(sha256_file(referral.mask) for referral in referrals),
+        "masks": _digest(sha256_file(sample.mask) for sample in samples),
     }
 
 

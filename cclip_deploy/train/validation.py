@@ -48,7 +48,7 @@ def measure_dice(
 def predict_rows(
     fabric: Fabric, model: CausalCLIPSeg, images: NDArray[np.float32], tokens: NDArray[np.int64]
 ) -> torch.Tensor:
-    """(B, 3, H, W) normalised, (B, P, L) -> probabilities (B, P, H, W); the network must be in evaluation mode."""
+    """(B, 3, H, W) normalized, (B, P, L) -> probabilities (B, P, H, W); the network must be in evaluation mode."""
     dtype = next(model.parameters()).dtype
     with torch.no_grad(), fabric.autocast():
         pyramid = model.image_tower(torch.from_numpy(images).to(fabric.device, dtype))

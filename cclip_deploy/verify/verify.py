@@ -20,7 +20,7 @@ from cclip_deploy.parity.stages import check_tokenizer_file, mask_stage_checks, 
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.quantization.record import read_record
 from cclip_deploy.runtime.graph_check import read_checked
-from cclip_deploy.runtime.registry import Choice, Opened, opened, precisions_to_run
+from cclip_deploy.runtime.registry import BackendConfig, OpenBackend, opened, precisions_to_run
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
 from cclip_deploy.verify.derivation import derivation_checks
 from cclip_deploy.verify.engine_proof import engine_checks
@@ -64,7 +64,7 @@ class VerifyOptions:
     pictures: tuple[Path, ...] = ()
     prompts: tuple[str, ...] = ()
     threads: int | None = None
-    choice: Choice = field(default_factory=Choice)
+    choice: BackendConfig = field(default_factory=BackendConfig)
 
 
 def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress = lambda _: None) -> Verification:
@@ -128,7 +128,7 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     return Verification(tuple(checks), tuple(notes), tuple(ran), not_verified)
 
 
-def _graphs_of(bundle: Bundle, found: Opened) -> list[str]:
+def _graphs_of(bundle: Bundle, found: OpenBackend) -> list[str]:
     """The graphs of this precision that the backend can run: an engine backend those that were built in it."""
     backend = found.backend
     if isinstance(backend, TensorRtBackend):
@@ -136,7 +136,7 @@ def _graphs_of(bundle: Bundle, found: Opened) -> list[str]:
     return [name for name in _base_names(bundle) if graph_key(name, backend.precision) in bundle.manifest.graphs]
 
 
-def _runs_chain(found: Opened) -> bool:
+def _runs_chain(found: OpenBackend) -> bool:
     return not isinstance(found.backend, TensorRtBackend) or set(CHAIN) <= set(found.backend.graphs)
 
 
@@ -203,7 +203,7 @@ def _reference_notes(references: Sequence[Reference]) -> list[str]:
 
 
 def _calibration_notes(bundle: Bundle) -> list[str]:
-    """What each quantised graph was calibrated with; BundleError where its record is none or another graph's."""
+    """What each quantized graph was calibrated with; BundleError where its record is none or another graph's."""
     notes = []
     for name, graph in bundle.manifest.graphs.items():
         if graph.calibration is not None:

@@ -17,7 +17,7 @@ from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError, UsageError
-from cclip_deploy.evaluation.evaluate import EvaluationOptions, NetworkChoice, evaluate
+from cclip_deploy.evaluation.evaluate import EvaluationOptions, NetworkConfig, evaluate
 
 RECIPE: dict[str, Any] = {
     "image_size": 32, "epochs": 1, "images_per_batch": 2, "threads": 1, "devices": {"accelerator": "cpu"},
@@ -75,7 +75,7 @@ def test_a_setting_whose_loss_is_no_number_is_not_chosen_and_said_so(done: Ablat
 @pytest.mark.slow
 def test_dice_is_what_evaluate_says_of_the_kept_checkpoint(done: Ablation, folder: Path) -> None:
     checkpoint = folder / "grid" / "off-setting1-seed1" / "best.safetensors"
-    choice = NetworkChoice(checkpoint, threads=1, image_hw=(32, 32), prompt_length=32)
+    choice = NetworkConfig(checkpoint, threads=1, image_hw=(32, 32), prompt_length=32)
     found = evaluate(choice, folder / "films" / "seed1" / "anti", EvaluationOptions(worst=0))
     assert done.results[0].numbers["dice_anti"] == pytest.approx(found.evaluation.scores.dice_per_image.value)
 
@@ -204,13 +204,13 @@ def test_without_a_split_to_validate_on_nothing_is_trained(tmp_path: Path) -> No
 
 def made_up(values: dict[str, list[float]]) -> Ablation:
     """An ablation whose drops are given; everything else is 0.5."""
-    from cclip_deploy.ablation.trial import CellResult
+    from cclip_deploy.ablation.trial import TrialResult
 
     masks = {f"mask_{fact}_{level}": 0.5 for fact in ("mean", "entropy_bits", "sd") for level in (3, 4, 5)}
     names = ("dice_id", "dice_neutral", "dice_anti", "dice_shuffled", "toggle")
     plan = plan_with(seeds=[1, 2, 3], arms={arm: {} for arm in values})
     results = tuple(
-        CellResult(arm, 0, seed, 0.5, {**masks, **dict.fromkeys(names, 0.5), "drop": drop}, 1.0)
+        TrialResult(arm, 0, seed, 0.5, {**masks, **dict.fromkeys(names, 0.5), "drop": drop}, 1.0)
         for arm, drops in values.items()
         for seed, drop in zip((1, 2, 3), drops, strict=True)
     )

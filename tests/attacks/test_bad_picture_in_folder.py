@@ -1,6 +1,6 @@
 """One picture of a folder or data set that cannot be used: it is named with its reason, and the others are done.
 
-Before, `ImageError` alone was caught: a JPEG-LS DICOM file without a decoder (EnvironmentProblem) or a picture that
+Before, `ImageError` alone was caught: a JPEG-LS DICOM file without a decoder (EnvironmentIssue) or a picture that
 takes all memory (MemoryError) ended the command with no mask, no JSON and no report; `evaluate`, `data` and the
 calibration ended at any bad picture.
 """
@@ -20,7 +20,7 @@ from PIL import Image
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.limits import MOST_PICTURE_BYTES
 from cclip_deploy.datasets.synthetic.generator import write_dataset
-from cclip_deploy.errors import EnvironmentProblem, ImageError
+from cclip_deploy.errors import EnvironmentIssue, ImageError
 from cclip_deploy.imaging import reading as images_module
 from cclip_deploy.inference import predict as pipeline
 from cclip_deploy.inference.predict import predict
@@ -133,10 +133,10 @@ def test_a_full_disk_is_no_pictures_failure(
     segmenter: Segmenter, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> object:
-        raise EnvironmentProblem("No room for masks")
+        raise EnvironmentIssue("No room for masks")
 
     monkeypatch.setattr(pipeline, "write_segmentation", full)
-    with pytest.raises(EnvironmentProblem, match="No room"):
+    with pytest.raises(EnvironmentIssue, match="No room"):
         predict(segmenter, [folder], ["left lung"], tmp_path / "out")
 
 

@@ -23,7 +23,7 @@ from cclip_deploy.bundle.bundle import Bundle, edited_bundle, new_bundle
 from cclip_deploy.cli.console import write_json
 from cclip_deploy.common.files import restore_folder, scratch_folder, whole_file, whole_folder, writing_into
 from cclip_deploy.common.locks import unfinished_file
-from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from tests.bundles import digests, linked_copy
 from tests.cli.run import invoke
 
@@ -42,7 +42,7 @@ def test_a_second_run_neither_works_nor_removes_what_the_first_is_writing(tmp_pa
     with whole_folder(tmp_path / "set") as first:
         first.mkdir()
         (first / "0.png").write_bytes(b"0")
-        with pytest.raises(EnvironmentProblem, match=OTHER_RUN), whole_folder(tmp_path / "set"):
+        with pytest.raises(EnvironmentIssue, match=OTHER_RUN), whole_folder(tmp_path / "set"):
             pytest.fail("The block of the second run was entered.")
         (first / "1.png").write_bytes(b"1")
     assert digests(tmp_path).keys() == {"set/0.png", "set/1.png"}
@@ -53,7 +53,7 @@ def test_another_name_of_the_same_folder_is_the_same_folder(tmp_path: Path) -> N
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with (
         scratch_folder(tmp_path / "link"),
-        pytest.raises(EnvironmentProblem, match="being written"),
+        pytest.raises(EnvironmentIssue, match="being written"),
         whole_folder(tmp_path / "x" / ".." / "real"),
     ):
         pytest.fail("The block of the second run was entered.")
@@ -87,7 +87,7 @@ def test_a_training_holds_its_folder(tmp_path: Path) -> None:
     from cclip_deploy.train.config import TrainConfig
     from cclip_deploy.train.run import RunOptions, train
 
-    with writing_into(tmp_path / "run"), pytest.raises(EnvironmentProblem, match="being written"):
+    with writing_into(tmp_path / "run"), pytest.raises(EnvironmentIssue, match="being written"):
         train(TrainConfig(model="tiny"), tmp_path / "nowhere", tmp_path / "run", options=RunOptions(resume=True))
 
 
@@ -98,7 +98,7 @@ def test_of_two_edits_of_a_bundle_the_second_is_refused(tiny_bundle_path: Path, 
     with edited_bundle(first) as folder:
         (folder / "reports").mkdir()
         (folder / "reports" / "first").write_text("1")
-        with pytest.raises(EnvironmentProblem, match="being written"), edited_bundle(same):
+        with pytest.raises(EnvironmentIssue, match="being written"), edited_bundle(same):
             pytest.fail("The block of the second run was entered.")
     with pytest.raises(BundleError, match="was replaced or changed since it was opened"), edited_bundle(same):
         pytest.fail("The block of the second run was entered.")
@@ -155,7 +155,7 @@ def test_a_lock_file_that_nobody_holds_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_lock_file_that_is_a_link_does_not_lead_to_another_file(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".a.cclip-lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(EnvironmentProblem, match="could not be written"), whole_folder(tmp_path / "a"):
+    with pytest.raises(EnvironmentIssue, match="could not be written"), whole_folder(tmp_path / "a"):
         pytest.fail("The link was followed.")
     assert (tmp_path / "precious").read_text() == "mine"
 
@@ -237,7 +237,7 @@ def test_a_json_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(EnvironmentProblem, match="The disk is full"):
+    with pytest.raises(EnvironmentIssue, match="The disk is full"):
         write_json(tmp_path / "a.json", {"a": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["a.json"]

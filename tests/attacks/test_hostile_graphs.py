@@ -17,7 +17,7 @@ from onnx import helper
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.engines.build import BuildOptions, build_engines
-from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from cclip_deploy.parity.reference import expand, load_references
 from cclip_deploy.runtime.graph_check import check_graph
 from cclip_deploy.runtime.graph_model import load_model
@@ -281,7 +281,7 @@ def wrong_shape(model: onnx.ModelProto) -> None:
     ("change", "kind"),
     [
         (wrong_shape, BundleError),
-        (SIZES["pad"], (EnvironmentProblem, BundleError)),
+        (SIZES["pad"], (EnvironmentIssue, BundleError)),
     ],
 )
 def test_what_fails_in_a_run_is_an_error_that_names_the_graph(
@@ -314,14 +314,14 @@ def decoder_inputs(bundle: Bundle) -> dict[str, np.ndarray]:
 def test_an_endless_run_in_onnx_runtime_is_stopped(unchecked: Callable[[Change], Bundle]) -> None:
     """Before, it could not be stopped; a loop of 2**62 steps is refused by the structure check, which is off here."""
     bundle = unchecked(endless_loop)
-    with pytest.raises(EnvironmentProblem, match=r"mask_decoder\.onnx ran longer than 0\.2 s and was stopped"):
+    with pytest.raises(EnvironmentIssue, match=r"mask_decoder\.onnx ran longer than 0\.2 s and was stopped"):
         OnnxRuntimeBackend(bundle, threads=1, seconds_limit=0.2).run(GRAPH, decoder_inputs(bundle))
 
 
 def test_a_long_run_in_openvino_is_stopped_between_operators(unchecked: Callable[[Change], Bundle]) -> None:
     """Three hundred products of 1024 x 1024 matrices: seconds, where nothing stops them."""
     bundle = unchecked(long_chain)
-    with pytest.raises(EnvironmentProblem, match=r"mask_decoder\.onnx ran longer than 0\.01 s and was stopped"):
+    with pytest.raises(EnvironmentIssue, match=r"mask_decoder\.onnx ran longer than 0\.01 s and was stopped"):
         OpenVinoBackend(bundle, threads=1, seconds_limit=0.01).run(GRAPH, decoder_inputs(bundle))
 
 

@@ -72,7 +72,7 @@ def test_an_orientation_that_one_of_the_two_has_is_refused(side: tuple[int, int]
 
 def test_an_orientation_that_both_have_turns_both(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", *pair(32, 48), turned="image mask")
-    (row,) = read_data_set(folder).referrals
+    (row,) = read_data_set(folder).samples
     pixels, mask = read_picture(row.image).pixels, read_mask(row.mask)
     assert pixels.shape == mask.shape == (48, 32)
     assert np.array_equal(pixels > 0.5, mask)
@@ -87,7 +87,7 @@ def test_every_layout_compares_the_orientations_of_a_square_pair(tmp_path: Path,
     folder = tmp_path / layout
     write_dataset(folder, {"train": 4, "val": 1, "test": 1}, (32, 32), 3, layout=layout)
     (image,) = (folder / LAYOUTS[layout]).glob("*test*" if layout in ("flat", "medvlsm") else "*")
-    assert len(read_data_set(folder).referrals) == 6
+    assert len(read_data_set(folder).samples) == 6
     exif = Image.Exif()
     exif[ORIENTATION] = 3
     with Image.open(image) as picture:

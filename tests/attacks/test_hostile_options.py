@@ -18,8 +18,8 @@ from cclip_deploy.common.limits import LARGEST_IMAGE_SIDE, MOST_THREADS
 from cclip_deploy.common.paths import check_writable
 from cclip_deploy.common.threads import check_threads
 from cclip_deploy.datasets.synthetic import generator as synthetic
-from cclip_deploy.errors import CclipError, EnvironmentProblem, UsageError
-from cclip_deploy.evaluation.evaluate import NetworkChoice, open_network
+from cclip_deploy.errors import CclipError, EnvironmentIssue, UsageError
+from cclip_deploy.evaluation.evaluate import NetworkConfig, open_network
 from cclip_deploy.evaluation.report import check_report_folder
 from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.model.config import InputForm, image_hw
@@ -48,7 +48,7 @@ def test_threads_are_bounded_wherever_they_are_used(
         lambda: OpenVinoBackend(bundle, threads=threads),
         lambda: BenchOptions(threads=threads),
         lambda: export_bundle(tiny_checkpoint, Path("nowhere"), ExportOptions(threads=threads), "test"),
-        lambda: open_network(NetworkChoice(tiny_checkpoint, threads=threads)).__enter__(),
+        lambda: open_network(NetworkConfig(tiny_checkpoint, threads=threads)).__enter__(),
         lambda: verify_bundle(bundle, VerifyOptions(tiny_checkpoint, threads=threads)),
     ]
     for use in uses:
@@ -181,10 +181,10 @@ def test_nothing_is_left_of_the_trial_of_an_output(tmp_path: Path) -> None:
 def test_a_folder_without_permission_is_told_early(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
     for check in (check_writable, lambda path: check_report_folder(path, False)):
-        with pytest.raises(EnvironmentProblem):
+        with pytest.raises(EnvironmentIssue):
             check(tmp_path / "locked" / "out")
 
 
 def test_a_training_tries_its_folder_before_it_reads_the_data() -> None:
-    with pytest.raises(EnvironmentProblem, match="could not be written"):
+    with pytest.raises(EnvironmentIssue, match="could not be written"):
         train(TrainConfig(), Path("/nowhere"), NO_FOLDER)

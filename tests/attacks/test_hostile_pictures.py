@@ -210,7 +210,7 @@ def test_a_picture_too_large_for_its_channels_sides_or_tiles_is_refused_in_50_mi
 
 
 def test_the_largest_pictures_take_little_more_than_their_own_pixels(tmp_path: Path) -> None:
-    """Before, 16-bit grey was made float64 and divided there: five times its float32 pixels.
+    """Before, 16-bit gray was made float64 and divided there: five times its float32 pixels.
 
     The pixels of 4096x4096 as float32 are 64 MiB; the decoder's own buffer is half of that.
     """

@@ -143,7 +143,7 @@ def test_a_data_set_with_a_huge_sentence_names_its_row(tmp_path: Path) -> None:
     (folder / "table.csv").unlink()
     row = {"image": "image.png", "mask": "mask.png", "text": "\ud800 left lung"}
     (folder / "table.jsonl").write_text(json.dumps(row))
-    assert len(read_data_set(folder).referrals) == 1
+    assert len(read_data_set(folder).samples) == 1
 
 
 def test_the_commands_refuse_a_huge_prompt(tiny_bundle_path: Path, tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def test_a_table_that_names_a_file_outside_its_folder_is_refused_unless_that_is_
     write(folder, names["image"], names["mask"])
     for place in ("", "images", "masks"):
         picture(folder / place / "a.png")
-    assert len(read_data_set(folder, allow_outside=True).referrals) == 1
+    assert len(read_data_set(folder, allow_outside=True).samples) == 1
 
     def never(path: Path, mode: str = "r", *rest: object, **more: object) -> object:
         assert path.resolve() != secret.resolve(), "the file was opened"

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from cclip_deploy.benchmark import run as bench
-from cclip_deploy.benchmark.baselines import Peers
+from cclip_deploy.benchmark.baselines import Baselines
 from cclip_deploy.benchmark.process import ProcessCost
 from cclip_deploy.bundle.bundle import Bundle, edited_bundle, write_manifest
 from cclip_deploy.datasets.synthetic.generator import make_film
-from cclip_deploy.engines.convert import DeriveOptions, derive_graphs
+from cclip_deploy.engines.convert import ConvertOptions, convert_graphs
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from tests.bundles import copy_of, flip_byte
 from tests.cli.run import invoke
@@ -39,8 +39,8 @@ def mixed_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathF
         bundle = Bundle.open(copy_of(tiny_bundle_path, path.parent, path.name))
         calibration = CalibrationOptions((films,), "min-max")
         with edited_bundle(bundle) as folder:
-            options = DeriveOptions("int8-fp16", GRAPHS, calibration, threads=THREADS)
-            write_manifest(folder, derive_graphs(bundle, options, folder, lambda _: None).manifest)
+            options = ConvertOptions("int8-fp16", GRAPHS, calibration, threads=THREADS)
+            write_manifest(folder, convert_graphs(bundle, options, folder, lambda _: None).manifest)
 
     return made_once(tmp_path_factory, "int8-fp16.cclip", make)
 
@@ -68,7 +68,7 @@ def test_with_peers_a_given_backend_alone_runs_the_bundle(
         return ProcessCost(1.0, 10**8, 3)
 
     monkeypatch.setattr(bench, "measure_command", measure)
-    monkeypatch.setattr(Peers, "of_openvino_conversion", lambda *_: [])
+    monkeypatch.setattr(Baselines, "of_openvino_conversion", lambda *_: [])
     told = told_by(tiny_bundle_path, "--peers", "--backend", "openvino", *plain_at_hand)
     (command,) = commands
     assert command[command.index("--backend") + 1] == "openvino"

@@ -14,7 +14,7 @@ import pytest
 
 from cclip_deploy.benchmark import latency
 from cclip_deploy.benchmark.latency import Candidate, Timing, measure_interleaved
-from cclip_deploy.benchmark.statistics import paired_ratio, summarise
+from cclip_deploy.benchmark.statistics import paired_ratio, summarize
 from cclip_deploy.errors import UsageError
 from cclip_deploy.evaluation.median_interval import median_interval
 
@@ -73,7 +73,7 @@ def test_a_slow_first_call_stays_out_of_the_percentiles() -> None:
     clock = Clock()
     candidate = clock.candidate("jit", lambda call: 1000 if call == 0 else 2)
     timing = measure_interleaved([candidate], 4, 1, seed=0, settle=at_rest, clock_ns=clock)["jit"]
-    summary = summarise(timing.samples_ms, timing.warmup_ms)
+    summary = summarize(timing.samples_ms, timing.warmup_ms)
     assert (summary.max_ms, summary.first_ms, summary.n, summary.warmup_n) == (2, 1000, 4, 1)
 
 
@@ -189,7 +189,7 @@ def test_a_plan_that_cannot_be_measured_is_refused(names: str, rounds: int, warm
 
 def test_percentiles_of_one_to_two_hundred() -> None:
     samples = np.random.default_rng(0).permutation(np.arange(1.0, 201.0))
-    summary = summarise(samples)
+    summary = summarize(samples)
     assert (summary.p50_ms, summary.p90_ms, summary.p95_ms, summary.p99_ms) == (100.5, 180, 190, 198)
     assert (summary.min_ms, summary.max_ms, summary.mean_ms, summary.n) == (1, 200, 100.5, 200)
     assert summary.first_ms is None
@@ -198,7 +198,7 @@ def test_percentiles_of_one_to_two_hundred() -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 9, 10, 11, 19, 20, 99, 100, 101])
 def test_upper_percentiles_are_the_smallest_sample_with_that_share_at_or_below(n: int) -> None:
     samples = np.random.default_rng(n).exponential(size=n) + 0.1
-    summary = summarise(samples)
+    summary = summarize(samples)
     for percent, got in ((90, summary.p90_ms), (95, summary.p95_ms), (99, summary.p99_ms)):
         reaching = [s for s in samples if 100 * int(np.sum(samples <= s)) >= percent * n]
         assert got == min(reaching)
@@ -210,7 +210,7 @@ def test_upper_percentiles_are_the_smallest_sample_with_that_share_at_or_below(n
 )
 def test_samples_that_are_no_latencies_are_refused(samples: list[float]) -> None:
     with pytest.raises(UsageError, match="positive milliseconds"):
-        summarise(samples)
+        summarize(samples)
 
 
 def test_a_drift_that_hits_both_alike_leaves_the_paired_ratio_exact() -> None:

@@ -31,9 +31,9 @@ def result(**changes: object) -> dict[str, Any]:
     return {"results": rows, "ratios": ratios, "threads": 2, **facts, **changes}
 
 
-def longest_run(picture: np.ndarray, colour: str) -> int:
-    """The most pixels of exactly this colour side by side: a bar, since letters are narrow."""
-    wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
+def longest_run(picture: np.ndarray, color: str) -> int:
+    """The most pixels of exactly this color side by side: a bar, since letters are narrow."""
+    wanted = np.array([int(color[place : place + 2], 16) for place in (1, 3, 5)])
     rows = ["".join("x" if hit else " " for hit in row) for row in (picture == wanted).all(axis=2)]
     return max(len(run) for row in rows for run in row.split(" "))
 

@@ -12,7 +12,7 @@ import pytest
 
 from cclip_deploy.benchmark import process
 from cclip_deploy.benchmark.process import measure_command, source_revision
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 
 MIB = 2**20
 
@@ -35,7 +35,7 @@ def test_the_peak_of_the_process_that_measures_is_not_counted() -> None:
 
 
 def test_a_command_that_fails_is_told_with_what_it_said() -> None:
-    with pytest.raises(EnvironmentProblem, match=r"ended with code 3: no such film"):
+    with pytest.raises(EnvironmentIssue, match=r"ended with code 3: no such film"):
         measure_command(python("import sys; print('no such film', file=sys.stderr); sys.exit(3)"))
 
 

@@ -17,7 +17,7 @@ import pytest
 from cclip_deploy.bundle import bundle as bundle_module
 from cclip_deploy.bundle.bundle import Bundle, check_output, edited_bundle, new_bundle, write_manifest
 from cclip_deploy.bundle.manifest import graph_key
-from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from cclip_deploy.parity.reference import load_references
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
@@ -124,7 +124,7 @@ def set_key(*path: str, to: Any) -> Change:
     ("change", "said"),
     [
         (set_key("hospital", to="ours"), "hospital"),
-        (set_key("graphs", "fused", "colour", to=1), "graphs.fused.colour"),
+        (set_key("graphs", "fused", "color", to=1), "graphs.fused.color"),
         (set_key("schema_version", to=1), "has schema 1, this version reads 2"),
         (lambda manifest: manifest.pop("preprocessing"), "preprocessing"),
         (set_key("preprocessing", "std", to=[1, 1, 0]), "preprocessing.std"),
@@ -178,7 +178,7 @@ FAILURES = [RuntimeError("bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=["bug", "ctrl-c", "disk full"])
 def test_a_new_bundle_that_fails_leaves_nothing_not_even_its_parents(tmp_path: Path, failure: BaseException) -> None:
-    expected = EnvironmentProblem if isinstance(failure, OSError) else type(failure)
+    expected = EnvironmentIssue if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected):
         write_and_fail(new_bundle(tmp_path / "a" / "b" / "new.cclip"), failure)
     assert os.listdir(tmp_path) == []
@@ -187,7 +187,7 @@ def test_a_new_bundle_that_fails_leaves_nothing_not_even_its_parents(tmp_path: P
 @pytest.mark.parametrize("failure", FAILURES, ids=["bug", "ctrl-c", "disk full"])
 def test_a_replacement_that_fails_leaves_the_old_bundle(copy: Path, failure: BaseException) -> None:
     before = digests(copy)
-    expected = EnvironmentProblem if isinstance(failure, OSError) else type(failure)
+    expected = EnvironmentIssue if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected):
         write_and_fail(new_bundle(copy, replace=True), failure)
     assert digests(copy) == before
@@ -206,20 +206,20 @@ def test_a_failure_at_the_last_rename_brings_the_old_bundle_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_at_the_last)
-    with pytest.raises((KeyboardInterrupt, EnvironmentProblem)), new_bundle(copy, replace=True) as folder:
+    with pytest.raises((KeyboardInterrupt, EnvironmentIssue)), new_bundle(copy, replace=True) as folder:
         (folder / "half").write_text("written")
     assert digests(copy) == before
     assert os.listdir(copy.parent) == [copy.name]
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="The disk is full"), new_bundle(tmp_path / "new"):
+    with pytest.raises(EnvironmentIssue, match="The disk is full"), new_bundle(tmp_path / "new"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_parent_that_is_a_file_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(EnvironmentProblem, match="could not be written"), new_bundle(tmp_path / "file" / "new"):
+    with pytest.raises(EnvironmentIssue, match="could not be written"), new_bundle(tmp_path / "file" / "new"):
         pass
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -273,7 +273,7 @@ def test_an_edited_bundle_shares_the_bytes_of_the_old_one(copy: Path) -> None:
 @pytest.mark.parametrize("failure", FAILURES, ids=["bug", "ctrl-c", "disk full"])
 def test_an_edit_that_fails_midway_changes_no_byte_of_the_old_bundle(copy: Path, failure: BaseException) -> None:
     before = digests(copy)
-    expected = EnvironmentProblem if isinstance(failure, OSError) else type(failure)
+    expected = EnvironmentIssue if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected):
         write_and_fail(edited_bundle(Bundle.open(copy)), failure)
     assert digests(copy) == before
@@ -307,7 +307,7 @@ def test_a_disk_that_fills_while_an_edit_copies_is_told_as_such(copy: Path, monk
     with edited_bundle(Bundle.open(copy)) as folder:
         assert digests(folder).items() <= before.items()
     monkeypatch.setattr(shutil, "copy2", full)
-    with pytest.raises(EnvironmentProblem, match="The disk is full"), edited_bundle(Bundle.open(copy)):
+    with pytest.raises(EnvironmentIssue, match="The disk is full"), edited_bundle(Bundle.open(copy)):
         pass
     assert digests(copy) == before
 

@@ -18,7 +18,7 @@ from tests.imaging.test_dicom import write_dicom
 
 @pytest.fixture
 def films(tmp_path: Path) -> Path:
-    """A folder with a deep grey PNG, a colour JPEG and a DICOM film."""
+    """A folder with a deep gray PNG, a color JPEG and a DICOM film."""
     folder = tmp_path / "films"
     folder.mkdir()
     rng = np.random.default_rng(2)

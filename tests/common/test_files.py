@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cclip_deploy.common.files import sha256_file, sha256_input, whole_file, whole_folder
-from cclip_deploy.errors import DataError, EnvironmentProblem
+from cclip_deploy.errors import DataError, EnvironmentIssue
 
 WHOLE: list[Any] = [whole_folder, whole_file]
 
@@ -32,7 +32,7 @@ def test_its_own_parts_and_errors_without_a_name_are_writing(
     whole: type[AbstractContextManager[Path]], tmp_path: Path
 ) -> None:
     for filename in (None, "{unfinished}", "{unfinished}/deep/file", "{parent}"):
-        with pytest.raises(EnvironmentProblem, match="new could not be written"), whole(tmp_path / "new") as unfinished:
+        with pytest.raises(EnvironmentIssue, match="new could not be written"), whole(tmp_path / "new") as unfinished:
             refuse(filename and filename.format(unfinished=unfinished, parent=tmp_path))
 
 
@@ -42,7 +42,7 @@ def refuse(filename: str | None) -> None:
 
 @pytest.mark.parametrize("whole", WHOLE)
 def test_a_full_disk_is_said_whatever_file_met_it(whole: type[AbstractContextManager[Path]], tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="The disk is full"), whole(tmp_path / "new"):
+    with pytest.raises(EnvironmentIssue, match="The disk is full"), whole(tmp_path / "new"):
         raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere")
 
 

@@ -28,14 +28,14 @@ UID = "1.2.840.113619.2.{}"
 
 
 def to_dicom(folder: Path, rename: Callable[[Path], str]) -> dict[str, np.ndarray]:
-    """Replace every image by a 16-bit DICOM file of that grey, in tables too; the pixels by the new names."""
+    """Replace every image by a 16-bit DICOM file of that gray, in tables too; the pixels by the new names."""
     pixels = {}
-    for path in {row.image for row in read_data_set(folder).referrals}:
-        grey, name = read_picture(path).pixels, rename(path)
+    for path in {row.image for row in read_data_set(folder).samples}:
+        gray, name = read_picture(path).pixels, rename(path)
         path.unlink()
-        stored = np.rint(grey * 65535).astype(np.uint16)
+        stored = np.rint(gray * 65535).astype(np.uint16)
         write_dicom(path.with_name(name), stored, WindowCenter=32768, WindowWidth=65536)
-        pixels[name] = grey
+        pixels[name] = gray
         for table in (*folder.glob("*.csv"), *folder.glob("*.jsonl"), *folder.glob("anns/*.json")):
             table.write_text(
                 table.read_text().replace(f"/{path.name}", f"/{name}").replace(f'"{path.name}', f'"{name}')
@@ -48,11 +48,11 @@ def to_dicom(folder: Path, rename: Callable[[Path], str]) -> dict[str, np.ndarra
 def test_every_layout_reads_dicom_images(layout: str, suffix: str, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_dataset(folder, {"train": 4, "val": 1, "test": 2}, HW, 5, layout=layout)
-    before = read_data_set(folder).referrals
+    before = read_data_set(folder).samples
     pixels = to_dicom(folder, lambda path: path.stem + suffix)
     data_set = read_data_set(folder)
-    assert [(r.mask, r.text, r.split) for r in data_set.referrals] == [(r.mask, r.text, r.split) for r in before]
-    for row in data_set.referrals:
+    assert [(r.mask, r.text, r.split) for r in data_set.samples] == [(r.mask, r.text, r.split) for r in before]
+    for row in data_set.samples:
         assert row.image.suffix == suffix
         np.testing.assert_allclose(read_picture(row.image).pixels, pixels[row.image.name], atol=2e-5)
         assert read_mask(row.mask).shape == HW
@@ -60,7 +60,7 @@ def test_every_layout_reads_dicom_images(layout: str, suffix: str, tmp_path: Pat
     report = report_data_set(data_set, tokenizer, 32)
     assert (report.splits["train"].images, report.splits["train"].image_sizes) == (4, ("48x32",))
     assert not report.unused_files
-    train = open_training_set(data_set.referrals, tokenizer, TrainConfig(image_size=64))
+    train = open_training_set(data_set.samples, tokenizer, TrainConfig(image_size=64))
     expected = resize_pixels(pixels[train.images.paths[0].name], (64, 64), Preprocessing())
     np.testing.assert_allclose(train.images[0], expected, atol=1e-4)
     assert len(read_image_set((folder,), "test").images) == 2
@@ -78,7 +78,7 @@ def test_a_name_that_is_a_uid_keeps_its_last_number(tmp_path: Path) -> None:
     table = "Image,Description\n" + "".join(f"{name}.png,left lung\n" for name in names.values())
     (folder / "Train_Folder" / "Train_text.xlsx").unlink()
     (folder / "Train_Folder" / "Train_text.csv").write_text(table)
-    assert [row.image.name for row in read_data_set(folder).referrals] == list(names.values())
+    assert [row.image.name for row in read_data_set(folder).samples] == list(names.values())
 
 
 def test_a_mask_of_another_size_and_a_dicom_mask_are_named(tmp_path: Path) -> None:

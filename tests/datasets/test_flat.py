@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cclip_deploy.datasets.flat import read_flat
-from cclip_deploy.datasets.sample import Referral, of_split
+from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.errors import DataError, UsageError
 
 
@@ -33,8 +33,8 @@ def test_all_columns_in_any_order_with_quotes_and_byte_order_mark(write_table: C
         '\ufeffsubject,text,mask,image,split\np1,"left, lower",ma.png,a.png,val\np2,right,mb.png,b.png,test\n'
     )
     assert read_flat(folder) == [
-        Referral(folder / "a.png", folder / "ma.png", "left, lower", "val", "p1"),
-        Referral(folder / "b.png", folder / "mb.png", "right", "test", "p2"),
+        Sample(folder / "a.png", folder / "ma.png", "left, lower", "val", "p1"),
+        Sample(folder / "b.png", folder / "mb.png", "right", "test", "p2"),
     ]
 
 
@@ -88,7 +88,7 @@ def test_a_table_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 
 def test_of_split_refuses_a_split_without_rows() -> None:
-    row = Referral(Path("a"), Path("b"), "left", "train", "s")
+    row = Sample(Path("a"), Path("b"), "left", "train", "s")
     assert of_split([row], "train") == [row]
     with pytest.raises(DataError, match="its splits: train"):
         of_split([row], "val")
@@ -103,8 +103,8 @@ def test_json_lines_read_as_the_table_does(write_table: Callable[[str], Path]) -
         encoding="utf-8",
     )
     assert read_flat(folder) == [
-        Referral(folder / "a.png", folder / "ma.png", "left, lower", "val", "p1"),
-        Referral(folder / "b.png", folder / "mb.png", "right", "train", "b.png"),
+        Sample(folder / "a.png", folder / "ma.png", "left, lower", "val", "p1"),
+        Sample(folder / "b.png", folder / "mb.png", "right", "train", "b.png"),
     ]
 
 

@@ -21,21 +21,21 @@ def test_a_mask_is_whatever_is_not_zero(tmp_path: Path, inside: int) -> None:
 
 
 def test_masks_that_are_no_masks_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 128, 255]], np.uint8)).save(tmp_path / "grey.png")
-    Image.fromarray(np.array([[[255, 0, 0]]], np.uint8)).save(tmp_path / "colour.png")
+    Image.fromarray(np.array([[0, 128, 255]], np.uint8)).save(tmp_path / "gray.png")
+    Image.fromarray(np.array([[[255, 0, 0]]], np.uint8)).save(tmp_path / "color.png")
     (tmp_path / "text.png").write_text("no picture")
     glass = np.array([[[255, 255, 255, 128]]], np.uint8)
     Image.fromarray(glass).save(tmp_path / "glass.png")
     for name, words in (
-        ("grey", "2 values besides 0"), ("colour", "colour mode RGB"), ("text", "is not a complete PNG"),
-        ("glass", "colour mode RGBA"),
+        ("gray", "2 values besides 0"), ("color", "color mode RGB"), ("text", "is not a complete PNG"),
+        ("glass", "color mode RGBA"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=words):
             read_mask(tmp_path / f"{name}.png")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
-def test_colour_with_equal_channels_is_grey(tmp_path: Path, mode: str) -> None:
+def test_color_with_equal_channels_is_gray(tmp_path: Path, mode: str) -> None:
     Image.fromarray(np.array([[0, 255]], np.uint8)).convert(mode).save(tmp_path / "m.png")
     assert np.array_equal(read_mask(tmp_path / "m.png"), [[False, True]])
 

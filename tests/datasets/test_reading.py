@@ -15,7 +15,7 @@ from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.datasets.reading import find_layout, read_data_set
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.datasets.synthetic.generator import Asking, make_samples, share_out_films, write_dataset
-from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
 
 FOUND = {
     "flat": "flat", "jsonl": "flat", "qata": "lvit", "mosmed": "lvit",
@@ -36,7 +36,7 @@ def test_a_written_layout_is_found_and_holds_what_was_drawn(tmp_path: Path, layo
     assert data_set.layout == FOUND[layout]
     assert set(FOUND) == set(writing.WRITERS)
     for number, split in enumerate(("train", "val", "test")):
-        rows = of_split(data_set.referrals, split)
+        rows = of_split(data_set.samples, split)
         assert len(rows) == COUNTS[split]
         for film, row in enumerate(rows):
             drawn = make_samples(np.random.default_rng([5, number, film]), HW, 1)[0]
@@ -44,13 +44,13 @@ def test_a_written_layout_is_found_and_holds_what_was_drawn(tmp_path: Path, layo
             assert np.array_equal(read_mask(row.mask), drawn.mask)
             picture = np.asarray(Image.open(row.image), np.float32) / 255
             assert np.abs(picture - drawn.image).mean() < (0.02 if row.image.suffix == ".jpg" else 0.003)
-    assert len({row.subject for row in data_set.referrals}) == sum(COUNTS.values())
+    assert len({row.subject for row in data_set.samples}) == sum(COUNTS.values())
     assert data_set.repaired == ()
 
 
 @pytest.mark.parametrize("layout", ["flat", "jsonl", "medvlsm"])
 def test_several_prompts_an_image_are_several_rows(tmp_path: Path, layout: str) -> None:
-    rows = read_data_set(write(tmp_path, layout, prompts_per_film=3)).referrals
+    rows = read_data_set(write(tmp_path, layout, prompts_per_film=3)).samples
     images = [row.image for row in rows]
     assert 2 <= len(rows) / len(set(images)) <= 3
     assert len({(row.image, row.text) for row in rows}) == len(rows)
@@ -58,12 +58,12 @@ def test_several_prompts_an_image_are_several_rows(tmp_path: Path, layout: str) 
 
 @pytest.mark.parametrize("layout", FOUND)
 def test_typing_errors_are_repaired_and_reported_and_no_row_is_lost(tmp_path: Path, layout: str) -> None:
-    right = read_data_set(write(tmp_path / "right", layout)).referrals
+    right = read_data_set(write(tmp_path / "right", layout)).samples
     read = read_data_set(write(tmp_path / "wrong", layout, asking=Asking(typo_share=1.0)))
-    assert [row.text for row in read.referrals] == [row.text for row in right]
+    assert [row.text for row in read.samples] == [row.text for row in right]
     assert [row for row, _ in read.repaired] == list(range(13))
     for row, prompt in read.repaired:
-        assert prompt.written != prompt.text == read.referrals[row].text
+        assert prompt.written != prompt.text == read.samples[row].text
         assert len(prompt.repairs) >= 1
 
 
@@ -102,7 +102,7 @@ def test_films_are_shared_out_as_languidemedseg_does(films: int) -> None:
 @pytest.mark.parametrize("layout", FOUND)
 def test_a_set_may_have_one_split_alone(tmp_path: Path, layout: str) -> None:
     write_dataset(tmp_path / "x", {"test": 2}, HW, 0, layout=layout)
-    assert [row.split for row in read_data_set(tmp_path / "x").referrals] == ["test", "test"]
+    assert [row.split for row in read_data_set(tmp_path / "x").samples] == ["test", "test"]
 
 
 def test_layouts_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_folder_of_no_or_of_two_layouts_is_refused(tmp_path: Path) -> None:
     (folder / "Test_Folder").mkdir()
     with pytest.raises(DataError, match="several layouts: lvit, flat"):
         read_data_set(folder)
-    assert len(read_data_set(folder, "flat").referrals) == 13
+    assert len(read_data_set(folder, "flat").samples) == 13
     with pytest.raises(UsageError, match="Unknown layout 'coco'"):
         read_data_set(folder, "coco")
     with pytest.raises(DataError, match="no rows in the medvlsm layout"):
@@ -142,5 +142,5 @@ def test_writing_excel_tables_without_openpyxl_names_the_remedy_and_reading_need
     folder = write(tmp_path, "qata")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     assert read_data_set(folder).layout == "lvit"
-    with pytest.raises(EnvironmentProblem, match=r"cclip-deploy\[train\]"):
+    with pytest.raises(EnvironmentIssue, match=r"cclip-deploy\[train\]"):
         write(tmp_path, "mosmed")

@@ -94,10 +94,10 @@ def test_prompts_without_a_word_are_refused_and_masks_of_more_values_named(
     (folder / "table.csv").write_text("image,mask,text\na.png,masks/full.png,\u0345\n", encoding="utf-8")
     with pytest.raises(DataError, match="holds no word"):
         report(folder, tokenizer)
-    (folder / "table.csv").write_text("image,mask,text\na.png,masks/grey.png,x\n")
-    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(folder / "masks/grey.png")
+    (folder / "table.csv").write_text("image,mask,text\na.png,masks/gray.png,x\n")
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(folder / "masks/gray.png")
     ((mask, reason),) = report(folder, tokenizer).failed
-    assert mask == str(folder / "masks/grey.png")
+    assert mask == str(folder / "masks/gray.png")
     assert "255 values besides 0" in reason
 
 

@@ -38,7 +38,7 @@ def test_demo_leaves_bundle_data_report_and_every_picture_that_the_report_shows(
     assert {row.stage for row in facts.rows()} == {"train", "evaluate", "verify", "build-engine", "bench"}
     assert {engine["precision"] for engine in facts.engines} == {"fp16"}
     assert Bundle.open(output / BUNDLE).check_all() == ()
-    assert len({referral.image for referral in read_flat(output / "data")}) == 12
+    assert len({sample.image for sample in read_flat(output / "data")}) == 12
     page, kept = (output / REPORT).read_text(), json.loads((output / FACTS).read_text())
     assert kept["verify"]["passed"]
     for prediction in kept["predictions"]:

@@ -14,7 +14,7 @@ import pytest
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.engines import build
 from cclip_deploy.engines.build import SERVED, BuildOptions, build_engines
-from cclip_deploy.errors import BundleError, EnvironmentProblem, ParityError, UsageError
+from cclip_deploy.errors import BundleError, EnvironmentIssue, ParityError, UsageError
 from cclip_deploy.graph.precision import float16 as graph_precision
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from cclip_deploy.runtime.tensorrt.layers import LayerTable
@@ -256,11 +256,11 @@ def test_a_derived_graph_is_not_derived_again(engine_bundle_path: Path) -> None:
 
 def test_a_missing_binding_is_told_before_anything_is_touched(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
-        raise EnvironmentProblem("not installed")
+        raise EnvironmentIssue("not installed")
 
     monkeypatch.setattr(build, "load_binding", missing)
     before = digests(copy)
-    with pytest.raises(EnvironmentProblem):
+    with pytest.raises(EnvironmentIssue):
         build_engines(Bundle.open(copy), DECODER_FP32)
     assert digests(copy) == before
 

@@ -12,7 +12,7 @@ from cclip_deploy.benchmark.run import bench_bundle
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.engines.build import BuildOptions, build_engines
 from cclip_deploy.runtime import registry as choice_module
-from cclip_deploy.runtime.registry import Choice
+from cclip_deploy.runtime.registry import BackendConfig
 from cclip_deploy.runtime.tensorrt.runner import GpuOptions, TensorRtBackend
 from cclip_deploy.runtime.tensorrt.settings import EngineSettings
 from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
@@ -21,7 +21,7 @@ from tests.conftest import THREADS
 from tests.runtime.fake_gpu import FakeGpu
 from tests.runtime.fake_tensorrt import FakeTensorRt, engine_bundle
 
-ENGINES = Choice("tensorrt-rtx", gpu=GpuOptions(cuda_graphs=True))
+ENGINES = BackendConfig("tensorrt-rtx", gpu=GpuOptions(cuda_graphs=True))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.engines.build import SERVED, BuildOptions, build_engines
 from cclip_deploy.errors import BundleError, DataError, ParityError, UsageError
 from cclip_deploy.graph.precision import float16 as graph_precision
-from cclip_deploy.graph.precision import quantize as quantise
+from cclip_deploy.graph.precision import quantize as quantize
 from cclip_deploy.quantization import agreement as mask_agreement
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from cclip_deploy.runtime.tensorrt.layers import LayerTable
@@ -68,7 +68,7 @@ def test_int8_engines_are_proved_product_by_product(int8_bundle_path: Path) -> N
     }  # fmt: skip
     proof = json.loads((int8_bundle_path / bundle.manifest.engines[0].layers).read_text())
     table, kept = LayerTable.from_dict(proof), set(proof["kept"])
-    plan = quantise.plan_quantisation(onnx.load(int8_bundle_path / "graphs/image_encoder.onnx"))
+    plan = quantize.plan_quantization(onnx.load(int8_bundle_path / "graphs/image_encoder.onnx"))
     assert kept == set(plan.kept)
     assert set(proof["products"]) - kept == {product.node for product in plan.products}
     for node in set(proof["products"]) - kept:
@@ -175,7 +175,7 @@ def test_a_record_that_is_not_the_graphs_own_is_refused(
         verify_bundle(Bundle.open(copy), VerifyOptions(threads=THREADS))
 
 
-def test_a_quantised_graph_without_a_record_does_not_open(int8_bundle_path: Path, tmp_path: Path) -> None:
+def test_a_quantized_graph_without_a_record_does_not_open(int8_bundle_path: Path, tmp_path: Path) -> None:
     copy = copy_of(int8_bundle_path, tmp_path)
     reseal(copy, lambda m: m["graphs"]["image_encoder.int8-fp16"].update(calibration=None))
     with pytest.raises(BundleError, match="does not say what it was calibrated with"):
@@ -218,8 +218,8 @@ def test_fp16_inputs_and_outputs_are_made_on_request(copy: Path, films: Path) ->
 
 
 def test_an_engine_that_is_not_int8_is_not_published(copy: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The FP32 graph, passed off as a quantised one, is found by the proof of the real engine; exit code 4."""
-    monkeypatch.setattr(quantise, "quantise", lambda model, *rest: model)
+    """The FP32 graph, passed off as a quantized one, is found by the proof of the real engine; exit code 4."""
+    monkeypatch.setattr(quantize, "quantize", lambda model, *rest: model)
     before = digests(copy)
     with pytest.raises(ParityError, match="INT8 was asked for, but the engine does not run in it") as caught:
         build_engines(Bundle.open(copy), options(films, "int8"))
@@ -269,9 +269,9 @@ def test_a_layer_that_overflows_in_fp16_is_named(copy: Path, films: Path, monkey
     assert digests(copy) == before
 
 
-def test_what_cannot_be_quantised_and_what_is_evaluated_on_is_refused(copy: Path, films: Path) -> None:
+def test_what_cannot_be_quantized_and_what_is_evaluated_on_is_refused(copy: Path, films: Path) -> None:
     before = digests(copy)
-    with pytest.raises(UsageError, match="Nothing of prompt_encoder, mask_decoder can be quantised"):
+    with pytest.raises(UsageError, match="Nothing of prompt_encoder, mask_decoder can be quantized"):
         build_engines(Bundle.open(copy), options(films, "int8", ("prompt_encoder", "mask_decoder")))
     overlapping = CalibrationOptions((films / "images",), evaluation_set=(films,))
     with pytest.raises(DataError, match="in the evaluation set too"):

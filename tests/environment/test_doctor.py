@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cclip_deploy.environment import doctor as machine
-from cclip_deploy.environment.doctor import Check, Package, blockers, check_package, probe_import
+from cclip_deploy.environment.doctor import DoctorCheck, Package, blockers, check_package, probe_import
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_device_buffers_need_one_of_two_packages(monkeypatch: pytest.MonkeyPatch
 
 
 def test_blockers_are_those_of_the_purpose() -> None:
-    good = Check("numpy", "ok", "2.4", None, ("run a bundle", "export"))
-    absent = Check("torch", "missing", "not installed", "pip install", ("export",))
+    good = DoctorCheck("numpy", "ok", "2.4", None, ("run a bundle", "export"))
+    absent = DoctorCheck("torch", "missing", "not installed", "pip install", ("export",))
     assert blockers([good, absent]) == []
     assert blockers([good, absent], machine.EXPORT) == [absent]

@@ -12,7 +12,7 @@ import torch
 
 from cclip_deploy.datasets.synthetic.generator import film_rng, make_samples
 from cclip_deploy.errors import UsageError
-from cclip_deploy.evaluation.causal import ToggledFilm, measure_masks, measure_toggle, untrained_mask
+from cclip_deploy.evaluation.causal import ToggledFilm, measure_causal_masks, measure_toggle, untrained_mask
 from cclip_deploy.imaging.preprocess import Preprocessing, to_input
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
@@ -27,7 +27,7 @@ def network_with_masks(*masks: torch.Tensor) -> Any:
 def test_masks_of_ones_halves_and_both_have_the_closed_forms() -> None:
     halves, ones = torch.full((1, 4, 2, 2), 0.5), torch.ones(1, 4, 2, 2)
     hard = torch.cat([torch.zeros(1, 1, 2, 2), torch.ones(1, 3, 2, 2)], dim=1)
-    facts = measure_masks(network_with_masks(ones, halves, hard), [np.zeros((32, 32), np.float32)] * 2, (32, 32))
+    facts = measure_causal_masks(network_with_masks(ones, halves, hard), [np.zeros((32, 32), np.float32)] * 2, (32, 32))
     assert facts.mean == (1.0, 0.5, 0.75)
     assert facts.entropy_bits == (0.0, 1.0, 0.0)
     assert facts.sd == (0.0, 0.0, pytest.approx((0.75 * 0.25) ** 0.5))
@@ -39,7 +39,7 @@ def test_masks_of_a_real_network_are_those_of_its_maskers() -> None:
     film = np.random.default_rng(0).random((64, 64), np.float32)
     seen: list[torch.Tensor] = []
     handle = model.neck.masker4.register_forward_hook(lambda module, inputs, output: seen.append(output.double()))
-    facts = measure_masks(model, [film], (64, 64))
+    facts = measure_causal_masks(model, [film], (64, 64))
     handle.remove()
     p = seen[0].detach()
     assert facts.mean[1] == pytest.approx(float(p.mean()))
@@ -58,7 +58,7 @@ def test_masks_of_an_untrained_network_are_the_sigmoid_of_a_standard_normal() ->
     batch = torch.cat([torch.from_numpy(to_input(film, (64, 64), Preprocessing())) for film in films[:80]])
     with torch.no_grad():
         model.neck.masks(model.neck.levels(model.image_tower(batch)))
-    facts = measure_masks(model.eval(), films[80:], (64, 64))
+    facts = measure_causal_masks(model.eval(), films[80:], (64, 64))
     mean, entropy_bits, sd = untrained_mask()
     normal = torch.sigmoid(torch.randn(1_000_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     assert (mean, sd) == pytest.approx((float(normal.mean()), float(normal.std())), abs=1e-3)
@@ -72,7 +72,7 @@ def test_masks_of_an_untrained_network_are_the_sigmoid_of_a_standard_normal() ->
 
 def test_no_picture_and_no_film_are_refused() -> None:
     with pytest.raises(UsageError, match="no picture"):
-        measure_masks(network_with_masks(*[torch.ones(1, 1, 1, 1)] * 3), [], (32, 32))
+        measure_causal_masks(network_with_masks(*[torch.ones(1, 1, 1, 1)] * 3), [], (32, 32))
     with pytest.raises(UsageError, match="no film"):
         measure_toggle(Answering(PromptTokenizer.from_open_clip()), [])
 

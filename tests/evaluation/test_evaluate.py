@@ -19,10 +19,10 @@ from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.datasets.synthetic.generator import Asking, write_dataset
-from cclip_deploy.engines.convert import DeriveOptions, derive_graphs
-from cclip_deploy.errors import BundleError, DataError, EnvironmentProblem, UsageError
+from cclip_deploy.engines.convert import ConvertOptions, convert_graphs
+from cclip_deploy.errors import BundleError, DataError, EnvironmentIssue, UsageError
 from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS
-from cclip_deploy.evaluation.evaluate import EvaluationOptions, EvaluationResult, NetworkChoice, evaluate
+from cclip_deploy.evaluation.evaluate import EvaluationOptions, EvaluationResult, NetworkConfig, evaluate
 from cclip_deploy.evaluation.report import check_report_folder, remarks, write_report
 from cclip_deploy.evaluation.summary import Scores
 from cclip_deploy.imaging.reading import read_picture
@@ -31,7 +31,7 @@ from cclip_deploy.model.checkpoint import save_checkpoint
 from cclip_deploy.model.config import InputForm
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.quantization.calibrate import CalibrationOptions
-from cclip_deploy.runtime.registry import BackendName, Choice, open_backend
+from cclip_deploy.runtime.registry import BackendConfig, BackendName, open_backend
 from tests.bundles import copy_of
 from tests.conftest import THREADS, TINY_HW
 
@@ -48,13 +48,13 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def of_checkpoint(tiny_checkpoint: Path, films: Path) -> EvaluationResult:
-    choice = NetworkChoice(tiny_checkpoint, threads=THREADS, image_hw=TINY_HW, prompt_length=24)
+    choice = NetworkConfig(tiny_checkpoint, threads=THREADS, image_hw=TINY_HW, prompt_length=24)
     return evaluate(choice, films, EvaluationOptions(worst=2))
 
 
 @pytest.fixture(scope="module")
 def of_bundle(tiny_bundle_path: Path, films: Path) -> EvaluationResult:
-    return evaluate(NetworkChoice(tiny_bundle_path, threads=THREADS), films, EvaluationOptions(worst=2))
+    return evaluate(NetworkConfig(tiny_bundle_path, threads=THREADS), films, EvaluationOptions(worst=2))
 
 
 def row_dice(result: EvaluationResult) -> np.ndarray:
@@ -77,7 +77,7 @@ def test_a_checkpoint_that_knows_what_it_was_trained_on_is_asked_so(
 ) -> None:
     save_checkpoint(tiny_network, tmp_path / "trained.safetensors", InputForm(TINY_HW, 24))
     found = evaluate(
-        NetworkChoice(tmp_path / "trained.safetensors", threads=THREADS), films, EvaluationOptions(worst=0)
+        NetworkConfig(tmp_path / "trained.safetensors", threads=THREADS), films, EvaluationOptions(worst=0)
     )
     assert (found.network["image_hw"], found.network["prompt_length"]) == (list(TINY_HW), 24)
     np.testing.assert_array_equal(row_dice(found), row_dice(of_checkpoint))
@@ -85,7 +85,7 @@ def test_a_checkpoint_that_knows_what_it_was_trained_on_is_asked_so(
 
 def test_backends_agree(tiny_bundle_path: Path, films: Path, of_bundle: EvaluationResult) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is an extra: pip install 'cclip-deploy[openvino]'")
-    choice = NetworkChoice(tiny_bundle_path, Choice("openvino", threads=THREADS))
+    choice = NetworkConfig(tiny_bundle_path, BackendConfig("openvino", threads=THREADS))
     np.testing.assert_allclose(row_dice(evaluate(choice, films, EvaluationOptions())), row_dice(of_bundle), atol=2e-3)
 
 
@@ -97,10 +97,10 @@ def low_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFac
     write_dataset(folder / "data", {"train": 8}, TINY_HW, 5)
     calibration = CalibrationOptions((folder / "data",), "min-max")
     graphs = ("image_encoder", "prompt_encoder", "mask_decoder")
-    for wanted in (DeriveOptions("fp16", graphs, threads=THREADS), DeriveOptions("int8", graphs, calibration)):
+    for wanted in (ConvertOptions("fp16", graphs, threads=THREADS), ConvertOptions("int8", graphs, calibration)):
         bundle = Bundle.open(path)
         with edited_bundle(bundle) as unfinished:
-            write_manifest(unfinished, derive_graphs(bundle, wanted, unfinished, print).manifest)
+            write_manifest(unfinished, convert_graphs(bundle, wanted, unfinished, print).manifest)
     return path
 
 
@@ -113,7 +113,7 @@ def test_a_low_precision_is_measured_and_named(
     """Dice of every row as the segmenter's own probabilities give it, and not FP32's."""
     pytest.importorskip(backend)
     result = evaluate(
-        NetworkChoice(low_bundle_path, Choice(backend, threads=THREADS), precision), films, EvaluationOptions()
+        NetworkConfig(low_bundle_path, BackendConfig(backend, threads=THREADS), precision), films, EvaluationOptions()
     )
     bundle = Bundle.open(low_bundle_path)
     segmenter = Segmenter(bundle, open_backend(backend, bundle, precision, threads=THREADS))
@@ -135,13 +135,13 @@ def test_a_low_precision_is_measured_and_named(
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int8-fp16", "fp8"])
 def test_a_precision_that_the_bundle_lacks_is_an_error(precision: str, tiny_bundle_path: Path, films: Path) -> None:
     with pytest.raises(UsageError, match=f"build-engine BUNDLE --{precision.replace('-', ' --')}"):
-        evaluate(NetworkChoice(tiny_bundle_path, precision=precision), films, EvaluationOptions())
+        evaluate(NetworkConfig(tiny_bundle_path, precision=precision), films, EvaluationOptions())
 
 
 def test_engines_that_are_not_there_are_an_error_and_never_replaced(tiny_bundle_path: Path, films: Path) -> None:
-    runs = Choice("tensorrt-rtx", allow_fallback=True)
+    runs = BackendConfig("tensorrt-rtx", allow_fallback=True)
     with pytest.raises(UsageError, match="build-engine BUNDLE --fp16 --backend tensorrt-rtx"):
-        evaluate(NetworkChoice(tiny_bundle_path, runs, "fp16"), films, EvaluationOptions())
+        evaluate(NetworkConfig(tiny_bundle_path, runs, "fp16"), films, EvaluationOptions())
 
 
 def test_what_stands_in_is_named(tiny_bundle_path: Path, films: Path) -> None:
@@ -149,9 +149,9 @@ def test_what_stands_in_is_named(tiny_bundle_path: Path, films: Path) -> None:
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    with pytest.raises(EnvironmentProblem, match="CUDAExecutionProvider"):
-        evaluate(NetworkChoice(tiny_bundle_path, Choice(device="cuda")), films, EvaluationOptions())
-    choice = NetworkChoice(tiny_bundle_path, Choice(device="cuda", threads=THREADS, allow_fallback=True))
+    with pytest.raises(EnvironmentIssue, match="CUDAExecutionProvider"):
+        evaluate(NetworkConfig(tiny_bundle_path, BackendConfig(device="cuda")), films, EvaluationOptions())
+    choice = NetworkConfig(tiny_bundle_path, BackendConfig(device="cuda", threads=THREADS, allow_fallback=True))
     result = evaluate(choice, films, EvaluationOptions())
     assert (result.network["ran"]["asked"], result.network["ran"]["ran"]) == (
         "onnxruntime on cuda", "onnxruntime on cpu",
@@ -171,7 +171,7 @@ def test_the_data_are_described(of_bundle: EvaluationResult) -> None:
 
 
 def test_prompts_that_are_too_long_are_cut_and_counted(tiny_checkpoint: Path, films: Path) -> None:
-    choice = NetworkChoice(tiny_checkpoint, threads=THREADS, image_hw=(32, 32), prompt_length=8)
+    choice = NetworkConfig(tiny_checkpoint, threads=THREADS, image_hw=(32, 32), prompt_length=8)
     result = evaluate(choice, films, EvaluationOptions())
     assert result.data.cut_prompts == result.data.rows > 0
     assert any("longer than 8 tokens" in remark for remark in remarks(result))
@@ -189,7 +189,7 @@ def keep_rows(folder: Path, count: int) -> None:
 
 def test_one_image_has_values_without_intervals(tiny_bundle_path: Path, copy: Path, tmp_path: Path) -> None:
     keep_rows(copy, 1)
-    result = evaluate(NetworkChoice(tiny_bundle_path, threads=THREADS), copy, EvaluationOptions())
+    result = evaluate(NetworkConfig(tiny_bundle_path, threads=THREADS), copy, EvaluationOptions())
     dice = result.evaluation.scores.dice_per_image
     assert dice.value is not None
     assert (dice.low, dice.high, dice.patients) == (None, None, 1)
@@ -201,7 +201,7 @@ def test_one_image_has_values_without_intervals(tiny_bundle_path: Path, copy: Pa
 def test_empty_references_alone_can_be_reported(tiny_bundle_path: Path, copy: Path, tmp_path: Path) -> None:
     for mask in (copy / "masks").iterdir():
         Image.new("L", FILM_HW[::-1]).save(mask)
-    choice = NetworkChoice(tiny_bundle_path, threads=THREADS)
+    choice = NetworkConfig(tiny_bundle_path, threads=THREADS)
     result = evaluate(choice, copy, EvaluationOptions(empty="leave-out"))
     assert result.evaluation.scores.dice_per_image.value is None
     assert result.evaluation.scores.empty_found_empty.rows == result.data.rows
@@ -211,37 +211,37 @@ def test_empty_references_alone_can_be_reported(tiny_bundle_path: Path, copy: Pa
 
 def test_a_split_that_is_not_there_is_named(tiny_bundle_path: Path, films: Path) -> None:
     with pytest.raises(DataError, match="no rows of split 'val'; its splits: test"):
-        evaluate(NetworkChoice(tiny_bundle_path), films, EvaluationOptions(split="val"))
+        evaluate(NetworkConfig(tiny_bundle_path), films, EvaluationOptions(split="val"))
 
 
 def test_a_table_without_rows_is_named(tiny_bundle_path: Path, copy: Path) -> None:
     keep_rows(copy, 0)
     with pytest.raises(DataError, match="is empty"):
-        evaluate(NetworkChoice(tiny_bundle_path), copy, EvaluationOptions())
+        evaluate(NetworkConfig(tiny_bundle_path), copy, EvaluationOptions())
 
 
 def test_a_missing_mask_is_named_before_anything_is_computed(tiny_bundle_path: Path, copy: Path) -> None:
     lost = sorted((copy / "masks").iterdir())[-1]
     lost.unlink()
     with pytest.raises(DataError, match=lost.name):
-        evaluate(NetworkChoice(tiny_bundle_path), copy, EvaluationOptions())
+        evaluate(NetworkConfig(tiny_bundle_path), copy, EvaluationOptions())
 
 
 def test_options_of_the_other_kind_are_refused(tiny_bundle_path: Path, tiny_checkpoint: Path, films: Path) -> None:
     with pytest.raises(UsageError, match="are for a checkpoint"):
-        evaluate(NetworkChoice(tiny_bundle_path, image_hw=(64, 64)), films, EvaluationOptions())
+        evaluate(NetworkConfig(tiny_bundle_path, image_hw=(64, 64)), films, EvaluationOptions())
     with pytest.raises(UsageError, match="Export it"):
-        evaluate(NetworkChoice(tiny_checkpoint, Choice("openvino")), films, EvaluationOptions())
+        evaluate(NetworkConfig(tiny_checkpoint, BackendConfig("openvino")), films, EvaluationOptions())
     with pytest.raises(UsageError, match="Export it"):
-        evaluate(NetworkChoice(tiny_checkpoint, precision="fp16"), films, EvaluationOptions())
+        evaluate(NetworkConfig(tiny_checkpoint, precision="fp16"), films, EvaluationOptions())
     with pytest.raises(BundleError, match="There is no"):
-        evaluate(NetworkChoice(films / "nothing"), films, EvaluationOptions())
+        evaluate(NetworkConfig(films / "nothing"), films, EvaluationOptions())
 
 
 @pytest.mark.parametrize("wrong", [{"threshold": 1.0}, {"tolerance_px": -1.0}, {"worst": -1}, {"seed": -1}])
 def test_numbers_that_mean_nothing_are_refused(wrong: dict[str, float], films: Path) -> None:
     with pytest.raises(UsageError):
-        evaluate(NetworkChoice(films), films, EvaluationOptions(**wrong))  # type: ignore[arg-type]
+        evaluate(NetworkConfig(films), films, EvaluationOptions(**wrong))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cclip_deploy.errors import UsageError
-from cclip_deploy.evaluation.metrics import LEVELS, count_levels, measure_outlines, measure_overlap
+from cclip_deploy.evaluation.metrics import PROBABILITY_LEVELS, count_levels, measure_outlines, measure_overlap
 
 RNG = np.random.default_rng(11)
 
@@ -88,8 +88,8 @@ def test_levels_count_every_pixel_where_its_probability_belongs() -> None:
 def test_levels_give_the_masks_of_every_threshold() -> None:
     probability, reference = RNG.random((30, 20), np.float32), RNG.random((30, 20)) < 0.3
     found = count_levels(probability, reference)
-    for step in range(1, LEVELS):
-        mask = probability >= np.float32(step / LEVELS)
+    for step in range(1, PROBABILITY_LEVELS):
+        mask = probability >= np.float32(step / PROBABILITY_LEVELS)
         assert (found.inside[step:].sum(), found.outside[step:].sum()) == (
             (mask & reference).sum(),
             (mask & ~reference).sum(),

@@ -11,7 +11,7 @@ import pytest
 
 from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.mask_file import read_mask
-from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError
 from cclip_deploy.evaluation.scores import DiceScores, evaluate_dice
@@ -37,7 +37,7 @@ class Known:
 
 
 @pytest.fixture(scope="module")
-def referrals(tmp_path_factory: pytest.TempPathFactory) -> list[Referral]:
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     folder = tmp_path_factory.mktemp("scores") / "data"
     write_dataset(folder, {"test": 8}, (32, 48), seed=0, prompts_per_film=3)
     return read_flat(folder)
@@ -47,46 +47,46 @@ def tokens(text: str) -> bytes:
     return PromptTokenizer.from_open_clip().encode_cut(text, Known.prompt_length).tobytes()
 
 
-def obey(referrals: Sequence[Referral]) -> Answer:
+def obey(samples: Sequence[Sample]) -> Answer:
     """Answers with the mask of the row that has this image and prompt, and with nothing to any other prompt."""
-    answers = {(read_picture(r.image).pixels.tobytes(), tokens(r.text)): read_mask(r.mask) for r in referrals}
+    answers = {(read_picture(r.image).pixels.tobytes(), tokens(r.text)): read_mask(r.mask) for r in samples}
     return lambda pixels, row: answers.get((pixels.tobytes(), row), np.zeros(pixels.shape[:2], bool)).astype(np.float32)
 
 
-def test_a_network_that_obeys_loses_what_the_average_over_all_other_sentences_takes(referrals: list[Referral]) -> None:
-    scores = evaluate_dice(Known(obey(referrals)), referrals)
+def test_a_network_that_obeys_loses_what_the_average_over_all_other_sentences_takes(samples: list[Sample]) -> None:
+    scores = evaluate_dice(Known(obey(samples)), samples)
     expected = []
-    for row in referrals:
-        truth, others = read_mask(row.mask), [r for r in referrals if r.text != row.text]
+    for row in samples:
+        truth, others = read_mask(row.mask), [r for r in samples if r.text != row.text]
         masks = [
-            next((read_mask(r.mask) for r in referrals if (r.image, r.text) == (row.image, other.text)), truth & False)
+            next((read_mask(r.mask) for r in samples if (r.image, r.text) == (row.image, other.text)), truth & False)
             for other in others
         ]
         expected.append(np.mean([2 * (m & truth).sum() / (m.sum() + truth.sum()) for m in masks]))
     assert scores.true.value == 1
     assert scores.shuffled.value == pytest.approx(np.mean(expected))
     assert scores.drop.value == pytest.approx(1 - np.mean(expected))
-    assert (scores.true.rows, scores.true.patients) == (len(referrals), 8)
+    assert (scores.true.rows, scores.true.patients) == (len(samples), 8)
 
 
-def test_the_shuffled_estimate_does_not_depend_on_the_seed(referrals: list[Referral]) -> None:
+def test_the_shuffled_estimate_does_not_depend_on_the_seed(samples: list[Sample]) -> None:
     """One turn of whole blocks of texts did: its spread over seeds was larger than its interval."""
-    network = Known(obey(referrals))
-    scores: list[DiceScores] = [evaluate_dice(network, referrals, seed=seed) for seed in range(3)]
+    network = Known(obey(samples))
+    scores: list[DiceScores] = [evaluate_dice(network, samples, seed=seed) for seed in range(3)]
     assert len({found.shuffled.value for found in scores}) == 1
     assert len({found.drop.value for found in scores}) == 1
 
 
-def test_a_network_deaf_to_the_prompt_loses_nothing(referrals: list[Referral]) -> None:
-    scores = evaluate_dice(Known(lambda pixels, row: np.full(pixels.shape[:2], 0.5, np.float32)), referrals)
-    areas = [read_mask(row.mask).mean() for row in referrals]
+def test_a_network_deaf_to_the_prompt_loses_nothing(samples: list[Sample]) -> None:
+    scores = evaluate_dice(Known(lambda pixels, row: np.full(pixels.shape[:2], 0.5, np.float32)), samples)
+    areas = [read_mask(row.mask).mean() for row in samples]
     assert scores.true.value == pytest.approx(np.mean([2 * area / (1 + area) for area in areas])), "0.5 is inside"
     assert scores.drop.value == pytest.approx(0)
 
 
-def test_nothing_to_compare_is_an_error(referrals: list[Referral], tmp_path: Path) -> None:
+def test_nothing_to_compare_is_an_error(samples: list[Sample], tmp_path: Path) -> None:
     network = Known(lambda pixels, row: pixels)
     with pytest.raises(DataError, match="no rows"):
         evaluate_dice(network, [])
     with pytest.raises(DataError, match="no other prompts"):
-        evaluate_dice(network, referrals[:1])
+        evaluate_dice(network, samples[:1])

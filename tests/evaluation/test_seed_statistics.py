@@ -11,13 +11,13 @@ from cclip_deploy.evaluation.seed_statistics import (
     holm,
     paired_difference,
     power_of_paired_test,
-    spread_of,
+    seed_statistics,
     student_p_value,
 )
 
 
 def test_three_values_have_students_interval_of_two_degrees_of_freedom() -> None:
-    spread = spread_of([1.0, 2.0, 3.0])
+    spread = seed_statistics([1.0, 2.0, 3.0])
     half = 4.302653 / 3**0.5  # t(0.975, 2), from a table
     assert (spread.mean, spread.sd) == (2.0, 1.0)
     assert (spread.low, spread.high) == (pytest.approx(2 - half, abs=1e-5), pytest.approx(2 + half, abs=1e-5))
@@ -25,7 +25,7 @@ def test_three_values_have_students_interval_of_two_degrees_of_freedom() -> None
 
 
 def test_one_value_has_no_interval() -> None:
-    spread = spread_of([0.25])
+    spread = seed_statistics([0.25])
     assert (spread.sd, spread.low, spread.high, spread.show(signed=True)) == (None, None, None, "+0.250")
 
 
@@ -44,8 +44,8 @@ def test_p_values_are_scipys() -> None:
     ours, other = [0.51, 0.62, 0.58, 0.71, 0.66], [0.44, 0.57, 0.60, 0.61, 0.63]
     found = student_p_value(paired_difference(ours, other))
     assert found == pytest.approx(ttest_rel(ours, other).pvalue, rel=1e-9)
-    assert student_p_value(spread_of([0.5, 0.5])) == 0
-    assert student_p_value(spread_of([0.0, 0.0])) == 1
+    assert student_p_value(seed_statistics([0.5, 0.5])) == 0
+    assert student_p_value(seed_statistics([0.0, 0.0])) == 1
 
 
 def test_holm_multiplies_the_smallest_by_their_number_and_never_lets_a_larger_one_pass_it() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.errors import DataError, ImageError
 from cclip_deploy.evaluation.controls import Control, make_controls
 from cclip_deploy.evaluation.split import MeasuringOptions, Worst, measure_split
@@ -52,19 +52,19 @@ def write(folder: Path, name: str, inside_rows: int) -> Path:
     return folder / name
 
 
-def referrals(folder: Path, *rows: tuple[str, str, int]) -> list[Referral]:
+def samples(folder: Path, *rows: tuple[str, str, int]) -> list[Sample]:
     """(image, text, rows of the mask that are inside)"""
     made = []
     for number, (image, text, inside) in enumerate(rows):
         path = folder / f"{image}.png"
         if not path.exists():
             Image.new("L", HW[::-1], 90).save(path)
-        made.append(Referral(path, write(folder, f"mask{number}.png", inside), text, "test", image))
+        made.append(Sample(path, write(folder, f"mask{number}.png", inside), text, "test", image))
     return made
 
 
 def test_a_picture_is_passed_once_and_each_sentence_asked_once(tmp_path: Path, network: TopRows) -> None:
-    rows = referrals(tmp_path, ("a", "one", 1), ("b", "two words", 2), ("a", "three more words", 3))
+    rows = samples(tmp_path, ("a", "one", 1), ("b", "two words", 2), ("a", "three more words", 3))
     network.passes.clear()
     told: list[tuple[str, int, int]] = []
     controls = [Control.single("fixed", ("one",) * 3), Control.single("empty", ("", None, ""))]
@@ -75,7 +75,7 @@ def test_a_picture_is_passed_once_and_each_sentence_asked_once(tmp_path: Path, n
 
 
 def test_rows_keep_their_order_and_their_numbers(tmp_path: Path, network: TopRows) -> None:
-    rows = referrals(tmp_path, ("a", "one", 1), ("b", "two words", 4), ("a", "three more words", 3))
+    rows = samples(tmp_path, ("a", "one", 1), ("b", "two words", 4), ("a", "three more words", 3))
     found = measure_split(network, rows, [], OPTIONS).rows
     assert [row.overlap.dice for row in found] == pytest.approx([1, 2 * 2 / 6, 1])
     assert [row.pixels for row in found] == [600] * 3
@@ -83,7 +83,7 @@ def test_rows_keep_their_order_and_their_numbers(tmp_path: Path, network: TopRow
 
 
 def test_a_control_is_scored_against_the_rows_own_reference_and_own_answer(tmp_path: Path, network: TopRows) -> None:
-    rows = referrals(tmp_path, ("a", "one", 2), ("a", "three more words", 3))
+    rows = samples(tmp_path, ("a", "one", 2), ("a", "three more words", 3))
     shuffled = Control.single("shuffled", ("three more words", "one"))
     first, second = measure_split(network, rows, [shuffled], OPTIONS).rows
     assert first.controls["shuffled"].dice == pytest.approx(2 * 2 / 5)
@@ -93,7 +93,7 @@ def test_a_control_is_scored_against_the_rows_own_reference_and_own_answer(tmp_p
 
 def test_a_control_of_several_sentences_is_their_weighted_mean(tmp_path: Path, network: TopRows) -> None:
     """Against plain numpy, with every mask drawn again; its own sentence among them, as one cut short may be."""
-    rows = referrals(tmp_path, ("a", "one", 2), ("a", "three more words", 3), ("b", "two words", 1))
+    rows = samples(tmp_path, ("a", "one", 2), ("a", "three more words", 3), ("b", "two words", 1))
     table = {"one": 0.5, "two words": 0.125, "five words are too many": 0.375}
     network.passes.clear()
     found = measure_split(network, rows, [Control("shuffled", (table, table, {}), ("", "", "left out"))], OPTIONS).rows
@@ -107,21 +107,21 @@ def test_a_control_of_several_sentences_is_their_weighted_mean(tmp_path: Path, n
 
 
 def test_the_empty_control_asks_start_and_end_alone(tmp_path: Path, network: TopRows) -> None:
-    rows = referrals(tmp_path, ("a", "one", 2), ("b", "two words", 2))
+    rows = samples(tmp_path, ("a", "one", 2), ("b", "two words", 2))
     found = measure_split(network, rows, make_controls([row.text for row in rows]), OPTIONS).rows
     assert [row.controls["empty"].iou_with_own for row in found] == [0, 0]
     assert "side-swapped" not in found[0].controls
 
 
 def test_long_prompts_are_cut_and_counted(tmp_path: Path, network: TopRows) -> None:
-    rows = referrals(tmp_path, ("a", "one", 1), ("b", "this sentence has more words than fit", 6))
+    rows = samples(tmp_path, ("a", "one", 1), ("b", "this sentence has more words than fit", 6))
     found = measure_split(network, rows, [], OPTIONS).rows
     assert [row.cut for row in found] == [False, True]
     assert found[1].overlap.dice == 1  # six of its seven words are left
 
 
 def test_the_worst_are_kept_apart_from_what_is_found_where_nothing_is(tmp_path: Path, network: TopRows) -> None:
-    rows = referrals(
+    rows = samples(
         tmp_path, ("a", "one", 9), ("b", "two words", 2), ("c", "three more words", 0), ("d", "one", 1), ("e", "one", 0)
     )
     found = measure_split(network, rows, [], MeasuringOptions(0.5, 2.0, worst=2))
@@ -145,18 +145,18 @@ def test_no_more_masks_are_kept_than_asked_for() -> None:
 
 def test_a_text_without_a_word_is_an_error(tmp_path: Path, network: TopRows) -> None:
     with pytest.raises(DataError, match="holds no word"):
-        measure_split(network, referrals(tmp_path, ("a", " \t", 1)), [], OPTIONS)
+        measure_split(network, samples(tmp_path, ("a", " \t", 1)), [], OPTIONS)
 
 
 def test_a_broken_picture_ends_the_run_and_is_named(tmp_path: Path, network: TopRows) -> None:
-    rows = referrals(tmp_path, ("a", "one", 1), ("b", "one", 1))
+    rows = samples(tmp_path, ("a", "one", 1), ("b", "one", 1))
     rows[1].image.write_bytes(rows[1].image.read_bytes()[:40])
     with pytest.raises(ImageError, match=r"b\.png"):
         measure_split(network, rows, [], OPTIONS)
 
 
 def test_a_mask_of_another_size_is_an_error(tmp_path: Path, network: TopRows) -> None:
-    rows = referrals(tmp_path, ("a", "one", 1))
+    rows = samples(tmp_path, ("a", "one", 1))
     Image.new("L", (4, 4)).save(rows[0].mask)
     with pytest.raises(DataError, match=r"is \(4, 4\)"):
         measure_split(network, rows, [], OPTIONS)

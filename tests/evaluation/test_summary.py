@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.evaluation.controls import Control
 from cclip_deploy.evaluation.metrics import count_levels, measure_outlines, measure_overlap
 from cclip_deploy.evaluation.split import ControlAnswer, MeasuredRow, Measurements
-from cclip_deploy.evaluation.summary import Evaluation, LeftOut, summarise
+from cclip_deploy.evaluation.summary import Evaluation, LeftOut, summarize
 
 RNG = np.random.default_rng(17)
 HW = (24, 24)
@@ -40,9 +40,9 @@ def row(probability: np.ndarray, reference: np.ndarray, controls: dict[str, Cont
     )  # fmt: skip
 
 
-def referrals(count: int) -> list[Referral]:
+def samples(count: int) -> list[Sample]:
     path = Path("a.png")
-    return [Referral(path, path, LEFT if n % 2 else RIGHT, "test", f"patient{n // 2}") for n in range(count)]
+    return [Sample(path, path, LEFT if n % 2 else RIGHT, "test", f"patient{n // 2}") for n in range(count)]
 
 
 def evaluate(policy: str = "one", rows: slice = slice(None)) -> Evaluation:
@@ -50,7 +50,7 @@ def evaluate(policy: str = "one", rows: slice = slice(None)) -> Evaluation:
     measured = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)][rows]
     measurements = Measurements(tuple(measured), (), ())
     control = Control(CONTROL.name, CONTROL.asked[rows], CONTROL.reasons[rows])
-    return summarise(measurements, referrals(len(measured)), [control], policy)  # type: ignore[arg-type]
+    return summarize(measurements, samples(len(measured)), [control], policy)  # type: ignore[arg-type]
 
 
 def plain_dice() -> list[float]:
@@ -81,8 +81,8 @@ def test_rows_with_an_empty_reference_are_left_out_of_every_mean_over_rows() -> 
     answers = [{"fixed": ControlAnswer(0.1 * n, 0.2 * n)} for n in range(5)]
     every = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)]
     measured, filled = (Measurements(tuple(rows), (), ()) for rows in (every, every[:4]))
-    without = summarise(measured, referrals(5), [CONTROL], "leave-out")
-    alone = summarise(filled, referrals(4), [Control.single("fixed", (LEFT, LEFT, LEFT, None), "same")], "one")
+    without = summarize(measured, samples(5), [CONTROL], "leave-out")
+    alone = summarize(filled, samples(4), [Control.single("fixed", (LEFT, LEFT, LEFT, None), "same")], "one")
     for name in ("dice_per_image", "iou_per_image", "hd95_px", "boundary_dice"):
         found, expected = getattr(without.scores, name), getattr(alone.scores, name)
         assert (found.value, found.rows) == (pytest.approx(expected.value), expected.rows), name
@@ -99,7 +99,7 @@ def test_rows_with_an_empty_reference_are_left_out_of_every_mean_over_rows() -> 
         found = group.dice_per_image
         assert found.rows == (groups[group.by, group.group].rows if found.value is not None else 0)
     assert without.scores.empty_found_empty.rows == 1
-    assert without.scores.dice_pooled == summarise(measured, referrals(5), [CONTROL], "one").scores.dice_pooled
+    assert without.scores.dice_pooled == summarize(measured, samples(5), [CONTROL], "one").scores.dice_pooled
 
 
 def test_a_split_of_empty_references_alone_has_no_dice_without_them() -> None:

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.files import sha256_file
 from cclip_deploy.environment.packages import require_export_packages
-from cclip_deploy.errors import CheckpointError, EnvironmentProblem, ImageError, ParityError, PromptError, UsageError
+from cclip_deploy.errors import CheckpointError, EnvironmentIssue, ImageError, ParityError, PromptError, UsageError
 from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.model import checkpoint as checkpoints
 from cclip_deploy.model.checkpoint import save_checkpoint
@@ -199,7 +199,7 @@ def test_a_missing_package_is_told_with_the_extra_that_has_it(package: str, monk
 
     real = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name: None if name == package else real(name))
-    with pytest.raises(EnvironmentProblem, match=rf"needs {package}\. Install: pip install 'cclip-deploy\[export\]'"):
+    with pytest.raises(EnvironmentIssue, match=rf"needs {package}\. Install: pip install 'cclip-deploy\[export\]'"):
         require_export_packages()
 
 
@@ -276,7 +276,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
     writer: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, full)
-    with pytest.raises(EnvironmentProblem, match="The disk is full") as caught:
+    with pytest.raises(EnvironmentIssue, match="The disk is full") as caught:
         export_bundle(tiny_checkpoint, tmp_path / "new", OPTIONS, "test")
     assert caught.value.exit_code == 3
     assert os.listdir(tmp_path) == []

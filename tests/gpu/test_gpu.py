@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cclip_deploy.benchmark.statistics import summarise
+from cclip_deploy.benchmark.statistics import summarize
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.engines.build import BuildOptions, build_engines
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import check_graphs
 from cclip_deploy.parity.reference import expand, load_references, seeded_inputs
 from cclip_deploy.runtime.onnxruntime.cpu import Device
 from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend
-from cclip_deploy.runtime.registry import Choice, engine_precisions
+from cclip_deploy.runtime.registry import BackendConfig, engine_precisions
 from cclip_deploy.runtime.tensorrt.binding import BindingName
 from cclip_deploy.runtime.tensorrt.device import Gpu, GpuFacts
 from cclip_deploy.runtime.tensorrt.open_device import open_gpu
@@ -62,7 +62,7 @@ def inputs_of(bundle: Bundle) -> dict[str, dict[str, Any]]:
 def test_engines_agree_with_pytorch(
     binding: BindingName, precision: Precision, build_once: BuildOnce, results: GpuResults
 ) -> None:
-    found = verify_bundle(build_once(binding, precision), VerifyOptions(threads=THREADS, choice=Choice(binding)))
+    found = verify_bundle(build_once(binding, precision), VerifyOptions(threads=THREADS, choice=BackendConfig(binding)))
     for check in found.checks:
         if check.metric in ("relative_error", "mask_dice"):
             results.add(
@@ -122,7 +122,7 @@ def test_features_kept_on_the_device_give_the_same_masks(binding: BindingName, b
     prompt = {name: value for name, value in arrays["mask_decoder"].items() if name != "features"}
     with TensorRtBackend(bundle, "fp16", binding, GpuOptions(lanes=2)) as backend:
         copied = backend.run("image_encoder", arrays["image_encoder"])["features"]
-        kept = backend.run_kept("image_encoder", arrays["image_encoder"], ["features"])["features"]
+        kept = backend.run_on_device("image_encoder", arrays["image_encoder"], ["features"])["features"]
         np.testing.assert_array_equal(kept.numpy(), copied)
         through_host = backend.run("mask_decoder", {"features": copied, **prompt})["logits"]
         np.testing.assert_array_equal(backend.run("mask_decoder", {"features": kept, **prompt})["logits"], through_host)
@@ -149,7 +149,7 @@ def test_an_engine_for_another_gpu_is_refused(binding: BindingName, build_once: 
             engine["runs_on"] = {"compute_capabilities": ["7.5"], "and_later": False, "gpu": None}
 
     reseal(copy, for_another)
-    with pytest.raises(EnvironmentProblem, match=r"runs on GPUs of compute capability 7\.5"):
+    with pytest.raises(EnvironmentIssue, match=r"runs on GPUs of compute capability 7\.5"):
         TensorRtBackend(Bundle.open(copy), "fp16", binding)
 
 
@@ -234,13 +234,13 @@ def time_engines(bundle: Bundle, binding: BindingName, precision: str, results: 
                 started = time.perf_counter()
                 backend.run(graph, arrays)
                 first_ms = (time.perf_counter() - started) * 1e3
-                device = summarise(backend.device_times_ms(graph, arrays, runs))
+                device = summarize(backend.device_times_ms(graph, arrays, runs))
                 whole = []
                 for _ in range(runs):
                     started = time.perf_counter()
                     backend.run(graph, arrays)
                     whole.append((time.perf_counter() - started) * 1e3)
-                with_copies = summarise(whole)
+                with_copies = summarize(whole)
                 results.add(
                     "Latency, one picture or prompt, ms", network=bundle.manifest.model["name"],
                     size="×".join(map(str, bundle.manifest.image_hw)), binding=binding, precision=precision,

@@ -107,7 +107,7 @@ def test_integer_products_and_convolutions_count_like_float_ones() -> None:
     assert count_one("ConvInteger", conv, {"x": 3, "w": 3, "y": 6}) == 4 * 8 * 8 * 8 * 3 * 3
 
 
-def test_quantised_operators_find_their_second_operand_behind_scale_and_zero_point() -> None:
+def test_quantized_operators_find_their_second_operand_behind_scale_and_zero_point() -> None:
     scalars: dict[str, Dims] = {"s": [], "z": []}
     kinds = dict.fromkeys(("a", "b", "x", "w", "z", "y"), int(TensorProto.INT8))
 

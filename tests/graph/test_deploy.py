@@ -16,7 +16,7 @@ from cclip_deploy.model.checkpoint import load_checkpoint
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.neck import Carafe, CoordinateBlock
 from cclip_deploy.model.network import CausalCLIPSeg
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 from tests.published.checkpoint import example, golden
 
 HW = (64, 96)
@@ -25,7 +25,7 @@ LENGTH = 12
 
 @pytest.fixture(scope="module")
 def network() -> CausalCLIPSeg:
-    return randomised(CausalCLIPSeg(TINY), seed=6)
+    return randomized(CausalCLIPSeg(TINY), seed=6)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_decoder_equals_a_convolution_whose_tap_biases_stop_at_the_border(hw: tu
 
 
 @pytest.mark.parametrize("hw", [(1, 1), (2, 3), (5, 4)])
-def test_shifted_sum_takes_each_tap_from_its_own_neighbour(hw: tuple[int, int]) -> None:
+def test_shifted_sum_takes_each_tap_from_its_own_neighbor(hw: tuple[int, int]) -> None:
     taps = random_map(2, 9, *hw)
     expected = torch.zeros(2, *hw, dtype=torch.float64)
     for y in range(hw[0]):
@@ -140,7 +140,7 @@ def test_weights_that_no_rewrite_changes_are_shared(network: CausalCLIPSeg, form
 
 
 def test_form_of_a_trainable_network_holds_constants() -> None:
-    network = randomised(CausalCLIPSeg(TINY)).requires_grad_(True)
+    network = randomized(CausalCLIPSeg(TINY)).requires_grad_(True)
     form = to_deploy_form(network, (32, 32), LENGTH)
     assert not any(buffer.requires_grad for buffer in form.buffers())
     assert all(parameter.requires_grad for parameter in network.parameters())

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cclip_deploy.bundle.manifest import TensorSpec
-from cclip_deploy.graph.entry import describe_graph, save_graph
+from cclip_deploy.graph.entry import graph_entry, save_graph
 
 
 def product(inner: int = 3) -> onnx.ModelProto:
@@ -31,7 +31,7 @@ def product(inner: int = 3) -> onnx.ModelProto:
 
 def test_entry_tells_names_types_dimensions_hash_and_cost(tmp_path: Path) -> None:
     save_graph(product(), tmp_path / "product.onnx")
-    entry = describe_graph(product(), "product.onnx", tmp_path, "0" * 64, "fp16")
+    entry = graph_entry(product(), "product.onnx", tmp_path, "0" * 64, "fp16")
     assert entry.inputs == (TensorSpec(name="rows", dtype="float16", shape=("batch", 3)),)
     assert entry.outputs == (TensorSpec(name="out", dtype="float16", shape=("batch", 5)),)
     assert entry.sha256 == hashlib.sha256((tmp_path / "product.onnx").read_bytes()).hexdigest()

@@ -12,7 +12,7 @@ from cclip_deploy.errors import ParityError
 from cclip_deploy.graph.precision.float16 import precision_share, to_bf16, to_fp16
 from cclip_deploy.graph.precision.io_types import halve_inputs_and_outputs
 from cclip_deploy.graph.precision.onnx_graph import raise_opset
-from cclip_deploy.graph.precision.rounding import is_narrow, widen
+from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
 from tests.graph.precision.test_float16 import make_model, normal, run, types_of
 
 
@@ -51,7 +51,7 @@ def test_a_widened_graph_rounds_where_bf16_does() -> None:
     hidden = np.maximum(rounded(rounded(x) @ w1), 0)
     scores = rounded(hidden @ w2).astype(np.float64)
     exact = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-    (got,) = run(widen(to_bf16(model)), x=x)
+    (got,) = run(emulate_rounding(to_bf16(model)), x=x)
     np.testing.assert_allclose(got, exact, rtol=1e-5)
     assert abs(got - run(model, x=x)[0]).max() > 1e-4, "nothing was rounded"
 
@@ -65,14 +65,14 @@ def test_a_widened_fp16_graph_overflows_where_fp16_does() -> None:
     weights = {"w": np.full((4, 4), 200, np.float32), "small": np.full(1, 2.0**-10, np.float32)}
     half = to_fp16(make_model(nodes, weights, {"x": (4, 4)}, {"y": (4, 4)}))
     x = np.full((4, 4), 100, np.float32)
-    assert np.isinf(run(widen(half), x=x)[0]).all()
-    fitting = run(widen(half), x=x / 2)[0]
+    assert np.isinf(run(emulate_rounding(half), x=x)[0]).all()
+    fitting = run(emulate_rounding(half), x=x / 2)[0]
     np.testing.assert_array_equal(fitting, np.full((4, 4), 40000 / 1024, np.float32).astype(np.float16))
 
 
 def test_a_widened_graph_keeps_fp16_inputs_and_outputs() -> None:
     halved, x = halve_inputs_and_outputs(to_fp16(two_products())), normal(4, 8).astype(np.float16)
-    (got,) = run(widen(halved), x=x)
+    (got,) = run(emulate_rounding(halved), x=x)
     assert got.dtype == np.float16
     np.testing.assert_allclose(got, run(two_products(), x=x.astype(np.float32))[0], atol=2e-3)
 
@@ -80,7 +80,7 @@ def test_a_widened_graph_keeps_fp16_inputs_and_outputs() -> None:
 def test_a_bf16_weight_has_float32s_range_and_must_be_finite() -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")]
     large = make_model(nodes, {"w": np.full((4, 4), 1e30, np.float32)}, {"x": (4, 4)}, {"y": (4, 4)})
-    assert np.isfinite(run(widen(to_bf16(large)), x=np.ones((4, 4), np.float32))[0]).all()
+    assert np.isfinite(run(emulate_rounding(to_bf16(large)), x=np.ones((4, 4), np.float32))[0]).all()
     broken = make_model(nodes, {"w": np.full((4, 4), np.inf, np.float32)}, {"x": (4, 4)}, {"y": (4, 4)})
     with pytest.raises(ParityError, match="bfloat16 cannot hold"):
         to_bf16(broken)
@@ -95,7 +95,7 @@ def test_a_mask_of_minus_infinity_becomes_finite_in_bf16_too() -> None:
     narrow = to_bf16(make_model(nodes, {"mask": mask}, {"x": (4, 4)}, {"y": (4, 4)}))
     values = onnx.numpy_helper.to_array(narrow.graph.initializer[0]).astype(np.float32)
     assert np.isfinite(values).all()
-    (got,) = run(widen(narrow), x=np.zeros((4, 4), np.float32))
+    (got,) = run(emulate_rounding(narrow), x=np.zeros((4, 4), np.float32))
     np.testing.assert_allclose(got, np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None], rtol=1e-2)
 
 

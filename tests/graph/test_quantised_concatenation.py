@@ -1,4 +1,4 @@
-"""What a concatenation gives is quantised before it: one scale, codes joined; ONNX Runtime and OpenVINO agree on it."""
+"""What a concatenation gives is quantized before it: one scale, codes joined; ONNX Runtime and OpenVINO agree on it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_values_that_something_else_reads_are_joined_too() -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8-fp16", "fp8"])
-def test_the_other_quantised_forms_are_valid(precision: str) -> None:
+def test_the_other_quantized_forms_are_valid(precision: str) -> None:
     """FP8 codes cannot be joined in ONNX, so there the values are; a half rest needs the type of every tensor."""
     model = gated_model()
     low = lower(model, precision, ranges_of(model)).model  # type: ignore[arg-type]

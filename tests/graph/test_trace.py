@@ -20,7 +20,7 @@ from cclip_deploy.graph.fuse import fuse
 from cclip_deploy.graph.trace import OPSET, GraphPlan, plan_deploy_graphs, plan_plain_graph, trace
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
-from tests.numerics import randomised, relative_error
+from tests.numerics import randomized, relative_error
 
 HW, LENGTH = (64, 96), 12
 GRAPHS = ("prompt_encoder", "image_encoder", "mask_decoder", "row_decoder", "fused")
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow  # tracing takes half a minute
 
 @pytest.fixture(scope="module")
 def network() -> CausalCLIPSeg:
-    return randomised(CausalCLIPSeg(TINY), seed=6).float()
+    return randomized(CausalCLIPSeg(TINY), seed=6).float()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cclip_deploy.errors import EnvironmentProblem, ImageError
+from cclip_deploy.errors import EnvironmentIssue, ImageError
 from cclip_deploy.imaging.dicom import read_dicom
 from cclip_deploy.imaging.reading import read_picture
 
@@ -85,9 +85,9 @@ def test_linear_exact_and_sigmoid_windows_follow_the_standard(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("centre", [100, 100.5])
-def test_window_of_width_one_is_a_threshold(tmp_path: Path, centre: float) -> None:
-    path = write_dicom(tmp_path / "a.dcm", RAMP, bits=12, WindowCenter=centre, WindowWidth=1)
-    np.testing.assert_array_equal(read_dicom(path).pixels, np.greater(RAMP, centre - 0.5).astype(np.float32))
+def test_window_of_width_one_is_a_threshold(tmp_path: Path, center: float) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RAMP, bits=12, WindowCenter=center, WindowWidth=1)
+    np.testing.assert_array_equal(read_dicom(path).pixels, np.greater(RAMP, center - 0.5).astype(np.float32))
 
 
 def test_first_of_several_windows_is_used(tmp_path: Path) -> None:
@@ -229,13 +229,13 @@ def test_ybr_becomes_rgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, BIG_ENDIAN])
-def test_palette_gives_its_colours(tmp_path: Path, syntax: str) -> None:
+def test_palette_gives_its_colors(tmp_path: Path, syntax: str) -> None:
     elements: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
     tables = np.array([[0, 65535, 300], [10000, 0, 65535], [1, 2, 3]])
-    for colour, table in zip(("Red", "Green", "Blue"), tables, strict=True):
-        elements[f"{colour}PaletteColorLookupTableDescriptor"] = [3, 0, 16]
+    for color, table in zip(("Red", "Green", "Blue"), tables, strict=True):
+        elements[f"{color}PaletteColorLookupTableDescriptor"] = [3, 0, 16]
         order = ">u2" if syntax == BIG_ENDIAN else "<u2"
-        elements[f"{colour}PaletteColorLookupTableData"] = table.astype(order).tobytes()
+        elements[f"{color}PaletteColorLookupTableData"] = table.astype(order).tobytes()
     stored = np.array([[0, 1], [2, 2]], np.uint8)
     picture = read_dicom(write_dicom(tmp_path / "a.dcm", stored, syntax=syntax, **elements))
     assert picture.bits == 16
@@ -304,7 +304,7 @@ def test_missing_decoder_names_the_package(tmp_path: Path) -> None:
     dataset.save_as(tmp_path / "a.dcm")
     if pydicom.pixels.get_decoder(JPEG_LOSSLESS).is_available:
         pytest.skip("a decoder for JPEG Lossless is installed here")
-    _assert_refused(tmp_path / "a.dcm", EnvironmentProblem, "JPEG Lossless", "pip install", "pylibjpeg-libjpeg")
+    _assert_refused(tmp_path / "a.dcm", EnvironmentIssue, "JPEG Lossless", "pip install", "pylibjpeg-libjpeg")
 
 
 @pytest.mark.parametrize("syntax", [MPEG2, DEFLATED, "1.2.3.4"])
@@ -319,7 +319,7 @@ def test_syntaxes_that_cannot_be_read_are_named(tmp_path: Path, syntax: str) -> 
 def test_missing_pydicom_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_dicom(tmp_path / "a.dcm", RAMP)
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(EnvironmentProblem, match=r"pip install 'cclip-deploy\[medical\]'"):
+    with pytest.raises(EnvironmentIssue, match=r"pip install 'cclip-deploy\[medical\]'"):
         read_picture(path)
 
 

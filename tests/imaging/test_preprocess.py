@@ -29,16 +29,16 @@ def triangle(x: np.ndarray) -> np.ndarray:
 
 
 def resize_matrix(length: int, target: int, filter_name: str) -> np.ndarray:
-    """(target, length) weights of a resize whose filter widens when it shrinks, pixel centres at i + 0.5."""
+    """(target, length) weights of a resize whose filter widens when it shrinks, pixel centers at i + 0.5."""
     kernel, radius = (cubic, 2) if filter_name == "bicubic" else (triangle, 1)
     scale = length / target
     width = max(scale, 1)
-    centres = (np.arange(target) + 0.5) * scale
-    offsets = np.arange(length)[None] + 0.5 - centres[:, None]
+    centers = (np.arange(target) + 0.5) * scale
+    offsets = np.arange(length)[None] + 0.5 - centers[:, None]
     weights = kernel(offsets / width)
-    # Whole pixels whose centre is within the support, rounded as a box of pixels (Pillow and PyTorch agree here).
-    first = np.floor(centres - radius * width + 0.5)[:, None]
-    last = np.floor(centres + radius * width + 0.5)[:, None]
+    # Whole pixels whose center is within the support, rounded as a box of pixels (Pillow and PyTorch agree here).
+    first = np.floor(centers - radius * width + 0.5)[:, None]
+    last = np.floor(centers + radius * width + 0.5)[:, None]
     index = np.arange(length)[None]
     weights = np.where((index >= first) & (index < last), weights, 0)
     return np.asarray(weights / weights.sum(1, keepdims=True))
@@ -62,7 +62,7 @@ def test_halving_bilinear_is_the_1_3_3_1_average() -> None:
     np.testing.assert_allclose(actual[0, 1], (1 * 1 + 3 * 0 + 3 * 0 + 1 * 0.5) / 8, atol=1e-7)
 
 
-def test_normalisation_is_clip_s() -> None:
+def test_normalization_is_clip_s() -> None:
     pixels = np.random.default_rng(2).random((32, 32, 3)).astype(np.float32)
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     expected = (pixels.astype(np.float64) - mean) / std
@@ -71,10 +71,10 @@ def test_normalisation_is_clip_s() -> None:
     np.testing.assert_allclose(actual[0], expected.transpose(2, 0, 1), atol=1e-6)
 
 
-def test_grey_is_the_same_as_three_equal_channels() -> None:
-    grey = np.random.default_rng(3).random((45, 60)).astype(np.float32)
+def test_gray_is_the_same_as_three_equal_channels() -> None:
+    gray = np.random.default_rng(3).random((45, 60)).astype(np.float32)
     np.testing.assert_array_equal(
-        to_input(grey, (32, 64), Preprocessing()), to_input(np.stack([grey] * 3, -1), (32, 64), Preprocessing())
+        to_input(gray, (32, 64), Preprocessing()), to_input(np.stack([gray] * 3, -1), (32, 64), Preprocessing())
     )
 
 
@@ -170,7 +170,7 @@ def test_preprocessing_goes_through_json_unchanged() -> None:
         {"resize_filter": "nearest"},
         {"antialias": False},
         {"fit": "pad"},
-        {"colour": "rgb"},
+        {"color": "rgb"},
     ],
 )
 def test_preprocessing_refuses_what_it_cannot_mean(values: dict[str, object]) -> None:

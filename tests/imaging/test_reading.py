@@ -20,7 +20,7 @@ from cclip_deploy.imaging.reading import find_pictures, read_picture
 COLOUR = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [128, 64, 32], [255, 255, 255]]], np.uint8)
 
 
-def write_png16(path: Path, values: np.ndarray, colour_type: int) -> None:
+def write_png16(path: Path, values: np.ndarray, color_type: int) -> None:
     """A 16-bit PNG by the letter of the standard; Pillow cannot write those with several channels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -28,13 +28,13 @@ def write_png16(path: Path, values: np.ndarray, colour_type: int) -> None:
 
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
-def write_grey_tiff(path: Path, data: bytes, hw: tuple[int, int], bits: int, photometric: int, sample: int = 1) -> None:
-    """An uncompressed grey TIFF of one strip; Pillow cannot write WhiteIsZero, 12 bits or unsigned 32."""
+def write_gray_tiff(path: Path, data: bytes, hw: tuple[int, int], bits: int, photometric: int, sample: int = 1) -> None:
+    """An uncompressed gray TIFF of one strip; Pillow cannot write WhiteIsZero, 12 bits or unsigned 32."""
     entries = [(256, hw[1]), (257, hw[0]), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1), (278, hw[0])]
     entries += [(279, len(data)), (339, sample)]
     start = 8 + 2 + 12 * len(entries) + 4
@@ -43,7 +43,7 @@ def write_grey_tiff(path: Path, data: bytes, hw: tuple[int, int], bits: int, pho
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [("png", "png"), ("tiff", "tiff"), ("bmp", "bmp")])
-def test_eight_bit_colour_is_read_exactly(tmp_path: Path, suffix: str, kind: str) -> None:
+def test_eight_bit_color_is_read_exactly(tmp_path: Path, suffix: str, kind: str) -> None:
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(COLOUR).save(path)
     picture = read_picture(path)
@@ -54,23 +54,23 @@ def test_eight_bit_colour_is_read_exactly(tmp_path: Path, suffix: str, kind: str
 
 @given(values=hnp.arrays(np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9)))
 @settings(deadline=None, max_examples=40)
-def test_sixteen_bit_grey_png_keeps_every_level(tmp_path_factory: pytest.TempPathFactory, values: np.ndarray) -> None:
+def test_sixteen_bit_gray_png_keeps_every_level(tmp_path_factory: pytest.TempPathFactory, values: np.ndarray) -> None:
     path = tmp_path_factory.mktemp("deep") / "a.png"
-    write_png16(path, values, colour_type=0)
+    write_png16(path, values, color_type=0)
     picture = read_picture(path)
     assert picture.bits == 16
     np.testing.assert_array_equal(np.rint(picture.pixels.astype(np.float64) * 65535), values)
 
 
-def test_sixteen_bit_colour_png_is_reduced_to_eight_bits_and_says_so(tmp_path: Path) -> None:
+def test_sixteen_bit_color_png_is_reduced_to_eight_bits_and_says_so(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(np.uint16)
-    write_png16(tmp_path / "a.png", values, colour_type=2)
+    write_png16(tmp_path / "a.png", values, color_type=2)
     picture = read_picture(tmp_path / "a.png")
     assert picture.bits == 8
     np.testing.assert_allclose(picture.pixels, values / 65535, atol=1 / 255)
 
 
-def test_jpeg_grey_is_close_and_two_dimensional(tmp_path: Path) -> None:
+def test_jpeg_gray_is_close_and_two_dimensional(tmp_path: Path) -> None:
     ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))
     Image.fromarray(ramp).save(tmp_path / "a.jpg", quality=95)
     picture = read_picture(tmp_path / "a.jpg")
@@ -91,7 +91,7 @@ def test_one_bit_picture_is_black_and_white(tmp_path: Path) -> None:
     np.testing.assert_array_equal(picture.pixels, bits.astype(np.float32))
 
 
-def test_palette_gives_its_colours(tmp_path: Path) -> None:
+def test_palette_gives_its_colors(tmp_path: Path) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 100, 0])
     image.putdata([1, 0])
@@ -144,13 +144,13 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
 
 def test_sixteen_bit_tiff_where_white_is_zero_is_inverted(tmp_path: Path) -> None:
     values = np.array([[0, 65535], [1000, 30000]], "<u2")
-    write_grey_tiff(tmp_path / "a.tif", values.tobytes(), (2, 2), bits=16, photometric=0)
+    write_gray_tiff(tmp_path / "a.tif", values.tobytes(), (2, 2), bits=16, photometric=0)
     np.testing.assert_allclose(read_picture(tmp_path / "a.tif").pixels, 1 - values / 65535, atol=1e-7)
 
 
 def test_twelve_bit_tiff_is_divided_by_its_own_white(tmp_path: Path) -> None:
     packed = bytes([0xFF, 0xF0, 0x00, 0x80, 0x01, 0x00])  # 4095, 0 | 2048, 256
-    write_grey_tiff(tmp_path / "a.tif", packed, (2, 2), bits=12, photometric=1)
+    write_gray_tiff(tmp_path / "a.tif", packed, (2, 2), bits=12, photometric=1)
     picture = read_picture(tmp_path / "a.tif")
     assert picture.bits == 12
     np.testing.assert_allclose(picture.pixels, np.array([[4095, 0], [2048, 256]]) / 4095, atol=1e-7)
@@ -258,9 +258,9 @@ def test_finding_nothing_is_an_error(tmp_path: Path) -> None:
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["PNG", "JPEG", "TIFF", "BMP"]), st.booleans())
 @settings(deadline=None, max_examples=40)
 def test_any_picture_comes_out_in_unit_range_with_its_own_size(
-    tmp_path_factory: pytest.TempPathFactory, height: int, width: int, kind: str, colour: bool
+    tmp_path_factory: pytest.TempPathFactory, height: int, width: int, kind: str, color: bool
 ) -> None:
-    shape = (height, width, 3) if colour else (height, width)
+    shape = (height, width, 3) if color else (height, width)
     path = tmp_path_factory.mktemp("any") / "a"
     Image.fromarray(np.random.default_rng(height).integers(0, 256, shape).astype(np.uint8)).save(path, kind)
     pixels = read_picture(path).pixels

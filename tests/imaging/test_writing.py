@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.imaging.reading import Picture
 from cclip_deploy.imaging.writing import OVERLAY_LONGEST_PX, draw_overlay, file_stem, write_segmentation
 
@@ -87,8 +87,8 @@ def test_calls_that_mean_nothing_write_nothing(
 
 
 def _write_and_fail(folder: Path) -> str:
-    """Write over an old result, expect an EnvironmentProblem, check that the old is whole; the message."""
-    with pytest.raises(EnvironmentProblem) as caught:
+    """Write over an old result, expect an EnvironmentIssue, check that the old is whole; the message."""
+    with pytest.raises(EnvironmentIssue) as caught:
         write_segmentation(picture_of(64, 64), "p", np.ones((64, 64)), folder, "a")
     assert {path.name for path in folder.iterdir()} == {"a-mask.png", "a-probability.png", "a-overlay.png"}
     assert np.asarray(Image.open(folder / "a-mask.png")).max() == 0
@@ -134,7 +134,7 @@ def test_kernel_that_refuses_to_write_leaves_the_old_files(tmp_path: Path) -> No
 
 def test_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    with pytest.raises(EnvironmentProblem, match=r"Masks cannot be written to .*taken"):
+    with pytest.raises(EnvironmentIssue, match=r"Masks cannot be written to .*taken"):
         write_segmentation(picture_of(4, 4), "p", np.zeros((4, 4)), tmp_path / "taken", "a")
 
 
@@ -193,8 +193,8 @@ def _square(side: int, low: int, high: int) -> np.ndarray:
     return mask
 
 
-def _distance(pixel: np.ndarray, colour: np.ndarray) -> float:
-    return float(np.abs(pixel.astype(int) - colour).max())
+def _distance(pixel: np.ndarray, color: np.ndarray) -> float:
+    return float(np.abs(pixel.astype(int) - color).max())
 
 
 def test_overlay_tints_inside_draws_the_edge_and_leaves_the_rest() -> None:
@@ -210,7 +210,7 @@ def test_overlay_tints_inside_draws_the_edge_and_leaves_the_rest() -> None:
     np.testing.assert_array_equal(drawn[300, 190], [128, 128, 128])
 
 
-def test_overlay_outlines_the_truth_in_its_own_colour_and_names_it() -> None:
+def test_overlay_outlines_the_truth_in_its_own_color_and_names_it() -> None:
     pixels, mask = np.full((600, 600), 0.5, np.float32), _square(600, 200, 400)
     plain = draw_overlay(pixels, mask, "left lung")
     drawn_image = draw_overlay(pixels, mask, "left lung", truth=_square(600, 100, 500))

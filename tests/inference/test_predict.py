@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import EnvironmentProblem, ImageError, PromptError, UsageError
+from cclip_deploy.errors import EnvironmentIssue, ImageError, PromptError, UsageError
 from cclip_deploy.imaging.preprocess import to_source
 from cclip_deploy.imaging.reading import read_picture
 from cclip_deploy.inference import predict as pipeline
@@ -91,9 +91,9 @@ def kinds(folder: Path) -> list[tuple[Path, tuple[int, int]]]:
     """A picture of every kind that is read, with its height and width."""
     film = RNG.integers(0, 4096, (48, 36)).astype(np.uint16)
     return [
-        (save_png(folder / "grey8.png"), (50, 40)),
+        (save_png(folder / "gray8.png"), (50, 40)),
         (save_png(folder / "deep.png", (33, 70), np.uint16), (33, 70)),
-        (save_png(folder / "colour.png", (20, 30, 3)), (20, 30)),
+        (save_png(folder / "color.png", (20, 30, 3)), (20, 30)),
         (save_png(folder / "alpha.png", (20, 31, 4)), (20, 31)),
         (save_png(folder / "photo.jpg", (64, 96, 3)), (64, 96)),
         (write_dicom(folder / "film.dcm", film, bits=12, WindowCenter=2048, WindowWidth=3000), (48, 36)),
@@ -241,7 +241,7 @@ def test_an_output_that_is_a_file_or_cannot_be_made_is_a_message(fast: Segmenter
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UsageError, match="is a file, where a folder"):
         predict(fast, [path], ["lung"], tmp_path / "out")
-    with pytest.raises(EnvironmentProblem, match="could not be written"):
+    with pytest.raises(EnvironmentIssue, match="could not be written"):
         predict(fast, [path], ["lung"], tmp_path / "out" / "deeper")
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -268,13 +268,13 @@ def test_ten_thousand_prompts_are_asked_in_portions_of_sixteen(tiny_bundle: Bund
 
 
 def test_the_brightness_network_is_what_the_files_show(fast: Segmenter, tmp_path: Path) -> None:
-    """Closed form: logits 4 mean(normalised) - 0.1 words, of a picture that is not resized."""
+    """Closed form: logits 4 mean(normalized) - 0.1 words, of a picture that is not resized."""
     path = save_png(tmp_path / "a.png", (64, 96))
     row = predict(fast, [path], ["lung"], tmp_path / "out").done[0]
-    grey = read_picture(path).pixels.astype(np.float64)
+    gray = read_picture(path).pixels.astype(np.float64)
     mean = np.array([0.48145466, 0.4578275, 0.40821073])
     std = np.array([0.26862954, 0.26130258, 0.27577711])
-    features = ((grey[..., None] - mean) / std).mean(axis=-1)
+    features = ((gray[..., None] - mean) / std).mean(axis=-1)
     expected = 1 / (1 + np.exp(-(4 * features - 0.3)))  # start, lung, end: three tokens
     deep = read_png(row.written.probability).astype(np.float64) / 65535
     np.testing.assert_allclose(deep, to_source(expected.astype(np.float32), (64, 96)), atol=2e-5)
@@ -284,9 +284,7 @@ def our_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("cclip-")]
 
 
-@pytest.mark.parametrize(
-    "error", [EnvironmentProblem("No room for masks"), KeyboardInterrupt()], ids=["full", "Ctrl-C"]
-)
+@pytest.mark.parametrize("error", [EnvironmentIssue("No room for masks"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
 def test_a_writer_that_fails_stops_the_run_and_leaves_no_thread(
     fast: Segmenter, fake: Brightness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:

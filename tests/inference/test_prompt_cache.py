@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cclip_deploy.errors import EnvironmentProblem, ParityError, UsageError
+from cclip_deploy.errors import EnvironmentIssue, ParityError, UsageError
 from cclip_deploy.inference.prompt_cache import CacheCounts, KernelFolder, KernelOrigin, PromptCache, PromptKernels
 
 ORIGIN = KernelOrigin("a" * 64, "fp32", "b" * 64, 6, 4)
@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path: Path) ->
     with pytest.raises(UsageError, match="is a file, where a folder for prompt kernels"):
         KernelFolder(tmp_path / "file", ORIGIN)
     for place in (tmp_path / "file" / "deeper", Path("/proc/cclip-cache"), Path("/proc")):
-        with pytest.raises(EnvironmentProblem, match=r"prompt cache cannot be used.*could not be written") as caught:
+        with pytest.raises(EnvironmentIssue, match=r"prompt cache cannot be used.*could not be written") as caught:
             KernelFolder(place, ORIGIN)
         assert caught.value.exit_code == 3
 
@@ -232,6 +232,6 @@ def test_a_full_disk_is_an_error_and_leaves_no_part(
 
     folder = KernelFolder(tmp_path, ORIGIN)
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(EnvironmentProblem, match=r"disk is full.*Or leave --prompt-cache out"):
+    with pytest.raises(EnvironmentIssue, match=r"disk is full.*Or leave --prompt-cache out"):
         KernelFolder(tmp_path, ORIGIN) if moment == "opening" else PromptCache(folder).kernels([row(3)], formula)
     assert list(tmp_path.iterdir()) == []

@@ -149,10 +149,10 @@ def test_decode_gives_every_prompt_on_every_picture(segmenter: Segmenter) -> Non
     np.testing.assert_allclose(logits[1, 17], one[0, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_colour_of_equal_channels_is_grey(segmenter: Segmenter) -> None:
-    grey = next(segmenter.probabilities(FILM, PROMPTS[:1]))
-    colour = next(segmenter.probabilities(np.repeat(FILM[..., None], 3, axis=2), PROMPTS[:1]))
-    np.testing.assert_array_equal(grey, colour)
+def test_color_of_equal_channels_is_gray(segmenter: Segmenter) -> None:
+    gray = next(segmenter.probabilities(FILM, PROMPTS[:1]))
+    color = next(segmenter.probabilities(np.repeat(FILM[..., None], 3, axis=2), PROMPTS[:1]))
+    np.testing.assert_array_equal(gray, color)
 
 
 @pytest.mark.parametrize(

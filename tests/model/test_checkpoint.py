@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cclip_deploy.common.files import sha256_file
-from cclip_deploy.errors import CheckpointError, EnvironmentProblem
+from cclip_deploy.errors import CheckpointError, EnvironmentIssue
 from cclip_deploy.model import checkpoint
 from cclip_deploy.model.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from cclip_deploy.model.config import RN101, TINY, InputForm
@@ -106,7 +106,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
         raise failure
 
     monkeypatch.setattr(checkpoint, "save_file", stop_halfway)
-    expected = EnvironmentProblem if isinstance(failure, OSError) else KeyboardInterrupt
+    expected = EnvironmentIssue if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
         save_checkpoint(tiny_network, path)
     assert isinstance(failure, KeyboardInterrupt) or "The disk is full" in str(caught.value)
@@ -115,7 +115,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
 
 def test_a_folder_that_cannot_be_made_is_an_environment_problem(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(EnvironmentProblem, match="could not be written"):
+    with pytest.raises(EnvironmentIssue, match="could not be written"):
         save_checkpoint(tiny_network, tmp_path / "file" / "model.safetensors")
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cclip_deploy.errors import CheckpointError, EnvironmentProblem
+from cclip_deploy.errors import CheckpointError, EnvironmentIssue
 from cclip_deploy.model.clip_start import load_clip_weights
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
@@ -154,5 +154,5 @@ def test_weights_that_cannot_be_fetched_are_an_environment_problem(
         raise OSError("no route to host")
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
-    with pytest.raises(EnvironmentProblem, match=r"could not fetch RN101-quickgelu 'openai': no route to host"):
+    with pytest.raises(EnvironmentIssue, match=r"could not fetch RN101-quickgelu 'openai': no route to host"):
         load_clip_weights(network, "openai")

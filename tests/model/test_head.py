@@ -10,16 +10,16 @@ from torch.nn import functional
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.head import MaskHead, prompt_kernel_rows
 from tests.model.oracles import block
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
 
 @pytest.fixture(scope="module")
 def head() -> MaskHead:
-    return randomised(MaskHead(TINY), seed=5)
+    return randomized(MaskHead(TINY), seed=5)
 
 
 def quadrupled(x: Tensor) -> Tensor:
-    """Bilinear x4 at half-pixel centres, pixel by pixel, the border repeated."""
+    """Bilinear x4 at half-pixel centers, pixel by pixel, the border repeated."""
     for axis in (2, 3):
         size, rows = x.shape[axis], []
         for row in range(4 * size):

@@ -12,16 +12,16 @@ from cclip_deploy.model.config import TINY
 from cclip_deploy.model.neck import Carafe, CausalNeck, CoordinateBlock, Masker, coordinate_channels
 from cclip_deploy.model.towers import ImagePyramid
 from tests.model.oracles import block, carafe_by_pixels, convolve, normed, with_coordinates
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
 SIDES = st.integers(1, 7)
-CARAFE = randomised(Carafe(5, 4), seed=1)
-MASKER = randomised(Masker(4), seed=2)
+CARAFE = randomized(Carafe(5, 4), seed=1)
+MASKER = randomized(Masker(4), seed=2)
 
 
 @pytest.fixture(scope="module")
 def neck() -> CausalNeck:
-    return randomised(CausalNeck(TINY), seed=3)
+    return randomized(CausalNeck(TINY), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_carafe_weighs_nine_input_pixels_for_every_output_pixel(height: int, wid
 
 
 def test_carafe_with_even_weights_is_a_3x3_mean_repeated() -> None:
-    module = randomised(Carafe(5, 4))
+    module = randomized(Carafe(5, 4))
     module.encode.weight.zero_()
     module.encode.bias.zero_()  # type: ignore[union-attr]
     module.out.weight.copy_(torch.eye(5)[:, :, None, None])
@@ -56,7 +56,7 @@ def test_coordinates_are_x_then_y_from_minus_one_to_one(height: int, width: int)
 
 
 def test_coordinates_stand_after_the_input_s_channels() -> None:
-    module, x = randomised(CoordinateBlock(4)), random_map(2, 4, 3, 5)
+    module, x = randomized(CoordinateBlock(4)), random_map(2, 4, 3, 5)
     assert relative_error(module(x), block(with_coordinates(x), module.block)) <= 1e-12
 
 

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from cclip_deploy.errors import UsageError
 from cclip_deploy.model.config import RN101, TINY
 from cclip_deploy.model.network import CausalCLIPSeg
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
 
 @pytest.fixture(scope="module")
 def network() -> CausalCLIPSeg:
-    return randomised(CausalCLIPSeg(TINY), seed=4)
+    return randomized(CausalCLIPSeg(TINY), seed=4)
 
 
 def prompts(*rows: tuple[int, ...], length: int = 9) -> Tensor:
@@ -67,7 +67,7 @@ def test_picture_that_is_no_multiple_of_32_is_refused(network: CausalCLIPSeg) ->
 
 
 def test_every_parameter_learns_from_one_of_the_two_branches() -> None:
-    network = randomised(CausalCLIPSeg(TINY)).requires_grad_(True)
+    network = randomized(CausalCLIPSeg(TINY)).requires_grad_(True)
     logits = network(random_map(1, 3, 32, 64), prompts((7, 8, 1200)))
     (logits.causal.square().mean() + logits.confounding.square().mean()).backward()
     silent = [name for name, p in network.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
@@ -76,7 +76,7 @@ def test_every_parameter_learns_from_one_of_the_two_branches() -> None:
 
 
 def test_causal_logits_teach_all_but_the_confounding_head() -> None:
-    network = randomised(CausalCLIPSeg(TINY)).requires_grad_(True)
+    network = randomized(CausalCLIPSeg(TINY)).requires_grad_(True)
     causal = network(random_map(1, 3, 32, 32), prompts((320,))).causal.sum()
     other = [*network.confounding_head.parameters()]
     own = [*network.head.parameters(), network.image_tower.conv1.weight, network.text_tower.text_projection]

@@ -13,20 +13,20 @@ from cclip_deploy.errors import PromptError, UsageError
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.towers import DenseAttentionPool, ImageTower, TextTower
 from tests.model.open_clip_twin import open_clip_twin
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
 START, END = 49406, 49407
-POOL = randomised(DenseAttentionPool(grid=7, width=16, heads=4, out_width=6), seed=3)
+POOL = randomized(DenseAttentionPool(grid=7, width=16, heads=4, out_width=6), seed=3)
 
 
 @pytest.fixture(scope="module")
 def text_tower() -> TextTower:
-    return randomised(TextTower(TINY), seed=1)
+    return randomized(TextTower(TINY), seed=1)
 
 
 @pytest.fixture(scope="module")
 def image_tower() -> ImageTower:
-    return randomised(ImageTower(TINY), seed=2)
+    return randomized(ImageTower(TINY), seed=2)
 
 
 def prompts(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -39,7 +39,7 @@ def prompts(rows: int, length: int, seed: int = 0) -> Tensor:
 
 
 def cubic_matrix(size: int, target: int) -> Tensor:
-    """(target, size): Keys' kernel with a = -0.75 at half-pixel centres, the border repeated."""
+    """(target, size): Keys' kernel with a = -0.75 at half-pixel centers, the border repeated."""
     matrix = torch.zeros(target, size, dtype=torch.float64)
     for row in range(target):
         place = (row + 0.5) * size / target - 0.5
@@ -83,7 +83,7 @@ def test_attention_pool_is_pytorch_s_attention_with_every_position_a_query(heigh
 
 
 def test_attention_pool_without_attention_leaves_a_normed_1x1_convolution_of_its_input() -> None:
-    pool = randomised(DenseAttentionPool(grid=7, width=16, heads=4, out_width=6), seed=3)
+    pool = randomized(DenseAttentionPool(grid=7, width=16, heads=4, out_width=6), seed=3)
     pool.c_proj.weight.zero_()
     pool.c_proj.bias.zero_()
     x, values = random_map(2, 16, 3, 5), pool.connect.state_dict()

@@ -14,9 +14,9 @@ from onnx import helper, numpy_helper
 from cclip_deploy.bundle.bundle import Bundle, edited_bundle
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.synthetic.generator import write_dataset
-from cclip_deploy.engines.convert import DeriveOptions, derive_graphs
+from cclip_deploy.engines.convert import ConvertOptions, convert_graphs
 from cclip_deploy.errors import ParityError
-from cclip_deploy.graph.precision import quantize as quantise
+from cclip_deploy.graph.precision import quantize as quantize
 from cclip_deploy.graph.precision.convert import lower
 from cclip_deploy.parity.layers import layer_errors, layer_limit
 from cclip_deploy.parity.reference import load_references
@@ -89,18 +89,18 @@ def test_a_conversion_that_gets_a_weight_wrong_publishes_nothing(
     tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Deriving again would repeat the mistake; the layers' outputs show it when the graph is made."""
-    codes = quantise.weight_codes
+    codes = quantize.weight_codes
     seen: list[int] = []
 
-    def third_is_wrong(values: Array, axis: int, kind: quantise.Quantised) -> tuple[Array, Array]:
+    def third_is_wrong(values: Array, axis: int, kind: quantize.Quantized) -> tuple[Array, Array]:
         seen.append(1)
         weights, scales = codes(values, axis, kind)
         return weights, scales * np.float32(1.5 if len(seen) == 3 else 1)
 
     write_dataset(tmp_path / "films", {"train": 8}, TINY_HW, 6)
-    monkeypatch.setattr(quantise, "weight_codes", third_is_wrong)
+    monkeypatch.setattr(quantize, "weight_codes", third_is_wrong)
     bundle = Bundle.open(copy_of(tiny_bundle_path, tmp_path))
     calibration = CalibrationOptions((tmp_path / "films" / "images",), "min-max")
-    options = DeriveOptions("int8", ("image_encoder",), calibration, threads=THREADS)
+    options = ConvertOptions("int8", ("image_encoder",), calibration, threads=THREADS)
     with pytest.raises(ParityError, match="'node_conv2d_2'"), edited_bundle(bundle) as folder:
-        derive_graphs(bundle, options, folder, lambda _: None)
+        convert_graphs(bundle, options, folder, lambda _: None)

@@ -58,7 +58,7 @@ def state_dict(seed: int = 0) -> dict[str, NDArray[np.generic]]:
 def example(
     seed: int, batch: int, height: int, words: int, width: int | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """A normalised image batch (batch, 3, height, width or height) and tokens (batch, words)."""
+    """A normalized image batch (batch, 3, height, width or height) and tokens (batch, words)."""
     width = width or height
     rng = np.random.Generator(np.random.PCG64([seed, 1000 + height]))
     coarse = rng.normal(0, 1, (batch, 3, height // 16, width // 16))

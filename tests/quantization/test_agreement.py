@@ -14,7 +14,7 @@ from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.datasets.writing import WRITERS
 from cclip_deploy.parity.reference import PICTURE_PROMPTS
-from cclip_deploy.quantization.agreement import evaluation_images, measure_masks, with_prompts, write_agreement
+from cclip_deploy.quantization.agreement import evaluation_images, measure_mask_agreement, with_prompts, write_agreement
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from tests.conftest import THREADS, TINY_HW
 
@@ -24,7 +24,7 @@ def test_in_every_layout_the_test_images_judge_with_their_own_prompts(layout: st
     folder = tmp_path / "data"
     write_dataset(folder, {"train": 8, "val": 2, "test": 3}, (32, 48), 5, layout=layout)
     found = evaluation_images(CalibrationOptions((), evaluation_set=(folder,)))
-    rows = [row for row in read_data_set(folder).referrals if row.split == "test"]
+    rows = [row for row in read_data_set(folder).samples if row.split == "test"]
     assert {(image.path, text) for image in found.images for text in image.prompts} == {(r.image, r.text) for r in rows}
     assert len(found.images) == 3
 
@@ -50,7 +50,7 @@ def test_every_image_and_prompt_counts_whatever_its_name_and_length(tiny_bundle:
         rows += [row | {"text": "lower left lung"}, row | {"text": "opacity near the hilum and " * 10}][: number + 1]
     (tmp_path / "set" / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = with_prompts(read_image_set((tmp_path / "set",), "test"))
-    agreement = measure_masks(tiny_bundle, "fp32", found, THREADS)
+    agreement = measure_mask_agreement(tiny_bundle, "fp32", found, THREADS)
     assert (agreement.pictures, agreement.masks, agreement.cut_prompts, agreement.patients) == (2, 3, 1, 0)
     assert agreement.mean == agreement.worst == 1
     write_agreement(agreement, tmp_path)

@@ -95,7 +95,7 @@ def test_in_every_layout_the_training_images_calibrate_and_the_test_images_are_k
     folder = tmp_path / "data"
     write_dataset(folder, {"train": 8, "val": 2, "test": 3}, (32, 48), 5, layout=layout)
     chosen = choose_pictures(CalibrationOptions((folder,), evaluation_set=(folder,)))
-    rows = read_data_set(folder).referrals
+    rows = read_data_set(folder).samples
     assert set(chosen.paths) == {row.image for row in rows if row.split == "train"}
     assert chosen.evaluation_pictures == len({row.image for row in rows if row.split == "test"})
     with pytest.raises(DataError, match="in the evaluation set too"):

@@ -26,9 +26,9 @@ from cclip_deploy.graph.precision.convert import lower
 from cclip_deploy.quantization import tune
 from cclip_deploy.quantization.agreement import with_prompts
 from cclip_deploy.quantization.calibrate import CalibrationOptions, calibrate, choose_pictures
-from cclip_deploy.quantization.pareto_plot import draw_front
+from cclip_deploy.quantization.pareto_plot import draw_pareto_front
 from cclip_deploy.quantization.profile import Agreement, TunedProfile, read_tuned_profile, write_tuned_profile
-from cclip_deploy.quantization.sensitivity import MaskTrial
+from cclip_deploy.quantization.sensitivity import SensitivityEvaluator
 from cclip_deploy.quantization.tune import TuneOptions, blocks_of, tune_precision
 from tests.bundles import copy_of, reseal
 from tests.cli.run import invoke
@@ -55,7 +55,7 @@ def profile(tiny_bundle_path: Path, wanted: TuneOptions) -> TunedProfile:
     return tune_precision(Bundle.open(tiny_bundle_path), wanted)
 
 
-def test_blocks_partition_the_products_that_can_be_quantised(tiny_bundle_path: Path) -> None:
+def test_blocks_partition_the_products_that_can_be_quantized(tiny_bundle_path: Path) -> None:
     model = onnx.load(tiny_bundle_path / "graphs/image_encoder.onnx")
     blocks = blocks_of(model, "int8")
     nodes = [node for found in blocks.values() for node in found]
@@ -89,7 +89,7 @@ def test_the_reported_dice_is_that_of_the_kept_blocks(
     bundle = Bundle.open(tiny_bundle_path)
     judged = with_prompts(read_image_set((films,), "test")).by_hash()
     held_out = [judged[sha256] for sha256 in profile.tuned.held_out_pictures]
-    trial = MaskTrial(bundle, "int8", held_out, THREADS)
+    trial = SensitivityEvaluator(bundle, "int8", held_out, THREADS)
     full = onnx.load(tiny_bundle_path / "graphs/image_encoder.onnx")
     assert np.concatenate(list(trial.judge(full, range(len(held_out))).values())).min() == 1
     options = CalibrationOptions((films,), "min-max")
@@ -116,7 +116,7 @@ class ScriptedTrial:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedTrial]:
     """The search over forms that are only named, judged by a table."""
-    monkeypatch.setattr(tune, "MaskTrial", ScriptedTrial)
+    monkeypatch.setattr(tune, "SensitivityEvaluator", ScriptedTrial)
     monkeypatch.setattr(lowering, "lower", lambda model, precision, ranges=None, keep=(): SimpleNamespace(model=keep))
     return ScriptedTrial
 
@@ -330,7 +330,7 @@ def test_the_command_tunes_and_build_engine_takes_what_it_wrote(
 
 
 def test_a_front_is_drawn_as_png_or_svg_only(profile: TunedProfile, tmp_path: Path) -> None:
-    draw_front(profile, tmp_path / "front.png")
+    draw_pareto_front(profile, tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match=r"none of \.png, \.svg"):
-        draw_front(profile, tmp_path / "front.jpg")
+        draw_pareto_front(profile, tmp_path / "front.jpg")

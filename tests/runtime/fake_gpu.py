@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.runtime.tensorrt.device import Bytes, GpuFacts, GpuInterface
 
 FACTS = GpuFacts("Imaginary GPU", "8.9", 24 << 30, "13.0")
@@ -58,7 +58,7 @@ class FakeGpu:
         assert not self.is_closed, f"{name} after close"
         self.calls.append(name)
         if self.fail_at == (name, self.calls.count(name)):
-            raise EnvironmentProblem(f"{name} failed: out of luck (CUDA error 2).")
+            raise EnvironmentIssue(f"{name} failed: out of luck (CUDA error 2).")
 
     def allocate(self, n_bytes: int) -> int:
         self._not_capturing("allocate")

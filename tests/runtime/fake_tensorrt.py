@@ -129,7 +129,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         binding, gpu = self.engine.binding, self.engine.binding.gpu
-        assert self.profile >= 0, "no optimisation profile"
+        assert self.profile >= 0, "no optimization profile"
         binding.runs.append(self.engine.graph)
         if len(binding.runs) == binding.fail_at_run:
             binding.logger.log("ILogger.Severity.ERROR", "no luck")
@@ -176,7 +176,7 @@ class FakeTensorRt:
         self.contexts: list[FakeContext] = []
         self.strategies: list[str] = []
         self.runs: list[str] = []
-        self.deserialised: list[bytes] = []
+        self.deserialized: list[bytes] = []
         self.DataType = SimpleNamespace(FLOAT="FLOAT", INT64="INT64")
         self.TensorIOMode = SimpleNamespace(INPUT="INPUT")
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="USER_MANAGED")
@@ -190,11 +190,11 @@ class FakeTensorRt:
     def Runtime(self, logger: Any) -> Any:
         self.logger = logger
 
-        def deserialise(content: bytes) -> FakeEngine | None:
-            self.deserialised.append(content)
+        def deserialize(content: bytes) -> FakeEngine | None:
+            self.deserialized.append(content)
             if not content.startswith(b"engine of "):
                 logger.log("ILogger.Severity.ERROR", "this is no engine")
                 return None
             return FakeEngine(self, content.decode().removeprefix("engine of "))
 
-        return SimpleNamespace(deserialize_cuda_engine=deserialise)
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.runtime.tensorrt import cuda_python as gpu_cuda_python
 from cclip_deploy.runtime.tensorrt import pycuda as gpu_pycuda
 from cclip_deploy.runtime.tensorrt.cuda_python import CudaPythonGpu
@@ -173,7 +173,7 @@ def test_bytes_go_to_the_device_and_back_and_everything_is_freed(gpu: tuple[Gpu,
 
 
 def test_what_cuda_refuses_is_told_in_its_words(gpu: tuple[Gpu, Any]) -> None:
-    with pytest.raises(EnvironmentProblem, match="out of memory"):
+    with pytest.raises(EnvironmentIssue, match="out of memory"):
         gpu[0].allocate(1 << 31)
 
 
@@ -192,7 +192,7 @@ def test_a_graph_is_instantiated_and_its_source_destroyed(runtime: FakeRuntime) 
 def test_a_pycuda_without_graphs_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_pycuda, "load_pycuda_driver", fake_pycuda)
     opened = open_gpu("pycuda")
-    with pytest.raises(EnvironmentProblem, match=r"cannot capture CUDA graphs\. Leave --cuda-graphs out"):
+    with pytest.raises(EnvironmentIssue, match=r"cannot capture CUDA graphs\. Leave --cuda-graphs out"):
         opened.begin_capture(opened.open_stream())
 
 
@@ -210,7 +210,7 @@ def test_a_machine_without_a_usable_gpu_is_told_what_to_do(
     count: tuple[int, int | None], driver: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_cuda_python, "load_cuda_runtime", lambda: FakeRuntime(count, driver))
-    with pytest.raises(EnvironmentProblem, match=message):
+    with pytest.raises(EnvironmentIssue, match=message):
         open_gpu()
 
 
@@ -225,14 +225,14 @@ def test_a_missing_package_names_its_remedy(
     interface: Any, module: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(EnvironmentProblem, match=message):
+    with pytest.raises(EnvironmentIssue, match=message):
         open_gpu(interface)
 
 
 def test_a_pycuda_without_its_driver_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     package = ModuleType("pycuda")
     monkeypatch.setitem(sys.modules, "pycuda", package)
-    with pytest.raises(EnvironmentProblem, match=r"pycuda does not load: .*Install the NVIDIA driver"):
+    with pytest.raises(EnvironmentIssue, match=r"pycuda does not load: .*Install the NVIDIA driver"):
         open_gpu("pycuda")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.runtime import registry as choice_module
-from cclip_deploy.runtime.registry import Choice, engine_precisions, open_backend, opened, precisions_to_run
+from cclip_deploy.runtime.registry import BackendConfig, engine_precisions, open_backend, opened, precisions_to_run
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
 from tests.runtime.fake_gpu import FakeGpu
 from tests.runtime.fake_tensorrt import FakeTensorRt, engine_bundle
@@ -25,7 +25,7 @@ def engines(tiny_bundle_path: Path, tmp_path: Path) -> Bundle:
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> Any:
-        raise EnvironmentProblem("There is no NVIDIA driver here.")
+        raise EnvironmentIssue("There is no NVIDIA driver here.")
 
     monkeypatch.setattr("cclip_deploy.runtime.tensorrt.runner.open_gpu", refuse)
 
@@ -54,7 +54,7 @@ def test_engines_are_run_by_their_binding_and_closed_at_the_end(
         return TensorRtBackend(bundle, precision, name, options, gpu, FakeTensorRt(gpu, bundle))  # type: ignore[arg-type]
 
     monkeypatch.setattr(choice_module, "TensorRtBackend", make)
-    with opened(Choice("tensorrt-rtx"), engines, "fp32") as found:
+    with opened(BackendConfig("tensorrt-rtx"), engines, "fp32") as found:
         assert found.backend.name == "tensorrt-rtx"
         assert found.to_dict() == {
             "asked": "tensorrt-rtx", "ran": "tensorrt-rtx", "precision": "fp32", "arithmetic": None,
@@ -68,15 +68,15 @@ def test_engines_are_run_by_their_binding_and_closed_at_the_end(
 def test_without_a_gpu_engines_are_an_error(engines: Bundle, no_gpu: None) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     with (
-        pytest.raises(EnvironmentProblem, match="no NVIDIA driver"),
-        opened(Choice("tensorrt-rtx"), engines, "fp32"),
+        pytest.raises(EnvironmentIssue, match="no NVIDIA driver"),
+        opened(BackendConfig("tensorrt-rtx"), engines, "fp32"),
     ):
         pass
 
 
 def test_a_fallback_that_was_allowed_says_what_ran_and_why(engines: Bundle, no_gpu: None) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    with opened(Choice("tensorrt-rtx", threads=1, allow_fallback=True), engines, "fp32") as found:
+    with opened(BackendConfig("tensorrt-rtx", threads=1, allow_fallback=True), engines, "fp32") as found:
         assert found.backend.name == "onnxruntime"
         assert (found.asked, found.ran) == ("tensorrt-rtx", "onnxruntime on cpu")
         assert found.to_dict()["fallback_reason"] == "There is no NVIDIA driver here."
@@ -86,7 +86,7 @@ def test_a_fallback_that_was_allowed_says_what_ran_and_why(engines: Bundle, no_g
 def test_an_engine_that_was_not_built_is_no_reason_to_fall_back(tiny_bundle: Bundle) -> None:
     with (
         pytest.raises(UsageError, match="no fp16 engine for tensorrt-rtx"),
-        opened(Choice("tensorrt-rtx", allow_fallback=True), tiny_bundle, "fp16"),
+        opened(BackendConfig("tensorrt-rtx", allow_fallback=True), tiny_bundle, "fp16"),
     ):
         pass
     with pytest.raises(UsageError, match="build-engine BUNDLE --fp16 --backend tensorrt"):
@@ -103,12 +103,12 @@ def test_a_provider_that_fails_at_its_first_session_falls_back_too(
 
         def load(self, graph: str) -> None:
             loaded.append(graph)
-            raise EnvironmentProblem("fell back")
+            raise EnvironmentIssue("fell back")
 
     monkeypatch.setattr(choice_module, "OnnxRuntimeGpuBackend", lambda *a: Failing())
-    with opened(Choice(device="cuda", allow_fallback=True), tiny_bundle, "fp32") as found:
+    with opened(BackendConfig(device="cuda", allow_fallback=True), tiny_bundle, "fp32") as found:
         assert (found.asked, found.ran, found.why) == ("onnxruntime on cuda", "onnxruntime on cpu", "fell back")
-    with pytest.raises(EnvironmentProblem, match="fell back"), opened(Choice(device="cuda"), tiny_bundle, "fp32"):
+    with pytest.raises(EnvironmentIssue, match="fell back"), opened(BackendConfig(device="cuda"), tiny_bundle, "fp32"):
         pass
     costs = {name: graph.multiply_adds for name, graph in tiny_bundle.manifest.graphs.items()}
     assert loaded == [min(costs, key=costs.__getitem__)] * 2
@@ -116,10 +116,10 @@ def test_a_provider_that_fails_at_its_first_session_falls_back_too(
 
 def test_the_cpu_itself_has_nothing_to_fall_back_to(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> Any:
-        raise EnvironmentProblem("no onnxruntime")
+        raise EnvironmentIssue("no onnxruntime")
 
     monkeypatch.setattr(choice_module, "OnnxRuntimeBackend", refuse)
-    with pytest.raises(EnvironmentProblem), opened(Choice(allow_fallback=True), tiny_bundle, "fp32"):
+    with pytest.raises(EnvironmentIssue), opened(BackendConfig(allow_fallback=True), tiny_bundle, "fp32"):
         pass
 
 
@@ -127,12 +127,12 @@ def test_a_backend_says_which_of_a_bundles_precisions_it_cannot_run(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Bundle, "precisions", lambda self: ("fp32", "bf16", "int8", "int8-fp16"))
-    assert precisions_to_run(Choice(), tiny_bundle) == (("fp32", "bf16", "int8", "int8-fp16"), {})
-    runs, reasons = precisions_to_run(Choice("openvino"), tiny_bundle)
+    assert precisions_to_run(BackendConfig(), tiny_bundle) == (("fp32", "bf16", "int8", "int8-fp16"), {})
+    runs, reasons = precisions_to_run(BackendConfig("openvino"), tiny_bundle)
     assert runs == ("fp32", "bf16", "int8")
     assert reasons.keys() == {"int8-fp16"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    runs, reasons = precisions_to_run(Choice(), tiny_bundle)
+    runs, reasons = precisions_to_run(BackendConfig(), tiny_bundle)
     assert runs == ("fp32", "int8", "int8-fp16")
     assert "needs the package onnx" in reasons["bf16"]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cclip_deploy.datasets.augmentation import Augmentation
-from cclip_deploy.datasets.sample import Referral
+from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.errors import DataError
-from cclip_deploy.imaging.preprocess import Preprocessing, normalise
+from cclip_deploy.imaging.preprocess import Preprocessing, normalize
 from cclip_deploy.prompts.reader import mirror
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.batches import Share, make_batch, passes_per_epoch, plan_epoch, read_ahead
@@ -20,7 +20,7 @@ from tests.made_data import SMALL
 
 
 @pytest.fixture
-def data(train_rows: list[Referral], tokenizer: PromptTokenizer) -> TrainingSet:
+def data(train_rows: list[Sample], tokenizer: PromptTokenizer) -> TrainingSet:
     return open_training_set(train_rows, tokenizer, SMALL)
 
 
@@ -52,11 +52,11 @@ def test_too_few_images_for_a_step_are_refused_with_what_a_step_takes() -> None:
         passes_per_epoch(11, config, processes=2)
 
 
-def test_a_batch_is_read_and_normalised(data: TrainingSet, tokenizer: PromptTokenizer) -> None:
+def test_a_batch_is_read_and_normalized(data: TrainingSet, tokenizer: PromptTokenizer) -> None:
     rows = np.array([[2, 3], [0, 1]])
     batch = make_batch(data, rows, tokenizer, SMALL, epoch=0)
     assert batch.images.shape == (2, 3, 64, 64)
-    assert np.array_equal(batch.images[0], normalise(data.images[1], Preprocessing()))
+    assert np.array_equal(batch.images[0], normalize(data.images[1], Preprocessing()))
     assert np.array_equal(batch.masks[1, 1], data.masks[1])
     assert np.array_equal(batch.tokens[0, 1], data.tokens[3])
 

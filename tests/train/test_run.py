@@ -19,8 +19,8 @@ from cclip_deploy.datasets.augmentation import Augmentation
 from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
-from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
-from cclip_deploy.evaluation.models import CheckpointNetwork
+from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
+from cclip_deploy.evaluation.models import CheckpointModel
 from cclip_deploy.evaluation.scores import evaluate_dice
 from cclip_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cclip_deploy.model.config import TINY
@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_the_checkpoint_and_state_before(
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
 
     try:
-        with pytest.raises(EnvironmentProblem, match=r"ould not .*writ|not be written"):
+        with pytest.raises(EnvironmentIssue, match=r"ould not .*writ|not be written"):
             train(config, data_folder, run, fill_disk, QUIET)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -304,7 +304,7 @@ def test_half_precision_trains_and_float16_needs_a_gpu(data_folder: Path, tmp_pa
     half = train(config, data_folder, tmp_path / "half", options=QUIET)
     assert half.first_loss != full.first_loss
     assert half.first_loss == pytest.approx(full.first_loss, rel=0.02)
-    with pytest.raises(EnvironmentProblem, match="float16 needs a GPU"):
+    with pytest.raises(EnvironmentIssue, match="float16 needs a GPU"):
         train(
             SMALL.model_copy(update={"devices": CPU.model_copy(update={"precision": "16-mixed"})}),
             data_folder,
@@ -314,7 +314,7 @@ def test_half_precision_trains_and_float16_needs_a_gpu(data_folder: Path, tmp_pa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_a_gpu_that_is_not_there_is_an_environment_problem(data_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="finds no GPU"):
+    with pytest.raises(EnvironmentIssue, match="finds no GPU"):
         train(SMALL.model_copy(update={"devices": Devices(accelerator="cuda")}), data_folder, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -332,7 +332,7 @@ def test_the_tiny_model_learns_to_follow_prompts_and_never_waits_for_data(
     report = train(config, tmp_path / "data", tmp_path / "run")
     assert report.last_loss < 0.3 * report.first_loss
     assert report.waiting_share <= 0.05
-    network = CheckpointNetwork(load_checkpoint(report.checkpoint), config.form, tokenizer)
+    network = CheckpointModel(load_checkpoint(report.checkpoint), config.form, tokenizer)
     drop = evaluate_dice(network, of_split(read_flat(tmp_path / "data"), "test")).drop
     assert drop.low is not None
     assert drop.low > 0.1

@@ -14,14 +14,14 @@ from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.game import TensorBatch, main_losses
 from cclip_deploy.train.losses import dice_bce
 from cclip_deploy.train.shared_image_pass import grouped_logits, head_logits
-from tests.numerics import randomised
+from tests.numerics import randomized
 
 LIMIT = 1e-10
 
 
 def network() -> CausalCLIPSeg:
     """In training mode, nothing of it neutral."""
-    return randomised(CausalCLIPSeg(TINY)).train().requires_grad_(True)
+    return randomized(CausalCLIPSeg(TINY)).train().requires_grad_(True)
 
 
 def batch_of(images: int, prompts: int) -> TensorBatch:

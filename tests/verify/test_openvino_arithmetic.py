@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.runtime.openvino.arithmetic import Arithmetic, arithmetic_of, hint_for, refuse_lower
 from cclip_deploy.runtime.openvino.backend import OpenVinoBackend, describe_device
-from cclip_deploy.runtime.registry import Choice
+from cclip_deploy.runtime.registry import BackendConfig
 from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 from tests.conftest import THREADS
 
@@ -49,7 +49,7 @@ def test_a_hint_alone_is_no_precision() -> None:
 
 
 def test_a_model_without_a_known_product_is_refused() -> None:
-    with pytest.raises(EnvironmentProblem, match="names no precision"):
+    with pytest.raises(EnvironmentIssue, match="names no precision"):
         arithmetic_of(compiled("f32", ("Eltwise", "f32"), ("Convolution", "i4")))
 
 
@@ -71,7 +71,7 @@ def test_fp16_is_requested_only_where_the_processor_has_it(precision: str, capab
 
 @pytest.mark.parametrize(("precision", "ran"), [("fp16", "bf16"), ("fp32", "fp16"), ("fp32", "bf16"), ("bf16", "int8")])
 def test_a_graph_in_a_lower_precision_than_its_own_is_refused(precision: str, ran: str) -> None:
-    with pytest.raises(EnvironmentProblem, match=f"in {ran} on this processor, a lower precision than its {precision}"):
+    with pytest.raises(EnvironmentIssue, match=f"in {ran} on this processor, a lower precision than its {precision}"):
         refuse_lower("graphs/x.onnx", precision, Arithmetic(ran, {}, "f16"))
 
 
@@ -88,13 +88,15 @@ def test_a_backend_whose_graphs_run_lower_than_they_are_does_not_load_them(
     """As OpenVINO did on processors with BF16: this double of a processor ignores what is requested."""
     read_back = Arithmetic("bf16", {"bf16": 3}, "bf16")
     monkeypatch.setattr("cclip_deploy.runtime.openvino.backend.arithmetic_of", lambda compiled: read_back)
-    with pytest.raises(EnvironmentProblem, match=r"runs graphs/mask_decoder\.fp16\.onnx in bf16"):
+    with pytest.raises(EnvironmentIssue, match=r"runs graphs/mask_decoder\.fp16\.onnx in bf16"):
         OpenVinoBackend(Bundle.open(low_bundle_path), "fp16", threads=1).load("mask_decoder")
 
 
 def test_verify_says_what_the_products_of_each_graph_ran_in(low_bundle_path: Path) -> None:
     native = "fp16" if "FP16" in describe_device() else "fp32"
-    found = verify_bundle(Bundle.open(low_bundle_path), VerifyOptions(threads=THREADS, choice=Choice("openvino")))
+    found = verify_bundle(
+        Bundle.open(low_bundle_path), VerifyOptions(threads=THREADS, choice=BackendConfig("openvino"))
+    )
     assert [check.describe() for check in found.checks if not check.passed] == []
     ran = {row["precision"]: row["arithmetic"] for row in found.ran}
     chain = ("image_encoder", "prompt_encoder", "mask_decoder")

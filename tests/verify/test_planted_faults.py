@@ -187,8 +187,8 @@ def keep_case(patch: pytest.MonkeyPatch) -> None:
 
 
 def reverse_channels(patch: pytest.MonkeyPatch) -> None:
-    normalise = preprocess.normalise
-    patch.setattr(preprocess, "normalise", lambda resized, chosen: normalise(resized[::-1], chosen))
+    normalize = preprocess.normalize
+    patch.setattr(preprocess, "normalize", lambda resized, chosen: normalize(resized[::-1], chosen))
 
 
 def take_nearest(patch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ TYPOS = (
 )  # fmt: skip
 """Typing errors of the published tables of QaTa-COV19."""
 ZONE_CENTRES = {"upper": (0.22, 0.31), "middle": (0.41, 0.50), "lower": (0.60, 0.67)}
-"""Where a lesion's centre may lie, as shares of the film's height, before scale, shift and tilt."""
+"""Where a lesion's center may lie, as shares of the film's height, before scale, shift and tilt."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,16 @@ class Asking:
                 raise UsageError(f"{name} is {share}. It is a share: use a value from 0 to 1.")
 
 
-PLAIN = Asking()
+DEFAULT_FILMS = Asking()
 
 
-def make_film(rng: np.random.Generator, image_hw: tuple[int, int], asking: Asking = PLAIN) -> SyntheticSample:
+def make_film(rng: np.random.Generator, image_hw: tuple[int, int], asking: Asking = DEFAULT_FILMS) -> SyntheticSample:
     """A film with 2 to 4 lesions and a prompt that names some but not all of them; `make_samples` says the rest."""
     return make_samples(rng, image_hw, 1, asking)[0]
 
 
 def make_samples(
-    rng: np.random.Generator, image_hw: tuple[int, int], prompts: int, asking: Asking = PLAIN
+    rng: np.random.Generator, image_hw: tuple[int, int], prompts: int, asking: Asking = DEFAULT_FILMS
 ) -> list[SyntheticSample]:
     """One film asked up to `prompts` different questions (two lesions allow only two).
 
@@ -205,7 +205,7 @@ def write_dataset(
     *,
     prompts_per_film: int = 1,
     layout: str = "flat",
-    asking: Asking = PLAIN,
+    asking: Asking = DEFAULT_FILMS,
     test_rho: float | None = None,
     on_film: Callable[[int, int], None] = lambda done, films: None,
 ) -> None:
@@ -228,7 +228,7 @@ def write_dataset(
     Raises:
         UsageError: the folder exists, a split or a count means nothing, or the layout cannot hold what is asked.
         TargetInUse: another run is writing the folder.
-        EnvironmentProblem: the disk did not take it, or an Excel table without openpyxl.
+        EnvironmentIssue: the disk did not take it, or an Excel table without openpyxl.
     """
     _check_counts(counts, prompts_per_film)
     check_layout(layout, counts, prompts_per_film)

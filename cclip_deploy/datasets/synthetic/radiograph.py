@@ -60,7 +60,7 @@ def draw_chest(rng: np.random.Generator, image_hw: tuple[int, int]) -> Chest:
 
 
 def place_patient(rng: np.random.Generator, image_hw: tuple[int, int]) -> Frame:
-    """Coordinates of a patient who stands a little off centre, tilted, larger or smaller."""
+    """Coordinates of a patient who stands a little off center, tilted, larger or smaller."""
     height, width = image_hw
     rows = (np.arange(height, dtype=np.float32)[:, None] + 0.5) / height - 0.5
     columns = (np.arange(width, dtype=np.float32)[None, :] + 0.5) / width - 0.5
@@ -144,9 +144,9 @@ def _draw_trunk(frame: Frame, rng: np.random.Generator) -> Plane:
     return tissue
 
 
-def _ellipse(frame: Frame, centre: tuple[float, float], radii: tuple[float, float], edge: float) -> Plane:
+def _ellipse(frame: Frame, center: tuple[float, float], radii: tuple[float, float], edge: float) -> Plane:
     """1 inside, 0 outside, with a soft edge."""
-    distance = np.hypot((frame.x - centre[0]) / radii[0], (frame.y - centre[1]) / radii[1])
+    distance = np.hypot((frame.x - center[0]) / radii[0], (frame.y - center[1]) / radii[1])
     return step((1 - distance) * min(radii), edge)
 
 

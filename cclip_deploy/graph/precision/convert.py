@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cclip_deploy.bundle.precision import REST, Precision, is_quantised, product_type
+from cclip_deploy.bundle.precision import REST, Precision, is_quantized, product_type
 from cclip_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ InputsAndOutputs = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
-class LoweredGraph:
+class ConvertedGraph:
     """A graph of a precision, and the names of the products that it keeps in a higher one on purpose."""
 
     model: ModelProto
@@ -30,42 +30,42 @@ def lower(
     ranges: Mapping[str, float] | None = None,
     keep: Collection[str] = (),
     io: InputsAndOutputs = "fp32",
-) -> LoweredGraph:
+) -> ConvertedGraph:
     """The graph in a precision; `model`, FP32, is not changed.
 
     Args:
         model: FP32 graph.
-        precision: fp16, bf16, or a quantised one.
-        ranges: for a quantised precision, the range of each tensor that `tensors_to_calibrate` names.
+        precision: fp16, bf16, or a quantized one.
+        ranges: for a quantized precision, the range of each tensor that `tensors_to_calibrate` names.
         keep: nodes, or blocks such as "neck.masker4" (all products whose weight's name begins so), that stay in what
             the rest of the network runs in.
         io: the type of the graph's float inputs and outputs.
 
     Raises:
-        UsageError: nothing of the graph can be quantised, ranges are missing, or `keep` names nothing.
+        UsageError: nothing of the graph can be quantized, ranges are missing, or `keep` names nothing.
         ParityError: the graph cannot be converted faithfully.
     """
     from cclip_deploy.graph.precision.float16 import to_bf16, to_fp16
     from cclip_deploy.graph.precision.io_types import halve_inputs_and_outputs
 
     if precision == "fp32":
-        lowered = LoweredGraph(model)
-    elif is_quantised(precision):
-        lowered = _quantised(model, precision, ranges or {}, keep)
+        lowered = ConvertedGraph(model)
+    elif is_quantized(precision):
+        lowered = _quantized(model, precision, ranges or {}, keep)
     else:
         nodes = named_products(model, keep)
         narrow = to_fp16 if precision == "fp16" else to_bf16
-        lowered = LoweredGraph(narrow(model, fp32_nodes=nodes), nodes)
+        lowered = ConvertedGraph(narrow(model, fp32_nodes=nodes), nodes)
     if io == "fp16":
-        lowered = LoweredGraph(halve_inputs_and_outputs(lowered.model), lowered.kept)
+        lowered = ConvertedGraph(halve_inputs_and_outputs(lowered.model), lowered.kept)
     return lowered
 
 
 def tensors_to_calibrate(model: ModelProto) -> tuple[str, ...]:
-    """The activations whose ranges a quantised form of this graph needs; none where nothing can be quantised."""
-    from cclip_deploy.graph.precision.quantize import plan_quantisation
+    """The activations whose ranges a quantized form of this graph needs; none where nothing can be quantized."""
+    from cclip_deploy.graph.precision.quantize import plan_quantization
 
-    return plan_quantisation(model).tensors
+    return plan_quantization(model).tensors
 
 
 def named_products(model: ModelProto, keep: Collection[str]) -> frozenset[str]:
@@ -101,11 +101,11 @@ def high_precision_products(model: ModelProto, full: ModelProto, precision: Prec
         precision: what `model` is in.
     """
     from cclip_deploy.graph.precision.onnx_graph import tensor_types
-    from cclip_deploy.graph.precision.quantize import plan_quantisation
+    from cclip_deploy.graph.precision.quantize import plan_quantization
 
-    if is_quantised(precision):
+    if is_quantized(precision):
         given_by = {name: node.op_type for node in model.graph.node for name in node.output}
-        weights = {p.node: p.weight_input for p in plan_quantisation(full).products}
+        weights = {p.node: p.weight_input for p in plan_quantization(full).products}
         return frozenset(
             node.name
             for node in model.graph.node
@@ -125,17 +125,17 @@ def _names(name: str, node: NodeProto) -> bool:
     return name == node.name or any(source.startswith(f"{name}.") for source in node.input)
 
 
-def _quantised(
+def _quantized(
     model: ModelProto, precision: Precision, ranges: Mapping[str, float], keep: Collection[str]
-) -> LoweredGraph:
+) -> ConvertedGraph:
     from cclip_deploy.graph.precision.float16 import to_fp16
-    from cclip_deploy.graph.precision.quantize import plan_quantisation, quantise
+    from cclip_deploy.graph.precision.quantize import plan_quantization, quantize
 
-    plan = plan_quantisation(model, named_products(model, keep))
+    plan = plan_quantization(model, named_products(model, keep))
     if not plan.products:
         raise UsageError(
-            f"Nothing of this graph can be quantised, so it has no {precision} form. Leave it in {REST[precision]}."
+            f"Nothing of this graph can be quantized, so it has no {precision} form. Leave it in {REST[precision]}."
         )
     kind = product_type(precision)
-    quantised = quantise(model, plan, ranges, kind)  # type: ignore[arg-type]  # int8 or fp8
-    return LoweredGraph(to_fp16(quantised) if REST[precision] == "fp16" else quantised, frozenset(plan.kept))
+    quantized = quantize(model, plan, ranges, kind)  # type: ignore[arg-type]  # int8 or fp8
+    return ConvertedGraph(to_fp16(quantized) if REST[precision] == "fp16" else quantized, frozenset(plan.kept))

@@ -1,15 +1,15 @@
 """An FP32 graph as an INT8 or FP8 graph of explicit QuantizeLinear and DequantizeLinear pairs, as TensorRT reads it.
 
-What is quantised is found by structure, never by name: convolutions and matrix products of one activation with one
+What is quantized is found by structure, never by name: convolutions and matrix products of one activation with one
 learned constant. Left as they are: products of two activations (attention, CARAFE, the prompt's kernel), products with
 an interpolation matrix (a constant whose entries all lie in [0, 1]), and whatever depends on the prompt's tokens.
 Everything is signed and symmetric with zero point 0: activations have one scale a tensor, weights one a channel and lie
 in the file as INT8 or FP8 behind a DequantizeLinear alone; biases stay float. The skip branch of every residual sum
-gets a pair, so that the sum can be fused into the convolution before it. What a concatenation gives is quantised before
+gets a pair, so that the sum can be fused into the convolution before it. What a concatenation gives is quantized before
 it, branch by branch at one scale, and its codes are joined: the same numbers, and the form that OpenVINO gets right
 (INT8 only: ONNX joins no FP8 codes).
 
-onnxruntime's quantizer was tried first: it has no pair for skips, and quantises biases unless told otherwise.
+onnxruntime's quantizer was tried first: it has no pair for skips, and quantizes biases unless told otherwise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-Quantised = Literal["int8", "fp8"]
+Quantized = Literal["int8", "fp8"]
 LARGEST_CODE: dict[str, float] = {"int8": 127.0, "fp8": 448.0}
 """The largest absolute value that a code stands for at scale 1; -128 is not used, so that the codes are symmetric."""
 
@@ -48,8 +48,8 @@ _SMALLEST_NORMAL_HALF, _HALF_STEP = 2.0**-14, 2.0**-24
 
 
 @dataclass(frozen=True)
-class QuantisedProduct:
-    """A convolution or product to quantise: which inputs hold data and weights, and the weights' channel axis."""
+class QuantizedProduct:
+    """A convolution or product to quantize: which inputs hold data and weights, and the weights' channel axis."""
 
     node: str
     data_input: int
@@ -58,8 +58,8 @@ class QuantisedProduct:
 
 
 @dataclass(frozen=True)
-class QuantisationPlan:
-    """What of a graph is quantised.
+class QuantizationPlan:
+    """What of a graph is quantized.
 
     Attributes:
         products: in the graph's order.
@@ -68,14 +68,14 @@ class QuantisationPlan:
         tensors: activations that need a range, in the graph's order.
     """
 
-    products: tuple[QuantisedProduct, ...]
+    products: tuple[QuantizedProduct, ...]
     skips: tuple[tuple[str, int], ...]
     kept: tuple[str, ...]
     tensors: tuple[str, ...]
 
 
-def plan_quantisation(model: ModelProto, keep: Collection[str] = ()) -> QuantisationPlan:
-    """Decide by structure what is quantised; see the module's docstring.
+def plan_quantization(model: ModelProto, keep: Collection[str] = ()) -> QuantizationPlan:
+    """Decide by structure what is quantized; see the module's docstring.
 
     Args:
         model: FP32 graph without subgraphs; every product has a name.
@@ -97,27 +97,27 @@ def plan_quantisation(model: ModelProto, keep: Collection[str] = ()) -> Quantisa
     read = {by_name[product.node].input[product.data_input] for product in products}
     read |= {by_name[name].input[index] for name, index in skips}
     order = [*(value.name for value in model.graph.input), *(o for node in model.graph.node for o in node.output)]
-    return QuantisationPlan(products, skips, kept, tuple(name for name in order if name in read))
+    return QuantizationPlan(products, skips, kept, tuple(name for name in order if name in read))
 
 
-def _skips(model: ModelProto, quantised: set[str]) -> tuple[tuple[str, int], ...]:
-    """The skips of sums whose main branch a quantised product gives.
+def _skips(model: ModelProto, quantized: set[str]) -> tuple[tuple[str, int], ...]:
+    """The skips of sums whose main branch a quantized product gives.
 
     Which branch is the skip does not depend on what is kept out, so that one calibration serves every choice of that.
     """
     possible, _ = _sort_products(model, frozenset())
     found = find_residual_skips(model, {product.node for product in possible})
-    return tuple((node, index) for node, index, product in found if product in quantised)
+    return tuple((node, index) for node, index, product in found if product in quantized)
 
 
-def quantise(model: ModelProto, plan: QuantisationPlan, ranges: Mapping[str, float], kind: Quantised) -> ModelProto:
+def quantize(model: ModelProto, plan: QuantizationPlan, ranges: Mapping[str, float], kind: Quantized) -> ModelProto:
     """A new graph with Q/DQ pairs, of opset 19 or newer, whose inputs and outputs are those of `model`.
 
     Scales are numbers that float16 can hold, so that `to_fp16` may follow for the rest of the graph.
 
     Args:
         model: the FP32 graph that the plan was made of.
-        plan: from `plan_quantisation`.
+        plan: from `plan_quantization`.
         ranges: largest absolute value to represent, for each of `plan.tensors`.
         kind: the type of the codes.
 
@@ -130,12 +130,12 @@ def quantise(model: ModelProto, plan: QuantisationPlan, ranges: Mapping[str, flo
     missing = [name for name in plan.tensors if name not in ranges]
     if missing:
         raise UsageError(f"No range is known for {len(missing)} tensors, first {missing[0]!r}. Calibrate this graph.")
-    quantised = _Quantisation(raise_opset(model, _OPSET), plan, ranges, kind).convert()
-    onnx.checker.check_model(quantised, full_check=True)
-    return quantised
+    quantized = _Quantization(raise_opset(model, _OPSET), plan, ranges, kind).convert()
+    onnx.checker.check_model(quantized, full_check=True)
+    return quantized
 
 
-def scale_of(largest: float, kind: Quantised) -> float:
+def scale_of(largest: float, kind: Quantized) -> float:
     """The scale, a number that float16 holds, at which the largest code stands for `largest` or a little more."""
     import numpy as np
 
@@ -148,7 +148,7 @@ def scale_of(largest: float, kind: Quantised) -> float:
     return max(half, _HALF_STEP)
 
 
-def weight_codes(values: Array, axis: int, kind: Quantised) -> tuple[Array, Array]:
+def weight_codes(values: Array, axis: int, kind: Quantized) -> tuple[Array, Array]:
     """Codes of the weights (int8, or float8_e4m3fn) and one float32 scale for each channel of `axis`."""
     import ml_dtypes
     import numpy as np
@@ -164,11 +164,11 @@ def weight_codes(values: Array, axis: int, kind: Quantised) -> tuple[Array, Arra
     return np.clip(scaled, -limit, limit).astype(ml_dtypes.float8_e4m3fn), scales
 
 
-def _sort_products(model: ModelProto, keep: frozenset[str]) -> tuple[tuple[QuantisedProduct, ...], tuple[str, ...]]:
-    """The products to quantise, and the names of those that stay."""
+def _sort_products(model: ModelProto, keep: frozenset[str]) -> tuple[tuple[QuantizedProduct, ...], tuple[str, ...]]:
+    """The products to quantize, and the names of those that stay."""
     constants = dict(float_constants(model.graph))
     varying, of_prompt = varying_tensors(model), varying_tensors(model, integers_only=True)
-    quantised, kept = [], []
+    quantized, kept = [], []
     for node in model.graph.node:
         if node.op_type not in PRODUCTS or varying.isdisjoint(node.input):
             continue
@@ -178,24 +178,24 @@ def _sort_products(model: ModelProto, keep: frozenset[str]) -> tuple[tuple[Quant
         if product is None:
             kept.append(node.name)
         else:
-            quantised.append(product)
-    return tuple(quantised), tuple(kept)
+            quantized.append(product)
+    return tuple(quantized), tuple(kept)
 
 
-def _as_product(node: NodeProto, constants: Mapping[str, TensorProto]) -> QuantisedProduct | None:
-    """How a node can be quantised; None where it has no learned weights, or no form that TensorRT takes."""
+def _as_product(node: NodeProto, constants: Mapping[str, TensorProto]) -> QuantizedProduct | None:
+    """How a node can be quantized; None where it has no learned weights, or no form that TensorRT takes."""
     stored = [index for index, name in enumerate(node.input[:2]) if name in constants]
     if len(stored) != 1 or node.op_type not in ("Conv", "Gemm", "MatMul"):
         return None
     weight = constants[node.input[stored[0]]]
     if node.op_type == "Conv":
-        return None if stored == [0] else QuantisedProduct(node.name, 0, 1, 0)
+        return None if stored == [0] else QuantizedProduct(node.name, 0, 1, 0)
     if len(weight.dims) != 2 or _interpolates(weight):
         return None
     flags = {a.name: a.i for a in node.attribute if a.name in ("transA", "transB")}
     if stored == [1]:
-        return QuantisedProduct(node.name, 0, 1, 0 if flags.get("transB") else 1)
-    return QuantisedProduct(node.name, 1, 0, 1 if flags.get("transA") else 0)
+        return QuantizedProduct(node.name, 0, 1, 0 if flags.get("transB") else 1)
+    return QuantizedProduct(node.name, 1, 0, 1 if flags.get("transA") else 0)
 
 
 def _interpolates(weight: TensorProto) -> bool:
@@ -206,10 +206,10 @@ def _interpolates(weight: TensorProto) -> bool:
     return bool(values.min() >= 0 and values.max() <= 1)
 
 
-class _Quantisation:
+class _Quantization:
     """One walk over the nodes: a tensor's pair stands right after what gives it, a weight's before its first reader."""
 
-    def __init__(self, model: ModelProto, plan: QuantisationPlan, ranges: Mapping[str, float], kind: Quantised) -> None:
+    def __init__(self, model: ModelProto, plan: QuantizationPlan, ranges: Mapping[str, float], kind: Quantized) -> None:
         self.model, self.plan, self.ranges, self.kind = model, plan, ranges, kind
         self.constants = dict(float_constants(model.graph))
         self.nodes: list[NodeProto] = []
@@ -236,15 +236,15 @@ class _Quantisation:
                 self._pair(name, node.input if node.op_type == "Concat" and self.kind == "int8" else ())
         return self._assemble()
 
-    def _rewire(self, node: NodeProto, product: QuantisedProduct | None, skip: int | None) -> None:
+    def _rewire(self, node: NodeProto, product: QuantizedProduct | None, skip: int | None) -> None:
         if product is not None:
             data, weight = product.data_input, product.weight_input
-            node.input[weight] = self._quantised_weight(node.input[weight], product.channel_axis)
-            node.input[data] = _dequantised(node.input[data])
+            node.input[weight] = self._quantized_weight(node.input[weight], product.channel_axis)
+            node.input[data] = _dequantized(node.input[data])
         elif skip is not None:
-            node.input[skip] = _dequantised(node.input[skip])
+            node.input[skip] = _dequantized(node.input[skip])
         elif node.op_type in _PASSING and node.input[0] in self.plan.tensors:
-            node.input[0] = _dequantised(node.input[0])
+            node.input[0] = _dequantized(node.input[0])
 
     def _pair(self, name: str, branches: Sequence[str] = ()) -> None:
         """A tensor's codes and their values; of a concatenation, whose branches are given, each branch's codes."""
@@ -263,7 +263,7 @@ class _Quantisation:
         parts = [f"{codes}/{number}" for number in range(len(branches))] or [codes]
         for source, target in zip(branches or [name], parts, strict=True):
             self.nodes.append(
-                helper.make_node("QuantizeLinear", [source, scale, zero], [target], name=f"quantise {target}")
+                helper.make_node("QuantizeLinear", [source, scale, zero], [target], name=f"quantize {target}")
             )
         if branches:
             joined = onnx.NodeProto()
@@ -271,11 +271,11 @@ class _Quantisation:
             joined.name, joined.input[:], joined.output[:] = f"{joined.name}/{self.kind}", parts, [codes]
             self.nodes.append(joined)
         self.nodes.append(
-            helper.make_node("DequantizeLinear", [codes, scale, zero], [_dequantised(name)], name=f"dequantise {name}")
+            helper.make_node("DequantizeLinear", [codes, scale, zero], [_dequantized(name)], name=f"dequantize {name}")
         )
 
-    def _quantised_weight(self, name: str, axis: int) -> str:
-        """The name of a weight's dequantised form, made at its first use."""
+    def _quantized_weight(self, name: str, axis: int) -> str:
+        """The name of a weight's dequantized form, made at its first use."""
         import numpy as np
         from onnx import helper, numpy_helper
 
@@ -290,12 +290,12 @@ class _Quantisation:
             node = helper.make_node(
                 "DequantizeLinear",
                 [stem, f"{stem}/scale"],
-                [f"{stem}/dequantised"],
-                name=f"dequantise {stem}",
+                [f"{stem}/dequantized"],
+                name=f"dequantize {stem}",
                 axis=axis,
             )
             self.nodes.append(node)
-            self.weights[name, axis] = f"{stem}/dequantised"
+            self.weights[name, axis] = f"{stem}/dequantized"
         return self.weights[name, axis]
 
     def _add_zero_point(self) -> None:
@@ -321,11 +321,11 @@ class _Quantisation:
         import onnx
 
         source = self.model.graph
-        quantised = onnx.ModelProto()
-        quantised.ir_version = max(self.model.ir_version, 9)  # the first that knows FP8
-        quantised.opset_import.extend(self.model.opset_import)
-        quantised.metadata_props.extend(self.model.metadata_props)
-        graph = quantised.graph
+        quantized = onnx.ModelProto()
+        quantized.ir_version = max(self.model.ir_version, 9)  # the first that knows FP8
+        quantized.opset_import.extend(self.model.opset_import)
+        quantized.metadata_props.extend(self.model.metadata_props)
+        graph = quantized.graph
         graph.name = source.name
         graph.input.extend(source.input)
         graph.output.extend(source.output)
@@ -335,11 +335,11 @@ class _Quantisation:
         graph.value_info.extend(value for value in source.value_info if value.name in read)
         graph.initializer.extend(tensor for tensor in source.initializer if tensor.name in read)
         graph.initializer.extend(tensor for tensor in self.stored if tensor.name in read)
-        return quantised
+        return quantized
 
 
-def _dequantised(name: str) -> str:
-    return f"{name}/dequantised"
+def _dequantized(name: str) -> str:
+    return f"{name}/dequantized"
 
 
 def _float32(value: float) -> Array:

@@ -22,7 +22,7 @@ Method = Literal["min-max", "entropy", "percentile"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 BINS = 4096
-LEVELS = 128
+CODES = 128
 """Absolute codes of a signed byte: 0 to 127."""
 _CANDIDATE_STEP = 32
 
@@ -106,14 +106,14 @@ def _bins_holding(counts: Counts, share: float) -> int:
 
 
 def _least_divergence(counts: Counts) -> int:
-    """How many of the first bins to keep, so that the histogram, cut there and put in LEVELS levels, diverges least.
+    """How many of the first bins to keep, so that the histogram, cut there and put in CODES levels, diverges least.
 
     The bin of zero counts as the one beside it: a ReLU's exact zeros cost no code and would hide everything else.
     """
     shaped: NDArray[Any] = counts.astype(np.float64)
     shaped[0] = shaped[1]
     occupied = int(np.flatnonzero(counts)[-1]) + 1
-    candidates = [*range(LEVELS, occupied, _CANDIDATE_STEP), max(occupied, LEVELS)]
+    candidates = [*range(CODES, occupied, _CANDIDATE_STEP), max(occupied, CODES)]
     return int(min(candidates, key=lambda bins: _divergence(shaped, bins)))
 
 
@@ -121,9 +121,9 @@ def _divergence(shaped: NDArray[np.float64], bins: int) -> float:
     kept = shaped[:bins]
     clipped = kept.copy()
     clipped[-1] += shaped[bins:].sum()
-    level = np.arange(bins) * LEVELS // bins
-    sums = np.bincount(level, weights=kept, minlength=LEVELS)
-    filled = np.bincount(level, weights=kept > 0, minlength=LEVELS)
+    level = np.arange(bins) * CODES // bins
+    sums = np.bincount(level, weights=kept, minlength=CODES)
+    filled = np.bincount(level, weights=kept > 0, minlength=CODES)
     spread = np.where(kept > 0, (sums / np.maximum(filled, 1))[level], 0)
     if not clipped.sum() or not spread.sum():
         return math.inf

@@ -23,7 +23,7 @@ def is_narrow(model: ModelProto) -> bool:
     return not set(tensor_types(model, {}).values()).isdisjoint(_NARROW)
 
 
-def widen(model: ModelProto) -> ModelProto:
+def emulate_rounding(model: ModelProto) -> ModelProto:
     """The graph in float32, each value rounded where the given graph rounds it; inputs and outputs keep their types."""
     import numpy as np
     import onnx
@@ -45,11 +45,11 @@ def widen(model: ModelProto) -> ModelProto:
         if value.name in ends:
             wide.graph.node.append(helper.make_node("Cast", [value.name], [f"{value.name}/wide"], to=_FLOAT))
     for node in model.graph.node:
-        wide.graph.node.extend(_widened(node, narrow, ends))
+        wide.graph.node.extend(_with_emulated_rounding(node, narrow, ends))
     return wide
 
 
-def _widened(node: NodeProto, narrow: dict[str, int], ends: set[str]) -> list[NodeProto]:
+def _with_emulated_rounding(node: NodeProto, narrow: dict[str, int], ends: set[str]) -> list[NodeProto]:
     """The node in float32, and a rounding of each of its outputs that had 16 bits."""
     from onnx import NodeProto, helper
 

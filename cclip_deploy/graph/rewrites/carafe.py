@@ -12,10 +12,10 @@ from cclip_deploy.model.neck import Carafe
 
 
 class CarafeProduct(nn.Module):
-    """At each input pixel: (4 outputs x 9 weights) times (9 neighbours x C); then the four outputs take their places.
+    """At each input pixel: (4 outputs x 9 weights) times (9 neighbors x C); then the four outputs take their places.
 
     The final 1x1 convolution is linear per pixel and the nine weights are the same for all channels, so it moves to the
-    input's resolution, a quarter of the work; its bias stays after the sum, as border pixels have fewer neighbours.
+    input's resolution, a quarter of the work; its bias stays after the sum, as border pixels have fewer neighbors.
     """
 
     def __init__(self, compress: nn.Conv2d, encode: nn.Conv2d, out_weight: Tensor, out_bias: Tensor) -> None:
@@ -32,10 +32,10 @@ class CarafeProduct(nn.Module):
         weights = scores.permute(0, 3, 2, 1).softmax(dim=3)  # (B, hw, 4, 9)
         mixed = functional.conv2d(x, self.out_weight).permute(0, 2, 3, 1)  # (B, h, w, 512)
         padded = functional.pad(mixed, (0, 0, 1, 1, 1, 1))
-        neighbours = torch.stack(
+        neighbors = torch.stack(
             [padded[:, y : y + height, x : x + breadth] for y in range(3) for x in range(3)], dim=3
         ).reshape(-1, positions, self.taps, width)
-        risen = weights @ neighbours  # (B, hw, 4, 512)
+        risen = weights @ neighbors  # (B, hw, 4, 512)
         risen = risen.reshape(-1, height, breadth, self.scale, self.scale, width).permute(0, 5, 1, 3, 2, 4)
         risen = risen.reshape(-1, width, self.scale * height, self.scale * breadth)
         return risen + self.out_bias.reshape(1, -1, 1, 1)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from cclip_deploy.graph.rewrites.batch_norm import convolution_refusal, fold, norm_refusal
 from cclip_deploy.graph.rewrites.rewrite import Rewrite
 
-TAPS = 3
+SHIFTS = 3
 SHORTEST_BLOCK = 7
 
 
@@ -33,7 +33,7 @@ def bilinear_matrix(size: int, scale: int) -> Tensor:
 def shifted_matrices(size: int, scale: int) -> Tensor:
     """(3, scale * size, size): row r of tap k is row r + k - 1 of the upsampled axis, zero outside it."""
     padded = functional.pad(bilinear_matrix(size, scale), (0, 0, 1, 1))
-    return torch.stack([padded[tap : tap + scale * size] for tap in range(TAPS)])
+    return torch.stack([padded[tap : tap + scale * size] for tap in range(SHIFTS)])
 
 
 class Bands:
@@ -47,11 +47,11 @@ class Bands:
     def __init__(self, size: int, scale: int) -> None:
         count = size // block_size(size)
         block = size // count
-        window = block + min(2, count - 1)  # a neighbour on either side, where there is one
+        window = block + min(2, count - 1)  # a neighbor on either side, where there is one
         starts = (torch.arange(count) * block - 1).clamp(0, size - window)
         self.places = starts.unsqueeze(1) + torch.arange(window)
-        dense = shifted_matrices(size, scale).reshape(TAPS, count, scale * block, size)
-        read = self.places.reshape(1, count, 1, window).expand(TAPS, -1, scale * block, -1)
+        dense = shifted_matrices(size, scale).reshape(SHIFTS, count, scale * block, size)
+        read = self.places.reshape(1, count, 1, window).expand(SHIFTS, -1, scale * block, -1)
         self.weights = dense.gather(3, read).permute(1, 2, 0, 3)
 
 
@@ -60,7 +60,7 @@ def block_size(size: int) -> int:
     return next(divisor for divisor in range(min(size, SHORTEST_BLOCK), size + 1) if size % divisor == 0)
 
 
-class MixThenRise(nn.Module):
+class MixThenUpsample(nn.Module):
     """A 1x1 convolution to nine taps at low resolution, banded products along y and along x, ReLU.
 
     Between them channels come last, so that a window is gathered as long rows, and nothing of full size is transposed.
@@ -79,7 +79,7 @@ class MixThenRise(nn.Module):
         taps = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)  # (k_y k_x C_out, C_in, 1, 1)
         self.mix = nn.Parameter(taps.contiguous(), requires_grad=False)
         # The middle tap is never shifted outside, so its rows sum to one: a bias given to it arrives everywhere.
-        middle = TAPS * TAPS // 2 * self.out_width
+        middle = SHIFTS * SHIFTS // 2 * self.out_width
         self.bias = nn.Parameter(functional.pad(bias, (middle, middle)), requires_grad=False)
         rows, columns = Bands(map_hw[0], scale), Bands(map_hw[1], scale)
         self.register_buffer("bands_y", rows.weights.transpose(2, 3).flatten(2).unsqueeze(1).to(dtype))
@@ -95,16 +95,16 @@ class MixThenRise(nn.Module):
         mixed = functional.conv2d(x.permute(0, 3, 1, 2), self.mix, self.bias)
         rows = mixed.permute(0, 2, 3, 1).flatten(1, 2)  # (B, h w, k_y k_x C_out)
         blocks, _, _, read = self.bands_y.shape
-        windows = rows.index_select(1, self.places_y).reshape(-1, blocks, self.width, read, TAPS * self.out_width)
+        windows = rows.index_select(1, self.places_y).reshape(-1, blocks, self.width, read, SHIFTS * self.out_width)
         risen = self.bands_y @ windows  # (B, blocks, w, outputs, k_x C_out)
-        rows = risen.reshape(-1, self.width * tall, TAPS * self.out_width)
+        rows = risen.reshape(-1, self.width * tall, SHIFTS * self.out_width)
         blocks, _, read = self.bands_x.shape
         windows = rows.index_select(1, self.places_x).reshape(-1, tall, blocks, read, self.out_width)
         return torch.relu((self.bands_x @ windows).reshape(-1, tall, wide, self.out_width))
 
 
 class MixBeforeInterpolation(Rewrite[nn.Sequential]):
-    """The block (3x3 convolution, batch norm, ReLU) that follows a bilinear upsampling -> MixThenRise with both.
+    """The block (3x3 convolution, batch norm, ReLU) that follows a bilinear upsampling -> MixThenUpsample with both.
 
     The block takes the low-resolution map; channels come last in it, and in what it gives.
     """
@@ -115,10 +115,10 @@ class MixBeforeInterpolation(Rewrite[nn.Sequential]):
     def refusal(self, module: nn.Sequential) -> str | None:
         if len(module) != 3 or not isinstance(module[2], nn.ReLU):
             return "it is no convolution, batch norm and ReLU"
-        return convolution_refusal(module[0], TAPS) or norm_refusal(module[1])
+        return convolution_refusal(module[0], SHIFTS) or norm_refusal(module[1])
 
     def replacement(self, module: nn.Sequential) -> nn.Module:
         convolution, norm = module[0], module[1]
         dtype = convolution.weight.dtype
         weight, bias = fold(convolution, norm)  # type: ignore[arg-type]
-        return MixThenRise(weight.to(dtype), bias.to(dtype), self.map_hw, self.scale)  # type: ignore[arg-type]
+        return MixThenUpsample(weight.to(dtype), bias.to(dtype), self.map_hw, self.scale)  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
-from cclip_deploy.bundle.precision import is_quantised
+from cclip_deploy.bundle.precision import is_quantized
 from cclip_deploy.common.threads import check_threads
-from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, CclipError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, run_failure
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.watchdog import check_seconds_limit, time_limit
@@ -53,7 +53,7 @@ class OnnxRuntimeBackend:
     On a CPU, ONNX Runtime leaves out the roundings between FP16 operators. With `rounds_as_written` they are all made,
     as a GPU makes them, which needs onnx and time: for parity, not for speed. BF16 runs in no other way.
 
-    A run that takes longer than `seconds_limit` is stopped, between two operators, and is an EnvironmentProblem.
+    A run that takes longer than `seconds_limit` is stopped, between two operators, and is an EnvironmentIssue.
     """
 
     name = "onnxruntime"
@@ -101,7 +101,7 @@ class OnnxRuntimeBackend:
 
         Raises:
             UsageError: the inputs are not those of the graph.
-            EnvironmentProblem: memory ran out, the device failed or `seconds_limit` passed.
+            EnvironmentIssue: memory ran out, the device failed or `seconds_limit` passed.
             BundleError: an operator failed.
         """
         path = self.bundle.path / self.bundle.graph_in(graph, self.precision).file
@@ -116,7 +116,7 @@ class OnnxRuntimeBackend:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             if not isinstance(error, MemoryError) and "while running" not in str(error):
                 if self.device != "cpu" and type(error).__name__ not in _BAD_INPUT:
-                    raise EnvironmentProblem(
+                    raise EnvironmentIssue(
                         f"ONNX Runtime cannot run {path} on {self.device}: {reason}. Run cclip-deploy doctor, or use "
                         "--device cpu."
                     ) from error
@@ -129,7 +129,7 @@ class OnnxRuntimeBackend:
             path, content = self.bundle.path / entry.file, read_checked(self.bundle, entry)
             is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
             widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
-            model = NamedGraph(_widened(content, path) if widens else content, path)
+            model = NamedGraph(_with_emulated_rounding(content, path) if widens else content, path)
             del content  # as large as the weights
             providers = self._providers(entry)
             session = make_session(self._runtime, model, self.device, self.threads, entry.precision, providers)
@@ -163,35 +163,35 @@ def _as_taken(value: NDArray[np.generic], half: bool) -> NDArray[np.generic]:
     return np.ascontiguousarray(value, np.float16 if half else None)
 
 
-def _widened(content: bytes, path: Path) -> bytes:
+def _with_emulated_rounding(content: bytes, path: Path) -> bytes:
     """A graph of 16 bits as FP32 arithmetic with the same roundings."""
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"Rounding as BF16 or FP16 does on a CPU needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
         ) from error
     from cclip_deploy.graph.parse import parse_graph
-    from cclip_deploy.graph.precision.rounding import widen
+    from cclip_deploy.graph.precision.rounding import emulate_rounding
 
-    return bytes(widen(parse_graph(content, path)).SerializeToString())
+    return bytes(emulate_rounding(parse_graph(content, path)).SerializeToString())
 
 
 def load_onnxruntime(device: Device) -> Any:
-    """The onnxruntime module; EnvironmentProblem where it is missing or lacks the device's provider."""
+    """The onnxruntime module; EnvironmentIssue where it is missing or lacks the device's provider."""
     if device not in PROVIDERS:
         raise UsageError(f"Device {device!r} is none of {', '.join(PROVIDERS)}.")
     try:
         import onnxruntime
     except ImportError as error:
-        raise EnvironmentProblem(f"onnxruntime cannot be imported ({error}). Install it: {INSTALL[device]}") from error
+        raise EnvironmentIssue(f"onnxruntime cannot be imported ({error}). Install it: {INSTALL[device]}") from error
     have = onnxruntime.get_available_providers()
     if device == "tensorrt-rtx":
         from cclip_deploy.runtime.onnxruntime.gpu import register_rtx_plugin
 
         register_rtx_plugin(onnxruntime)
     elif PROVIDERS[device] not in have:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"This onnxruntime has no {PROVIDERS[device]} (it has {', '.join(have)}). "
             f"Replace it: pip uninstall onnxruntime; {INSTALL[device]}"
         )
@@ -211,14 +211,14 @@ def make_session(
     `providers` are those that may run it, in order, instead of the device's own without options.
 
     Two of ONNX Runtime 1.32's rewrites change what a graph computes, so they are off where they would: it takes the
-    zero point 0 of an FP8 pair for the least value of its type and drops the ReLU before it, and it quantises biases
+    zero point 0 of an FP8 pair for the least value of its type and drops the ReLU before it, and it quantizes biases
     with a scale that underflows where scales are float16.
     """
     options = runtime.SessionOptions()
     disabled = []
     if precision.startswith("fp8"):
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    if is_quantised(precision) and precision != "int8":
+    if is_quantized(precision) and precision != "int8":
         disabled.append("WeightBiasQuantization")
     options.log_severity_level = 3
     # Idle threads would spin for tens of milliseconds after a run, at the expense of whatever runs next.
@@ -243,14 +243,14 @@ def make_session(
         )
     except Exception as error:  # onnxruntime's exceptions have no common public base
         if device != "cpu" and type(error).__name__ not in _BAD_GRAPH:
-            raise EnvironmentProblem(
+            raise EnvironmentIssue(
                 f"ONNX Runtime cannot run {what} on {device}: {str(error).splitlines()[0][:200]}. "
                 "Run cclip-deploy doctor, or ask for --device cpu."
             ) from error
         raise BundleError(f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0][:200]}") from error
     session._model_bytes = None  # kept for a fallback that is switched off, and as large as the weights
     if PROVIDERS[device] not in session.get_providers():
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"ONNX Runtime was asked for {device} and fell back to {session.get_providers()}: no usable GPU, driver or "
             "CUDA library. Run cclip-deploy doctor, or ask for --device cpu."
         )
@@ -263,5 +263,5 @@ def _plugged_devices(runtime: Any, device: Device) -> list[Any]:
         return []
     found = [d for d in runtime.get_ep_devices() if d.ep_name == PROVIDERS[device]]
     if not found:
-        raise EnvironmentProblem("ONNX Runtime's TensorRT-RTX provider finds no GPU. Run cclip-deploy doctor.")
+        raise EnvironmentIssue("ONNX Runtime's TensorRT-RTX provider finds no GPU. Run cclip-deploy doctor.")
     return found

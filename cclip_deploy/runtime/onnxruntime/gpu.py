@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry
-from cclip_deploy.errors import EnvironmentProblem
-from cclip_deploy.runtime.backend import Kept, KeptOrArrays
+from cclip_deploy.errors import EnvironmentIssue
+from cclip_deploy.runtime.backend import DeviceTensor, TensorsOrArrays
 from cclip_deploy.runtime.onnxruntime.cpu import PROVIDERS, Device, OnnxRuntimeBackend, Provider
 
 LARGEST = {"batch": 8, "prompts": 16}
@@ -52,23 +52,23 @@ class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
         self.cache = cache
         self._memory = memory
 
-    def run(self, graph: str, inputs: KeptOrArrays) -> dict[str, NDArray[np.float32]]:
+    def run(self, graph: str, inputs: TensorsOrArrays) -> dict[str, NDArray[np.float32]]:
         names, values = self._run_bound(graph, inputs, None, "cpu")
         return {name: value.numpy().astype(np.float32) for name, value in zip(names, values, strict=True)}
 
-    def run_kept(self, graph: str, inputs: KeptOrArrays, names: Sequence[str]) -> dict[str, Kept]:
+    def run_on_device(self, graph: str, inputs: TensorsOrArrays, names: Sequence[str]) -> dict[str, DeviceTensor]:
         found, values = self._run_bound(graph, inputs, names, self._memory)
-        return {name: KeptValue(value) for name, value in zip(found, values, strict=True) if name in names}
+        return {name: OrtTensor(value) for name, value in zip(found, values, strict=True) if name in names}
 
     def _run_bound(
-        self, graph: str, inputs: KeptOrArrays, keep: Sequence[str] | None, memory: str
+        self, graph: str, inputs: TensorsOrArrays, keep: Sequence[str] | None, memory: str
     ) -> tuple[list[str], list[Any]]:
         session = self._session(graph)
         names = [output.name for output in session.get_outputs()]
         halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
         binding = session.io_binding()
         for name, value in inputs.items():
-            if isinstance(value, KeptValue):
+            if isinstance(value, OrtTensor):
                 binding.bind_ortvalue_input(name, value.held())
             else:
                 array = value if isinstance(value, np.ndarray) else value.numpy()
@@ -89,7 +89,7 @@ class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
         )
 
 
-class KeptValue:
+class OrtTensor:
     """An output in ONNX Runtime's own memory."""
 
     def __init__(self, value: Any) -> None:
@@ -100,9 +100,9 @@ class KeptValue:
         return tuple(self.held().shape())
 
     def held(self) -> Any:
-        """ONNX Runtime's value; EnvironmentProblem where it was closed."""
+        """ONNX Runtime's value; EnvironmentIssue where it was closed."""
         if self._value is None:
-            raise EnvironmentProblem("This output was freed. Compute it again.")
+            raise EnvironmentIssue("This output was freed. Compute it again.")
         return self._value
 
     def numpy(self) -> NDArray[np.float32]:
@@ -152,13 +152,13 @@ def register_rtx_plugin(runtime: Any) -> None:
 
         plugin = importlib.import_module(RTX_PLUGIN)
     except ImportError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"ONNX Runtime's TensorRT-RTX provider cannot be imported ({error}). Install it: {INSTALL_PLUGIN}"
         ) from error
     try:
         runtime.register_execution_provider_library(provider, plugin.get_library_path())
     except Exception as error:  # onnxruntime's exceptions have no common public base
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"ONNX Runtime's TensorRT-RTX provider does not load: {str(error).splitlines()[0][:200]}. It needs an "
             "NVIDIA driver and GPU: run cclip-deploy doctor."
         ) from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cclip_deploy.bundle.precision import product_type
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 
 PRODUCT_LAYERS = ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul")
 OPENVINO_PRECISIONS = {"i8": "int8", "u8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
@@ -49,7 +49,7 @@ def arithmetic_of(compiled: Any) -> Arithmetic:
     """Read from the executed graph, whose layers name their kernels' precision, because the hint alone is a request.
 
     Raises:
-        EnvironmentProblem: no product has a known precision.
+        EnvironmentIssue: no product has a known precision.
     """
     counts: Counter[str] = Counter()
     for layer in compiled.get_runtime_model().get_ordered_ops():
@@ -59,16 +59,16 @@ def arithmetic_of(compiled: Any) -> Arithmetic:
     hint = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
     lowest = next((ours for theirs, ours in OPENVINO_PRECISIONS.items() if counts[theirs]), None)
     if lowest is None:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"OpenVINO names no precision of a convolution or product, only {dict(counts)}. Use --backend onnxruntime."
         )
     return Arithmetic(lowest, dict(counts), hint)
 
 
 def refuse_lower(graph: str, precision: str, ran: Arithmetic) -> None:
-    """EnvironmentProblem where products of a graph run in a lower precision than the graph's."""
+    """EnvironmentIssue where products of a graph run in a lower precision than the graph's."""
     if LOWEST_FIRST.index(ran.lowest) < LOWEST_FIRST.index(product_type(precision)):
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"OpenVINO runs {graph} in {ran.lowest} on this processor, a lower precision than its {precision}. "
             "Use --backend onnxruntime, or a bundle with graphs of that precision."
         )

@@ -17,7 +17,7 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
 from cclip_deploy.bundle.precision import product_type
 from cclip_deploy.common.threads import check_threads
-from cclip_deploy.errors import BundleError, EnvironmentProblem, PrecisionNotSupported
+from cclip_deploy.errors import BundleError, EnvironmentIssue, PrecisionNotSupported
 from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, run_failure
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.openvino.arithmetic import Arithmetic, arithmetic_of, hint_for, refuse_lower
@@ -54,11 +54,11 @@ class OpenVinoBackend:
     ) -> None:
         """Nothing is compiled yet.
 
-        A run that takes longer than `seconds_limit` is stopped, between two operators, and is an EnvironmentProblem.
+        A run that takes longer than `seconds_limit` is stopped, between two operators, and is an EnvironmentIssue.
 
         Raises:
             PrecisionNotSupported: OpenVINO cannot run graphs of this precision.
-            EnvironmentProblem: OpenVINO is not installed. Loading a graph raises it where this processor would run the
+            EnvironmentIssue: OpenVINO is not installed. Loading a graph raises it where this processor would run the
                 graph's products in a lower precision than its own.
         """
         check_threads(threads)
@@ -138,7 +138,7 @@ class CompiledGraph:
         """The outputs of these names.
 
         Raises:
-            EnvironmentProblem: memory ran out or the time limit passed.
+            EnvironmentIssue: memory ran out or the time limit passed.
             BundleError: an operator failed, or the inputs are not the graph's.
         """
         request = self._free_request()
@@ -172,7 +172,7 @@ def _takes_pictures(entry: GraphEntry) -> bool:
 
 
 def load_openvino() -> Any:
-    """The openvino module, kept from sending anything; EnvironmentProblem where it is missing.
+    """The openvino module, kept from sending anything; EnvironmentIssue where it is missing.
 
     A bare `import openvino` reports its version, and each conversion, to Google Analytics through the package
     openvino-telemetry unless somebody opted out before. Where that package is not there, openvino's own stand-in does
@@ -184,7 +184,7 @@ def load_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise EnvironmentProblem(f"openvino cannot be imported ({error}). Install it: {INSTALL}") from error
+        raise EnvironmentIssue(f"openvino cannot be imported ({error}). Install it: {INSTALL}") from error
     return openvino
 
 
@@ -227,7 +227,7 @@ def compile_graph(core: Any, model: Any, precision: str = "fp32", threads: int |
     try:
         return core.compile_model(model, DEVICE, settings)
     except RuntimeError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"OpenVINO cannot compile a graph for this processor: {_reason(error)}. Use --backend onnxruntime."
         ) from error
 

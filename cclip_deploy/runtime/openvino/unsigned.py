@@ -31,7 +31,7 @@ def use_all_bits(model: Any) -> int:
     for node in model.get_ordered_ops():
         if _is_never_negative(node, never_negative):
             never_negative.add(node.get_name())
-            scaled = _dequantisation_of(node) if node.get_type_name() == "FakeQuantize" else None
+            scaled = _dequantization_of(node) if node.get_type_name() == "FakeQuantize" else None
             if scaled is None:
                 continue
             low, high = np.float32(0), np.float32(_scale_of(scaled) * _LARGEST_CODE)
@@ -59,7 +59,7 @@ def _is_positive_constant(node: Any) -> bool:
     return node.get_type_name() == "Constant" and bool((node.get_data() >= 0).all())
 
 
-def _dequantisation_of(codes: Any) -> Any | None:
+def _dequantization_of(codes: Any) -> Any | None:
     """The product with the scale that a FakeQuantize to signed codes leads to, and to nothing else; None otherwise."""
     lowest, highest = (value.get_node() for value in codes.input_values()[3:])
     if codes.get_levels() != 256 or codes.get_output_element_type(0).to_dtype() != np.float32:

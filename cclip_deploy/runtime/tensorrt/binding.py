@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cclip_deploy.bundle.precision import Precision
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ _LEAST_CAPABILITY = {"fp8": (8, 9), "bf16": (8, 0)}
 
 
 def load_binding(name: BindingName) -> ModuleType:
-    """Import a binding; EnvironmentProblem with the command that installs it where it is missing or cannot load."""
+    """Import a binding; EnvironmentIssue with the command that installs it where it is missing or cannot load."""
     if name not in _MODULES:
         raise UsageError(f"There is no TensorRT binding {name!r}. Use {' or '.join(_MODULES)}.")
     module, remedy = _MODULES[name], f"pip install 'cclip-deploy[{_EXTRAS[name]}]'"
@@ -34,12 +34,10 @@ def load_binding(name: BindingName) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module:
-            raise EnvironmentProblem(f"The Python package of {name} is not installed. Install it: {remedy}") from error
-        raise EnvironmentProblem(f"{name} lacks the module {error.name!r}. Install it again: {remedy}") from error
+            raise EnvironmentIssue(f"The Python package of {name} is not installed. Install it: {remedy}") from error
+        raise EnvironmentIssue(f"{name} lacks the module {error.name!r}. Install it again: {remedy}") from error
     except (ImportError, OSError) as error:
-        raise EnvironmentProblem(
-            f"{name} is installed but does not load: {error}. Install it again: {remedy}"
-        ) from error
+        raise EnvironmentIssue(f"{name} is installed but does not load: {error}. Install it again: {remedy}") from error
 
 
 def binding_label(binding: ModuleType) -> tuple[str, str]:
@@ -52,14 +50,14 @@ def network_flags(binding: ModuleType) -> int:
     """Creation flags of a strongly typed network: asked for on TensorRT 10, accepted and always on in 11 and RTX.
 
     Raises:
-        EnvironmentProblem: a TensorRT that would choose the types by itself.
+        EnvironmentIssue: a TensorRT that would choose the types by itself.
     """
     flags = binding.NetworkDefinitionCreationFlag
     if hasattr(flags, "STRONGLY_TYPED"):
         return 1 << int(flags.STRONGLY_TYPED)
     name, version = binding_label(binding)
     if name == "tensorrt" and int(version.split(".")[0]) < 10:
-        raise EnvironmentProblem(f"TensorRT {version} has no strongly typed networks. Install TensorRT 10 or later.")
+        raise EnvironmentIssue(f"TensorRT {version} has no strongly typed networks. Install TensorRT 10 or later.")
     return 0
 
 

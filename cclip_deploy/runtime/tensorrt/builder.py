@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle.precision import Precision
-from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.tensorrt.binding import (
     binding_label,
     check_targets,
@@ -50,7 +50,7 @@ class EngineOptions:
         workspace_bytes: upper limit of scratch memory; None leaves it to the binding.
         precision: what the graph is in, and what the engine must prove to run in.
         kept_nodes: names of products that the graph keeps out of the precision on purpose; they must run in the rest's.
-        further_shapes: one more optimisation profile each, for shapes that are to be tuned by themselves.
+        further_shapes: one more optimization profile each, for shapes that are to be tuned by themselves.
         settings: targets, caches and the like.
     """
 
@@ -76,13 +76,13 @@ class EngineOptions:
                 )
 
     def profiles(self) -> tuple[ShapeRanges, ...]:
-        """The shapes of every optimisation profile; a graph without dynamic sizes needs none."""
+        """The shapes of every optimization profile; a graph without dynamic sizes needs none."""
         return tuple(shapes for shapes in (self.shapes, *self.further_shapes) if shapes)
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """A serialised engine whose precision was proved on its products, with what its build said."""
+    """A serialized engine whose precision was proved on its products, with what its build said."""
 
     engine: bytes = field(repr=False)
     layers: LayerTable = field(repr=False)
@@ -113,7 +113,7 @@ def build_engine(
     Raises:
         DataError: the graph is missing or the parser does not take it; every complaint with its node is in the message.
         UsageError: shapes that do not fit the graph's inputs.
-        EnvironmentProblem: the build itself failed.
+        EnvironmentIssue: the build itself failed.
         ParityError: the engine does not run in the precision asked for, or does not show it.
     """
     started = time.perf_counter()
@@ -155,7 +155,7 @@ def _build(
     watch.raise_if_cancelled()
     if memory is None:
         hint = needs_gpu_to_build(options.settings, binding)
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"{' '.join(binding_label(binding))} built no engine. {hint}It says: {watch.complaints()}"
         )
     cache_use = None if cache is None else cache.write()
@@ -167,7 +167,7 @@ def _start_builder(binding: ModuleType, logger: Any) -> Any:
     try:
         return binding.Builder(logger)
     except (TypeError, RuntimeError) as error:  # how pybind11 says that the library gave no builder
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"{' '.join(binding_label(binding))} does not start: {error}. It may need a GPU and its driver on this "
             "machine; TensorRT-RTX builds without."
         ) from error

@@ -1,4 +1,4 @@
-"""One execution context of one engine: its inputs and outputs, its optimisation profiles, its captured CUDA graph."""
+"""One execution context of one engine: its inputs and outputs, its optimization profiles, its captured CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.runtime.tensorrt.binding import create_context, numpy_type
 from cclip_deploy.runtime.tensorrt.device import Bytes, Gpu, Handle
 
@@ -54,7 +54,7 @@ class EngineContext:
         engine = loaded.engine
         self._context, self.activation_bytes = create_context(binding, engine, with_graphs)
         if self._context is None:
-            raise EnvironmentProblem(f"TensorRT made no execution context of {loaded.graph}. It says: {loaded.says()}")
+            raise EnvironmentIssue(f"TensorRT made no execution context of {loaded.graph}. It says: {loaded.says()}")
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.types = {name: numpy_type(binding, engine.get_tensor_dtype(name)) for name in names}
         is_input = {name: engine.get_tensor_mode(name) == binding.TensorIOMode.INPUT for name in names}
@@ -134,7 +134,7 @@ class EngineContext:
         remedy = "Leave --cuda-graphs out to run it as it is."
         asks = getattr(self._context, "is_stream_capturable", None)
         if asks is not None and not asks(self._gpu.stream_address(stream)):
-            raise EnvironmentProblem(f"{label}: TensorRT says that this engine is not capturable. {remedy}")
+            raise EnvironmentIssue(f"{label}: TensorRT says that this engine is not capturable. {remedy}")
         self._gpu.begin_capture(stream)
         try:
             is_taken = bool(self._context.execute_async_v3(self._gpu.stream_address(stream)))
@@ -142,11 +142,11 @@ class EngineContext:
             # A stream that is left capturing takes no other work, so the capture ends whatever happened in it.
             try:
                 graph = self._gpu.end_capture(stream)
-            except EnvironmentProblem as error:
-                raise EnvironmentProblem(f"{label}: {error} TensorRT says: {self.loaded.says()}. {remedy}") from error
+            except EnvironmentIssue as error:
+                raise EnvironmentIssue(f"{label}: {error} TensorRT says: {self.loaded.says()}. {remedy}") from error
         if not is_taken:
             self._gpu.close_graph(graph)
-            raise EnvironmentProblem(f"{label}. TensorRT says: {self.loaded.says()}. {remedy}")
+            raise EnvironmentIssue(f"{label}. TensorRT says: {self.loaded.says()}. {remedy}")
         return graph
 
     def _profile(self, index: int) -> dict[str, tuple[Shape, Shape]]:
@@ -178,7 +178,7 @@ class EngineContext:
 
     def _require(self, is_done: bool, what: str) -> None:
         if not is_done:
-            raise EnvironmentProblem(
+            raise EnvironmentIssue(
                 f"The engine of {self.loaded.graph} would not {what}. TensorRT says: {self.loaded.says()}"
             )
 

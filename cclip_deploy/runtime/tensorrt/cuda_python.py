@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.runtime.tensorrt.device import Bytes, GpuFacts, GpuInterface, Handle
 
 INSTALL = "pip install cuda-python"
@@ -16,11 +16,11 @@ NO_DEVICE, TOO_OLD = 100, 35
 
 
 def load_cuda_runtime() -> Any:
-    """The module cuda.bindings.runtime; EnvironmentProblem where it is missing."""
+    """The module cuda.bindings.runtime; EnvironmentIssue where it is missing."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise EnvironmentProblem(f"cuda-python cannot be imported ({error}). Install it: {INSTALL}") from error
+        raise EnvironmentIssue(f"cuda-python cannot be imported ({error}). Install it: {INSTALL}") from error
     return runtime
 
 
@@ -125,7 +125,7 @@ class CudaPythonGpu:
         """A function of the CUDA runtime; what it returns beside its status, alone where that is one value."""
         status, *values = getattr(self._runtime, function)(*arguments)
         if int(status):
-            raise EnvironmentProblem(f"{function} failed: {self._say(status)}. Run cclip-deploy doctor.")
+            raise EnvironmentIssue(f"{function} failed: {self._say(status)}. Run cclip-deploy doctor.")
         return values[0] if len(values) == 1 else tuple(values)
 
     def _say(self, status: Any) -> str:
@@ -139,12 +139,12 @@ class CudaPythonGpu:
         _, driver = self._runtime.cudaDriverGetVersion()
         _, runtime = self._runtime.cudaRuntimeGetVersion()
         if int(status) == TOO_OLD and driver:
-            raise EnvironmentProblem(
+            raise EnvironmentIssue(
                 f"The NVIDIA driver is too old: it has CUDA {version_text(driver)}, cuda-python needs "
                 f"{version_text(runtime)}. Update the driver, or install an older package: "
                 f"pip install 'cuda-python=={driver // 1000}.*'"
             )
         if int(status) in (0, TOO_OLD, NO_DEVICE):
             what = "There is a driver, but no NVIDIA GPU" if driver else "There is no NVIDIA driver here"
-            raise EnvironmentProblem(f"{what}, and engines run on one only. {DRIVER_REMEDY}")
-        raise EnvironmentProblem(f"The GPU cannot be used: {self._say(status)}. Run cclip-deploy doctor.")
+            raise EnvironmentIssue(f"{what}, and engines run on one only. {DRIVER_REMEDY}")
+        raise EnvironmentIssue(f"The GPU cannot be used: {self._say(status)}. Run cclip-deploy doctor.")

@@ -30,7 +30,7 @@ class GpuFacts:
 class Gpu(Protocol):
     """Device 0 of this machine. Addresses are device addresses; every copy and launch is on a stream, and asynchronous.
 
-    Every method raises EnvironmentProblem where CUDA reports an error, with CUDA's own words. What was allocated and
+    Every method raises EnvironmentIssue where CUDA reports an error, with CUDA's own words. What was allocated and
     made has to be freed and closed by who asked for it: `Ownership` does that.
     """
 

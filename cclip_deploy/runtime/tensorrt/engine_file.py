@@ -1,4 +1,4 @@
-"""An engine file becomes an engine: found in the bundle, held against the manifest and this machine, then deserialised.
+"""An engine file becomes an engine: found in the bundle, held against the manifest and this machine, then deserialized.
 
 An engine is executable code, so nothing of it reaches TensorRT before its hash, its binding and version, and its GPU
 have been checked.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import EngineEntry, EngineTarget, GraphEntry, TensorSpec
 from cclip_deploy.bundle.precision import build_command, precision_of
-from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.backend import check_tensors
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.tensorrt.binding import binding_label, listening_logger, numpy_type
@@ -39,18 +39,18 @@ def engines_of(bundle: Bundle, backend: str, precision: str) -> dict[str, Engine
 
 
 def check_engine(entry: EngineEntry, binding: ModuleType, facts: GpuFacts) -> None:
-    """Raise EnvironmentProblem unless an engine was built for this version of the binding and for this GPU."""
+    """Raise EnvironmentIssue unless an engine was built for this version of the binding and for this GPU."""
     name, version = binding_label(binding)
     remedy = f"Build it again: {_remedy(entry.backend, entry.precision)}"
     if (entry.backend, entry.backend_version) != (name, version):
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"{entry.file} was built with {entry.backend} {entry.backend_version}, this process has {name} {version}. "
             f"{remedy}"
         )
     if entry.runs_on is None:
-        raise EnvironmentProblem(f"The bundle does not say for which GPU {entry.file} was built. {remedy}")
+        raise EnvironmentIssue(f"The bundle does not say for which GPU {entry.file} was built. {remedy}")
     if not _suits(entry.runs_on, facts):
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"{entry.file} runs on {_said(entry.runs_on)}; this machine has a {facts.name} of compute capability "
             f"{facts.compute_capability}. {remedy}"
         )
@@ -61,7 +61,7 @@ def load_engine(bundle: Bundle, entry: EngineEntry, binding: ModuleType, facts: 
 
     Raises:
         BundleError: the file is not what the manifest says, or takes and gives other tensors than its graph.
-        EnvironmentProblem: it was built for another version or GPU, or TensorRT does not take it.
+        EnvironmentIssue: it was built for another version or GPU, or TensorRT does not take it.
     """
     check_engine(entry, binding, facts)
     content = bundle.read(entry.file)
@@ -75,7 +75,7 @@ def load_engine(bundle: Bundle, entry: EngineEntry, binding: ModuleType, facts: 
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         said = " | ".join(complaints[-3:]) or "nothing"
-        raise EnvironmentProblem(f"{' '.join(binding_label(binding))} does not load {entry.file}. It says: {said}")
+        raise EnvironmentIssue(f"{' '.join(binding_label(binding))} does not load {entry.file}. It says: {said}")
     if entry.stripped:
         _put_weights_back(bundle, entry, engine, binding, listening_logger(binding, listen), complaints)
     graph = _graph_of(bundle, entry)
@@ -102,7 +102,7 @@ def _put_weights_back(
     parser = binding.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_bytes(read_checked(bundle, graph)) or not refitter.refit_cuda_engine():
         said = " | ".join(complaints[-3:]) or "nothing"
-        raise EnvironmentProblem(f"The weights of {graph.file} do not go into {entry.file}. TensorRT says: {said}")
+        raise EnvironmentIssue(f"The weights of {graph.file} do not go into {entry.file}. TensorRT says: {said}")
 
 
 def _specs(engine: Any, graph: GraphEntry, binding: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:

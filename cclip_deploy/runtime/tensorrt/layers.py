@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from cclip_deploy.bundle.precision import PRECISIONS, Precision, is_quantised, product_type, rest_type
+from cclip_deploy.bundle.precision import PRECISIONS, Precision, is_quantized, product_type, rest_type
 from cclip_deploy.errors import DataError, ParityError, UsageError
 from cclip_deploy.runtime.tensorrt.layer_row import FLAT_WEIGHTS, LayerRow, LayerTensor
 
@@ -189,7 +189,7 @@ def _stray_of(row: LayerRow, asked: Precision, products: Collection[str]) -> str
         return told
     if row.role == "unknown" and row.types:
         return f"{told} is of an unknown kind"
-    fitting = {product_type(asked)} | ({rest_type(asked)} if is_quantised(asked) else set())
+    fitting = {product_type(asked)} | ({rest_type(asked)} if is_quantized(asked) else set())
     is_named = not set(products).isdisjoint(row.origins)
     return told if row.is_product and not is_named and row.precision not in fitting else None
 

@@ -15,7 +15,7 @@ def open_gpu(interface: GpuInterface = "cuda-python") -> Gpu:
 
     Raises:
         UsageError: `interface` has another value.
-        EnvironmentProblem: the package, the driver or a GPU is missing, or the driver is too old; with the remedy.
+        EnvironmentIssue: the package, the driver or a GPU is missing, or the driver is too old; with the remedy.
     """
     if interface == "cuda-python":
         return CudaPythonGpu()

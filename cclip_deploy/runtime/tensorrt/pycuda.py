@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.runtime.tensorrt.device import Bytes, GpuFacts, GpuInterface, Handle
 
 DRIVER_REMEDY = "Install the NVIDIA driver; in a container, start it with: docker run --gpus all"
@@ -15,16 +15,16 @@ NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with the default stream,
 
 
 def load_pycuda_driver() -> Any:
-    """The module pycuda.driver; EnvironmentProblem where it, or the driver library that it links to, is missing."""
+    """The module pycuda.driver; EnvironmentIssue where it, or the driver library that it links to, is missing."""
     try:
         from pycuda import driver
     except ModuleNotFoundError as error:
-        raise EnvironmentProblem(
+        raise EnvironmentIssue(
             f"pycuda cannot be imported ({error}). Install it, which compiles it and needs the CUDA toolkit: "
             "pip install pycuda; or use cuda-python, which has wheels: --gpu-interface cuda-python"
         ) from error
     except ImportError as error:
-        raise EnvironmentProblem(f"pycuda does not load: {error}. {DRIVER_REMEDY}") from error
+        raise EnvironmentIssue(f"pycuda does not load: {error}. {DRIVER_REMEDY}") from error
     return driver
 
 
@@ -38,12 +38,12 @@ class PyCudaGpu:
         try:
             self._driver.init()
             if not self._driver.Device.count():
-                raise EnvironmentProblem(f"pycuda finds no NVIDIA GPU. {DRIVER_REMEDY}")
+                raise EnvironmentIssue(f"pycuda finds no NVIDIA GPU. {DRIVER_REMEDY}")
             self._device = self._driver.Device(0)
             self._context = self._device.retain_primary_context()
             self._context.push()
         except self._driver.Error as error:
-            raise EnvironmentProblem(f"pycuda cannot use the GPU: {error}. {DRIVER_REMEDY}") from error
+            raise EnvironmentIssue(f"pycuda cannot use the GPU: {error}. {DRIVER_REMEDY}") from error
         major, minor = self._device.compute_capability()
         number = self._driver.get_driver_version()
         self.facts = GpuFacts(
@@ -104,7 +104,7 @@ class PyCudaGpu:
 
     def begin_capture(self, stream: Handle) -> None:
         if not hasattr(stream, "begin_capture"):
-            raise EnvironmentProblem(
+            raise EnvironmentIssue(
                 "This pycuda cannot capture CUDA graphs. Leave --cuda-graphs out, or use --gpu-interface cuda-python."
             )
         self._call("begin_capture", stream.begin_capture)
@@ -134,4 +134,4 @@ class PyCudaGpu:
         try:
             return function(*arguments)
         except self._driver.Error as error:
-            raise EnvironmentProblem(f"pycuda's {what} failed: {error}. Run cclip-deploy doctor.") from error
+            raise EnvironmentIssue(f"pycuda's {what} failed: {error}. Run cclip-deploy doctor.") from error

@@ -21,13 +21,13 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import EngineEntry
 from cclip_deploy.bundle.precision import build_command
 from cclip_deploy.errors import UsageError
-from cclip_deploy.runtime.backend import Kept, KeptOrArrays
+from cclip_deploy.runtime.backend import DeviceTensor, TensorsOrArrays
 from cclip_deploy.runtime.tensorrt.binding import BindingName, load_binding
 from cclip_deploy.runtime.tensorrt.context import LoadedEngine
 from cclip_deploy.runtime.tensorrt.device import Gpu, GpuInterface
 from cclip_deploy.runtime.tensorrt.engine_file import check_engine, engines_of, load_engine
 from cclip_deploy.runtime.tensorrt.open_device import open_gpu
-from cclip_deploy.runtime.tensorrt.stream import Lane
+from cclip_deploy.runtime.tensorrt.stream import ExecutionStream
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -73,7 +73,7 @@ class TensorRtBackend:
             binding: an imported binding, instead of the one that `name` names.
 
         Raises:
-            EnvironmentProblem: the binding, the package for device memory, the driver or the GPU is missing or too old,
+            EnvironmentIssue: the binding, the package for device memory, the driver or the GPU is missing or too old,
                 or an engine was built for another version or GPU.
             UsageError: the bundle has no such engine.
         """
@@ -92,12 +92,12 @@ class TensorRtBackend:
             raise
         self._loaded: dict[str, LoadedEngine] = {}
         self._loading = threading.RLock()
-        self._lanes: list[Lane] = []
-        self._free: queue.LifoQueue[Lane] = queue.LifoQueue()
+        self._lanes: list[ExecutionStream] = []
+        self._free: queue.LifoQueue[ExecutionStream] = queue.LifoQueue()
         self._is_closed = False
         try:
             for _ in range(options.lanes):
-                self._lanes.append(Lane(self.gpu, self._binding, options.cuda_graphs))
+                self._lanes.append(ExecutionStream(self.gpu, self._binding, options.cuda_graphs))
                 self._free.put(self._lanes[-1])
         except BaseException:
             self.close()
@@ -130,15 +130,15 @@ class TensorRtBackend:
                 lane.remove(graph)
             self._loaded.pop(graph, None)
 
-    def run(self, graph: str, inputs: KeptOrArrays) -> dict[str, NDArray[np.float32]]:
+    def run(self, graph: str, inputs: TensorsOrArrays) -> dict[str, NDArray[np.float32]]:
         with self._lane(graph) as lane:
             return lane.run(graph, inputs)[0]
 
-    def run_kept(self, graph: str, inputs: KeptOrArrays, names: Sequence[str]) -> dict[str, Kept]:
+    def run_on_device(self, graph: str, inputs: TensorsOrArrays, names: Sequence[str]) -> dict[str, DeviceTensor]:
         with self._lane(graph) as lane:
             return lane.run(graph, inputs, names)[1]
 
-    def device_times_ms(self, graph: str, inputs: KeptOrArrays, runs: int) -> list[float]:
+    def device_times_ms(self, graph: str, inputs: TensorsOrArrays, runs: int) -> list[float]:
         """Device time of each of so many runs, without copies; the runs of one lane, one after the other."""
         with self._lane(graph) as lane:
             return lane.device_times_ms(graph, inputs, runs)
@@ -185,7 +185,7 @@ class TensorRtBackend:
             return self._loaded[graph]
 
     @contextmanager
-    def _lane(self, graph: str) -> Iterator[Lane]:
+    def _lane(self, graph: str) -> Iterator[ExecutionStream]:
         """A lane that nobody else uses, with a context of the graph's engine; waits for one."""
         self._require_open()
         self.gpu.enter_thread()
@@ -198,11 +198,11 @@ class TensorRtBackend:
             self._free.put(lane)
 
     @contextmanager
-    def _all_lanes(self) -> Iterator[list[Lane]]:
+    def _all_lanes(self) -> Iterator[list[ExecutionStream]]:
         """Every lane, when the runs that are under way have ended."""
         self._require_open()
         with self._loading:
-            taken: list[Lane] = []
+            taken: list[ExecutionStream] = []
             try:
                 taken += (self._free.get() for _ in self._lanes)
                 self.gpu.enter_thread()

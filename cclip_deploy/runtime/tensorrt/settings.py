@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cclip_deploy.bundle.manifest import EngineTarget
 from cclip_deploy.common.files import reading_problem, whole_file
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.runtime.tensorrt.binding import binding_label
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class EngineSettings:
         capturable: the engine takes all its memory from the caller, which TensorRT-RTX asks of one that goes into a
             CUDA graph.
         tf32: FP32 products may round their factors to 10 bits, as TensorRT does unless it is told not to.
-        effort: the builder's optimisation level, 0 to 5; None is the binding's own.
+        effort: the builder's optimization level, 0 to 5; None is the binding's own.
         timing_cache: TensorRT: a file of measured kernel times, read if it is there, and written.
     """
 
@@ -120,7 +120,7 @@ class TimingCache:
 
         Raises:
             UsageError: TensorRT-RTX, which measures nothing at build.
-            EnvironmentProblem: the cache belongs to another GPU or version.
+            EnvironmentIssue: the cache belongs to another GPU or version.
             DataError: it cannot be read.
         """
         if is_rtx(binding) or not hasattr(config, "create_timing_cache"):
@@ -136,7 +136,7 @@ class TimingCache:
         self._given_sha256 = hashlib.sha256(content).hexdigest() if content else None
         self._cache = config.create_timing_cache(content)
         if self._cache is None or not config.set_timing_cache(self._cache, False):
-            raise EnvironmentProblem(
+            raise EnvironmentIssue(
                 f"The timing cache {path} was not made with this GPU and {' '.join(binding_label(binding))}. "
                 "Name another file, or delete it."
             )

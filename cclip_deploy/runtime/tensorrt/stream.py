@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.errors import EnvironmentProblem, UsageError
-from cclip_deploy.runtime.backend import Kept, KeptOrArrays
+from cclip_deploy.errors import EnvironmentIssue, UsageError
+from cclip_deploy.runtime.backend import DeviceTensor, TensorsOrArrays
 from cclip_deploy.runtime.tensorrt.context import Buffers, EngineContext, LoadedEngine, Shape, n_bytes_of
 from cclip_deploy.runtime.tensorrt.device import Bytes, Gpu, Ownership
 
@@ -27,7 +27,7 @@ Floats = NDArray[np.float32]
 class DeviceArray:
     """An output that stayed on the GPU; its memory goes back to its lane with the last reference to it."""
 
-    def __init__(self, lane: Lane, address: int, shape: Shape, dtype: np.dtype[Any]) -> None:
+    def __init__(self, lane: ExecutionStream, address: int, shape: Shape, dtype: np.dtype[Any]) -> None:
         self.lane = lane
         self.address = address
         self.dtype = dtype
@@ -54,7 +54,7 @@ class DeviceArray:
         self._release()
 
 
-class Lane:
+class ExecutionStream:
     """Runs engines on one stream; for one thread at a time. Closing it frees all that it allocated."""
 
     def __init__(self, gpu: Gpu, binding: ModuleType, cuda_graphs: bool) -> None:
@@ -99,8 +99,8 @@ class Lane:
                 self._owned.free(addresses.pop())
 
     def run(
-        self, graph: str, inputs: KeptOrArrays, keep: Sequence[str] | None = None
-    ) -> tuple[dict[str, Floats], dict[str, Kept]]:
+        self, graph: str, inputs: TensorsOrArrays, keep: Sequence[str] | None = None
+    ) -> tuple[dict[str, Floats], dict[str, DeviceTensor]]:
         """One run. Without `keep` all outputs come to the host; with it, those stay on the device, and no others."""
         context = self._contexts[graph]
         if context.is_busy:
@@ -123,7 +123,7 @@ class Lane:
                 array.close()
             raise
 
-    def device_times_ms(self, graph: str, inputs: KeptOrArrays, runs: int) -> list[float]:
+    def device_times_ms(self, graph: str, inputs: TensorsOrArrays, runs: int) -> list[float]:
         """The device's own time of each of so many runs, without any copy, after one run that counts for nothing."""
         self.run(graph, inputs)
         context, times = self._contexts[graph], []
@@ -173,7 +173,7 @@ class Lane:
             self._contexts.clear()
             self._owned.close()
 
-    def _prepare(self, context: EngineContext, inputs: KeptOrArrays) -> dict[str, NDArray[Any] | DeviceArray]:
+    def _prepare(self, context: EngineContext, inputs: TensorsOrArrays) -> dict[str, NDArray[Any] | DeviceArray]:
         """Inputs as the engine takes them; what is kept on the device stays there, and is finished."""
         prepared: dict[str, NDArray[Any] | DeviceArray] = {}
         for name, value in inputs.items():
@@ -275,13 +275,13 @@ class Lane:
     def _wait_whatever_happened(self) -> None:
         try:
             self.wait()
-        except EnvironmentProblem:
+        except EnvironmentIssue:
             # What broke the stream is on its way to the caller already.
             for context in self._contexts.values():
                 context.is_busy = False
 
 
-def _foreign(inputs: Mapping[str, Any], lane: Lane) -> set[Lane]:
+def _foreign(inputs: Mapping[str, Any], lane: ExecutionStream) -> set[ExecutionStream]:
     """Other lanes that these inputs are kept on."""
     return {value.lane for value in inputs.values() if isinstance(value, DeviceArray) and value.lane is not lane}
 

@@ -171,9 +171,9 @@ def _pictures() -> list[Input]:
     exif[274], exif[305] = 6, "software"
     palette = Image.fromarray(values[..., 0]).convert("P")
     kinds: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
-        "png grey": (Image.fromarray(values[..., 0]), "PNG", {"exif": exif}),
+        "png gray": (Image.fromarray(values[..., 0]), "PNG", {"exif": exif}),
         "png mask": (Image.fromarray((values[..., 0] > 99).astype(np.uint8) * np.uint8(255)), "PNG", {}),
-        "png grey 16": (Image.fromarray(values.view(np.uint16)[..., 0]), "PNG", {}),
+        "png gray 16": (Image.fromarray(values.view(np.uint16)[..., 0]), "PNG", {}),
         "png rgba": (Image.fromarray(values), "PNG", {"icc_profile": b"profile" * 9}),
         "png palette": (palette, "PNG", {"transparency": 3}),
         "png bits": (Image.fromarray(values[..., 0] > 99), "PNG", {}),
@@ -197,13 +197,13 @@ def _saved(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
 
 
 def _dicoms() -> list[Input]:
-    grey = (np.arange(24 * 20) % 4096).astype(np.uint16).reshape(24, 20)
-    eight = (grey % 256).astype(np.uint8)
+    gray = (np.arange(24 * 20) % 4096).astype(np.uint16).reshape(24, 20)
+    eight = (gray % 256).astype(np.uint8)
     runs = np.concatenate([[0x0F], eight.ravel()[:16]]).astype(np.uint8).tobytes() * 30
     rle = np.array([1, 64, *[0] * 14], "<u4").tobytes() + runs
     made = {
-        "dicom explicit": (LITTLE, grey.tobytes(), 16), "dicom implicit": (IMPLICIT, grey.tobytes(), 16),
-        "dicom big endian": (BIG, grey.byteswap().tobytes(), 16), "dicom rle": (RLE, encapsulate([rle]), 8),
+        "dicom explicit": (LITTLE, gray.tobytes(), 16), "dicom implicit": (IMPLICIT, gray.tobytes(), 16),
+        "dicom big endian": (BIG, gray.byteswap().tobytes(), 16), "dicom rle": (RLE, encapsulate([rle]), 8),
         "dicom jpeg": (JPEG, encapsulate([_saved(Image.fromarray(eight), "JPEG", {})]), 8),
         "dicom jpeg 2000": (JPEG_2000, encapsulate([_saved(Image.fromarray(eight), "JPEG2000", {})]), 8),
         "dicom rgb": (LITTLE, np.repeat(eight, 3).tobytes(), 8),

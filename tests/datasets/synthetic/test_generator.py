@@ -21,7 +21,7 @@ from cclip_deploy.datasets.synthetic.generator import (
     make_samples,
     write_dataset,
 )
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.prompts.reader import read_prompt
 from cclip_deploy.prompts.template import SITES, parse
 from cclip_deploy.prompts.wordings import WORDINGS
@@ -235,13 +235,13 @@ def test_impossible_films_are_refused() -> None:
 
 def test_a_written_data_set_reads_back(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", {"train": 3, "val": 1, "test": 2}, (64, 96), seed=4, prompts_per_film=2)
-    referrals = read_flat(tmp_path / "data")
-    assert [r.split for r in referrals] == ["train"] * 6 + ["val"] * 2 + ["test"] * 4
-    assert len({r.subject for r in referrals}) == 6
+    samples = read_flat(tmp_path / "data")
+    assert [r.split for r in samples] == ["train"] * 6 + ["val"] * 2 + ["test"] * 4
+    assert len({r.subject for r in samples}) == 6
     first = make_samples(np.random.default_rng([4, 0, 0]), (64, 96), 2)
-    assert [r.text for r in referrals[:2]] == [s.prompt for s in first]
-    assert np.array_equal(read_mask(referrals[1].mask), first[1].mask)
-    written = np.asarray(Image.open(referrals[0].image)) / 255
+    assert [r.text for r in samples[:2]] == [s.prompt for s in first]
+    assert np.array_equal(read_mask(samples[1].mask), first[1].mask)
+    written = np.asarray(Image.open(samples[0].image)) / 255
     assert np.abs(written - first[0].image).max() <= 0.5 / 255 + 1e-6
 
 
@@ -264,7 +264,7 @@ def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         raise error
 
     monkeypatch.setattr(writing, "_save_mask", fail)
-    with pytest.raises(EnvironmentProblem if isinstance(error, OSError) else KeyboardInterrupt):
+    with pytest.raises(EnvironmentIssue if isinstance(error, OSError) else KeyboardInterrupt):
         write_dataset(tmp_path / "data", {"train": 1}, (32, 32), seed=0)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Q/DQ graphs: what is quantised and what is left, how weights are coded, and the numbers they give beside numpy's."""
+"""Q/DQ graphs: what is quantized and what is left, how weights are coded, and the numbers they give beside numpy's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.graph.precision.convert import lower, tensors_to_calibrate
 from cclip_deploy.graph.precision.float16 import precision_share
-from cclip_deploy.graph.precision.quantize import plan_quantisation, quantise, scale_of, weight_codes
+from cclip_deploy.graph.precision.quantize import plan_quantization, quantize, scale_of, weight_codes
 from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
 from tests.graph.precision.test_float16 import make_model, normal
 
@@ -78,45 +78,45 @@ def run(model: onnx.ModelProto, precision: str, **feeds: np.ndarray) -> np.ndarr
     return np.asarray(session.run(None, feeds)[0])
 
 
-def test_learned_products_are_quantised_and_the_others_left(model: onnx.ModelProto) -> None:
-    plan = plan_quantisation(model)
+def test_learned_products_are_quantized_and_the_others_left(model: onnx.ModelProto) -> None:
+    plan = plan_quantization(model)
     assert [p.node for p in plan.products] == ["stem", "inner", "deep1", "deep2", "down", "linear"]
     assert set(plan.kept) == {"attention", "interpolation", "text"}
 
 
 def test_the_skip_of_each_residual_sum_has_a_pair_and_nothing_else(model: onnx.ModelProto) -> None:
     """The identity's is what the block began with; a downsampling block's, the branch of fewer products."""
-    quantised = quantise(model, plan_quantisation(model), unit_ranges(model), "int8")
+    quantized = quantize(model, plan_quantization(model), unit_ranges(model), "int8")
     for name, skip in (("identity", "ra"), ("downsampling", "down")):
-        inputs = list(node_of(quantised, name).input)
-        pairs = [producer(quantised, i).op_type == "DequantizeLinear" for i in inputs]
+        inputs = list(node_of(quantized, name).input)
+        pairs = [producer(quantized, i).op_type == "DequantizeLinear" for i in inputs]
         assert sum(pairs) == 1
-        assert inputs[pairs.index(True)] == f"{skip}/dequantised"
-    assert list(node_of(quantised, "bias").input) == ["e", "e.bias"]
-    assert node_of(quantised, "pool").input[0] == "r1/dequantised"
-    assert node_of(quantised, "r1").input[0] == "s1"
+        assert inputs[pairs.index(True)] == f"{skip}/dequantized"
+    assert list(node_of(quantized, "bias").input) == ["e", "e.bias"]
+    assert node_of(quantized, "pool").input[0] == "r1/dequantized"
+    assert node_of(quantized, "r1").input[0] == "s1"
 
 
 def test_every_pair_is_signed_symmetric_and_every_weight_stored_as_codes(model: onnx.ModelProto) -> None:
-    quantised = quantise(model, plan_quantisation(model), unit_ranges(model), "int8")
-    values = stored(quantised)
-    for node in quantised.graph.node:
+    quantized = quantize(model, plan_quantization(model), unit_ranges(model), "int8")
+    values = stored(quantized)
+    for node in quantized.graph.node:
         if node.op_type == "QuantizeLinear" or (node.op_type == "DequantizeLinear" and len(node.input) == 3):
             zero = values[node.input[2]]
             assert (zero.dtype, zero.shape, int(zero)) == (np.int8, (), 0)
     for name in ("stem", "inner", "deep1", "deep2", "down", "linear"):
-        data, weight = (producer(quantised, i) for i in node_of(quantised, name).input[:2])
+        data, weight = (producer(quantized, i) for i in node_of(quantized, name).input[:2])
         assert (data.op_type, weight.op_type) == ("DequantizeLinear", "DequantizeLinear")
         assert values[weight.input[0]].dtype == np.int8
-    assert node_of(quantised, "stem").input[2] == "a.bias"
+    assert node_of(quantized, "stem").input[2] == "a.bias"
     assert values["a.bias"].dtype == np.float32
-    assert precision_share(quantised)["int8"] == 4 * 64 + 128 + 1
+    assert precision_share(quantized)["int8"] == 4 * 64 + 128 + 1
 
 
 def test_a_weight_that_two_products_share_is_stored_once(model: onnx.ModelProto) -> None:
-    quantised = quantise(model, plan_quantisation(model), unit_ranges(model), "int8")
-    assert node_of(quantised, "deep1").input[1] == node_of(quantised, "deep2").input[1]
-    assert sum(name.startswith("c.weight/int8") and v.dtype == np.int8 for name, v in stored(quantised).items()) == 1
+    quantized = quantize(model, plan_quantization(model), unit_ranges(model), "int8")
+    assert node_of(quantized, "deep1").input[1] == node_of(quantized, "deep2").input[1]
+    assert sum(name.startswith("c.weight/int8") and v.dtype == np.int8 for name, v in stored(quantized).items()) == 1
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3, 3, 3), 0), ((6, 5), 1), ((5, 6), 0)])
@@ -164,8 +164,8 @@ def test_an_int8_product_of_exact_codes_is_exact() -> None:
     model = make_model(
         [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": w}, {"x": (3, 16)}, {"y": (3, 5)}
     )
-    quantised = quantise(model, plan_quantisation(model), {"x": 127.0}, "int8")
-    np.testing.assert_array_equal(run(quantised, "int8", x=x), x @ w)
+    quantized = quantize(model, plan_quantization(model), {"x": 127.0}, "int8")
+    np.testing.assert_array_equal(run(quantized, "int8", x=x), x @ w)
 
 
 def test_what_lies_beyond_a_range_is_cut_off_on_both_sides() -> None:
@@ -173,9 +173,9 @@ def test_what_lies_beyond_a_range_is_cut_off_on_both_sides() -> None:
     model = make_model(
         [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": w}, {"x": (4, 1)}, {"y": (4, 1)}
     )
-    quantised = quantise(model, plan_quantisation(model), {"x": 1.0}, "int8")
+    quantized = quantize(model, plan_quantization(model), {"x": 1.0}, "int8")
     x = np.array([[-5], [-1], [1], [5]], np.float32)
-    got = run(quantised, "int8", x=x)[:, 0] / 127
+    got = run(quantized, "int8", x=x)[:, 0] / 127
     np.testing.assert_allclose(got, [-128 / 127, -1, 1, 1], rtol=2e-3)
 
 
@@ -185,7 +185,7 @@ def fp8_round(values: np.ndarray, scale: float) -> np.ndarray:
 
 @pytest.mark.parametrize("operator", ["Conv", "MatMul"])
 def test_an_fp8_graph_computes_what_numpy_does_with_e4m3_operands_relu_included(operator: str) -> None:
-    """ONNX Runtime's own optimiser drops a ReLU before an FP8 pair; the session settings must not let it."""
+    """ONNX Runtime's own optimizer drops a ReLU before an FP8 pair; the session settings must not let it."""
     shape = (1, 8, 2, 2) if operator == "Conv" else (4, 8)
     x, w1, w2 = normal(*shape), normal(8, 8, seed=1), normal(8, 8, seed=2)
     kernel = (8, 8, 1, 1) if operator == "Conv" else (8, 8)
@@ -196,7 +196,7 @@ def test_an_fp8_graph_computes_what_numpy_does_with_e4m3_operands_relu_included(
     ]
     model = make_model(nodes, {"w1": w1.reshape(kernel), "w2": w2.reshape(kernel)}, {"x": shape}, {"y": shape})
     ranges = {"x": 2.0, "r": 5.0}
-    got = run(quantise(model, plan_quantisation(model), ranges, "fp8"), "fp8", x=x)
+    got = run(quantize(model, plan_quantization(model), ranges, "fp8"), "fp8", x=x)
     values = x
     for weight, name in ((w1, "x"), (w2, "r")):
         values = fp8_round(values, scale_of(ranges[name], "fp8"))
@@ -208,7 +208,7 @@ def test_an_fp8_graph_computes_what_numpy_does_with_e4m3_operands_relu_included(
 
 
 def test_an_int8_graph_with_an_fp16_rest_keeps_biases_that_onnxruntime_would_round_away() -> None:
-    """The product of two tiny float16 scales underflows, so ONNX Runtime must not quantise the bias with it."""
+    """The product of two tiny float16 scales underflows, so ONNX Runtime must not quantize the bias with it."""
     x, w = normal(1, 8, 2, 2) / 100, normal(8, 8, 1, 1, seed=1) / 1000
     bias = normal(8, seed=2) / 10
     model = make_model(
@@ -261,13 +261,13 @@ def test_ranges_that_are_missing_or_no_numbers_are_refused(
 ) -> None:
     given: Any = ranges if ranges is not None else {**unit_ranges(model), "image": float("nan")}
     with pytest.raises(error, match=said):
-        quantise(model, plan_quantisation(model), given, "int8")
+        quantize(model, plan_quantization(model), given, "int8")
 
 
-def test_a_graph_without_learned_products_is_not_quantised() -> None:
+def test_a_graph_without_learned_products_is_not_quantized() -> None:
     model = make_model([helper.make_node("MatMul", ["x", "x"], ["y"], name="m")], {}, {"x": (4, 4)}, {"y": (4, 4)})
     assert tensors_to_calibrate(model) == ()
-    with pytest.raises(UsageError, match="Nothing of this graph can be quantised"):
+    with pytest.raises(UsageError, match="Nothing of this graph can be quantized"):
         lower(model, "int8", {})
 
 
@@ -277,4 +277,4 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
         [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": w}, {"x": (4, 4)}, {"y": (4, 4)}
     )
     with pytest.raises(ParityError, match="'w' holds values that are not finite"):
-        quantise(model, plan_quantisation(model), {"x": 1.0}, "int8")
+        quantize(model, plan_quantization(model), {"x": 1.0}, "int8")

@@ -13,7 +13,7 @@ from torch import nn
 from cclip_deploy.errors import RewriteRefused
 from cclip_deploy.graph.rewrites.attention_pool import FixAttentionPool
 from cclip_deploy.model.towers import DenseAttentionPool
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
 SIDES = st.integers(1, 9)
 
@@ -27,13 +27,13 @@ SIDES = st.integers(1, 9)
     seed=st.integers(0, 99),
 )
 def test_fixed_pool_equals_the_plain_one(height: int, width: int, batch: int, heads: int, seed: int) -> None:
-    pool = randomised(DenseAttentionPool(grid=5, width=16, heads=heads, out_width=6), seed)
+    pool = randomized(DenseAttentionPool(grid=5, width=16, heads=heads, out_width=6), seed)
     x = random_map(batch, 16, height, width, seed=seed)
     assert relative_error(FixAttentionPool((height, width))(pool)(x), pool(x)) <= 1e-12
 
 
 def test_float32_weights_are_worked_out_in_float64_and_stay_float32() -> None:
-    exact = randomised(DenseAttentionPool(grid=7, width=64, heads=4, out_width=16))
+    exact = randomized(DenseAttentionPool(grid=7, width=64, heads=4, out_width=16))
     fixed = FixAttentionPool((3, 5))(copy.deepcopy(exact).float())
     assert {tensor.dtype for tensor in fixed.state_dict().values()} == {torch.float32}
     x = random_map(2, 64, 3, 5)
@@ -41,7 +41,7 @@ def test_float32_weights_are_worked_out_in_float64_and_stay_float32() -> None:
 
 
 def test_the_given_pool_is_left_as_it_was_and_shares_its_last_projection() -> None:
-    pool = randomised(DenseAttentionPool(grid=5, width=16, heads=4, out_width=6))
+    pool = randomized(DenseAttentionPool(grid=5, width=16, heads=4, out_width=6))
     before = copy.deepcopy(pool.state_dict())
     fixed = FixAttentionPool((2, 3))(pool)
     assert all(torch.equal(tensor, pool.state_dict()[name]) for name, tensor in before.items())

@@ -13,7 +13,7 @@ from torch import nn
 from cclip_deploy.errors import RewriteRefused
 from cclip_deploy.graph.rewrites.batch_norm import FoldBatchNorm, convolution_refusal, norm_refusal, scale_and_shift
 from cclip_deploy.model.neck import convolution_block
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
 
 @settings(max_examples=25, deadline=None)
@@ -31,7 +31,7 @@ def test_one_convolution_equals_convolution_and_norm(
     height: int, width: int, batch: int, size: int, stride: int, groups: int, bias: bool, seed: int
 ) -> None:
     convolution = nn.Conv2d(4, 6, size, stride=stride, padding=size // 2, groups=groups, bias=bias)
-    module = randomised(nn.Sequential(convolution, nn.BatchNorm2d(6, eps=1e-2), nn.ReLU()), seed)
+    module = randomized(nn.Sequential(convolution, nn.BatchNorm2d(6, eps=1e-2), nn.ReLU()), seed)
     folded = FoldBatchNorm()(module)
     x = random_map(batch, 4, height, width, seed=seed)
     assert relative_error(folded(x), module(x)) <= 1e-12
@@ -47,7 +47,7 @@ def test_scale_and_shift_are_the_norm_s_formula() -> None:
 
 
 def test_float32_weights_are_folded_in_float64_and_stay_float32() -> None:
-    exact = randomised(convolution_block(64, 8, 3))
+    exact = randomized(convolution_block(64, 8, 3))
     module = copy.deepcopy(exact).float()
     folded = FoldBatchNorm()(module)
     assert folded[0].weight.dtype is folded[0].bias.dtype is torch.float32  # type: ignore[index]
@@ -56,7 +56,7 @@ def test_float32_weights_are_folded_in_float64_and_stay_float32() -> None:
 
 
 def test_the_given_module_is_left_as_it_was_and_the_folded_one_cannot_be_trained() -> None:
-    module = randomised(convolution_block(3, 5, 3)).requires_grad_(True)
+    module = randomized(convolution_block(3, 5, 3)).requires_grad_(True)
     before = copy.deepcopy(module.state_dict())
     folded = FoldBatchNorm()(module)
     assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in before.items())

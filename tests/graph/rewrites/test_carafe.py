@@ -13,7 +13,7 @@ from torch import nn
 from cclip_deploy.errors import RewriteRefused
 from cclip_deploy.graph.rewrites.carafe import CarafeAsProduct
 from cclip_deploy.model.neck import Carafe
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
 SIDES = st.integers(1, 9)
 
@@ -21,13 +21,13 @@ SIDES = st.integers(1, 9)
 @settings(max_examples=25, deadline=None)
 @given(height=SIDES, width=SIDES, batch=st.integers(1, 3), seed=st.integers(0, 99))
 def test_product_equals_carafe(height: int, width: int, batch: int, seed: int) -> None:
-    carafe = randomised(Carafe(5, 4), seed)
+    carafe = randomized(Carafe(5, 4), seed)
     x = random_map(batch, 5, height, width, seed=seed)
     assert relative_error(CarafeAsProduct()(carafe)(x), carafe(x)) <= 1e-12
 
 
 def test_every_border_and_corner_is_carafe_s_own() -> None:
-    carafe = randomised(Carafe(5, 4))
+    carafe = randomized(Carafe(5, 4))
     x = random_map(2, 5, 5, 6)
     actual, expected = CarafeAsProduct()(carafe)(x), carafe(x)
     for rows in (slice(0, 2), slice(-2, None), slice(None)):
@@ -38,13 +38,13 @@ def test_every_border_and_corner_is_carafe_s_own() -> None:
 def test_a_last_convolution_without_bias_has_none_afterwards() -> None:
     carafe = Carafe(5, 4)
     carafe.out = nn.Conv2d(5, 5, 1, bias=False)
-    carafe = randomised(carafe)
+    carafe = randomized(carafe)
     x = random_map(2, 5, 3, 4)
     assert relative_error(CarafeAsProduct()(carafe)(x), carafe(x)) <= 1e-12
 
 
 def test_the_given_carafe_is_left_as_it_was_and_shares_its_weights() -> None:
-    carafe = randomised(Carafe(5, 4))
+    carafe = randomized(Carafe(5, 4))
     before = copy.deepcopy(carafe.state_dict())
     product = CarafeAsProduct()(carafe)
     assert all(torch.equal(tensor, carafe.state_dict()[name]) for name, tensor in before.items())

@@ -13,7 +13,7 @@ from torch import nn
 from cclip_deploy.errors import RewriteRefused
 from cclip_deploy.graph.rewrites.coordinates import FixCoordinates
 from cclip_deploy.model.neck import CoordinateBlock
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
 SIDES = st.integers(1, 9)
 
@@ -21,13 +21,13 @@ SIDES = st.integers(1, 9)
 @settings(max_examples=25, deadline=None)
 @given(height=SIDES, width=SIDES, batch=st.integers(1, 3), seed=st.integers(0, 99))
 def test_fixed_coordinates_equal_the_block_that_sees_them(height: int, width: int, batch: int, seed: int) -> None:
-    block = randomised(CoordinateBlock(3), seed)
+    block = randomized(CoordinateBlock(3), seed)
     x = random_map(batch, 3, height, width, seed=seed)
     assert relative_error(FixCoordinates((height, width))(block)(x), block(x)) <= 1e-12
 
 
 def test_the_border_is_the_block_s_own() -> None:
-    block = randomised(CoordinateBlock(3))
+    block = randomized(CoordinateBlock(3))
     x = random_map(2, 3, 6, 7)
     actual, expected = FixCoordinates((6, 7))(block)(x), block(x)
     for edge in (slice(0, 1), slice(-1, None)):
@@ -36,7 +36,7 @@ def test_the_border_is_the_block_s_own() -> None:
 
 
 def test_an_empty_picture_gives_the_constant_map_alone() -> None:
-    block = randomised(CoordinateBlock(3))
+    block = randomized(CoordinateBlock(3))
     fixed = FixCoordinates((4, 5))(block)
     empty = torch.zeros(2, 3, 4, 5, dtype=torch.float64)
     assert torch.equal(fixed(empty)[0], fixed(empty)[1])
@@ -46,7 +46,7 @@ def test_an_empty_picture_gives_the_constant_map_alone() -> None:
 
 
 def test_the_given_block_is_left_as_it_was() -> None:
-    block = randomised(CoordinateBlock(3))
+    block = randomized(CoordinateBlock(3))
     before = copy.deepcopy(block.state_dict())
     FixCoordinates((4, 5))(block)
     assert all(torch.equal(tensor, block.state_dict()[name]) for name, tensor in before.items())

@@ -15,7 +15,7 @@ from torch.nn import functional
 from cclip_deploy.errors import RewriteRefused
 from cclip_deploy.graph.rewrites.interpolation import Bands, MixBeforeInterpolation, shifted_matrices
 from cclip_deploy.model.neck import convolution_block
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
 SIDES = st.integers(1, 22)
 
@@ -44,7 +44,7 @@ def plainly(block: nn.Module, x: Tensor, scale: int = 4) -> Tensor:
 def test_mixing_first_equals_interpolating_first(
     height: int, width: int, batch: int, scale: int, widths: tuple[int, int], seed: int
 ) -> None:
-    block = randomised(convolution_block(*widths, 3), seed)
+    block = randomized(convolution_block(*widths, 3), seed)
     x = random_map(batch, widths[0], height, width, seed=seed)
     rewritten = rewritten_block(block, (height, width), scale)
     torch.testing.assert_close(rewritten(x), plainly(block, x, scale), rtol=1e-12, atol=1e-12)
@@ -53,7 +53,7 @@ def test_mixing_first_equals_interpolating_first(
 @pytest.mark.parametrize("hw", [(5, 6), (3, 9), (1, 4), (14, 14), (21, 16), (22, 26)])
 def test_every_border_and_corner_is_the_published_one(hw: tuple[int, int]) -> None:
     """Zeros outside the upsampled map and the interpolation's own clamping meet there."""
-    block = randomised(convolution_block(4, 6, 3), seed=1)
+    block = randomized(convolution_block(4, 6, 3), seed=1)
     x = random_map(2, 4, *hw) + 1.0  # away from zero, so that padding differs from repeating
     actual, expected = rewritten_block(block, hw)(x), plainly(block, x)
     parts = (slice(0, 1), slice(1, 4), slice(-4, -1), slice(-1, None), slice(None))
@@ -63,7 +63,7 @@ def test_every_border_and_corner_is_the_published_one(hw: tuple[int, int]) -> No
 
 
 def test_one_bright_pixel_spreads_as_published_wherever_it_is() -> None:
-    block = randomised(convolution_block(1, 2, 3))
+    block = randomized(convolution_block(1, 2, 3))
     rewritten = rewritten_block(block, (3, 4))
     for place in range(12):
         x = torch.zeros(1, 1, 3, 4, dtype=torch.float64)
@@ -73,13 +73,13 @@ def test_one_bright_pixel_spreads_as_published_wherever_it_is() -> None:
 
 def test_a_convolution_with_its_own_bias_is_rewritten_too() -> None:
     block = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU())
-    block = randomised(block)
+    block = randomized(block)
     x = random_map(2, 3, 4, 5)
     assert relative_error(rewritten_block(block, (4, 5))(x), plainly(block, x)) <= 1e-12
 
 
 def test_float32_weights_stay_float32_and_agree_to_its_precision() -> None:
-    exact = randomised(convolution_block(64, 8, 3))
+    exact = randomized(convolution_block(64, 8, 3))
     module = MixBeforeInterpolation((5, 4))(copy.deepcopy(exact).float())
     rewritten = rewritten_block(copy.deepcopy(exact).float(), (5, 4))
     assert {tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
@@ -88,7 +88,7 @@ def test_float32_weights_stay_float32_and_agree_to_its_precision() -> None:
 
 
 def test_the_given_block_is_left_as_it_was() -> None:
-    block = randomised(convolution_block(3, 5, 3)).requires_grad_(True)
+    block = randomized(convolution_block(3, 5, 3)).requires_grad_(True)
     before = copy.deepcopy(block.state_dict())
     rewritten = MixBeforeInterpolation((4, 5))(block)
     assert all(torch.equal(tensor, block.state_dict()[name]) for name, tensor in before.items())

@@ -15,9 +15,9 @@ from cclip_deploy.errors import RewriteRefused
 from cclip_deploy.graph.rewrites.prompt_kernel import FoldedKernel, FoldLastConvolution
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.head import MaskHead
-from tests.numerics import random_map, randomised, relative_error
+from tests.numerics import random_map, randomized, relative_error
 
-HEAD = randomised(MaskHead(dataclasses.replace(TINY, feature_width=6)), seed=1)
+HEAD = randomized(MaskHead(dataclasses.replace(TINY, feature_width=6)), seed=1)
 
 
 def convolved(risen: Tensor, folded: FoldedKernel) -> Tensor:

@@ -15,10 +15,10 @@ from cclip_deploy.errors import PromptError, RewriteRefused
 from cclip_deploy.graph.rewrites.text_tower import FixPromptLength
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.towers import TextTower
-from tests.numerics import randomised, relative_error
+from tests.numerics import randomized, relative_error
 
 END = 299
-TOWER = randomised(TextTower(dataclasses.replace(TINY, vocabulary_size=300)), seed=2)
+TOWER = randomized(TextTower(dataclasses.replace(TINY, vocabulary_size=300)), seed=2)
 
 
 def prompts(rows: int, length: int, seed: int = 0) -> Tensor:

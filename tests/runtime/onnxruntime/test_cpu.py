@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import BundleError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.parity.reference import expand, load_references
 from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend, load_onnxruntime, make_session
@@ -111,13 +111,13 @@ def test_an_unknown_device_is_a_usage_error(tiny_bundle: Bundle) -> None:
 
 @pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has a CUDA provider")
 def test_cuda_is_refused_where_this_build_has_none(tiny_bundle: Bundle) -> None:
-    with pytest.raises(EnvironmentProblem, match=r"no CUDAExecutionProvider.*cclip-deploy\[gpu\]"):
+    with pytest.raises(EnvironmentIssue, match=r"no CUDAExecutionProvider.*cclip-deploy\[gpu\]"):
         OnnxRuntimeBackend(tiny_bundle, device="cuda")
 
 
 def test_a_missing_onnxruntime_is_told_with_the_command_that_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(EnvironmentProblem, match=r"pip install 'cclip-deploy\[cpu\]'"):
+    with pytest.raises(EnvironmentIssue, match=r"pip install 'cclip-deploy\[cpu\]'"):
         load_onnxruntime("cpu")
 
 
@@ -132,7 +132,7 @@ def test_a_session_does_not_keep_the_bytes_that_it_was_made_from(tiny_bundle: Bu
 def test_a_session_that_fell_back_to_the_cpu_is_refused() -> None:
     fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
     runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *a, **k: fallen)
-    with pytest.raises(EnvironmentProblem, match="asked for cuda and fell back"):
+    with pytest.raises(EnvironmentIssue, match="asked for cuda and fell back"):
         make_session(runtime, b"a graph", "cuda")
 
 

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import EnvironmentProblem
+from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.reference import expand, load_references
 from cclip_deploy.runtime.onnxruntime import gpu as onnx_runtime_gpu
@@ -54,13 +54,13 @@ def test_features_go_from_graph_to_graph_without_an_array(tiny_bundle: Bundle, b
     truth = plain.decode(plain.encode_image(pixels), kernels)
     np.testing.assert_allclose(ours.decode(features, kernels), truth, rtol=1e-4, atol=1e-4)
     features.close()
-    with pytest.raises(EnvironmentProblem, match="was freed"):
+    with pytest.raises(EnvironmentIssue, match="was freed"):
         ours.decode(features, kernels)
 
 
 def test_only_what_is_kept_is_given(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
     tokens = load_references(tiny_bundle)[0].tokens
-    assert bound.run_kept("prompt_encoder", {"tokens": tokens}, ["kernel"]).keys() == {"kernel"}
+    assert bound.run_on_device("prompt_encoder", {"tokens": tokens}, ["kernel"]).keys() == {"kernel"}
 
 
 def test_options_name_shapes_caches_and_no_precision(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_tensorrt_leaves_the_rest_to_cuda(tiny_bundle: Bundle, monkeypatch: pyte
 def test_a_session_that_fell_back_is_refused(device: Any) -> None:
     fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
     runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *a, **k: fallen)
-    with pytest.raises(EnvironmentProblem, match=f"asked for {device} and fell back"):
+    with pytest.raises(EnvironmentIssue, match=f"asked for {device} and fell back"):
         make_session(runtime, GRAPH, device)
 
 
@@ -100,7 +100,7 @@ def test_a_provider_that_fails_is_a_problem_of_the_machine_not_of_the_bundle() -
         raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
 
     runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=session)
-    with pytest.raises(EnvironmentProblem, match=r"cannot run graph\.onnx on cuda: CUDA failure 100.*doctor"):
+    with pytest.raises(EnvironmentIssue, match=r"cannot run graph\.onnx on cuda: CUDA failure 100.*doctor"):
         make_session(runtime, GRAPH, "cuda")
     assert seen["enable_fallback"] == 0
 
@@ -111,7 +111,7 @@ def test_a_provider_that_fails_is_a_problem_of_the_machine_not_of_the_bundle() -
     [("cuda", r"cclip-deploy\[gpu\]"), ("tensorrt", r"cclip-deploy\[gpu,tensorrt\]"), ("tensorrt-rtx", "pip install")],
 )  # fmt: skip
 def test_a_provider_that_is_not_there_names_its_remedy(device: Any, remedy: str, tiny_bundle: Bundle) -> None:
-    with pytest.raises(EnvironmentProblem, match=remedy):
+    with pytest.raises(EnvironmentIssue, match=remedy):
         OnnxRuntimeGpuBackend(tiny_bundle, "fp32", device)
 
 
@@ -146,7 +146,7 @@ def test_a_session_of_the_rtx_package_takes_its_devices_and_options() -> None:
     assert given == [([device], {"nv_x": "1"})]
     assert "providers" not in session.given
     runtime.get_ep_devices = list
-    with pytest.raises(EnvironmentProblem, match="finds no GPU"):
+    with pytest.raises(EnvironmentIssue, match="finds no GPU"):
         make_session(runtime, GRAPH, "tensorrt-rtx")
 
 

@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import BundleError, EnvironmentProblem, PrecisionNotSupported, UsageError
+from cclip_deploy.errors import BundleError, EnvironmentIssue, PrecisionNotSupported, UsageError
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.parity.compare import check_graphs
 from cclip_deploy.parity.reference import expand, load_references
@@ -173,7 +173,7 @@ def test_a_bias_a_channel_after_a_product_is_added_along_the_channels(channels: 
     assert distance(answer, x @ weight + bias) <= 1e-6
 
 
-def quantised(source: Path, target: Path, images: list[np.ndarray]) -> None:
+def quantized(source: Path, target: Path, images: list[np.ndarray]) -> None:
     """The Q/DQ form of a graph: what goes into a convolution, signed and symmetric, a scale a channel of the weights.
 
     The one convolution that reads a concatenation stays in float32: OpenVINO 2026.4 moves its Q/DQ pair before the
@@ -207,7 +207,7 @@ def test_an_int8_graph_answers_as_in_onnx_runtime_and_near_to_float32(
     tiny_bundle_path: Path, backend: OpenVinoBackend, tmp_path: Path
 ) -> None:
     image = load_references(backend.bundle)[0].image
-    quantised(tiny_bundle_path / "graphs" / "image_encoder.onnx", tmp_path / "int8.onnx", [image[:1], image[1:]])
+    quantized(tiny_bundle_path / "graphs" / "image_encoder.onnx", tmp_path / "int8.onnx", [image[:1], image[1:]])
     kinds = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
     assert kinds.count("QuantizeLinear") > 10
     core = load_openvino().Core()
@@ -219,9 +219,9 @@ def test_an_int8_graph_answers_as_in_onnx_runtime_and_near_to_float32(
     session = onnxruntime.InferenceSession(tmp_path / "int8.onnx", options)
     theirs = session.run(["features"], {"image": image})[0]
     exact = backend.run("image_encoder", {"image": image})["features"]
-    assert 1e-3 < distance(theirs, exact) < 0.3  # it is quantised, and still the same network; its weights are random
+    assert 1e-3 < distance(theirs, exact) < 0.3  # it is quantized, and still the same network; its weights are random
     assert distance(ours, theirs) < 0.03
-    assert {"i8", "u8"} & set(runs_in(compiled))  # really INT8, not dequantised first
+    assert {"i8", "u8"} & set(runs_in(compiled))  # really INT8, not dequantized first
     finer = with_int8(tiny_bundle_path, tmp_path)
     assert 0 < distance(finer.run("image_encoder", {"image": image})["features"], exact) < distance(ours, exact)
     compiled = finer._compiled["image_encoder", False].compiled
@@ -280,7 +280,7 @@ def test_a_missing_openvino_is_told_with_the_command_that_gets_it(
     monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(EnvironmentProblem, match=r"pip install 'cclip-deploy\[openvino\]'"):
+    with pytest.raises(EnvironmentIssue, match=r"pip install 'cclip-deploy\[openvino\]'"):
         OpenVinoBackend(tiny_bundle)
 
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cclip_deploy.errors import DataError, EnvironmentProblem, ParityError, UsageError
+from cclip_deploy.errors import DataError, EnvironmentIssue, ParityError, UsageError
 from cclip_deploy.graph.precision.float16 import to_fp16
 from cclip_deploy.runtime.tensorrt import builder as engine_builder
 from cclip_deploy.runtime.tensorrt.binding import binding_label, load_binding, network_flags
@@ -327,7 +327,7 @@ def test_engines_are_built_outside_the_main_thread(fp32_graph: bytes, rtx: Modul
 @pytest.mark.parametrize(("name", "extra"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "rtx")])
 def test_a_missing_binding_names_its_remedy(name: Any, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name.replace("-", "_"), None)
-    with pytest.raises(EnvironmentProblem, match=rf"pip install 'cclip-deploy\[{extra}\]'"):
+    with pytest.raises(EnvironmentIssue, match=rf"pip install 'cclip-deploy\[{extra}\]'"):
         load_binding(name)
 
 
@@ -335,7 +335,7 @@ def test_a_binding_that_does_not_load_says_why(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')")
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(EnvironmentProblem, match=r"does not load: libnvinfer.so.11"):
+    with pytest.raises(EnvironmentIssue, match=r"does not load: libnvinfer.so.11"):
         load_binding("tensorrt")
 
 
@@ -353,5 +353,5 @@ def test_the_network_is_strongly_typed_wherever_it_can_be_asked() -> None:
     assert network_flags(binding("10.13.0", EXPLICIT_BATCH=0, STRONGLY_TYPED=1)) == 2
     assert network_flags(binding("12.0.0")) == 0
     assert binding_label(binding("12.0.0")) == ("tensorrt", "12.0.0")
-    with pytest.raises(EnvironmentProblem, match=r"TensorRT 8\.6\.1 has no strongly typed networks"):
+    with pytest.raises(EnvironmentIssue, match=r"TensorRT 8\.6\.1 has no strongly typed networks"):
         network_flags(binding("8.6.1", EXPLICIT_BATCH=0))

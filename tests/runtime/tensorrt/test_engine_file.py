@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import BundleError, CclipError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import BundleError, CclipError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.tensorrt.device import GpuFacts
 from cclip_deploy.runtime.tensorrt.engine_file import engines_of, load_engine
 from tests.bundles import reseal
@@ -25,7 +25,7 @@ def make(tiny_bundle_path: Path, tmp_path: Path) -> Make:
 
 
 def load(bundle: Bundle, facts: GpuFacts = FACTS) -> tuple[Any, FakeTensorRt]:
-    """Load the mask decoder's engine; the binding remembers what it deserialised."""
+    """Load the mask decoder's engine; the binding remembers what it deserialized."""
     binding: Any = FakeTensorRt(FakeGpu(), bundle)
     entry = engines_of(bundle, "tensorrt-rtx", "fp32")["mask_decoder"]
     try:
@@ -34,10 +34,10 @@ def load(bundle: Bundle, facts: GpuFacts = FACTS) -> tuple[Any, FakeTensorRt]:
         return error, binding
 
 
-def test_a_good_engine_is_deserialised(make: Make) -> None:
+def test_a_good_engine_is_deserialized(make: Make) -> None:
     loaded, binding = load(make())
     assert loaded.graph == "mask_decoder"
-    assert binding.deserialised == [b"engine of mask_decoder"]
+    assert binding.deserialized == [b"engine of mask_decoder"]
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_a_good_engine_is_deserialised(make: Make) -> None:
         ({"runs_on": {"compute_capabilities": ["8.9"], "gpu": "Other GPU"}}, r"runs on a Other GPU \(8\.9\); this"),
     ],
 )  # fmt: skip
-def test_an_engine_for_elsewhere_is_refused_before_it_is_deserialised(
+def test_an_engine_for_elsewhere_is_refused_before_it_is_deserialized(
     make: Make, changes: dict[str, Any], message: str
 ) -> None:
     error, binding = load(make(**changes))
-    assert isinstance(error, EnvironmentProblem)
-    with pytest.raises(EnvironmentProblem, match=message):
+    assert isinstance(error, EnvironmentIssue)
+    with pytest.raises(EnvironmentIssue, match=message):
         raise error
-    assert binding.deserialised == []
+    assert binding.deserialized == []
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,15 @@ def test_an_engine_for_elsewhere_is_refused_before_it_is_deserialised(
     ],
 )
 def test_an_engine_for_this_gpu_is_taken(make: Make, runs_on: dict[str, Any]) -> None:
-    assert load(make(runs_on=runs_on))[1].deserialised
+    assert load(make(runs_on=runs_on))[1].deserialized
 
 
-def test_a_changed_engine_is_refused_before_it_is_deserialised(make: Make) -> None:
+def test_a_changed_engine_is_refused_before_it_is_deserialized(make: Make) -> None:
     bundle = make()
     (bundle.path / "engines/mask_decoder.engine").write_bytes(b"engine of something else")
     error, binding = load(bundle)
     assert isinstance(error, BundleError)
-    assert binding.deserialised == []
+    assert binding.deserialized == []
 
 
 def test_an_engine_that_changes_after_its_checksum_was_read_is_refused(make: Make) -> None:
@@ -87,7 +87,7 @@ def test_an_engine_that_changes_after_its_checksum_was_read_is_refused(make: Mak
     error, binding = load(bundle)
     assert isinstance(error, BundleError)
     assert "was altered" in str(error)
-    assert binding.deserialised == []
+    assert binding.deserialized == []
 
 
 def test_an_engine_that_tensorrt_does_not_take_says_why(make: Make) -> None:
@@ -95,7 +95,7 @@ def test_an_engine_that_tensorrt_does_not_take_says_why(make: Make) -> None:
     (bundle.path / "engines/mask_decoder.engine").write_bytes(b"junk")
     reseal(bundle.path)
     error, _ = load(Bundle.open(bundle.path))
-    assert isinstance(error, EnvironmentProblem)
+    assert isinstance(error, EnvironmentIssue)
     assert "It says: this is no engine" in str(error)
 
 
@@ -121,7 +121,7 @@ def test_a_bundle_without_such_an_engine_says_how_to_build_it(make: Make, tiny_b
         engines_of(make(), "tensorrt-rtx", "int8-fp16")
 
 
-def test_a_quantised_network_takes_the_rests_engines_for_what_is_not_quantised(make: Make) -> None:
+def test_a_quantized_network_takes_the_rests_engines_for_what_is_not_quantized(make: Make) -> None:
     bundle = make()
     engines = tuple(
         e.model_copy(update={"precision": "int8" if e.graph == "image_encoder" else "fp32"})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.errors import EnvironmentProblem, UsageError
+from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.inference.prompt_cache import PromptKernels
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.reference import expand, load_references
@@ -131,15 +131,15 @@ def test_features_stay_on_the_device_between_the_picture_and_its_masks(bundle: B
 def test_memory_of_kept_features_is_used_again_and_never_while_they_live(bundle: Bundle, inputs: Any) -> None:
     setup, image = Setup(bundle), inputs["image_encoder"]["image"]
     with setup.open() as backend:
-        one = backend.run_kept("image_encoder", {"image": image[:1]}, ["features"])["features"]
-        two = backend.run_kept("image_encoder", {"image": image[1:]}, ["features"])["features"]
+        one = backend.run_on_device("image_encoder", {"image": image[:1]}, ["features"])["features"]
+        two = backend.run_on_device("image_encoder", {"image": image[1:]}, ["features"])["features"]
         truth = backend.run("image_encoder", {"image": image})["features"]
         np.testing.assert_allclose(one.numpy(), truth[:1], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(two.numpy(), truth[1:], rtol=1e-5, atol=1e-5)
         held = backend.device_bytes
         one.close()
         for _ in range(3):
-            three = backend.run_kept("image_encoder", {"image": image[:1]}, ["features"])["features"]
+            three = backend.run_on_device("image_encoder", {"image": image[:1]}, ["features"])["features"]
             np.testing.assert_allclose(three.numpy(), truth[:1], rtol=1e-5, atol=1e-5)
             del three
             gc.collect()
@@ -179,9 +179,7 @@ def test_a_capture_that_cannot_be_says_why(bundle: Bundle, inputs: Any) -> None:
     setup = Setup(bundle, graphs=True, capturable=False)
     with setup.open() as backend:
         backend.run("prompt_encoder", inputs["prompt_encoder"])
-        with pytest.raises(
-            EnvironmentProblem, match=r"TensorRT says that this engine is not capturable.*--cuda-graphs"
-        ):
+        with pytest.raises(EnvironmentIssue, match=r"TensorRT says that this engine is not capturable.*--cuda-graphs"):
             backend.run("prompt_encoder", inputs["prompt_encoder"])
     assert setup.gpu.leaks() == {}
 
@@ -190,7 +188,7 @@ def test_a_capture_that_fails_leaves_a_stream_that_works(bundle: Bundle, inputs:
     setup = Setup(bundle, graphs=True, fail=("end_capture", 1))
     with setup.open() as backend:
         backend.run("prompt_encoder", inputs["prompt_encoder"])
-        with pytest.raises(EnvironmentProblem, match=r"prompt_encoder cannot be captured .* out of luck"):
+        with pytest.raises(EnvironmentIssue, match=r"prompt_encoder cannot be captured .* out of luck"):
             backend.run("prompt_encoder", inputs["prompt_encoder"])
         agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), truths["prompt_encoder"])
     assert setup.gpu.leaks() == {}
@@ -203,9 +201,9 @@ def test_a_capture_that_fails_leaves_a_stream_that_works(bundle: Bundle, inputs:
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_nothing_leaks_when_any_call_fails(bundle: Bundle, inputs: Any, call: str, nth: int) -> None:
     setup = Setup(bundle, graphs=True, fail=(call, nth))
-    with contextlib.suppress(EnvironmentProblem), setup.open() as backend:
+    with contextlib.suppress(EnvironmentIssue), setup.open() as backend:
         for rows in (1, 1, 1, 2, 2):
-            backend.run_kept("image_encoder", {"image": inputs["image_encoder"]["image"][:rows]}, ["features"])
+            backend.run_on_device("image_encoder", {"image": inputs["image_encoder"]["image"][:rows]}, ["features"])
             backend.run("prompt_encoder", {"tokens": inputs["prompt_encoder"]["tokens"][:rows]})
         backend.unload("image_encoder")
     left = setup.gpu.leaks()
@@ -223,7 +221,7 @@ def test_nothing_leaks_when_any_call_fails(bundle: Bundle, inputs: Any, call: st
 def test_a_run_that_tensorrt_refuses_says_what_it_says(bundle: Bundle, inputs: Any, truths: Any) -> None:
     setup = Setup(bundle, fail_at_run=1)
     with setup.open() as backend:
-        with pytest.raises(EnvironmentProblem, match=r"prompt_encoder would not run\. TensorRT says: no luck"):
+        with pytest.raises(EnvironmentIssue, match=r"prompt_encoder would not run\. TensorRT says: no luck"):
             backend.run("prompt_encoder", inputs["prompt_encoder"])
         agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), truths["prompt_encoder"])
     assert setup.gpu.leaks() == {}
@@ -265,7 +263,7 @@ def test_several_threads_run_at_once_each_in_a_lane(bundle: Bundle, inputs: Any,
         for thread in threads:
             thread.join(60)
         assert failures == []
-        assert len(setup.binding.deserialised) == 1
+        assert len(setup.binding.deserialized) == 1
     assert setup.gpu.leaks() == {}
 
 
@@ -274,7 +272,7 @@ def test_features_of_one_lane_are_finished_before_another_reads_them(bundle: Bun
     with setup.open() as backend:
         image = {"image": inputs["image_encoder"]["image"][:1]}
         decoder = {name: value for name, value in inputs["mask_decoder"].items() if name != "features"}
-        features = backend.run_kept("image_encoder", image, ["features"])["features"]
+        features = backend.run_on_device("image_encoder", image, ["features"])["features"]
         with backend._lane("image_encoder"):  # the lane that the features are on is taken
             logits = backend.run("mask_decoder", {**decoder, "features": features})["logits"]
         plain = OnnxRuntimeBackend(bundle, threads=2)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.tensorrt.binding import load_binding
 from cclip_deploy.runtime.tensorrt.builder import EngineOptions, build_engine
 from cclip_deploy.runtime.tensorrt.settings import EngineSettings, TimingCache, apply_settings, engine_target
@@ -102,7 +102,7 @@ def test_rtx_without_a_gpu_says_why_a_refitted_engine_cannot_be_built(
 ) -> None:
     try:
         built = build_engine(graph, EngineOptions(RANGES, settings=settings), rtx)
-    except EnvironmentProblem as error:
+    except EnvironmentIssue as error:
         assert "needs a GPU to build an engine that is refitted or stripped" in str(error)  # noqa: PT017
     else:
         assert built.engine
@@ -179,6 +179,6 @@ def test_a_timing_cache_that_cannot_be_read_is_not_said_to_be_unwritable(plain: 
 def test_a_timing_cache_of_another_gpu_is_refused_and_stays_as_it_was(plain: Any, tmp_path: Path) -> None:
     path = tmp_path / "timing.cache"
     path.write_bytes(b"of another GPU")
-    with pytest.raises(EnvironmentProblem, match=r"was not made with this GPU and tensorrt 10\.13\.0"):
+    with pytest.raises(EnvironmentIssue, match=r"was not made with this GPU and tensorrt 10\.13\.0"):
         TimingCache(path, Config(takes_cache=False), plain)
     assert path.read_bytes() == b"of another GPU"

@@ -30,7 +30,7 @@ def start_training_mode(model: nn.Module, frozen: list[nn.Module]) -> None:
         module.eval()
 
 
-def make_optimisers(model: CausalCLIPSeg, config: TrainConfig) -> list[Optimizer]:
+def make_optimizers(model: CausalCLIPSeg, config: TrainConfig) -> list[Optimizer]:
     """AdamW for the main step, and a second one for the maskers where they step on their own.
 
     Towers and maskers have rates of their own; each group's "full_rate" is its rate at the schedule's top.
@@ -56,10 +56,10 @@ def learning_rate_share(step: int, steps: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def set_rates(optimisers: list[Optimizer], share: float) -> None:
+def set_rates(optimizers: list[Optimizer], share: float) -> None:
     """Every group at a share of its full rate."""
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["lr"] = share * group["full_rate"]
 
 

@@ -10,11 +10,11 @@ import torch
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import Game, TrainConfig
-from cclip_deploy.train.optimisers import (
+from cclip_deploy.train.optimizers import (
     freeze,
     learning_rate_share,
     make_average,
-    make_optimisers,
+    make_optimizers,
     set_rates,
     start_training_mode,
 )
@@ -33,19 +33,19 @@ def test_the_rate_rises_then_follows_its_schedule() -> None:
 def test_every_parameter_learns_once_at_the_rate_of_its_part() -> None:
     model = CausalCLIPSeg(TINY)
     config = TrainConfig(mode="joint", learning_rate=1.0, tower_rate=0.1, game=Game(masker_rate=3.0))
-    optimisers = make_optimisers(model, config)
-    set_rates(optimisers, 0.5)
-    rates = {id(p): group["lr"] for o in optimisers for group in o.param_groups for p in group["params"]}
-    assert len(optimisers) == 1
-    assert len(rates) == sum(len(group["params"]) for group in optimisers[0].param_groups)
+    optimizers = make_optimizers(model, config)
+    set_rates(optimizers, 0.5)
+    rates = {id(p): group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
+    assert len(optimizers) == 1
+    assert len(rates) == sum(len(group["params"]) for group in optimizers[0].param_groups)
     for name, parameter in model.named_parameters():
         want = 0.05 if "tower" in name else 1.5 if "masker" in name else 0.5
         assert rates[id(parameter)] == pytest.approx(want), name
 
 
-def test_alternating_gives_the_maskers_an_optimiser_of_their_own() -> None:
+def test_alternating_gives_the_maskers_an_optimizer_of_their_own() -> None:
     model = CausalCLIPSeg(TINY)
-    main, maskers = make_optimisers(model, TrainConfig(mode="alternating"))
+    main, maskers = make_optimizers(model, TrainConfig(mode="alternating"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     of_maskers = {names[id(p)] for group in maskers.param_groups for p in group["params"]}
     of_main = {names[id(p)] for group in main.param_groups for p in group["params"]}
@@ -59,11 +59,11 @@ def test_towers_move_by_their_share_of_the_rate() -> None:
     config = TrainConfig(learning_rate=1e-3, tower_rate=0.1, weight_decay=0.0)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     freeze(model, config)
-    optimisers = make_optimisers(model, config)
-    set_rates(optimisers, 1.0)
+    optimizers = make_optimizers(model, config)
+    set_rates(optimizers, 1.0)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
-    optimisers[0].step()
+    optimizers[0].step()
     moved = model.state_dict()
     for name, share in (
         ("image_tower.conv1.weight", 0.1),
