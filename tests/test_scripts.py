@@ -20,7 +20,7 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.cli import entry
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.export.export import ExportOptions, export_bundle
-from cclip_deploy.quantization.agreement import evaluation_images, measure_masks
+from cclip_deploy.quantization.agreement import evaluation_images, measure_mask_agreement
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from tests.cli.run import without
 from tests.conftest import THREADS, TINY_HW
@@ -97,7 +97,7 @@ def test_precision_table_writes_a_row_a_precision(run_script: Run, tiny_bundle_p
     engines = {path.name.split(".")[0]: path.stat().st_size for path in bundle.glob("engines/*.fp16.*.engine")}
     assert rows[0]["engine_bytes"] == engines
     judging = evaluation_images(CalibrationOptions((films,), evaluation_set=(films,)))
-    assert rows[0]["masks"] == measure_masks(Bundle.open(bundle), "fp16", judging).model_dump(mode="json")
+    assert rows[0]["masks"] == measure_mask_agreement(Bundle.open(bundle), "fp16", judging).model_dump(mode="json")
     table = costs("precision_tiny.json")(Measurements(tmp_path))
     assert f"| fp16 | {rows[0]['layers']['fp16']} fp16 | {engines['image_encoder'] / 1e6:.1f} + " in table
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cclip_deploy.errors import CheckpointError
-from cclip_deploy.train.state import STATE, Identity, Learner, Progress, load_state, save_state
+from cclip_deploy.train.state import STATE, Identity, Learner, TrainingPosition, load_state, save_state
 
 IDENTITY = Identity({"mode": "joint"}, {"pictures": "0"})
 
@@ -25,7 +25,7 @@ def learner() -> Learner:
 
 @pytest.fixture
 def state(tmp_path: Path) -> dict[str, Any]:
-    save_state(tmp_path, learner(), Progress(epoch=3), IDENTITY)
+    save_state(tmp_path, learner(), TrainingPosition(epoch=3), IDENTITY)
     found: dict[str, Any] = torch.load(tmp_path / STATE, weights_only=True)
     return found
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from cclip_deploy.cli.console import stdout
 from cclip_deploy.cli.doctor import doctor
 from cclip_deploy.environment import doctor as machine
-from cclip_deploy.environment.doctor import Check
+from cclip_deploy.environment.doctor import DoctorCheck
 
-NUMPY = Check("numpy", "ok", "2.4.6", None, ("run a bundle",))
-TORCH = Check("torch", "missing", "not installed", "pip install 'cclip-deploy[export]'", ("export",))
-BROKEN = Check(
+NUMPY = DoctorCheck("numpy", "ok", "2.4.6", None, ("run a bundle",))
+TORCH = DoctorCheck("torch", "missing", "not installed", "pip install 'cclip-deploy[export]'", ("export",))
+BROKEN = DoctorCheck(
     "onnxruntime", "broken", "ImportError: [bad] wheel", "pip install --force-reinstall x", ("run a bundle",)
 )
 
@@ -27,7 +27,7 @@ def app() -> typer.Typer:
     return app
 
 
-def see(checks: list[Check], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> None:
+def see(checks: list[DoctorCheck], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> None:
     monkeypatch.setattr(machine, "diagnose", lambda deep: checks)
     monkeypatch.setattr(stdout, "width", width)
 

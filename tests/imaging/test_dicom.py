@@ -84,7 +84,7 @@ def test_linear_exact_and_sigmoid_windows_follow_the_standard(tmp_path: Path) ->
     np.testing.assert_allclose(sigmoid.pixels, 1 / (1 + np.exp(-4 * (x - 2000) / 800)), atol=1e-6)
 
 
-@pytest.mark.parametrize("centre", [100, 100.5])
+@pytest.mark.parametrize("center", [100, 100.5])
 def test_window_of_width_one_is_a_threshold(tmp_path: Path, center: float) -> None:
     path = write_dicom(tmp_path / "a.dcm", RAMP, bits=12, WindowCenter=center, WindowWidth=1)
     np.testing.assert_array_equal(read_dicom(path).pixels, np.greater(RAMP, center - 0.5).astype(np.float32))
