@@ -144,7 +144,8 @@ def _predict(
             except Exception as error:  # whatever a decoder raises on a stranger's bytes
                 found.fail(path, error)
                 continue
-            at_once = room.most_bytes // (BYTES_PER_PIXEL * picture.pixels[..., :1].size)
+            height, width = picture.pixels.shape[:2]
+            at_once = room.most_bytes // (BYTES_PER_PIXEL * height * width)
             try:
                 for write in run.masks(picture):
                     found.writing.append((path, writers.submit(write)))
@@ -292,7 +293,7 @@ def _write(
         prompt=prompt,
         area_share=float(inside.mean()),
         mean_probability=float(probability.mean()),
-        mean_probability_inside=float(probability[inside].mean()) if inside.any() else None,
+        mean_probability_inside=float(probability.mean(where=inside, dtype=np.float64)) if inside.any() else None,
         written=write_segmentation(picture, prompt, probability, output, stem, threshold),
         explanation=explanation,
     )

@@ -161,8 +161,21 @@ def test_large_pictures_go_one_at_a_time(
     assert max(held) == 2 * size
     monkeypatch.setattr(pipeline, "Room", lambda: Watched(1))
     held.clear()
+    writing, most = [0], [0]
+
+    def write(*arguments: object) -> object:
+        writing[0] += 1
+        most[0] = max(most[0], writing[0])
+        try:
+            return real(*arguments)  # type: ignore[arg-type]
+        finally:
+            writing[0] -= 1
+
+    real = pipeline.write_segmentation
+    monkeypatch.setattr(pipeline, "write_segmentation", write)
     assert len(predict(segmenter, [folder], ["left lung", "right lung"], tmp_path / "out").done) == 30
     assert set(held) == {size}
+    assert most == [1]
     assert MOST_PICTURE_BYTES <= 2**30
 
 

@@ -156,6 +156,19 @@ def test_dicom_that_claims_more_pixels_than_it_has_is_an_error(
     assert words in str(error)
 
 
+@pytest.mark.parametrize("tag", [b"\x02\0\x10\0", b"\x08\0\x16\0", b"\x28\0\x06\x30", b"\xe0\x7f\x10\0"])
+@pytest.mark.parametrize("kind", [b"OB", b"UN", b"OW", b"UT"])
+def test_a_dicom_element_that_says_4_gb_takes_no_memory(tmp_path: Path, tag: bytes, kind: bytes) -> None:
+    """Before, Python set the 4 GB aside before it read the 30 bytes that are left."""
+    path = tmp_path / "a.dcm"
+    head = dicom()[: 132 if tag[0] == 2 else dicom().index(b"\x08\x00\x16\x00UI")]
+    path.write_bytes(head + tag + kind + b"\0\0\xfe\xff\xff\xff" + bytes(30))
+    for read in (read_picture, picture_size):
+        said = within(50, lambda read=read: read(path))
+        assert said.startswith("ImageError: ")
+        assert "memory" not in said.lower()
+
+
 def test_dicom_of_nested_sequences_is_an_error(tmp_path: Path) -> None:
     head = dicom()
     head = head[: head.index(b"\x08\x00\x16\x00UI")]

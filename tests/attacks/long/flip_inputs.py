@@ -122,7 +122,7 @@ def flip(changes: int, seed: int, folder: Path) -> Outcome:
             outcome.counts[kind.name, "answer"] += 1
         except CclipError as error:
             outcome.counts[kind.name, "refusal"] += 1
-            if isinstance(error.__cause__, MemoryError) or not str(error):
+            if _is_of_memory(error) or not str(error):
                 outcome.failures.append(_tell(kind, number, seed, error, path))
         except BaseException as error:
             outcome.counts[kind.name, "failure"] += 1
@@ -141,6 +141,11 @@ def limit_memory(mib: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, is a lack of memory."""
+    return error is not None and (isinstance(error, MemoryError) or _is_of_memory(error.__cause__))
+
+
 def _too_long(number: int, frame: object) -> None:
     raise TimeoutError(f"more than {LONGEST_SECONDS} s")
 
@@ -154,15 +159,14 @@ def _tell(kind: Input, number: int, seed: int, error: BaseException, path: Path)
 
 
 def _read_all(path: Path) -> None:
-    """Everything that is done with an image and a mask of a data set; each may refuse."""
-    refusals = []
-    for read in (read_picture, picture_size, picture_orientation, read_mask):
+    """Everything that is done with an image and a mask of a data set; each may refuse, the first is what counts."""
+    for read in (picture_size, picture_orientation, read_mask):
         try:
             read(path)
         except CclipError as error:
-            refusals.append(error)
-    if refusals:
-        raise refusals[0]
+            if _is_of_memory(error):
+                raise
+    read_picture(path)
 
 
 def _pictures() -> list[Input]:
