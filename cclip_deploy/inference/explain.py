@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import CheckpointError, ParityError, UsageError
 from cclip_deploy.imaging.preprocess import to_input, to_source
 from cclip_deploy.inference.segmenter import Segmenter, sigmoid
@@ -51,9 +52,8 @@ class Explainer(Protocol):
 class BundleExplainer:
     """The further outputs of a bundle's image encoder, of the same image pass that the answers come from."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
-        """UsageError where the bundle was exported without those outputs."""
-        bundle = segmenter.bundle
+    def __init__(self, bundle: Bundle, segmenter: Segmenter) -> None:
+        """Raise UsageError if the bundle was exported without those outputs."""
         outputs = {output.name for output in bundle.graph("image_encoder").outputs}
         if not outputs & {*MASKS, CONFOUNDING}:
             raise UsageError(
@@ -64,7 +64,7 @@ class BundleExplainer:
 
     def look(self, pixels: Floats) -> Seen:
         outputs = self._segmenter.image_outputs(pixels)
-        _check_finite(str(self._segmenter.bundle.path), outputs)
+        _check_finite(self._segmenter.spec.name, outputs)
         masks = {MASKS[name]: _mean(outputs[name]) for name in MASKS if name in outputs}
         confounding = _mean(outputs[CONFOUNDING]) if CONFOUNDING in outputs else None
         return Seen(masks, confounding, outputs["features"])
@@ -76,9 +76,8 @@ class BundleExplainer:
 class CheckpointExplainer:
     """The bundle's own checkpoint in PyTorch: all maps, and the confounding head's answers."""
 
-    def __init__(self, segmenter: Segmenter, loaded: LoadedCheckpoint) -> None:
-        """CheckpointError where the bundle was made of another checkpoint."""
-        bundle = segmenter.bundle
+    def __init__(self, bundle: Bundle, loaded: LoadedCheckpoint) -> None:
+        """Raise CheckpointError if the bundle was exported from another checkpoint."""
         if loaded.sha256 != bundle.manifest.checkpoint.sha256:
             raise CheckpointError(
                 f"{loaded.path} has SHA-256 {loaded.sha256[:12]}; {bundle.path} was exported from "
@@ -113,16 +112,16 @@ class CheckpointExplainer:
         return to_source(sigmoid(logits[0, 0]), source_hw)
 
 
-def open_explainer(segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
+def open_explainer(bundle: Bundle, segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
     """By the checkpoint where one is given, else by the bundle's own outputs; raises what they raise."""
     if checkpoint is None:
-        return BundleExplainer(segmenter)
+        return BundleExplainer(bundle, segmenter)
     from cclip_deploy.environment.packages import require_export_packages
 
     require_export_packages()
     from cclip_deploy.model.checkpoint import load_checkpoint
 
-    return CheckpointExplainer(segmenter, load_checkpoint(checkpoint))
+    return CheckpointExplainer(bundle, load_checkpoint(checkpoint))
 
 
 def _mean(values: Floats) -> Floats:

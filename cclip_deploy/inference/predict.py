@@ -134,7 +134,7 @@ def _predict(
 ) -> Predictions:
     counted_before = segmenter.prompt_counts
     segmenter.prepare(prompts)
-    limit = segmenter.bundle.manifest.threshold if options.threshold is None else options.threshold
+    limit = segmenter.spec.threshold if options.threshold is None else options.threshold
     run, found = _Run(segmenter, stems, prompts, output, limit, options.explainer), _Found()
     with _threads(WRITERS, "writer") as writers, _threads(1, "reader") as reader, closing(Room()) as room:
         for number, (path, read) in enumerate(_read_ahead(reader, list(stems), room), start=1):

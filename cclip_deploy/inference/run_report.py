@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import EngineEntry
-from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.inference.segmenter import chain_precisions
 from cclip_deploy.runtime.registry import OpenBackend
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
 
@@ -49,11 +50,11 @@ class RunReport:
         return [*notes, *_unused_engines(self.unused)]
 
 
-def report_run(opened: OpenBackend, segmenter: Segmenter) -> RunReport:
-    """What an open segmenter runs, beside the engines that its bundle holds."""
+def report_run(opened: OpenBackend, bundle: Bundle) -> RunReport:
+    """Return what a backend runs of a bundle, and the bundle's engines that it does not use."""
     ran = opened.backend.entries if isinstance(opened.backend, TensorRtBackend) else ()
-    unused = tuple(engine for engine in segmenter.bundle.manifest.engines if engine not in ran)
-    return RunReport(opened, segmenter.precisions, unused)
+    unused = tuple(engine for engine in bundle.manifest.engines if engine not in ran)
+    return RunReport(opened, chain_precisions(opened.backend, bundle), unused)
 
 
 def _unused_engines(engines: tuple[EngineEntry, ...]) -> list[str]:

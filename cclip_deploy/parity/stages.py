@@ -66,7 +66,7 @@ def _mask_checks(bundle: Bundle, backend: Backend, reference: Reference, source:
     graph, name = "chain", f"chain/{reference.name}/masks"
     limits = limits_of(backend.precision, reference.name)
     try:
-        segmenter = Segmenter(bundle, backend)
+        segmenter = Segmenter.of_bundle(bundle, backend)
         pictures = [unpack_pixels(picture) for picture in source.pictures[: len(source.masks)]]
         found = [np.stack(list(segmenter.probabilities(picture, prompts))) for picture in pictures]
     except (DataError, ParityError, PromptError) as error:

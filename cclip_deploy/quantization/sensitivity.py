@@ -61,7 +61,7 @@ class SensitivityEvaluator:
         """
         self.precision, self.threads = precision, threads
         self._runtime = load_onnxruntime("cpu")
-        full = Segmenter(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", threads))
+        full = Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", threads))
         rest = rest_type(precision) if is_quantized(precision) else precision
         self._parts = {} if rest == "fp32" else self._lowered_parts(bundle, rest)
         self._full = full
@@ -87,8 +87,7 @@ class SensitivityEvaluator:
         image = to_input(read_picture(source.path).pixels, manifest.image_hw, manifest.preprocessing)
         rows, _ = encode_texts(source.prompts[:MOST_PROMPTS], bundle.tokenizer(), manifest.prompt_length)
         kernels = self._full.encode_tokens(rows)
-        features = self._full.backend.run("image_encoder", {"image": image})["features"]
-        logits = self._full.decode(features, kernels)
+        logits = self._full.decode(self._full.run_image_encoder(image), kernels)
         if not self._parts:
             return _Case(image, (kernels, kernels), logits)
         names = ("kernel", "tap_bias", "bias")

@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def segmenter(tiny_bundle: Bundle) -> Segmenter:
-    return Segmenter(tiny_bundle, Brightness())
+    return Segmenter.of_bundle(tiny_bundle, Brightness())
 
 
 def masks_alone(segmenter: Segmenter, folder: Path, output: Path) -> dict[str, bytes]:

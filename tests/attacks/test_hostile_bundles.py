@@ -43,7 +43,7 @@ def use_everything(bundle: Path, output: Path) -> None:
     verify_bundle(opened, VerifyOptions(threads=1))
     film = output.parent / "film.png"
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(film)
-    predict(Segmenter(opened, OnnxRuntimeBackend(opened, threads=1)), [film], ["lung"], output)
+    predict(Segmenter.of_bundle(opened, OnnxRuntimeBackend(opened, threads=1)), [film], ["lung"], output)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

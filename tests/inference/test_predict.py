@@ -58,12 +58,12 @@ def fake() -> Brightness:
 
 @pytest.fixture
 def fast(tiny_bundle: Bundle, fake: Brightness) -> Segmenter:
-    return Segmenter(tiny_bundle, fake)
+    return Segmenter.of_bundle(tiny_bundle, fake)
 
 
 @pytest.fixture
 def real(tiny_bundle: Bundle) -> Segmenter:
-    return Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS))
+    return Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS))
 
 
 def save_png(path: Path, shape: tuple[int, ...] = (50, 40), dtype: type = np.uint8) -> Path:
@@ -146,7 +146,7 @@ def test_answers_do_not_depend_on_the_order_or_number_of_prompts(tiny_bundle: Bu
     prompts = [*PROMPTS, "heart", "spine", "rib"]
 
     def means(asked: list[str], folder: str) -> dict[str, float]:
-        fresh = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS))
+        fresh = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS))
         return {row.prompt: row.mean_probability for row in predict(fresh, [path], asked, tmp_path / folder).done}
 
     together = means(prompts, "a")
@@ -259,7 +259,7 @@ def test_pictures_and_prompts_of_like_names_do_not_overwrite_each_other(fast: Se
 def test_ten_thousand_prompts_are_asked_in_portions_of_sixteen(tiny_bundle: Bundle, tmp_path: Path) -> None:
     """Writing thirty thousand files is not the point, so the segmenter is asked as `predict` asks it."""
     fake = Brightness()
-    probabilities = Segmenter(tiny_bundle, fake).probabilities(
+    probabilities = Segmenter.of_bundle(tiny_bundle, fake).probabilities(
         np.zeros((8, 8), np.float32), [f"x {n}" for n in range(10**4)]
     )
     assert sum(p.shape == (8, 8) for p in probabilities) == 10**4
@@ -365,9 +365,9 @@ def test_only_a_few_pictures_are_read_ahead(fast: Segmenter, tmp_path: Path, mon
 
 def test_counts_are_those_of_this_run(tiny_bundle: Bundle, tmp_path: Path) -> None:
     film = save_png(tmp_path / "a.png")
-    segmenter = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
+    segmenter = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
     first = predict(segmenter, [film, film], PROMPTS, tmp_path / "out").prompt_counts
     assert (first.misses, first.disk_hits, first.rebuilt) == (2, 0, 0)
     assert predict(segmenter, [film], PROMPTS, tmp_path / "out").prompt_counts.misses == 0
-    again = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
+    again = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
     assert predict(again, [film], PROMPTS, tmp_path / "out").prompt_counts == CacheCounts(memory_hits=2, disk_hits=2)

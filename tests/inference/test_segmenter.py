@@ -73,7 +73,7 @@ def recording(tiny_bundle: Bundle) -> Recording:
 
 @pytest.fixture
 def segmenter(tiny_bundle: Bundle, recording: Recording) -> Segmenter:
-    return Segmenter(tiny_bundle, recording)
+    return Segmenter.of_bundle(tiny_bundle, recording)
 
 
 def test_probabilities_are_the_plain_networks_in_the_pictures_size(
@@ -105,7 +105,7 @@ def test_a_prompt_is_computed_once_for_all_pictures_and_repetitions(segmenter: S
 
 def test_an_answer_depends_neither_on_order_nor_on_number_of_prompts(tiny_bundle: Bundle) -> None:
     def fresh(prompts: list[str]) -> dict[str, np.ndarray]:
-        segmenter = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2))
+        segmenter = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2))
         return dict(zip(prompts, segmenter.probabilities(FILM, prompts), strict=True))
 
     together = fresh(PROMPTS)
@@ -118,7 +118,7 @@ def test_an_answer_depends_neither_on_order_nor_on_number_of_prompts(tiny_bundle
 
 def test_ten_thousand_prompts_go_through_in_small_portions(tiny_bundle: Bundle) -> None:
     recording = Recording(Formula())
-    segmenter = Segmenter(tiny_bundle, recording)
+    segmenter = Segmenter.of_bundle(tiny_bundle, recording)
     prompts = [f"nodule {n}" for n in range(10_000)]
     answers = segmenter.probabilities(FILM, prompts)
     next(answers)
@@ -131,7 +131,7 @@ def test_ten_thousand_prompts_go_through_in_small_portions(tiny_bundle: Bundle) 
 
 
 def test_a_long_list_keeps_its_order(tiny_bundle: Bundle) -> None:
-    segmenter = Segmenter(tiny_bundle, Formula())
+    segmenter = Segmenter.of_bundle(tiny_bundle, Formula())
     prompts = [word for _ in range(7) for word in ("heart", "lung", "rib", "spine", "heart")]
     answers = list(segmenter.probabilities(FILM, prompts))
     alone = {word: next(segmenter.probabilities(FILM, [word])) for word in set(prompts)}
@@ -180,7 +180,7 @@ def test_a_plain_bundle_is_refused(tiny_bundle_path: Path, tmp_path: Path) -> No
     copy = copy_of(tiny_bundle_path, tmp_path)
     reseal(copy, lambda manifest: manifest.update(form="plain"))
     with pytest.raises(UsageError, match="exported with --plain"):
-        Segmenter(Bundle.open(copy), Formula())
+        Segmenter.of_bundle(Bundle.open(copy), Formula())
 
 
 def test_logits_that_are_not_finite_are_no_mask(tiny_bundle: Bundle) -> None:
@@ -192,7 +192,7 @@ def test_logits_that_are_not_finite_are_no_mask(tiny_bundle: Bundle) -> None:
             return outputs
 
     with pytest.raises(ParityError, match="not finite"):
-        next(Segmenter(tiny_bundle, Nan()).probabilities(FILM, PROMPTS))
+        next(Segmenter.of_bundle(tiny_bundle, Nan()).probabilities(FILM, PROMPTS))
 
 
 def test_sigmoid_is_exact_and_overflows_nowhere() -> None:
@@ -214,9 +214,9 @@ def test_one_prompt_on_many_pictures_takes_one_image_pass_each(segmenter: Segmen
 def test_a_prompt_in_the_cache_folder_is_not_computed_again_however_it_is_spelled(
     tiny_bundle: Bundle, recording: Recording, tmp_path: Path
 ) -> None:
-    first = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path / "cache")
+    first = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path / "cache")
     expected = list(first.probabilities(FILM, PROMPTS))
-    second = Segmenter(tiny_bundle, recording, tmp_path / "cache")
+    second = Segmenter.of_bundle(tiny_bundle, recording, tmp_path / "cache")
     spelled = ["  LEFT   lung ", *PROMPTS[1:]]
     for found, known in zip(second.probabilities(FILM, spelled), expected, strict=True):
         np.testing.assert_array_equal(found, known)
@@ -226,7 +226,7 @@ def test_a_prompt_in_the_cache_folder_is_not_computed_again_however_it_is_spelle
 
 def test_a_damaged_cache_file_gives_the_mask_of_a_good_one(tiny_bundle: Bundle, tmp_path: Path) -> None:
     def fresh() -> Segmenter:
-        return Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path)
+        return Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path)
 
     expected = next(fresh().probabilities(FILM, PROMPTS[:1]))
     (path,) = tmp_path.iterdir()

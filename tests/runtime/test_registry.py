@@ -146,4 +146,4 @@ def test_engines_of_all_three_graphs_or_none_predict(tiny_bundle_path: Path, tmp
     gpu = FakeGpu()
     backend = TensorRtBackend(bundle, "int8", "tensorrt-rtx", None, gpu, FakeTensorRt(gpu, bundle))  # type: ignore[arg-type]
     with backend, pytest.raises(UsageError, match=r"no int8 .* engine of image_encoder.*--int8 --calibration DATA"):
-        Segmenter(bundle, backend)
+        Segmenter.of_bundle(bundle, backend)

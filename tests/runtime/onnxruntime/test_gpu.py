@@ -45,7 +45,10 @@ def test_bound_runs_answer_as_unbound_ones(tiny_bundle: Bundle, bound: OnnxRunti
 
 def test_features_go_from_graph_to_graph_without_an_array(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
     pixels = np.random.default_rng(0).random((40, 50), np.float32)
-    ours, plain = Segmenter(tiny_bundle, bound), Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2))
+    ours, plain = (
+        Segmenter.of_bundle(tiny_bundle, bound),
+        Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2)),
+    )
     kernels = plain.encode_prompts(["left lung"])
     features = ours.encode_image(pixels)
     assert not isinstance(features, np.ndarray)
