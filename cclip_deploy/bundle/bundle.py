@@ -22,7 +22,7 @@ from cclip_deploy.bundle.checksums import (
     require_listed,
 )
 from cclip_deploy.bundle.manifest import GraphEntry, Manifest, graph_key
-from cclip_deploy.bundle.precision import build_command, precision_of
+from cclip_deploy.bundle.precision import parse_precision
 from cclip_deploy.common.files import link_or_copy, restore_folder, whole_folder
 from cclip_deploy.errors import BundleError, UsageError
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
@@ -102,7 +102,7 @@ class Bundle:
         The bytes are kept until `read` takes them, which raises what went wrong. A graph that the bundle lacks is
         passed over: whoever needs it gets the error.
         """
-        keys = [graph_key(name, precision_of(name, precision)) for name in graphs]
+        keys = [graph_key(name, parse_precision(precision).of_graph(name)) for name in graphs]
         thread = ThreadPoolExecutor(1, "cclip-reads")
         for file in (self.manifest.graphs[key].file for key in keys if key in self.manifest.graphs):
             if file not in self._ahead:
@@ -174,11 +174,11 @@ class Bundle:
 
         UsageError, where the bundle does not have it, names the command that makes it: no other precision stands in.
         """
-        held = precision_of(name, precision)
+        held = parse_precision(precision).of_graph(name)
         key = graph_key(name, held)
         if key in self.manifest.graphs or held == "fp32":
             return self.graph(key)
-        made_by = build_command(precision, *(() if name in CHAIN else (f"--graph {name}",)))
+        made_by = parse_precision(precision).build_command(*(() if name in CHAIN else (f"--graph {name}",)))
         have = ", ".join(self.manifest.graphs)
         raise UsageError(f"{self.path} has no graph {key!r}; it has {have}. Make it: {made_by}")
 

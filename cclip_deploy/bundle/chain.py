@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from cclip_deploy.bundle.checksums import SUMS
 from cclip_deploy.bundle.manifest import SCHEMA_VERSION, CalibrationEntry, EngineEntry, GraphEntry, Manifest
-from cclip_deploy.bundle.precision import is_quantized
 from cclip_deploy.errors import BundleError
 
 
@@ -49,7 +48,7 @@ def check_chain(path: Path, manifest: Manifest, sums: Mapping[str, str]) -> None
     for name, graph in manifest.graphs.items():
         source = manifest.graphs.get(name.removesuffix(f".{graph.precision}"))
         origin = manifest.checkpoint.sha256 if graph.precision == "fp32" else source and source.sha256
-        if is_quantized(graph.precision) and graph.calibration is None:
+        if graph.precision.is_quantized and graph.calibration is None:
             raise BundleError(f"{path}: graph {name} does not say what it was calibrated with. Build it again.")
         if graph.made_from_sha256 != origin:
             raise BundleError(f"{path}: graph {name} was not made from what lies in this bundle. Build it again.")

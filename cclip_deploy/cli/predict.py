@@ -40,7 +40,7 @@ def predict(
     ] = None,
     backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
-    precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = Precision.FP32,
     threads: options.Threads = None,
     allow_fallback: options.AllowFallback = False,
     gpu_interface: options.GpuInterface = "cuda-python",

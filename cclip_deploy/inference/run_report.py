@@ -7,11 +7,10 @@ from typing import Any
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import EngineEntry
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.inference.segmenter import chain_precisions
 from cclip_deploy.runtime.registry import OpenBackend
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
-
-HALF = ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class RunReport:
     def notes(self) -> list[str]:
         """Sentences about a fallback, about arithmetic wider than a graph's, and about engines that were not used."""
         notes = [told for told in [self.opened.told()] if told] + self.opened.arithmetic_notes(self.graphs)
-        half = [graph for graph, precision in self.graphs.items() if precision.split("-")[-1] in HALF]
+        half = [graph for graph, precision in self.graphs.items() if Precision(precision).has_16_bits]
         if half and (self.opened.backend.name, self.opened.device) == ("onnxruntime", "cpu"):
             notes.append(f"On a CPU, ONNX Runtime computes the 16-bit part of {', '.join(half)} in FP32 arithmetic.")
         return [*notes, *_unused_engines(self.unused)]

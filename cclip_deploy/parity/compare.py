@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import CHAIN
 from cclip_deploy.bundle.manifest import Manifest, graph_key
-from cclip_deploy.bundle.precision import is_quantized, product_type, rest_type
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import ParityError
 from cclip_deploy.parity.reference import Reference, expand, thin
 from cclip_deploy.runtime.backend import Backend
@@ -66,9 +66,9 @@ most of it is cut off. It must be finite, of the right shape and nearer than no 
 
 def limits_of(precision: str, reference: str) -> Limits:
     """The limits of a precision on a reference; `int8-fp16` has those of INT8."""
-    if is_quantized(precision) and reference == "seeded":
+    if Precision(precision).is_quantized and reference == "seeded":
         return SEEDED_LIMITS
-    return LIMITS[product_type(precision)]
+    return LIMITS[Precision(precision).product_type]
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def check_graphs(
 
 def can_chain(manifest: Manifest, precision: str) -> bool:
     """Whether a precision has an image encoder, and the two other graphs in it or, if it quantizes, in its rest."""
-    others = rest_type(precision) if is_quantized(precision) else precision
+    others = Precision(precision).rest
     keys = (graph_key(CHAIN[0], precision), *(graph_key(name, others) for name in CHAIN[1:]))
     return all(key in manifest.graphs for key in keys)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle.precision import Precision, product_type
+from cclip_deploy.bundle.precision import Precision
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -34,7 +34,7 @@ class LayerError:
 
 def layer_limit(precision: Precision) -> float:
     """The largest allowed error of one layer in a precision."""
-    return LAYER_LIMITS[product_type(precision)]
+    return LAYER_LIMITS[Precision(precision).product_type]
 
 
 def layer_errors(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.bundle.precision import Precision, is_quantized, rest_type
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.image_sets import SetImage
 from cclip_deploy.evaluation.split import encode_texts
 from cclip_deploy.imaging.preprocess import to_input
@@ -62,7 +62,7 @@ class SensitivityEvaluator:
         self.precision, self.threads = precision, threads
         self._runtime = load_onnxruntime("cpu")
         full = Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", threads))
-        rest = rest_type(precision) if is_quantized(precision) else precision
+        rest = Precision(precision).rest
         self._parts = {} if rest == "fp32" else self._lowered_parts(bundle, rest)
         self._full = full
         self.cases: list[_Case] = []

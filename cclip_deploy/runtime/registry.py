@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.bundle.precision import product_type
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.runtime.backend import Backend
 from cclip_deploy.runtime.onnxruntime.cpu import Device, OnnxRuntimeBackend
@@ -86,7 +86,7 @@ class OpenBackend:
         other = {
             graph: ran
             for graph, ran in (self.arithmetic or {}).items()
-            if graph in graphs and ran != product_type(graphs[graph])
+            if graph in graphs and ran != Precision(graphs[graph]).product_type
         }
         if not other:
             return []

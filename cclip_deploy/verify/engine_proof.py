@@ -14,7 +14,7 @@ from typing import Any
 
 from cclip_deploy.bundle.bundle import RECORD_BYTES, Bundle
 from cclip_deploy.bundle.manifest import EngineEntry, GraphEntry, graph_key
-from cclip_deploy.bundle.precision import Precision, is_quantized, product_type, rest_type
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import BundleError, ParityError
 from cclip_deploy.parity.compare import Check
 from cclip_deploy.runtime.graph_model import load_model
@@ -58,7 +58,7 @@ def engine_checks(bundle: Bundle) -> tuple[list[Check], list[str]]:
             products, kept = len(record["products"]), len(record["kept"])
             notes.append(
                 f"{engine.file} runs {products - kept} of {products} convolutions and matrix products in "
-                f"{product_type(engine.precision)}, the others in {rest_type(engine.precision)}."
+                f"{engine.precision.product_type}, the others in {engine.precision.high_precision}."
             )
         measured = {"precision_honoured": reason is None, "graph_unchanged": graph.sha256 == engine.graph_sha256}
         for metric, holds in measured.items():
@@ -122,7 +122,7 @@ def _why_other_products(bundle: Bundle, engine: EngineEntry, record: Mapping[str
     if record["products"] != products:
         other = sorted(record["products"] ^ products)
         return f"its record does not name the graph's own products; {other[0]} is not in both."
-    if is_quantized(precision):
+    if precision.is_quantized:
         codes = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
         quantized = {node.name for node in model.graph.node if not codes.isdisjoint(node.input)}
         if other := sorted(record["kept"] ^ (products - quantized)):

@@ -105,7 +105,7 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
     checks += [check for check in outputs if check.precision == "fp32"] + derived
     checks += [check for check in outputs if check.precision != "fp32"] + engines
     notes += derivation_notes + engine_notes + _calibration_notes(bundle)
-    narrow = [name for name, graph in bundle.manifest.graphs.items() if "16" in graph.precision]
+    narrow = [name for name, graph in bundle.manifest.graphs.items() if graph.precision.has_16_bits]
     if narrow and any(row["ran"] == "onnxruntime on cpu" for row in ran):
         told = (
             "ran in FP32 arithmetic with every result rounded as the graph says: no CPU kernel does so"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
-from cclip_deploy.bundle.precision import is_quantized
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.common.threads import check_threads
 from cclip_deploy.errors import BundleError, CclipError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, run_failure
@@ -127,7 +127,7 @@ class OnnxRuntimeBackend:
         if graph not in self._sessions:
             entry = self.bundle.graph_in(graph, self.precision)
             path, content = self.bundle.path / entry.file, read_checked(self.bundle, entry)
-            is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
+            is_narrow = self.rounds_as_written and entry.precision.rest == "fp16"
             widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
             model = NamedGraph(_with_emulated_rounding(content, path) if widens else content, path)
             del content  # as large as the weights
@@ -216,9 +216,10 @@ def make_session(
     """
     options = runtime.SessionOptions()
     disabled = []
-    if precision.startswith("fp8"):
+    kind = Precision(precision)
+    if kind.product_type == "fp8":
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    if is_quantized(precision) and precision != "int8":
+    if kind.is_quantized and kind != Precision.INT8:
         disabled.append("WeightBiasQuantization")
     options.log_severity_level = 3
     # Idle threads would spin for tens of milliseconds after a run, at the expense of whatever runs next.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cclip_deploy.bundle.precision import product_type
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import EnvironmentIssue
 
 PRODUCT_LAYERS = ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul")
@@ -67,7 +67,7 @@ def arithmetic_of(compiled: Any) -> Arithmetic:
 
 def refuse_lower(graph: str, precision: str, ran: Arithmetic) -> None:
     """EnvironmentIssue where products of a graph run in a lower precision than the graph's."""
-    if LOWEST_FIRST.index(ran.lowest) < LOWEST_FIRST.index(product_type(precision)):
+    if LOWEST_FIRST.index(ran.lowest) < LOWEST_FIRST.index(Precision(precision).product_type):
         raise EnvironmentIssue(
             f"OpenVINO runs {graph} in {ran.lowest} on this processor, a lower precision than its {precision}. "
             "Use --backend onnxruntime, or a bundle with graphs of that precision."

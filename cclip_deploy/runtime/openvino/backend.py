@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
-from cclip_deploy.bundle.precision import product_type
 from cclip_deploy.common.threads import check_threads
 from cclip_deploy.errors import BundleError, EnvironmentIssue, PrecisionNotSupported
 from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, run_failure
@@ -110,7 +109,7 @@ class OpenVinoBackend:
                 model.reshape(
                     {t.name: [1 if isinstance(side, str) else side for side in t.shape] for t in entry.inputs}
                 )
-            if product_type(entry.precision) == "int8":
+            if entry.precision.product_type == "int8":
                 use_all_bits(model)
             compiled = compile_graph(self._core, model, entry.precision, self.threads)
             self.read_back[graph] = arithmetic_of(compiled)
