@@ -26,21 +26,15 @@ from cclip_deploy.inference.prompt_cache import PromptKernels
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import can_chain
 from cclip_deploy.runtime.backend import Arrays, Backend, DeviceTensor
-from cclip_deploy.runtime.registry import BackendConfig, OpenBackend, engine_precisions, opened
+from cclip_deploy.runtime.registry import BACKENDS, BackendConfig, OpenBackend, engine_precisions, opened
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
 
-LABELS = {
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "tensorrt": "TensorRT",
-    "tensorrt-rtx": "TensorRT-RTX",
-}
 HALF = ("fp16", "bf16")
 
 
 def name_of(stage: str, precision: str, backend: str) -> str:
     """A candidate's name; ONNX Runtime, the default, is not named."""
-    return f"{stage} {precision}" if backend == "onnxruntime" else f"{stage} {precision}, {LABELS[backend]}"
+    return f"{stage} {precision}" if backend == "onnxruntime" else f"{stage} {precision}, {BACKENDS[backend].label}"
 
 
 def bundle_candidates(
@@ -94,7 +88,7 @@ def _why_not(bundle: Bundle, precision: str, choice: BackendConfig, options: Ben
 
 def _device(ours: OpenBackend, choice: BackendConfig) -> str:
     """Where a backend really runs; engines run on a CUDA device."""
-    if ours.why is not None:
+    if ours.fallback_reason is not None:
         return "cpu"
     return "cuda" if choice.runs_engines else choice.device
 
@@ -165,8 +159,8 @@ class _OnBackend:
         extra: dict[str, object] = {"threads": self.options.threads, "ran": self.ours.ran}
         if self.ours.arithmetic is not None:
             extra["arithmetic"] = self.ours.arithmetic
-        if self.ours.why is not None:
-            extra |= {"asked": self.ours.asked, "fallback_reason": self.ours.why}
+        if self.ours.fallback_reason is not None:
+            extra |= {"asked": self.ours.requested, "fallback_reason": self.ours.fallback_reason}
         backend, precision = self.backend.name, self.backend.precision
         return BenchCandidate(
             name_of(name or form, precision, backend), backend, precision, stage, run, extra,

@@ -42,7 +42,7 @@ class RunReport:
 
     def notes(self) -> list[str]:
         """Sentences about a fallback, about arithmetic wider than a graph's, and about engines that were not used."""
-        notes = [told for told in [self.opened.told()] if told] + self.opened.arithmetic_notes(self.graphs)
+        notes = self.opened.notes(self.graphs)
         half = [graph for graph, precision in self.graphs.items() if Precision(precision).has_16_bits]
         if half and (self.opened.backend.name, self.opened.device) == ("onnxruntime", "cpu"):
             notes.append(f"On a CPU, ONNX Runtime computes the 16-bit part of {', '.join(half)} in FP32 arithmetic.")

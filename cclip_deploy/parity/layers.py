@@ -51,7 +51,7 @@ def layer_errors(
     import onnx
 
     from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
-    from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
+    from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 
     shown = onnx.ModelProto()
     shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)

@@ -72,7 +72,7 @@ def _run(
 
     from cclip_deploy.graph.precision.onnx_graph import tensor_types
     from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
-    from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
+    from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 
     shown = onnx.ModelProto()
     shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)

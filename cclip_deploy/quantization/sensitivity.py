@@ -22,7 +22,8 @@ from cclip_deploy.inference.prompt_cache import PromptKernels
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import mask_dices
 from cclip_deploy.runtime.graph_model import load_model
-from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend, load_onnxruntime, make_session
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 
 if TYPE_CHECKING:
     from onnx import ModelProto

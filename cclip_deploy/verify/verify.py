@@ -96,7 +96,7 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
             chain = chain_precisions(found.backend, bundle) if with_chain else {}
             chain |= dict.fromkeys(graphs, precision)
             ran.append({**found.to_dict(), "graphs": chain})
-            notes += [told for told in [found.told()] if told] + found.arithmetic_notes(chain)
+            notes += found.notes(chain)
             if isinstance(found.backend, TensorRtBackend):
                 run_engines |= {entry.file for entry in found.backend.entries}
     derived, derivation_notes = derivation_checks(bundle, references, on_progress)

@@ -22,8 +22,8 @@ from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import check_graphs
 from cclip_deploy.parity.reference import expand, load_references, seeded_inputs
-from cclip_deploy.runtime.onnxruntime.cpu import Device
 from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend
+from cclip_deploy.runtime.onnxruntime.session import Device
 from cclip_deploy.runtime.registry import BackendConfig, engine_precisions
 from cclip_deploy.runtime.tensorrt.binding import BindingName
 from cclip_deploy.runtime.tensorrt.device import Gpu, GpuFacts

@@ -18,11 +18,10 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry
 from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.runtime.backend import DeviceTensor, TensorsOrArrays
-from cclip_deploy.runtime.onnxruntime.cpu import PROVIDERS, Device, OnnxRuntimeBackend, Provider
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.onnxruntime.session import PROVIDERS, Device, Provider
 
 LARGEST = {"batch": 8, "prompts": 16}
-RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
-INSTALL_PLUGIN = "pip install onnxruntime-ep-nv-tensorrt-rtx"
 
 
 class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
@@ -140,25 +139,3 @@ def provider_options(device: Device, entry: GraphEntry, cache: Path | None) -> d
     elif folder is not None:
         options["nv_runtime_cache_path"] = folder
     return options
-
-
-def register_rtx_plugin(runtime: Any) -> None:
-    """Make the TensorRT-RTX provider known to ONNX Runtime, which it comes to as a package of its own."""
-    provider = PROVIDERS["tensorrt-rtx"]
-    if provider in runtime.get_available_providers() or any(d.ep_name == provider for d in runtime.get_ep_devices()):
-        return
-    try:
-        import importlib
-
-        plugin = importlib.import_module(RTX_PLUGIN)
-    except ImportError as error:
-        raise EnvironmentIssue(
-            f"ONNX Runtime's TensorRT-RTX provider cannot be imported ({error}). Install it: {INSTALL_PLUGIN}"
-        ) from error
-    try:
-        runtime.register_execution_provider_library(provider, plugin.get_library_path())
-    except Exception as error:  # onnxruntime's exceptions have no common public base
-        raise EnvironmentIssue(
-            f"ONNX Runtime's TensorRT-RTX provider does not load: {str(error).splitlines()[0][:200]}. It needs an "
-            "NVIDIA driver and GPU: run cclip-deploy doctor."
-        ) from error

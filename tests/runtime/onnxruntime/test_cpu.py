@@ -15,7 +15,8 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.parity.reference import expand, load_references
-from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend, load_onnxruntime, make_session
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 from cclip_deploy.runtime.pytorch import PyTorchBackend
 from tests.bundles import copy_of, reseal
 

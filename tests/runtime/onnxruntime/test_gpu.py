@@ -16,8 +16,9 @@ from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.reference import expand, load_references
 from cclip_deploy.runtime.onnxruntime import gpu as onnx_runtime_gpu
-from cclip_deploy.runtime.onnxruntime.cpu import NamedGraph, OnnxRuntimeBackend, load_onnxruntime, make_session
-from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend, provider_options, register_rtx_plugin
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend, provider_options
+from cclip_deploy.runtime.onnxruntime.session import NamedGraph, load_onnxruntime, make_session, register_rtx_plugin
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 RTX = "NvTensorRTRTXExecutionProvider"
