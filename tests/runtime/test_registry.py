@@ -37,7 +37,7 @@ def test_backends_open_by_name(tiny_bundle: Bundle, name: str) -> None:
 
 
 def test_unknown_backends_and_devices_raise(tiny_bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="no backend 'abacus'.*onnxruntime, openvino, tensorrt, tensorrt-rtx"):
+    with pytest.raises(UsageError, match=r"no backend 'abacus'.*onnxruntime, openvino, tensorrt, tensorrt-rtx"):
         open_backend(BackendConfig("abacus"), tiny_bundle)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="OpenVINO does not run on the device cuda"):
         open_backend(BackendConfig("openvino", "cuda"), tiny_bundle)
