@@ -195,7 +195,7 @@ def _compare(bundle: Bundle, folder: Path, manifest: Manifest, work: _Work, on_p
 
 def _name_what_is_not_finite(bundle: Bundle, checks: list[Check], references: list[Reference]) -> None:
     """ParityError that names the first layer with a NaN or an overflow, where a graph gave such values."""
-    from cclip_deploy.parity.nan_check import refuse_non_finite
+    from cclip_deploy.parity.nan_check import require_finite
 
     for check in checks:
         if np.isfinite(check.value) or check.graph not in bundle.manifest.graphs or check.metric == "layer_error":
@@ -203,4 +203,4 @@ def _name_what_is_not_finite(bundle: Bundle, checks: list[Check], references: li
         reference = next(r for r in references if r.name == check.name.split("/")[1])
         keys = (check.graph, graph_key(check.graph, Precision(check.precision).of_graph(check.graph)))
         full, low = (load_model(bundle, key) for key in keys)
-        refuse_non_finite(check.graph, low, full, check.precision, reference.inputs_of(check.graph))
+        require_finite(check.graph, low, full, check.precision, reference.inputs_of(check.graph))

@@ -1,8 +1,8 @@
-"""Layer-by-layer comparison of a low-precision graph with the FP32 weights that it was made from.
+"""Compare the layers of a low-precision graph with the FP32 graph.
 
-Each layer with learned constants is computed twice from the same inputs, those that the low-precision graph gives it:
-once as that graph has it, once with FP32's weights. So errors of earlier layers do not add up, and the limit of one
-layer is near the rounding of its weights, however wide the limits of the whole graph's outputs have to be.
+Each layer with learned constants is computed twice from the same inputs, those in the low-precision graph: in low
+precision, and with FP32 weights. Errors of earlier layers therefore do not accumulate, and the limit for one layer can
+be close to the rounding error of its weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 LAYER_LIMITS = {"fp16": 4e-3, "bf16": 2.5e-2, "int8": 5e-2, "fp8": 1.5e-1}
-"""Largest relative error ‖a−b‖/‖b‖ of one layer's output. Largest seen on sound graphs: docs/decisions/0003."""
+"""Limits of the relative error ‖a−b‖/‖b‖ of one layer's output; docs/decisions/0003 has measured values."""
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """Relative error of one layer's output, given the layer's own inputs."""
+    """Relative error of one layer's output, given the same inputs."""
 
     node: str
     op_type: str
@@ -33,19 +33,19 @@ class LayerError:
 
 
 def layer_limit(precision: Precision) -> float:
-    """The largest allowed error of one layer in a precision."""
+    """Return the largest allowed error of a layer in a precision."""
     return LAYER_LIMITS[Precision(precision).product_type]
 
 
 def layer_errors(
     model: ModelProto, full: ModelProto, precision: str, inputs: Mapping[str, NDArray[np.generic]]
 ) -> list[LayerError]:
-    """Errors of all layers with learned constants, in the graph's order.
+    """Return the errors of all layers with learned constants, in graph order.
 
     Args:
-        model: graph of the precision.
-        full: FP32 graph that it was made from.
-        precision: what `model` is in.
+        model: the low-precision graph.
+        full: its FP32 graph.
+        precision: of `model`.
         inputs: arrays by input name.
     """
     import onnx
@@ -55,7 +55,7 @@ def layer_errors(
 
     shown = onnx.ModelProto()
     shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)
-    layers = _add_twins(shown, full)
+    layers = _add_fp32_layers(shown, full)
     if not layers:
         return []
     session = make_session(load_onnxruntime("cpu"), shown.SerializeToString(), "cpu", None, precision)
@@ -76,8 +76,8 @@ def _relative(squared_distance: float, squared_size: float) -> float:
     return float(np.sqrt(squared_distance / squared_size))
 
 
-def _add_twins(shown: ModelProto, full: ModelProto) -> list[NodeProto]:
-    """Add to a graph, for each layer, the FP32 layer of the same inputs and both sums of squares."""
+def _add_fp32_layers(shown: ModelProto, full: ModelProto) -> list[NodeProto]:
+    """Add to a graph, for each layer, its FP32 layer with the same inputs, and the sums of squares for its error."""
     from onnx import NodeProto, helper, numpy_helper
 
     from cclip_deploy.graph.precision.onnx_graph import float_constants, raise_opset, tensor_types

@@ -1,4 +1,4 @@
-"""Checks of the stages around the graphs: tokenizer, preprocessing, threshold, and masks from end to end."""
+"""Parity checks of the stages around the graphs: tokenizer, preprocessing, threshold, and end-to-end masks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.runtime.backend import Backend
 
 INPUT_NOISE = 1e-5
-"""Largest max|a−b|/max|b| of a network input: float32 noise of another processor's resize."""
+"""Limit of max|a−b|/max|b| of a network input: rounding differences of resizing between processors."""
 IDS_SHOWN = 4
 
 Ids = NDArray[np.int64]
 
 
 def stage_checks(bundle: Bundle, references: Sequence[Reference]) -> Iterator[Check]:
-    """Compare tokenizer, preprocessing and threshold with what the references that begin with sentences were made by.
+    """Compare a bundle's tokenizer, preprocessing and threshold with those that its references were recorded with.
 
-    The names of the checks begin with the stage; `detail` names the sentence, field or picture that differs.
+    References without a source are skipped. The names of the checks start with the stage; `detail` names the sentence,
+    field or image that differs.
     """
     for reference in references:
         if (source := reference.source) is None:
@@ -42,14 +43,14 @@ def stage_checks(bundle: Bundle, references: Sequence[Reference]) -> Iterator[Ch
 
 
 def mask_stage_checks(bundle: Bundle, backend: Backend, references: Sequence[Reference]) -> Iterator[Check]:
-    """Segment the references' raw pictures, as `predict` does, and compare the masks at the pictures' own size."""
+    """Segment the references' source images like `predict`, and compare the masks at the size of these images."""
     for reference in references:
         if reference.source is not None:
             yield from _mask_checks(bundle, backend, reference, reference.source)
 
 
 def check_tokenizer_file(bundle: Bundle, theirs: PromptTokenizer) -> Check:
-    """Compare tokenizer.json field by field with one that was built from open_clip's tables."""
+    """Compare tokenizer.json field by field with one built from open_clip's tables."""
     try:
         mine = json.loads(bundle.tokenizer().to_json())
     except DataError as error:
@@ -102,14 +103,12 @@ def _ids_fault(tokenizer: PromptTokenizer, sentence: str, row: Ids) -> str | Non
     place = next(
         (n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected))
     )
-    return (
-        f"sentence {sentence!r} gives ids {_shown(ids[place:])} from token {place} on, open_clip gives "
-        f"{_shown(expected[place:])}"
-    )
+    found, truth = _shown(ids[place:]), _shown(expected[place:])
+    return f"sentence {sentence!r} has ids {found} from token {place} on, expected {truth}"
 
 
 def _row_faults(tokenizer: PromptTokenizer, reference: Reference, source: Source) -> Iterator[str]:
-    """The graph's own token rows, as `predict` makes them: of the graph's length, padded."""
+    """Compare the token rows that `predict` computes, padded to the graph's length."""
     length = reference.tokens.shape[1]
     for sentence, expected in zip(source.sentences, reference.tokens, strict=False):
         try:
@@ -118,20 +117,20 @@ def _row_faults(tokenizer: PromptTokenizer, reference: Reference, source: Source
             yield f"sentence {sentence!r}: {error}"
             continue
         if not np.array_equal(row, expected):
-            yield f"sentence {sentence!r} gives tokens {_shown(row)}, the reference has {_shown(expected)}"
+            yield f"sentence {sentence!r} has tokens {_shown(row)}, expected {_shown(expected)}"
 
 
 def _preprocessing_checks(bundle: Bundle, reference: Reference, source: Source) -> Iterator[Check]:
     mine, theirs = bundle.manifest.preprocessing.model_dump(), source.preprocessing.model_dump()
     for field in mine:
         same = mine[field] == theirs[field]
-        told = f"the bundle has {_plain(mine[field])}, the checkpoint {_plain(theirs[field])}"
-        yield _stage("preprocessing", field, [] if same else [told])
+        fault = f"the bundle has {_plain(mine[field])}, the checkpoint {_plain(theirs[field])}"
+        yield _stage("preprocessing", field, [] if same else [fault])
     expected = [*reference.image, *source.probe_inputs]
     for number, (picture, truth) in enumerate(zip(source.pictures, expected, strict=True)):
         found = to_input(unpack_pixels(picture), bundle.manifest.image_hw, bundle.manifest.preprocessing)[0]
         error = float(np.abs(found - truth).max() / np.abs(truth).max())
-        detail = None if error <= INPUT_NOISE else f"network input of picture {number}, {picture.shape}"
+        detail = None if error <= INPUT_NOISE else f"network input of image {number}, {picture.shape}"
         yield Check(
             f"preprocessing/{reference.name}/input/{number}", "preprocessing", "bundle", "all", "input_error", error,
             INPUT_NOISE, error <= INPUT_NOISE, detail,

@@ -87,7 +87,7 @@ def engine_file(name: str) -> Change:
 @pytest.mark.parametrize("change", [graph_file, reference_file, engine_file])
 def test_a_manifest_that_names_files_outside_is_refused(copy: Path, name: str, change: Callable[[str], Change]) -> None:
     reseal(copy, change(name))
-    with pytest.raises(BundleError, match="leaves the bundle"):
+    with pytest.raises(BundleError, match="is outside the bundle"):
         Bundle.open(copy)
 
 

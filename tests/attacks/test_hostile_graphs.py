@@ -115,7 +115,7 @@ def test_a_folder_of_graphs_that_is_a_link_is_refused(copy: Path, tmp_path: Path
     """Before, it was followed: what lies beside the graphs there has no checksum."""
     (copy / "graphs").rename(tmp_path / "elsewhere")
     (copy / "graphs").symlink_to(tmp_path / "elsewhere")
-    refused_everywhere(copy, "graphs is a link")
+    refused_everywhere(copy, "graphs is a symbolic link")
 
 
 def test_a_file_elsewhere_is_only_noted(copy: Path) -> None:

@@ -71,7 +71,7 @@ def test_predict_says_which_engines_were_not_used_and_what_runs_them(
     assert "Ran: onnxruntime on cpu; image_encoder fp32, prompt_encoder fp32, mask_decoder fp32." in said
     assert (
         "The bundle's tensorrt-rtx engines were not used (image_encoder fp32, prompt_encoder fp32, mask_decoder fp32). "
-        "Where there is a GPU, they run with --backend tensorrt-rtx and --precision fp32."
+        "On a GPU, use them with --backend tensorrt-rtx and --precision fp32."
     ) in said
 
 

@@ -227,7 +227,7 @@ def test_a_truncated_checkpoint_leaves_nothing(tiny_checkpoint: Path, tmp_path: 
 
 STAGES = [
     "Checking and writing graphs",
-    "Asking PyTorch for reference answers (pictures)",
+    "Recording references from images",
     "Comparing every graph with PyTorch",
 ]
 

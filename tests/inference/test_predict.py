@@ -203,7 +203,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(fast: Seg
     assert all(str(path) in reason for path, reason in found.failed)
     assert len(os.listdir(tmp_path / "out")) == 3 * 2 * 3
     assert seen == [("a.png", 1, 5), ("b.png", 2, 5), ("c.png", 3, 5), ("d.dcm", 4, 5), ("e.png", 5, 5)]
-    with pytest.raises(ImageError, match=r"2 of 5 pictures could not be used \(the others are done\); first: .*b\.png"):
+    with pytest.raises(ImageError, match=r"2 of 5 images could not be used \(the others are done\); first: .*b\.png"):
         refuse_failures(found)
 
 

@@ -175,7 +175,7 @@ def test_memory_keeps_the_last_used_and_no_more_than_its_capacity() -> None:
     assert cache.counts.since(before) == CacheCounts(memory_hits=3)
     cache.kernels([row(3)], formula)
     assert cache.counts.since(before) == CacheCounts(memory_hits=3, misses=1)
-    with pytest.raises(UsageError, match="keeps nothing"):
+    with pytest.raises(UsageError, match="must be 1 or more"):
         PromptCache(capacity=0)
 
 
@@ -214,7 +214,7 @@ def test_processes_that_write_at_once_never_see_half_a_file(folder: KernelFolder
 
 def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="is a file, where a folder for prompt kernels"):
+    with pytest.raises(UsageError, match="is a file; the prompt cache needs a folder"):
         KernelFolder(tmp_path / "file", ORIGIN)
     for place in (tmp_path / "file" / "deeper", Path("/proc/cclip-cache"), Path("/proc")):
         with pytest.raises(EnvironmentIssue, match=r"prompt cache cannot be used.*could not be written") as caught:
@@ -232,6 +232,6 @@ def test_a_full_disk_is_an_error_and_leaves_no_part(
 
     folder = KernelFolder(tmp_path, ORIGIN)
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(EnvironmentIssue, match=r"disk is full.*Or leave --prompt-cache out"):
+    with pytest.raises(EnvironmentIssue, match=r"disk is full.*Or leave out --prompt-cache"):
         KernelFolder(tmp_path, ORIGIN) if moment == "opening" else PromptCache(folder).kernels([row(3)], formula)
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from onnx import helper
 
 from cclip_deploy.errors import ParityError
 from cclip_deploy.graph.precision.float16 import to_bf16, to_fp16
-from cclip_deploy.parity.nan_check import first_non_finite, refuse_non_finite
+from cclip_deploy.parity.nan_check import first_non_finite, require_finite
 from tests.graph.precision.test_float16 import make_model
 
 NODES = [
@@ -25,13 +25,13 @@ def test_the_node_that_overflows_in_fp16_is_named_not_the_ones_behind_it() -> No
     full = make_model(NODES, WEIGHTS, {"x": (4, 4)}, {"y": (4, 4)})
     half = to_fp16(full)
     with pytest.raises(ParityError, match=r"fp16 graph of net .* begin at node 'overflows' \(MatMul\), output 'b'"):
-        refuse_non_finite("net", half, full, "fp16", FEEDS)
+        require_finite("net", half, full, "fp16", FEEDS)
 
 
 def test_a_graph_that_stays_finite_is_let_through() -> None:
     full = make_model(NODES, WEIGHTS, {"x": (4, 4)}, {"y": (4, 4)})
-    refuse_non_finite("net", to_fp16(full, fp32_nodes=["overflows", "nan_follows"]), full, "fp16", FEEDS)
-    refuse_non_finite("net", to_bf16(full), full, "bf16", FEEDS)
+    require_finite("net", to_fp16(full, fp32_nodes=["overflows", "nan_follows"]), full, "fp16", FEEDS)
+    require_finite("net", to_bf16(full), full, "bf16", FEEDS)
 
 
 def test_an_infinity_that_fp32_has_too_is_not_blamed() -> None:
