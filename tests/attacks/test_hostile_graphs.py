@@ -120,7 +120,7 @@ def test_a_folder_of_graphs_that_is_a_link_is_refused(copy: Path, tmp_path: Path
 
 def test_a_file_elsewhere_is_only_noted(copy: Path) -> None:
     (copy / "notes.txt").write_text("mine")
-    assert "No checksum covers notes.txt" in " ".join(verify_bundle(Bundle.open(copy), VerifyOptions(threads=1)).notes)
+    assert "notes.txt have no checksum" in " ".join(verify_bundle(Bundle.open(copy), VerifyOptions(threads=1)).notes)
 
 
 def check(content: bytes, bundle: Bundle) -> None:

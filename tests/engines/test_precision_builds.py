@@ -107,7 +107,7 @@ def test_a_record_that_keeps_more_than_its_graph_does_is_not_proved(int8_bundle_
     reseal(copy)
     checks, notes = engine_checks(Bundle.open(copy))
     assert {check.name for check in checks if not check.passed} == {"image_encoder/engine/precision_honoured"}
-    assert any(f"differ in what is kept out of int8-fp16; first: {first}" in note for note in notes)
+    assert any(f"differ in the products in a higher precision; first: {first}" in note for note in notes)
 
 
 def test_predict_says_what_each_graph_ran_in(int8_bundle_path: Path, films: Path, tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_a_stray_file_and_useless_masks_are_noted(copy: Path) -> None:
     reseal(copy)
     (copy / "notes.txt").write_bytes(stray)
     notes = verify(copy).notes
-    assert any("No checksum covers notes.txt" in note for note in notes)
-    assert any(note.startswith("No pictures reference mask covers between 2 % and 98 %") for note in notes)
+    assert any("notes.txt have no checksum" in note for note in notes)
+    assert any(note.startswith("No mask of the reference pictures covers between 2 % and 98 %") for note in notes)
     assert not any("seeded" in note for note in notes)
 
 
@@ -153,7 +153,7 @@ def test_another_checkpoint_of_the_same_config_is_noted_and_fails(tiny_bundle_pa
 
 def test_a_checkpoint_of_another_config_is_refused(copy: Path, tiny_checkpoint: Path) -> None:
     reseal(copy, lambda manifest: manifest["model"].update(name="rn101", vision_width=64))
-    with pytest.raises(UsageError, match="is a 'tiny' network, the bundle holds 'rn101'"):
+    with pytest.raises(UsageError, match="is a 'tiny' network, the bundle has 'rn101'"):
         verify(copy, VerifyOptions(tiny_checkpoint, threads=THREADS))
 
 
@@ -326,7 +326,7 @@ def test_without_onnx_a_note_says_that_graphs_were_not_derived_again(
 
     monkeypatch.setattr(derivation.importlib.util, "find_spec", lambda name: None)
     found = verify(low_bundle_path)
-    assert any("could not be derived again from FP32" in note for note in found.notes)
+    assert any("converting FP32 again" in note for note in found.notes)
     assert not any("derivation" in check.name for check in found.checks)
 
 
