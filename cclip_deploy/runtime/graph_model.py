@@ -1,4 +1,4 @@
-"""A bundle's graph as an ONNX model, from bytes whose checksum and structure were checked."""
+"""Load a bundle's graph as an ONNX model, after checking its checksum and structure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def load_model(bundle: Bundle, key: str) -> ModelProto:
-    """The model of a graph by its name in the manifest: `fused`, `fused.fp16`; needs onnx.
+    """Load a graph by its key in the manifest: `fused`, `fused.fp16`. Needs onnx.
 
     Raises:
         UsageError: there is no such graph.
-        BundleError: the file is missing or altered, or is no graph that exports make.
+        BundleError: the file is missing or altered, or does not have the form of exported graphs.
     """
     entry = bundle.graph(key)
     return parse_graph(read_checked(bundle, entry), bundle.path / entry.file)

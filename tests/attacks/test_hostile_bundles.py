@@ -164,7 +164,7 @@ def test_a_graph_cannot_take_weights_from_a_file_outside(copy: Path, tmp_path: P
     assert absolute or (copy / "graphs" / location).resolve() == secret
     (copy / "graphs" / "fused.onnx").write_bytes(graph_with_weights_in(location))
     reseal(copy)
-    with pytest.raises(BundleError, match="weights in another file"):
+    with pytest.raises(BundleError, match="external weights"):
         OnnxRuntimeBackend(Bundle.open(copy)).load("fused")
 
 
@@ -173,7 +173,7 @@ def test_a_graph_with_an_operator_of_its_own_is_refused(copy: Path) -> None:
     model.graph.node[0].op_type, model.graph.node[0].domain = "RunShell", "stranger"
     onnx.save(model, copy / "graphs" / "mask_decoder.onnx")
     reseal(copy)
-    with pytest.raises(BundleError, match="is the operator 'RunShell' of 'stranger'"):
+    with pytest.raises(BundleError, match="has operator 'RunShell' of 'stranger'"):
         OnnxRuntimeBackend(Bundle.open(copy)).load("mask_decoder")
 
 

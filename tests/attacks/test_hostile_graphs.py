@@ -75,7 +75,7 @@ def test_weights_in_another_file_are_refused_even_where_it_has_a_checksum(copy: 
     (copy / "graphs" / "weights.bin").write_bytes(np.ones(1, np.float32).tobytes())
     rewrite(copy, change)
     reseal(copy)
-    refused_everywhere(copy, "which no export")
+    refused_everywhere(copy, "which exports do not use")
 
 
 def stray_file(path: Path) -> None:
@@ -136,7 +136,7 @@ def changed(bundle: Path, change: Change) -> bytes:
 @pytest.mark.parametrize("change", STRUCTURES.values(), ids=STRUCTURES)
 def test_what_no_export_consists_of_is_refused(tiny_bundle: Bundle, change: Change) -> None:
     """Before, runtimes took most of them: the Loop never ended, the functions filled the memory."""
-    with pytest.raises(BundleError, match="which no export"):
+    with pytest.raises(BundleError, match="which exports do not use"):
         check(changed(tiny_bundle.path, change), tiny_bundle)
 
 
@@ -179,14 +179,14 @@ def shape_from_data(model: onnx.ModelProto) -> None:
     [
         (weight_without_values, r"shape \(1099511627776,\) has 0 bytes"),
         (weight_of_negative_size, "has 16 bytes"),
-        (tensor_made_twice, "'view' is made twice"),
-        (node_out_of_order, "which nothing before it makes"),
+        (tensor_made_twice, "'view' is computed twice"),
+        (node_out_of_order, "which no earlier node computes"),
         (a_million_nodes, "more than 20000"),
         (shape_from_data, "a shape depends on data"),
     ],
 )
 def test_contradictions_are_refused_in_words(tiny_bundle: Bundle, change: Change, reason: str) -> None:
-    with pytest.raises(BundleError, match=rf"hostile\.onnx is no graph that cclip-deploy exports: .*{reason}"):
+    with pytest.raises(BundleError, match=rf"hostile\.onnx is not a graph that cclip-deploy exports: .*{reason}"):
         check(changed(tiny_bundle.path, change), tiny_bundle)
 
 
@@ -214,7 +214,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
 def test_bytes_that_are_no_graph_are_refused_in_words(tiny_bundle: Bundle, content: bytes) -> None:
-    with pytest.raises(BundleError, match=r"hostile\.onnx is no graph that cclip-deploy exports"):
+    with pytest.raises(BundleError, match=r"hostile\.onnx is not a graph that cclip-deploy exports"):
         check(content, tiny_bundle)
 
 
