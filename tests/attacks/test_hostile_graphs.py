@@ -303,7 +303,7 @@ def test_a_place_outside_a_tensor_is_an_error_that_names_the_graph(unchecked: Ca
 
 def test_inputs_that_a_graph_does_not_take_are_not_the_bundle_s_fault(tiny_bundle: Bundle) -> None:
     inputs = {**decoder_inputs(tiny_bundle), "bias": np.zeros((1, 1), np.float32)}
-    with pytest.raises(UsageError, match=r"inputs do not fit .*mask_decoder\.onnx"):
+    with pytest.raises(UsageError, match=r"inputs do not match .*mask_decoder\.onnx"):
         OnnxRuntimeBackend(tiny_bundle, threads=1).run(GRAPH, inputs)
 
 
@@ -362,5 +362,5 @@ def test_a_name_of_a_size_that_is_no_text_is_an_error_in_words(copy: Path) -> No
     (copy / PLACE).unlink()
     (copy / PLACE).write_bytes(content)
     reseal(copy)
-    with pytest.raises(BundleError, match=r"mask_decoder\.onnx has names that are not UTF-8"):
+    with pytest.raises(BundleError, match=r"mask_decoder\.onnx contains names that are not UTF-8"):
         OnnxRuntimeBackend(Bundle.open(copy), threads=1).load(GRAPH)

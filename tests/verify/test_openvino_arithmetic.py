@@ -49,7 +49,7 @@ def test_a_hint_alone_is_no_precision() -> None:
 
 
 def test_a_model_without_a_known_product_is_refused() -> None:
-    with pytest.raises(EnvironmentIssue, match="names no precision"):
+    with pytest.raises(EnvironmentIssue, match="reports no known type"):
         arithmetic_of(compiled("f32", ("Eltwise", "f32"), ("Convolution", "i4")))
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime on a CPU; and what it shares with its GPU providers: a session that runs where it was asked to."""
+"""ONNX Runtime backend on a CPU."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int6
 
 
 class OnnxRuntimeBackend:
-    """A bundle's graphs of one precision in ONNX Runtime; sessions are made when a graph is first asked for.
+    """Runs a bundle's graphs of one precision in ONNX Runtime; sessions are created on first use.
 
-    On a CPU, ONNX Runtime leaves out the roundings between FP16 operators. With `rounds_as_written` they are all made,
-    as a GPU makes them, which needs onnx and time: for parity, not for speed. BF16 runs in no other way.
-
-    A run that takes longer than `seconds_limit` is stopped, between two operators, and is an EnvironmentIssue.
+    Attributes:
+        rounds_as_written: on a CPU, ONNX Runtime skips the rounding between FP16 operators. This option emulates it as
+            on a GPU, for parity checks; it is slow and needs the package onnx. BF16 graphs always run like that.
+        seconds_limit: a run that takes longer is stopped between two operators and raises EnvironmentIssue.
     """
 
     name = "onnxruntime"
@@ -69,7 +69,7 @@ class OnnxRuntimeBackend:
         session = self._session(graph)
         names = [output.name for output in session.get_outputs()]
         halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
-        given = {name: _as_taken(value, name in halves) for name, value in inputs.items()}
+        given = {name: _cast_input(value, name in halves) for name, value in inputs.items()}
         with self._guarded(graph) as options:
             values = session.run(names, given, options)
         answer = {name: value.astype(np.float32, copy=False) for name, value in zip(names, values, strict=True)}
@@ -79,16 +79,16 @@ class OnnxRuntimeBackend:
 
     @contextmanager
     def _guarded(self, graph: str) -> Iterator[Any]:
-        """Options for one run; whatever the run raises becomes an error that names the graph.
+        """Yield the options for one run, and convert its exceptions into errors that name the graph.
 
         Raises:
             UsageError: the inputs are not those of the graph.
-            EnvironmentIssue: memory ran out, the device failed or `seconds_limit` passed.
+            EnvironmentIssue: memory ran out, the device failed, or `seconds_limit` was exceeded.
             BundleError: an operator failed.
         """
         path = self.bundle.path / self.bundle.graph_in(graph, self.precision).file
         options = self._runtime.RunOptions()
-        options.log_severity_level = 4  # failures are raised, so they need not be logged too
+        options.log_severity_level = 4  # failures are raised, not logged
         try:
             with time_limit(self.seconds_limit, lambda: setattr(options, "terminate", True), str(path)):
                 yield options
@@ -102,34 +102,34 @@ class OnnxRuntimeBackend:
                         f"ONNX Runtime cannot run {path} on {self.device}: {reason}. Run cclip-deploy doctor, or use "
                         "--device cpu."
                     ) from error
-                raise UsageError(f"These inputs do not fit {path}: {reason}") from error
+                raise UsageError(f"These inputs do not match {path}: {reason}") from error
             raise run_failure("ONNX Runtime", path, error) from error
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             entry = self.bundle.graph_in(graph, self.precision)
             path, content = self.bundle.path / entry.file, read_checked(self.bundle, entry)
-            is_narrow = self.rounds_as_written and entry.precision.rest == "fp16"
-            widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
-            model = NamedGraph(_with_emulated_rounding(content, path) if widens else content, path)
+            is_emulated = self.rounds_as_written and entry.precision.rest == "fp16"
+            is_emulated = self.device == "cpu" and (is_emulated or entry.precision == "bf16")
+            model = NamedGraph(_with_emulated_rounding(content, path) if is_emulated else content, path)
             del content  # as large as the weights
             providers = self._providers(entry)
             session = make_session(self._runtime, model, self.device, self.threads, entry.precision, providers)
             try:
                 inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
             except UnicodeDecodeError as error:
-                raise BundleError(f"{path} has names that are not UTF-8. Export the bundle again.") from error
+                raise BundleError(f"{path} contains names that are not UTF-8. Export the bundle again.") from error
             check_tensors(path, entry, inputs, outputs)
             self._sessions[graph] = session
         return self._sessions[graph]
 
     def _providers(self, entry: GraphEntry) -> list[Provider]:
-        """The providers that may run a graph, in order, with their options."""
+        """Return the execution providers for a graph, in order, with their options."""
         return [(PROVIDERS[self.device], {})]
 
 
 def _specs(tensors: Iterable[Any]) -> list[TensorSpec]:
-    """ONNX Runtime's arguments in the manifest's words; a dynamic side is named or None there."""
+    """Convert ONNX Runtime's inputs or outputs to the manifest's form."""
     return [
         TensorSpec(
             name=tensor.name,
@@ -140,18 +140,18 @@ def _specs(tensors: Iterable[Any]) -> list[TensorSpec]:
     ]
 
 
-def _as_taken(value: NDArray[np.generic], half: bool) -> NDArray[np.generic]:
-    """An input as a graph takes it, whose inputs may be float16 on request."""
+def _cast_input(value: NDArray[np.generic], half: bool) -> NDArray[np.generic]:
+    """Return an input in the type of the graph's input, float16 or unchanged."""
     return np.ascontiguousarray(value, np.float16 if half else None)
 
 
 def _with_emulated_rounding(content: bytes, path: Path) -> bytes:
-    """A graph of 16 bits as FP32 arithmetic with the same roundings."""
+    """Return a 16-bit graph as an FP32 graph with the same rounding."""
     try:
         import onnx  # noqa: F401
     except ImportError as error:
         raise EnvironmentIssue(
-            f"Rounding as BF16 or FP16 does on a CPU needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
+            f"Emulating BF16 or FP16 on a CPU needs onnx ({error}). Install: pip install 'cclip-deploy[export]'"
         ) from error
     from cclip_deploy.graph.parse import parse_graph
     from cclip_deploy.graph.precision.rounding import emulate_rounding

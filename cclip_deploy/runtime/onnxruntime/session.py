@@ -1,4 +1,4 @@
-"""Create ONNX Runtime sessions on a device, and install hints for its execution providers."""
+"""ONNX Runtime sessions: execution providers, how to install them, and session creation without a fallback."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ INSTALL_PLUGIN = "pip install onnxruntime-ep-nv-tensorrt-rtx"
 
 @dataclass(frozen=True)
 class NamedGraph:
-    """The bytes of an ONNX graph, and the file that messages name."""
+    """The bytes of an ONNX graph, and its file for messages."""
 
     content: bytes = field(repr=False)
     path: Path
 
 
 def load_onnxruntime(device: Device) -> Any:
-    """The onnxruntime module; EnvironmentIssue where it is missing or lacks the device's provider."""
+    """Import onnxruntime; raise EnvironmentIssue if it is missing or lacks the device's execution provider."""
     if device not in PROVIDERS:
-        raise UsageError(f"Device {device!r} is none of {', '.join(PROVIDERS)}.")
+        raise UsageError(f"There is no device {device!r}. Use one of {', '.join(PROVIDERS)}.")
     try:
         import onnxruntime
     except ImportError as error:
@@ -66,13 +66,23 @@ def make_session(
     precision: str = "fp32",
     providers: Sequence[Provider] = (),
 ) -> Any:
-    """A session of a graph that really runs on `device`, with as many threads as given.
+    """Create a session that runs on `device`, without a fallback to the CPU.
 
-    `providers` are those that may run it, in order, instead of the device's own without options.
+    Two graph optimizations of ONNX Runtime 1.32 change results and are disabled for the affected precisions: it takes
+    the zero point 0 of FP8 for the smallest value of the type and removes the ReLU before it, and it quantizes biases
+    with a scale that underflows in float16.
 
-    Two of ONNX Runtime 1.32's rewrites change what a graph computes, so they are off where they would: it takes the
-    zero point 0 of an FP8 pair for the least value of its type and drops the ReLU before it, and it quantizes biases
-    with a scale that underflows where scales are float16.
+    Args:
+        runtime: the onnxruntime module.
+        model: the graph.
+        device: key of `PROVIDERS`.
+        threads: CPU threads; None is ONNX Runtime's default.
+        precision: of the graph.
+        providers: execution providers with options, in order; by default the one of the device.
+
+    Raises:
+        EnvironmentIssue: the device cannot be used.
+        BundleError: the graph cannot be loaded.
     """
     options = runtime.SessionOptions()
     disabled = []
@@ -82,19 +92,19 @@ def make_session(
     if kind.is_quantized and kind != Precision.INT8:
         disabled.append("WeightBiasQuantization")
     options.log_severity_level = 3
-    # Idle threads would spin for tens of milliseconds after a run, at the expense of whatever runs next.
+    # Otherwise idle threads spin for tens of milliseconds after a run and slow down what runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     check_threads(threads)
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     wanted = list(providers) or [(PROVIDERS[device], {})]
-    plugged = _plugged_devices(runtime, device)
+    plugged = _plugin_devices(runtime, device)
     content, what = (model.content, str(model.path)) if isinstance(model, NamedGraph) else (model, "a graph")
     try:
         if plugged:
             options.add_provider_for_devices(plugged, wanted[0][1])
-        # Without `enable_fallback`, a provider that fails is an error instead of a session on the CPU.
+        # With enable_fallback=0, a provider that fails raises instead of falling back to the CPU.
         session = runtime.InferenceSession(
             content,
             options,
@@ -106,20 +116,20 @@ def make_session(
         if device != "cpu" and type(error).__name__ not in _BAD_GRAPH:
             raise EnvironmentIssue(
                 f"ONNX Runtime cannot run {what} on {device}: {str(error).splitlines()[0][:200]}. "
-                "Run cclip-deploy doctor, or ask for --device cpu."
+                "Run cclip-deploy doctor, or use --device cpu."
             ) from error
         raise BundleError(f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0][:200]}") from error
-    session._model_bytes = None  # kept for a fallback that is switched off, and as large as the weights
+    session._model_bytes = None  # only needed for the fallback, and as large as the weights
     if PROVIDERS[device] not in session.get_providers():
         raise EnvironmentIssue(
-            f"ONNX Runtime was asked for {device} and fell back to {session.get_providers()}: no usable GPU, driver or "
-            "CUDA library. Run cclip-deploy doctor, or ask for --device cpu."
+            f"ONNX Runtime fell back from {device} to {session.get_providers()}: no usable GPU, driver or CUDA "
+            "library. Run cclip-deploy doctor, or use --device cpu."
         )
     return session
 
 
-def _plugged_devices(runtime: Any, device: Device) -> list[Any]:
-    """The devices of providers that were registered as libraries, as TensorRT-RTX is unless it was compiled in."""
+def _plugin_devices(runtime: Any, device: Device) -> list[Any]:
+    """Return the devices of the TensorRT-RTX provider, if it was registered as a library and not compiled in."""
     if device != "tensorrt-rtx" or PROVIDERS[device] in runtime.get_available_providers():
         return []
     found = [d for d in runtime.get_ep_devices() if d.ep_name == PROVIDERS[device]]
@@ -129,7 +139,7 @@ def _plugged_devices(runtime: Any, device: Device) -> list[Any]:
 
 
 def register_rtx_plugin(runtime: Any) -> None:
-    """Make the TensorRT-RTX provider known to ONNX Runtime, which it comes to as a package of its own."""
+    """Register the TensorRT-RTX execution provider, which is a separate package, with ONNX Runtime."""
     provider = PROVIDERS["tensorrt-rtx"]
     if provider in runtime.get_available_providers() or any(d.ep_name == provider for d in runtime.get_ep_devices()):
         return
@@ -143,6 +153,6 @@ def register_rtx_plugin(runtime: Any) -> None:
         runtime.register_execution_provider_library(provider, plugin.get_library_path())
     except Exception as error:  # onnxruntime's exceptions have no common public base
         raise EnvironmentIssue(
-            f"ONNX Runtime's TensorRT-RTX provider does not load: {str(error).splitlines()[0][:200]}. It needs an "
+            f"ONNX Runtime's TensorRT-RTX provider cannot be loaded: {str(error).splitlines()[0][:200]}. It needs an "
             "NVIDIA driver and GPU: run cclip-deploy doctor."
         ) from error
