@@ -85,7 +85,7 @@ def _draw(pixels: Floats, mask: NDArray[np.bool_], prompt: str, panels: list[Pan
     _draw_image(every[0], pixels)
     if mask.any():
         every[0].contour(mask, levels=[0.5], colors=["#38C7D6"], linewidths=1.6)
-    _title(every[0], "Answer of the causal branch", f"{mask.mean():.1%} of the picture")
+    _title(every[0], "Answer of the causal branch", f"{mask.mean():.1%} of the image")
     for axes, panel in zip(every[1:], panels, strict=False):
         _draw_image(axes, pixels)
         drawn = axes.imshow(

@@ -117,9 +117,9 @@ def max_error(value: Floats, truth: Floats) -> float:
 
 def masks_of(logits: Floats, truth: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return both masks (logit >= 0); pixels where both logits are float32 noise around zero are made equal."""
-    ours, theirs = logits >= 0, truth >= 0
+    found, expected = logits >= 0, truth >= 0
     undecided = np.abs(truth) <= FLOAT32_NOISE * np.abs(truth).max()
-    return ours, np.where(undecided & (np.abs(logits) <= 2 * FLOAT32_NOISE * np.abs(truth).max()), ours, theirs)
+    return found, np.where(undecided & (np.abs(logits) <= 2 * FLOAT32_NOISE * np.abs(truth).max()), found, expected)
 
 
 def mask_dices(logits: Floats, truth: Floats) -> NDArray[np.float64]:
@@ -127,25 +127,27 @@ def mask_dices(logits: Floats, truth: Floats) -> NDArray[np.float64]:
     return _dices(*masks_of(logits, truth))
 
 
-def _dices(ours: Masks, theirs: Masks) -> NDArray[np.float64]:
-    shared = (ours & theirs).sum(axis=(2, 3))
-    sizes = ours.sum(axis=(2, 3)) + theirs.sum(axis=(2, 3))
+def _dices(found: Masks, expected: Masks) -> NDArray[np.float64]:
+    shared = (found & expected).sum(axis=(2, 3))
+    sizes = found.sum(axis=(2, 3)) + expected.sum(axis=(2, 3))
     return np.where(sizes == 0, 1.0, 2 * shared / np.maximum(sizes, 1))
 
 
-def mask_checks(name: str, graph: str, backend: Backend, ours: Masks, theirs: Masks, limits: Limits) -> Iterator[Check]:
+def mask_checks(
+    name: str, graph: str, backend: Backend, found: Masks, expected: Masks, limits: Limits
+) -> Iterator[Check]:
     """Check masks (B, P, H, W) by the fraction of flipped pixels, and by Dice if they are large enough.
 
     Dice applies to masks that cover USEFUL_AREA of the image and in which FEW_PIXELS flipped pixels do not exceed the
     limit. Smaller and empty masks are checked by their number of flipped pixels: `flipped_pixels`.
     """
-    flips, pixels = (ours != theirs).sum(axis=(2, 3)), theirs[0, 0].size
+    flips, pixels = (found != expected).sum(axis=(2, 3)), expected[0, 0].size
     least = max(USEFUL_AREA * pixels, FEW_PIXELS / (2 * (1 - limits.mask_dice)))
-    large = theirs.sum(axis=(2, 3)) >= least
+    large = expected.sum(axis=(2, 3)) >= least
     share = max(limits.flipped_share, FEW_PIXELS / pixels)
     measured = {"flipped_share": (float(flips.mean() / pixels), share)}
     if large.any():
-        measured["mask_dice"] = (float(_dices(ours, theirs)[large].min()), limits.mask_dice)
+        measured["mask_dice"] = (float(_dices(found, expected)[large].min()), limits.mask_dice)
     if not large.all():
         measured["flipped_pixels"] = (float(flips[~large].max()), share * pixels)
     for metric, (value, limit) in measured.items():

@@ -51,19 +51,15 @@ def layer_errors(
     import onnx
 
     from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
-    from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
+    from cclip_deploy.runtime.graph_model import run_on_cpu
 
     shown = onnx.ModelProto()
     shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)
     layers = _add_fp32_layers(shown, full)
     if not layers:
         return []
-    session = make_session(load_onnxruntime("cpu"), shown.SerializeToString(), "cpu", None, precision)
-    halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
-    wanted = {tensor.name for tensor in session.get_inputs()}
-    feeds = {n: v.astype(np.float16) if n in halves else v for n, v in inputs.items() if n in wanted}
     names = [name for node in layers for name in (f"{node.name}/distance", f"{node.name}/size")]
-    values = iter(session.run(names, feeds))
+    values = iter(run_on_cpu(shown, names, precision, inputs))
     return [
         LayerError(node.name, node.op_type, _relative(float(distance), float(size)))
         for node, distance, size in zip(layers, values, values, strict=True)
@@ -105,12 +101,12 @@ def _add_fp32_layers(shown: ModelProto, full: ModelProto) -> list[NodeProto]:
             values = numpy_helper.to_array(constants[name])
             shown.graph.initializer.append(numpy_helper.from_array(values, f"{name}/full"))
             stored.add(name)
-        mine, theirs = low[node.name].output[0], twin.output[0]
+        output, truth = low[node.name].output[0], twin.output[0]
         shown.graph.node.extend([
             twin,
-            helper.make_node("Sub", [mine, theirs], [f"{node.name}/difference"]),
+            helper.make_node("Sub", [output, truth], [f"{node.name}/difference"]),
             helper.make_node("ReduceSumSquare", [f"{node.name}/difference"], [f"{node.name}/distance"], keepdims=0),
-            helper.make_node("ReduceSumSquare", [theirs], [f"{node.name}/size"], keepdims=0),
+            helper.make_node("ReduceSumSquare", [truth], [f"{node.name}/size"], keepdims=0),
         ])  # fmt: skip
         shown.graph.output.extend(
             helper.make_tensor_value_info(f"{node.name}/{kind}", 1, []) for kind in ("distance", "size")

@@ -72,15 +72,11 @@ def _run(
 
     from cclip_deploy.graph.precision.onnx_graph import tensor_types
     from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
-    from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
+    from cclip_deploy.runtime.graph_model import run_on_cpu
 
     shown = onnx.ModelProto()
     shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)
     types = tensor_types(shown, {})
     known = {value.name for value in shown.graph.output}
     shown.graph.output.extend(onnx.helper.make_tensor_value_info(n, types[n], None) for n in tensors if n not in known)
-    session = make_session(load_onnxruntime("cpu"), shown.SerializeToString(), "cpu", None, precision)
-    halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
-    wanted = {tensor.name for tensor in session.get_inputs()}
-    feeds = {n: v.astype(np.float16) if n in halves else v for n, v in inputs.items() if n in wanted}
-    return dict(zip(tensors, session.run(tensors, feeds), strict=True)) if tensors else {}
+    return dict(zip(tensors, run_on_cpu(shown, tensors, precision, inputs), strict=True)) if tensors else {}

@@ -36,9 +36,9 @@ def stage_checks(bundle: Bundle, references: Sequence[Reference]) -> Iterator[Ch
             continue
         yield from _tokenizer_checks(bundle, reference, source)
         yield from _preprocessing_checks(bundle, reference, source)
-        mine, theirs = bundle.manifest.threshold, source.threshold
+        found, expected = bundle.manifest.threshold, source.threshold
         yield _stage(
-            "threshold", "value", [] if mine == theirs else [f"the bundle has {mine}, the checkpoint {theirs}"]
+            "threshold", "value", [] if found == expected else [f"the bundle has {found}, the checkpoint {expected}"]
         )
 
 
@@ -49,16 +49,16 @@ def mask_stage_checks(bundle: Bundle, backend: Backend, references: Sequence[Ref
             yield from _mask_checks(bundle, backend, reference, reference.source)
 
 
-def check_tokenizer_file(bundle: Bundle, theirs: PromptTokenizer) -> Check:
+def check_tokenizer_file(bundle: Bundle, reference: PromptTokenizer) -> Check:
     """Compare tokenizer.json field by field with one built from open_clip's tables."""
     try:
-        mine = json.loads(bundle.tokenizer().to_json())
+        found = json.loads(bundle.tokenizer().to_json())
     except DataError as error:
         return _stage("tokenizer", "fields", [str(error)])
-    expected = json.loads(theirs.to_json())
-    mine |= {f"model.{name}": value for name, value in mine.pop("model").items()}
+    expected = json.loads(reference.to_json())
+    found |= {f"model.{name}": value for name, value in found.pop("model").items()}
     expected |= {f"model.{name}": value for name, value in expected.pop("model").items()}
-    fields = sorted(name for name in mine.keys() | expected.keys() if mine.get(name) != expected.get(name))
+    fields = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     return _stage("tokenizer", "fields", [f"{name} of tokenizer.json differs from open_clip's" for name in fields])
 
 
@@ -73,9 +73,9 @@ def _mask_checks(bundle: Bundle, backend: Backend, reference: Reference, source:
     except (DataError, ParityError, PromptError) as error:
         yield Check(name, graph, backend.name, backend.precision, "flipped_share", 1.0, 0.0, False, str(error))
         return
-    for number, (probabilities, theirs) in enumerate(zip(found, source.masks, strict=True)):
-        ours = probabilities >= bundle.manifest.threshold
-        yield from mask_checks(f"{name}/{number}", graph, backend, ours[None], theirs[None], limits)
+    for number, (probabilities, expected) in enumerate(zip(found, source.masks, strict=True)):
+        masks = probabilities >= bundle.manifest.threshold
+        yield from mask_checks(f"{name}/{number}", graph, backend, masks[None], expected[None], limits)
 
 
 def _tokenizer_checks(bundle: Bundle, reference: Reference, source: Source) -> Iterator[Check]:
@@ -121,10 +121,10 @@ def _row_faults(tokenizer: PromptTokenizer, reference: Reference, source: Source
 
 
 def _preprocessing_checks(bundle: Bundle, reference: Reference, source: Source) -> Iterator[Check]:
-    mine, theirs = bundle.manifest.preprocessing.model_dump(), source.preprocessing.model_dump()
-    for field in mine:
-        same = mine[field] == theirs[field]
-        fault = f"the bundle has {_plain(mine[field])}, the checkpoint {_plain(theirs[field])}"
+    own, trained = bundle.manifest.preprocessing.model_dump(), source.preprocessing.model_dump()
+    for field in own:
+        same = own[field] == trained[field]
+        fault = f"the bundle has {_plain(own[field])}, the checkpoint {_plain(trained[field])}"
         yield _stage("preprocessing", field, [] if same else [fault])
     expected = [*reference.image, *source.probe_inputs]
     for number, (picture, truth) in enumerate(zip(source.pictures, expected, strict=True)):
