@@ -70,7 +70,7 @@ def _check_operators(graph: Graph) -> None:
     for node in graph.nodes:
         if node.domain or node.op not in RULES:
             raise GraphError(
-                f"node {node.name!r} has the operator {node.op!r} of {node.domain!r}, which exports do not use"
+                f"node {node.name!r} has operator {node.op!r} of {node.domain!r}, which exports do not use"
             )
 
 

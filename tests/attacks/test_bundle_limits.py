@@ -210,7 +210,7 @@ def test_a_reference_that_announces_more_than_it_holds_takes_no_memory(
     (copy / "reference" / "seeded.npz").unlink()
     (copy / "reference" / "seeded.npz").write_bytes(bomb())
     reseal(copy)
-    with pytest.raises(BundleError, match=r"seeded\.npz holds no reference answers") as caught:
+    with pytest.raises(BundleError, match=r"seeded\.npz is not a reference") as caught:
         load_references(Bundle.open(copy))
     assert len(str(caught.value)) < 600
 
@@ -223,7 +223,7 @@ def test_a_member_that_unpacks_to_more_than_it_says_is_refused(copy: Path, no_mo
     (copy / "reference" / "seeded.npz").unlink()
     (copy / "reference" / "seeded.npz").write_bytes(that_lies(content, 128 + 4))
     reseal(copy)
-    with pytest.raises(BundleError, match=r"seeded\.npz holds no reference answers"):
+    with pytest.raises(BundleError, match=r"seeded\.npz is not a reference"):
         load_references(Bundle.open(copy))
 
 
@@ -237,7 +237,7 @@ def test_references_are_bounded_together(copy: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("cclip_deploy.parity.reference.REFERENCE_BYTES", sum(sizes) + 64 * 2**10)  # room for headers
     assert len(load_references(Bundle.open(copy))) == 2
     monkeypatch.setattr("cclip_deploy.parity.reference.REFERENCE_BYTES", sum(sizes) - 1)
-    with pytest.raises(BundleError, match=r"pictures\.npz holds no reference answers, or too large ones: .* at most"):
+    with pytest.raises(BundleError, match=r"pictures\.npz is not a reference, or too large: .* the limit is"):
         load_references(Bundle.open(copy))
 
 

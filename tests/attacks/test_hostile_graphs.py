@@ -108,7 +108,7 @@ def test_a_file_among_graphs_or_engines_that_is_not_listed_is_refused(
     """Before, `verify` noted it, said that nothing of it is loaded and passed; backends did not look."""
     (copy / folder).mkdir(exist_ok=True)
     put(copy / folder / name)
-    refused_everywhere(copy, f"holds {folder}/{name}.*, which SHA256SUMS does not list")
+    refused_everywhere(copy, f"contains {folder}/{name}.*, which SHA256SUMS does not list")
 
 
 def test_a_folder_of_graphs_that_is_a_link_is_refused(copy: Path, tmp_path: Path) -> None:

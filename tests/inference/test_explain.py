@@ -1,4 +1,4 @@
-"""What the causal neck did with a picture, from a bundle's outputs and from its checkpoint, and the drawing of it."""
+"""Explanations from a bundle's outputs and from its checkpoint, and their plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks on disk in the picture's own size, one image pass a picture, and bad pictures told apart from good ones."""
+"""`predict` writes masks at the size of the image files and reports unreadable images."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def read_png(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_a_network_is_asked_once_for_a_picture_however_many_prompts(
-    fast: Segmenter, fake: Brightness, tmp_path: Path
-) -> None:
+def test_each_image_is_encoded_once_for_all_prompts(fast: Segmenter, fake: Brightness, tmp_path: Path) -> None:
     pictures = [save_png(tmp_path / f"{n}.png") for n in range(3)]
     found = predict(fast, pictures, [*PROMPTS, "heart"], tmp_path / "out")
     assert fake.runs.count("image_encoder") == 3
@@ -189,7 +187,7 @@ def test_the_threshold_is_the_bundles_unless_one_is_given(fast: Segmenter, tmp_p
     assert not (tmp_path / "d").exists()
 
 
-def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(fast: Segmenter, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_reported_and_the_others_are_segmented(fast: Segmenter, tmp_path: Path) -> None:
     folder = tmp_path / "films"
     folder.mkdir()
     for name in ("a.png", "c.png", "e.png"):
@@ -207,7 +205,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(fast: Seg
         refuse_failures(found)
 
 
-def test_one_bad_picture_alone_is_its_own_message(fast: Segmenter, tmp_path: Path) -> None:
+def test_a_single_unreadable_image_raises_its_own_error(fast: Segmenter, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"nothing")
     found = predict(fast, [tmp_path / "a.png"], ["lung"], tmp_path / "out")
     with pytest.raises(ImageError, match=r"a\.png is not a complete PNG") as caught:
@@ -230,13 +228,13 @@ def test_prompts_are_refused_before_anything_is_written(
     assert fake.runs == []
 
 
-def test_a_missing_picture_is_told_before_anything_is_written(fast: Segmenter, tmp_path: Path) -> None:
+def test_a_missing_image_raises_before_anything_is_written(fast: Segmenter, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="does not exist"):
         predict(fast, [save_png(tmp_path / "a.png"), tmp_path / "b.png"], ["lung"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_a_file_or_cannot_be_made_is_a_message(fast: Segmenter, tmp_path: Path) -> None:
+def test_an_output_that_is_not_a_writable_folder_raises(fast: Segmenter, tmp_path: Path) -> None:
     path = save_png(tmp_path / "a.png")
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UsageError, match="is a file, where a folder"):
@@ -246,7 +244,7 @@ def test_an_output_that_is_a_file_or_cannot_be_made_is_a_message(fast: Segmenter
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_pictures_and_prompts_of_like_names_do_not_overwrite_each_other(fast: Segmenter, tmp_path: Path) -> None:
+def test_similar_names_of_images_and_prompts_do_not_collide(fast: Segmenter, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         save_png(tmp_path / folder / "film.png")
@@ -256,7 +254,7 @@ def test_pictures_and_prompts_of_like_names_do_not_overwrite_each_other(fast: Se
     assert len(os.listdir(tmp_path / "out")) == 24
 
 
-def test_ten_thousand_prompts_are_asked_in_portions_of_sixteen(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_ten_thousand_prompts_run_in_batches_of_sixteen(tiny_bundle: Bundle, tmp_path: Path) -> None:
     """Writing thirty thousand files is not the point, so the segmenter is asked as `predict` asks it."""
     fake = Brightness()
     probabilities = Segmenter.of_bundle(tiny_bundle, fake).probabilities(
@@ -267,7 +265,7 @@ def test_ten_thousand_prompts_are_asked_in_portions_of_sixteen(tiny_bundle: Bund
     assert fake.runs.count("mask_decoder") == 625
 
 
-def test_the_brightness_network_is_what_the_files_show(fast: Segmenter, tmp_path: Path) -> None:
+def test_files_contain_the_output_of_the_network(fast: Segmenter, tmp_path: Path) -> None:
     """Closed form: logits 4 mean(normalized) - 0.1 words, of a picture that is not resized."""
     path = save_png(tmp_path / "a.png", (64, 96))
     row = predict(fast, [path], ["lung"], tmp_path / "out").done[0]
@@ -319,7 +317,7 @@ def test_a_network_that_fails_leaves_no_thread(
     assert our_threads() == []
 
 
-def test_ten_thousand_prompts_keep_few_arrays_alive(
+def test_ten_thousand_prompts_hold_few_arrays_in_memory(
     fast: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: weakref.WeakSet[np.ndarray] = weakref.WeakSet()
@@ -347,7 +345,7 @@ def test_ten_thousand_prompts_keep_few_arrays_alive(
     assert sum(found.prompt_counts.to_dict().values()) == 10_000
 
 
-def test_only_a_few_pictures_are_read_ahead(fast: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_few_images_are_read_ahead(fast: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [save_png(tmp_path / f"{n:02}.png") for n in range(20)]
     read: list[Path] = []
     distance: list[int] = []

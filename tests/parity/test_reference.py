@@ -1,4 +1,4 @@
-"""Reference inputs are the same everywhere, and what a bundle carries is whole or refused."""
+"""Reference inputs are the same on every machine, and damaged reference files raise."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_pairs_are_every_picture_with_every_prompt() -> None:
     assert row_tokens[:, 0].tolist() == [1, 2, 3, 1, 2, 3]
 
 
-def test_tiles_are_blown_up_to_pixels() -> None:
+def test_tiles_are_expanded_to_pixels() -> None:
     tile = np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1)
     blown = expand({"features": tile, "bias": np.ones(1, np.float32)})
     assert blown["features"].shape == (1, 2 * TILE, 3 * TILE, 1)
@@ -69,7 +69,7 @@ def test_tiles_are_blown_up_to_pixels() -> None:
     np.testing.assert_array_equal(blown["bias"], [1])
 
 
-def test_thinning_keeps_part_of_large_outputs_and_all_of_small_ones() -> None:
+def test_large_outputs_are_subsampled_and_small_ones_are_not() -> None:
     features = np.arange(2 * 32 * 8 * 8, dtype=np.float32).reshape(2, 8, 8, 32)
     assert subsample("features", features).shape == (2, 2, 2, 2)
     assert subsample("mask4", features).shape == (2, 1, 8, 32)
@@ -77,7 +77,7 @@ def test_thinning_keeps_part_of_large_outputs_and_all_of_small_ones() -> None:
     assert set(SUBSAMPLED) == {"features", "mask3", "mask4", "mask5", "confounding_features"}
 
 
-def test_a_reference_comes_back_from_its_file_as_it_was(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
+def test_references_are_saved_and_loaded_unchanged(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
     image, tokens = seeded_inputs((32, 32), 8)
     graphs = ("image_encoder", "prompt_encoder", "mask_decoder", "fused")
     made = record("seeded", PyTorchBackend(tiny_network), image, tokens, graphs)
@@ -98,7 +98,7 @@ def test_a_plain_bundle_needs_logits_only(tiny_network: CausalCLIPSeg) -> None:
     assert made.logits.shape == (2, 2, 32, 32)
 
 
-def test_a_bundle_carries_what_the_network_answers(tiny_bundle: Bundle, tiny_network: CausalCLIPSeg) -> None:
+def test_references_contain_the_outputs_of_the_network(tiny_bundle: Bundle, tiny_network: CausalCLIPSeg) -> None:
     seeded, pictures = load_references(tiny_bundle)
     assert (seeded.name, pictures.name) == ("seeded", "pictures")
     image, tokens = seeded_inputs((64, 96), 24)
@@ -135,7 +135,7 @@ def with_array(name: str, value: np.ndarray) -> Callable[[Arrays], object]:
         (with_array("image", np.array([{"an": "object"}], dtype=object)), "is not a reference"),
     ],
 )
-def test_answers_that_do_not_fit_the_graphs_are_refused(
+def test_references_that_do_not_match_the_graphs_raise(
     change: Callable[[Arrays], object], said: str, tiny_bundle_path: Path, tmp_path: Path
 ) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
@@ -163,7 +163,7 @@ def test_answers_that_do_not_fit_the_graphs_are_refused(
         (with_array("source/preprocessing", np.array("{}]")), "is not a reference"),
     ],
 )
-def test_a_source_that_does_not_fit_its_reference_is_refused(
+def test_a_source_that_does_not_match_its_reference_raises(
     change: Callable[[Arrays], object], said: str, tiny_bundle_path: Path, tmp_path: Path
 ) -> None:
     copy = linked_copy(tiny_bundle_path, tmp_path)
@@ -179,7 +179,7 @@ def test_a_source_that_does_not_fit_its_reference_is_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(200), b"\x93NUMPY\x01\x00"])
-def test_a_file_that_is_no_npz_is_refused(content: bytes, tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_npz_raises(content: bytes, tiny_bundle_path: Path, tmp_path: Path) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     (copy / "reference" / "seeded.npz").write_bytes(content)
     reseal(copy)

@@ -1,4 +1,4 @@
-"""What is demanded of a bundle's graphs, held against every graph that this version makes."""
+"""The structure checks accept every graph that this version exports."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_allowed_operators_are_those_of_the_graphs_that_are_made(made: list[
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_shapes_are_those_that_onnx_infers(made: list[Made], rows: int) -> None:
+def test_shapes_match_onnx_shape_inference(made: list[Made], rows: int) -> None:
     compared = 0
     for name, model, _ in made:
         bound = onnx.ModelProto()

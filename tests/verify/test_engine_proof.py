@@ -1,4 +1,4 @@
-"""An engine's record proves that engine and no other: not one put in its place, not a script, not half of one."""
+"""The record of an engine's build proves only that engine."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_engines_as_they_were_built_are_proved(engine_bundle_path: Path) -> None
 
 @pytest.mark.parametrize("content", [b"#!/bin/sh\necho pwned\n" * 3, b"", b"vtrt", b"vtrt" * 100])
 @pytest.mark.parametrize("with_record", [False, True])
-def test_a_file_that_is_no_engine_is_not_proved(copy: Path, content: bytes, with_record: bool) -> None:
+def test_a_file_that_is_not_an_engine_is_not_proved(copy: Path, content: bytes, with_record: bool) -> None:
     replace_engine(copy, content, with_record)
     assert ("is no" if with_record else "belongs to another engine") in why_unproved(copy)
 
