@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def segmenter(tiny_bundle: Bundle) -> Segmenter:
-    return Segmenter(tiny_bundle, Brightness())
+    return Segmenter.of_bundle(tiny_bundle, Brightness())
 
 
 def masks_alone(segmenter: Segmenter, folder: Path, output: Path) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def check_the_others(segmenter: Segmenter, folder: Path, tmp_path: Path, bad: st
     alone = masks_alone(segmenter, folder, tmp_path / "alone")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == alone
     assert len(alone) == 3 * len(GOOD)
-    with pytest.raises(ImageError, match=r"1 of 4 pictures could not be used \(the others are done\)"):
+    with pytest.raises(ImageError, match=r"1 of 4 images could not be used \(the others are done\)"):
         pipeline.refuse_failures(found)
     return reason
 

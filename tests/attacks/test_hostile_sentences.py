@@ -167,4 +167,4 @@ def test_a_segmenter_refuses_a_huge_prompt_before_it_computes(tiny_bundle_path: 
 
     bundle = Bundle.open(tiny_bundle_path)
     with pytest.raises(PromptError, match="characters"):
-        Segmenter(bundle, OnnxRuntimeBackend(bundle, threads=1)).encode_prompts(["x" * 10**6])
+        Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, threads=1)).encode_prompts(["x" * 10**6])
