@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """CPU threads of a runtime."""
 LARGEST_IMAGE_SIDE = 4096
 """Pixels of a side of the network's input."""
