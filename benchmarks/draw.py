@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cclip_deploy.benchmark.plot import draw_benchmark
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.common.paths import read_json
+from cclip_deploy.common.json_file import read_json
 
 
 def main() -> None:

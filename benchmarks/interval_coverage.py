@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.common.paths import read_json
+from cclip_deploy.common.json_file import read_json, write_json
 from cclip_deploy.evaluation.interval_coverage import (
     CASES,
     PATIENTS,

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
+from cclip_deploy.common.json_file import write_json
 from cclip_deploy.environment.packages import require_packages
 
 

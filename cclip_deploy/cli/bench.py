@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table, write_json, yes_or_no
+from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table, yes_or_no
+from cclip_deploy.common.json_file import write_json
 from cclip_deploy.common.paths import check_writable
 
 THREADS = 2

@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cclip_deploy.cli.entry import end_interrupted, raise_if_received, received
-from cclip_deploy.common.files import whole_file
-from cclip_deploy.common.names import json_text, printable
+from cclip_deploy.common.json_file import json_text
+from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import path_problem
 from cclip_deploy.errors import CclipError
 
@@ -154,12 +154,6 @@ def image_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
 def print_json(value: Any) -> None:
     """Print one JSON document to standard output."""
     sys.stdout.write(json_text(value))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """One JSON document in a file, whole or not at all; EnvironmentIssue where it cannot be written."""
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json_text(value), encoding="utf-8")
 
 
 def table(title: str, *columns: str) -> Table:

@@ -1,4 +1,4 @@
-"""Thread counts, and those of PyTorch."""
+"""Check numbers of threads, and set PyTorch's."""
 
 from __future__ import annotations
 
