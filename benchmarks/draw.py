@@ -1,4 +1,4 @@
-"""Draw the README's picture from a result of `cclip-deploy bench --peers --json`."""
+"""Plot a result of `cclip-deploy bench --peers --json`, as shown in the README."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from cclip_deploy.benchmark.plot import draw_benchmark
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.common.paths import read_json
+from cclip_deploy.common.json_file import read_json
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("result", type=Path, help="the JSON that bench, compare.py or suite.py kept")
+    parser.add_argument("result", type=Path, help="JSON written by bench, compare.py or suite.py")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/images/benchmark.png"))
     arguments = parser.parse_args()
 
     draw_benchmark(read_json(arguments.result), arguments.output)
-    print(f"drawn: {arguments.output}")
+    print(f"written to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Simulate how often 95 % intervals hold the true value, keep the result as JSON, and print its tables as Markdown."""
+"""Simulate the coverage of 95 % intervals, write it as JSON and print tables in Markdown."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
-from cclip_deploy.common.paths import read_json
+from cclip_deploy.common.json_file import read_json, write_json
 from cclip_deploy.evaluation.interval_coverage import (
     CASES,
     PATIENTS,
@@ -25,8 +24,8 @@ from cclip_deploy.evaluation.interval_coverage import (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/measurements/interval_coverage.json"))
-    parser.add_argument("--data-sets", type=int, default=2000, help="simulated for each score and number of patients")
-    parser.add_argument("--tables-only", action="store_true", help="print the tables of the JSON that is there")
+    parser.add_argument("--data-sets", type=int, default=2000, help="data sets for each metric and number of patients")
+    parser.add_argument("--tables-only", action="store_true", help="print the tables of an existing JSON file")
     arguments = parser.parse_args()
 
     if not arguments.tables_only:

@@ -1,4 +1,4 @@
-"""Count the multiply-adds of a checkpoint's network as published, as exported plainly, and in a bundle's graphs.
+"""Count the multiply-adds of a checkpoint's network in PyTorch, in its plain export and in a bundle's graphs.
 
 python benchmarks/multiply_adds.py BUNDLE PLAIN_BUNDLE --checkpoint CHECKPOINT -o multiply_adds.json
 """
@@ -10,17 +10,17 @@ import json
 from pathlib import Path
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
+from cclip_deploy.common.json_file import write_json
 from cclip_deploy.environment.packages import require_packages
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, help="the deploy form")
-    parser.add_argument("plain", type=Path, help="the same checkpoint, exported with --plain")
+    parser.add_argument("bundle", type=Path, help="bundle in deploy form")
+    parser.add_argument("plain", type=Path, help="bundle of the same checkpoint, exported with --plain")
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, help="where to write every number")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     require_packages("Counting PyTorch's multiply-adds", ("torch", "open_clip"), "export")
     import torch

@@ -1,9 +1,8 @@
-"""The whole suite: each bundle beside its peers, 1 and 8 images, 1, 16 and 128 prompts; a JSON file a bundle."""
+"""Benchmark bundles against the baselines with 1 and 8 images and 1, 16 and 128 prompts; write JSON for each."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from cclip_deploy.benchmark.plan import BenchOptions
 from cclip_deploy.benchmark.run import bench_bundle
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.cli.entry import run_script
+from cclip_deploy.common.json_file import write_json
 
 WORKLOADS = tuple(product((1, 8), (1, 16, 128)))
 
@@ -23,25 +23,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
-        "--budget", type=float, default=600.0, help="seconds after which no round is added to the first ten"
+        "--budget", type=float, default=600.0, help="time limit in seconds, applied after the first ten rounds"
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
     arguments = parser.parse_args()
 
     options = BenchOptions(
         arguments.checkpoint, compile=not arguments.no_compile, threads=arguments.threads, rounds=arguments.rounds,
         budget_seconds=arguments.budget, peers=True, workloads=WORKLOADS,
     )  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for path in arguments.bundles:
-        bundle = Bundle.open(path)
+    for bundle_path in arguments.bundles:
+        bundle = Bundle.open(bundle_path)
         result = bench_bundle(bundle, options, print)
         height, width = bundle.manifest.image_hw
-        kept = arguments.output / f"{bundle.manifest.model['name']}_{height}x{width}.json"
-        kept.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path = arguments.output / f"{bundle.manifest.model['name']}_{height}x{width}.json"
+        write_json(path, result)
         for figure in result["figures"]:
             print(f"{figure['backend'] or 'both'}: {figure['what']}: {figure['value']:.4g} {figure['unit']}")
-        print(f"kept in {kept}")
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -1,67 +1,67 @@
-"""Every error a user can meet, one tree, with the exit code the command line ends with."""
+"""Exceptions raised by cclip-deploy, with the exit codes of the command line."""
 
 from __future__ import annotations
 
 
 class CclipError(Exception):
-    """Base of all errors that cclip-deploy raises on purpose; the message says what to do."""
+    """Base class of all exceptions of cclip-deploy; the message says how to fix the problem."""
 
     exit_code = 1
 
 
 class UsageError(CclipError):
-    """The command or call cannot mean anything: an option, a size, a prompt is wrong."""
+    """An option, an argument, a size or a prompt is invalid."""
 
     exit_code = 2
 
 
 class PrecisionNotSupported(UsageError):
-    """A backend cannot run graphs of the requested precision."""
+    """The backend cannot run graphs of the requested precision."""
 
 
 class EnvironmentIssue(CclipError):
-    """This machine lacks something that was asked for: a package, a driver, disk space."""
+    """The machine lacks a package, a driver, a device or disk space."""
 
     exit_code = 3
 
 
 class TargetInUse(EnvironmentIssue):
-    """Another run is writing the same file or folder; the message names its process, host and start."""
+    """Another process is writing the same file or folder; the message names it."""
 
 
 class ParityError(CclipError):
-    """A graph or an engine does not compute what the reference computed, or is not what was asked."""
+    """The outputs of a graph or an engine exceed a parity limit, or an engine has another precision than requested."""
 
     exit_code = 4
 
 
 class LatencyRegression(CclipError):
-    """A latency gate was broken."""
+    """A latency limit is exceeded."""
 
     exit_code = 5
 
 
 class DataError(CclipError):
-    """A file that was read is not what it should be."""
+    """An input file is invalid or unreadable."""
 
     exit_code = 6
 
 
 class CheckpointError(DataError):
-    """A checkpoint is truncated, of another network, or lacks tensors."""
+    """A checkpoint is truncated, belongs to another network, or lacks tensors."""
 
 
 class BundleError(DataError):
-    """A bundle is incomplete, altered, or of a schema that this version does not read."""
+    """A bundle is incomplete, was altered, or has an unsupported schema version."""
 
 
 class ImageError(DataError):
-    """A picture cannot be decoded or used."""
+    """An image cannot be decoded or used."""
 
 
 class PromptError(UsageError):
-    """A prompt is empty or does not fit the graph."""
+    """A prompt is empty or too long."""
 
 
 class RewriteRefused(CclipError):
-    """An exact rewrite does not apply to the module it was given; the message is the reason."""
+    """An exact rewrite does not apply to a module; the message is the reason."""

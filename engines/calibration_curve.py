@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
+from cclip_deploy.common.json_file import write_json
 from cclip_deploy.environment.packages import require_packages
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from cclip_deploy.quantization.curve import measure_curve

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cclip_deploy.benchmark.precision_table import measure_precisions
 from cclip_deploy.bundle.precision import Precision
-from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
+from cclip_deploy.common.json_file import write_json
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a command or a running bundle loads: only what it needs, seen in processes of their own."""
+"""Heavy packages are imported only where they are needed; checked in separate processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+import cclip_deploy
 
 HEAVY = (
     "torch",
@@ -32,7 +35,7 @@ print("\\n" + _json.dumps([name for name in {HEAVY!r} if name in _sys.modules]))
 
 
 def loaded_by(code: str, *arguments: str) -> list[str]:
-    """The heavy packages that a fresh Python holds after it ran the code."""
+    """Return the heavy packages loaded in a new Python process after it ran the code."""
     done = subprocess.run([sys.executable, "-c", code + REPORT, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout.splitlines()[-1]))
@@ -46,6 +49,16 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_by("import cclip_deploy") == []
 
 
+def test_the_public_api_is_importable_from_the_package_and_loads_no_torch() -> None:
+    code = "from cclip_deploy import Bundle, Segmenter; from cclip_deploy import *; assert Bundle and Segmenter"
+    assert loaded_by(code) == []
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Bundel'"):
+        cclip_deploy.Bundel  # noqa: B018
+
+
 COMMANDS = [
     "demo", "train", "export", "build-engine", "verify", "bench", "predict", "inspect", "doctor", "data", "prompt",
     "synth", "evaluate", "ablate", "tune-precision",
@@ -53,7 +66,7 @@ COMMANDS = [
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """One process asks for every help in turn; nothing heavy is there after any of them."""
+    """One process shows the help of every command; no heavy package is loaded afterwards."""
     code = f"""
 import json, sys
 from cclip_deploy.cli.app import main
@@ -66,8 +79,8 @@ for arguments in json.loads(sys.argv[1]):
     loaded = [name for name in {HEAVY!r} if name in sys.modules]
     assert not loaded, (arguments, loaded)
 """
-    asked = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
-    assert loaded_by(code, json.dumps(asked)) == []
+    calls = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+    assert loaded_by(code, json.dumps(calls)) == []
 
 
 def test_running_a_bundle_loads_onnx_runtime_and_nothing_else(tiny_bundle_path: Path, tmp_path: Path) -> None:

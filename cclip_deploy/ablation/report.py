@@ -11,7 +11,8 @@ from cclip_deploy.ablation.pairs import compare_pairs, pair_rows, power_rows
 from cclip_deploy.ablation.run import Ablation
 from cclip_deploy.bundle.manifest import installed_versions, utc_now
 from cclip_deploy.common.files import whole_file
-from cclip_deploy.common.names import json_text, printable
+from cclip_deploy.common.json_file import json_text
+from cclip_deploy.common.names import printable
 from cclip_deploy.common.plotting import BLUE, GRAY, INK, QUIET, save_figure
 from cclip_deploy.environment.packages import require_packages
 from cclip_deploy.evaluation.causal import untrained_mask

@@ -19,9 +19,8 @@ from cclip_deploy.ablation.data import prepare_data
 from cclip_deploy.ablation.plan import AblationPlan
 from cclip_deploy.ablation.trial import Trial, TrialResult, run_trial
 from cclip_deploy.common.files import whole_file, writing_into
+from cclip_deploy.common.json_file import json_text, read_json
 from cclip_deploy.common.locks import is_bookkeeping
-from cclip_deploy.common.names import json_text
-from cclip_deploy.common.paths import read_json
 from cclip_deploy.environment.packages import require_training_packages
 from cclip_deploy.errors import UsageError
 

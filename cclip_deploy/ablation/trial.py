@@ -12,7 +12,7 @@ import numpy as np
 
 from cclip_deploy.ablation.data import TrialData
 from cclip_deploy.common.files import whole_file
-from cclip_deploy.common.names import json_text
+from cclip_deploy.common.json_file import json_text
 from cclip_deploy.common.threads import torch_threads
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.errors import DataError, UsageError

@@ -1,4 +1,4 @@
-"""What a benchmark's candidates are compared on before they are timed, and which of them are left out for it."""
+"""Accuracy of benchmark candidates relative to PyTorch, measured before they are timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cclip_deploy.model.network import CausalCLIPSeg
 
 BASELINE_LIMIT = 1e-3
-"""A baseline in float32 whose logits are farther than this from PyTorch's computes something else."""
+"""Maximum relative error of a float32 baseline; a larger one means that it computes something else."""
 PROMPTS = (
     *PICTURE_PROMPTS,
     "Bilateral pulmonary infection, two infected areas, all left lung and lower right lung.",
@@ -29,20 +29,20 @@ PROMPTS = (
 )
 PAIRS = 4
 USEFUL_FRACTIONS = (0.05, 0.95)
-"""Of an image's pixels inside the mask: Dice of a smaller or larger one hardly moves, or moves with single pixels."""
+"""Range of the fraction of pixels inside a mask for which Dice is informative."""
 NEAR_ZERO = 0.01
 NOTE = (
     "near_zero_fraction is the fraction of pixels whose |logit| is below 1 % of the largest. Untrained weights have "
-    "many of them, and each flips at a small error, so relative errors and Dice of low precisions are not those of a "
+    "many of them, and a small error flips each, so relative errors and Dice of low precisions are not those of a "
     "trained network."
 )
 
 
 @dataclass(frozen=True)
-class JudgedPairs:
-    """Images (N, 3, H, W), each with a prompt (N, L), and PyTorch's float32 logits for them (N, 1, H, W).
+class ReferencePairs:
+    """Images (N, 3, H, W), prompts (N, L) and PyTorch's float32 logits (N, 1, H, W).
 
-    Of two synthetic radiographs and `PROMPTS`, the pairs whose masks are nearest to half of the image.
+    These are the pairs of two synthetic radiographs and `PROMPTS` whose masks are closest to half of the image.
     """
 
     images: Floats
@@ -51,8 +51,8 @@ class JudgedPairs:
     names: tuple[tuple[int, str], ...]
 
     @staticmethod
-    def of(bundle: Bundle, model: CausalCLIPSeg) -> JudgedPairs:
-        """Compute PyTorch's answers for every image and prompt, and choose."""
+    def of(bundle: Bundle, model: CausalCLIPSeg) -> ReferencePairs:
+        """Compute PyTorch's logits for every image and prompt, and select pairs."""
         from cclip_deploy.runtime.pytorch import PyTorchBackend
 
         manifest, tokenizer = bundle.manifest, bundle.tokenizer()
@@ -65,20 +65,20 @@ class JudgedPairs:
         nearest = np.argsort(distance, axis=None, kind="stable")[:PAIRS]
         rows, columns = np.unravel_index(nearest, distance.shape)
         names = tuple((int(row), prompts[column]) for row, column in zip(rows, columns, strict=True))
-        return JudgedPairs(images[rows], tokens[columns], logits[rows, columns][:, None], names)
+        return ReferencePairs(images[rows], tokens[columns], logits[rows, columns][:, None], names)
 
     @property
     def mask_fractions(self) -> list[float]:
-        """Of each image's pixels, the fraction inside the reference mask."""
+        """Fraction of pixels inside each reference mask."""
         return [float(value) for value in (self.logits >= 0).mean(axis=(1, 2, 3))]
 
     def is_useful(self) -> list[bool]:
-        """Whether each mask is of a size at which Dice says something."""
+        """Return for each mask whether its size is in USEFUL_FRACTIONS."""
         low, high = USEFUL_FRACTIONS
         return [low <= fraction <= high for fraction in self.mask_fractions]
 
     def accuracy(self, answer: Answer, timed: BenchInputs, timed_logits: Floats) -> Accuracy:
-        """Run a candidate on every pair, and on the input that is timed."""
+        """Compare a candidate with PyTorch on every pair and on the timed input."""
         rows = range(len(self.images))
         logits = [np.asarray(answer(self.images[n : n + 1], self.tokens[n : n + 1])) for n in rows]
         errors = [relative_error(value, self.logits[n : n + 1]) for n, value in zip(rows, logits, strict=True)]
@@ -92,7 +92,7 @@ class JudgedPairs:
         return Accuracy(max(errors), on_timed, mean, worst)
 
     def to_dict(self) -> dict[str, Any]:
-        """What the JSON says of the reference."""
+        """Return the JSON form."""
         largest = np.abs(self.logits).max(axis=(1, 2, 3), keepdims=True)
         pairs = zip(self.names, self.mask_fractions, self.is_useful(), strict=True)
         return {
@@ -108,23 +108,27 @@ class JudgedPairs:
 
 
 def with_accuracy(
-    candidates: Iterable[BenchCandidate], pairs: JudgedPairs, timed: BenchInputs, truth: Answer, left_out: LeftOut
+    candidates: Iterable[BenchCandidate],
+    pairs: ReferencePairs,
+    timed: BenchInputs,
+    reference: Answer,
+    left_out: LeftOut,
 ) -> list[BenchCandidate]:
-    """Compare every candidate that answers one image and one prompt with PyTorch, and note how far it is.
+    """Compare candidates with PyTorch, and return them with their accuracy.
 
-    A baseline is left out where its error is above its own precision's limit: one in BF16 stays, with its error.
+    Baselines whose error exceeds the limit of their precision are removed.
 
     Args:
-        candidates: those without `answer` are passed on as they are.
-        pairs: what they are compared on.
-        timed: the input that is timed.
-        truth: PyTorch's answer.
-        left_out: gets the name of every baseline that computes something else.
+        candidates: those without `answer` are returned unchanged.
+        pairs: pairs to compare on.
+        timed: the timed input.
+        reference: computes PyTorch's logits.
+        left_out: list to which the removed baselines are added.
 
     Raises:
-        ParityError: a candidate of the bundle breaks its precision's limit.
+        ParityError: a candidate of the bundle exceeds the limit of its precision.
     """
-    timed_logits = truth(timed.image, timed.prompt)
+    timed_logits = reference(timed.image, timed.prompt)
     found = []
     for candidate in candidates:
         if candidate.answer is None:
@@ -137,7 +141,7 @@ def with_accuracy(
         error = max(accuracy.relative_error, accuracy.relative_error_timed_input)
         if candidate.role == "bundle":
             raise ParityError(
-                f"{candidate.name} is {error:.3g} away from PyTorch, so its time means nothing. "
+                f"{candidate.name} has a relative error of {error:.3g} to PyTorch, above its limit. "
                 f"Check the bundle: cclip-deploy verify BUNDLE --backend {candidate.backend}"
             )
         reason = f"computes something else: relative error {error:.3g} in {candidate.precision_class}"
@@ -146,7 +150,7 @@ def with_accuracy(
 
 
 def _is_within(candidate: BenchCandidate, accuracy: Accuracy) -> bool:
-    """Whether errors are within the limits; NaN never is."""
+    """Return whether the errors are within the limits; False for NaN."""
     if candidate.role == "bundle":
         limit, timed = (limits_of(candidate.precision, name).relative_error for name in ("pictures", "seeded"))
     elif candidate.precision_class == "fp32":

@@ -1,4 +1,4 @@
-"""Baselines: what a user would run instead of a bundle, on the same weights and threads."""
+"""Baselines: other ways to run the network, with the same weights and threads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REASON_LENGTH = 160
 
 @dataclass(frozen=True)
 class Prepared:
-    """A baseline ready to run: its answer, what its products run in, and further facts for the report."""
+    """A baseline ready to run; `precision` is that of its products, `facts` are added to the report."""
 
     answer: Answer
     precision: str = "fp32"
@@ -45,19 +45,19 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Makes the baselines; those that cannot run are named in `left_out` with the reason.
+    """Creates the baselines; those that cannot run are added to `left_out` with the reason.
 
-    `on_cpu` says whether the bundle runs on the CPU: baselines that only run there are not timed beside a GPU.
+    If the bundle runs on a GPU (`on_cpu` is False), baselines that run on the CPU are left out.
     """
 
     inputs: BenchInputs
     options: BenchOptions
     left_out: LeftOut
-    tell: Progress
+    on_progress: Progress
     on_cpu: bool = True
 
     def of_pytorch(self, model: CausalCLIPSeg) -> list[BenchCandidate]:
-        """Eager, whole network and causal path, in both memory formats; compiled, unless switched off."""
+        """Return PyTorch eager, whole network and causal path in both memory formats, and torch.compile if enabled."""
         import torch
 
         if not self._runs_on_cpu(Form.EAGER, Form.EAGER_CAUSAL, Form.COMPILED):
@@ -73,11 +73,11 @@ class Baselines:
         if not self.options.compile:
             self.left_out.append({"name": str(Form.COMPILED), "reason": "switched off"})
             return found
-        self.tell("Compiling with torch.compile")
+        self.on_progress("Compiling with torch.compile")
         return found + self._attempt(Form.COMPILED, "pytorch", lambda: self._in_torch(compiled(model)))
 
     def of_plain_export(self, plain: Bundle) -> list[BenchCandidate]:
-        """The plain graph in ONNX Runtime; beside it, with `peers`, slimmed, and in OpenVINO."""
+        """Return the plain graph in ONNX Runtime; with `peers`, also slimmed, and in OpenVINO."""
         if self.options.device == "cpu" and not self._runs_on_cpu(Form.PLAIN):
             return []
         entry = plain.graph("plain")
@@ -85,9 +85,9 @@ class Baselines:
         found = self._attempt(Form.PLAIN, "onnxruntime", lambda: self._plain(plain), multiply_adds=cost)
         if not self.options.peers or not self._runs_on_cpu(Form.PLAIN_SLIM, f"{Form.PLAIN}, OpenVINO"):
             return found
-        self.tell("Slimming the plain export")
+        self.on_progress("Slimming the plain export")
         found += self._attempt(Form.PLAIN_SLIM, "onnxruntime", lambda: self._slimmed(plain))
-        self.tell("Compiling the plain export in OpenVINO")
+        self.on_progress("Compiling the plain export in OpenVINO")
         found += self._attempt(
             Form.PLAIN, "openvino", lambda: self._plain_in_openvino(plain), Setting.OPENVINO_F32, cost
         )
@@ -99,10 +99,10 @@ class Baselines:
         return found
 
     def of_openvino_conversion(self, model: CausalCLIPSeg) -> list[BenchCandidate]:
-        """OpenVINO's own conversion of the PyTorch module, its causal path, in FP32 and with OpenVINO's defaults."""
+        """Return OpenVINO's own conversion of the causal path, in FP32 and with OpenVINO's defaults."""
         if not self._runs_on_cpu(Form.CONVERTED):
             return []
-        self.tell("Converting the PyTorch module with OpenVINO")
+        self.on_progress("Converting the PyTorch module with OpenVINO")
         graphs: list[Any] = []
 
         def converted(core: Any) -> Any:
@@ -122,11 +122,11 @@ class Baselines:
         ]
 
     def answer_of(self, model: CausalCLIPSeg) -> Answer:
-        """The reference's answer, in the published order of operations."""
+        """Return a function that computes the reference logits, in the published order of operations."""
         return self._in_torch(model.causal_logits).answer
 
     def of_machine(self) -> BenchCandidate:
-        """A float32 product of two large matrices: what this machine's arithmetic can do at best."""
+        """Return a large float32 matrix product, as an estimate of the peak throughput of this machine."""
         import torch
 
         set_torch_threads(self.options.threads)
@@ -140,7 +140,7 @@ class Baselines:
 
     def _runs_on_cpu(self, *names: str) -> bool:
         if not self.on_cpu:
-            reason = f"runs on the CPU only, and the bundle on {self.options.backends()[0]}'s GPU"
+            reason = f"runs on the CPU only, but the bundle ({self.options.backends()[0]}) runs on a GPU"
             self.left_out.extend({"name": str(name), "reason": reason} for name in names)
         return self.on_cpu
 
@@ -163,12 +163,12 @@ class Baselines:
     ) -> list[BenchCandidate]:  # fmt: skip
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a third-party tool about its own internals
+                warnings.simplefilter("ignore")  # warnings of third-party tools about their own internals
                 prepared = prepare()
                 prepared.answer(self.inputs.image, self.inputs.prompt)
-        except Exception as error:  # whatever keeps a third-party tool from working is a fact to report
-            said = " ".join(str(error).split())[:REASON_LENGTH]
-            reason = f"does not work here: {type(error).__name__}: {said}"
+        except Exception as error:  # any failure of a third-party tool is reported
+            message = " ".join(str(error).split())[:REASON_LENGTH]
+            reason = f"failed: {type(error).__name__}: {message}"
             self.left_out.append({"name": _name(form, setting), "reason": reason})
             return []
         return [self._candidate(form, backend, prepared, setting, multiply_adds)]
@@ -209,7 +209,7 @@ class Baselines:
         )
 
     def _with_defaults(self, read: Callable[[Any], Any]) -> Prepared:
-        """A model compiled as OpenVINO's documentation shows: nothing is set but the number of threads."""
+        """Compile a model with OpenVINO's defaults; only the number of threads is set."""
         core = load_openvino().Core()
         return self._in_openvino(core.compile_model(read(core), "CPU", {"INFERENCE_NUM_THREADS": self.options.threads}))
 
@@ -238,7 +238,7 @@ def _name(form: Form, setting: Setting | None) -> str:
 
 
 def whole_network(model: CausalCLIPSeg) -> Callable[..., torch.Tensor]:
-    """The published network with both of its branches; its causal logits."""
+    """Return a function that runs both branches of the published network and returns the causal logits."""
 
     def compute(image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = model(image, tokens).causal
@@ -248,10 +248,10 @@ def whole_network(model: CausalCLIPSeg) -> Callable[..., torch.Tensor]:
 
 
 def load_network(bundle: Bundle, options: BenchOptions) -> CausalCLIPSeg:
-    """The network that the bundle was exported from.
+    """Load the network that the bundle was exported from.
 
     Raises:
-        UsageError: another checkpoint.
+        UsageError: no checkpoint, or not that of the bundle.
         EnvironmentIssue: torch is not installed.
     """
     from cclip_deploy.environment.packages import require_export_packages
@@ -260,18 +260,18 @@ def load_network(bundle: Bundle, options: BenchOptions) -> CausalCLIPSeg:
     from cclip_deploy.model.checkpoint import load_checkpoint
 
     if options.checkpoint is None:
-        raise UsageError("PyTorch needs the weights: give --checkpoint FILE.")
+        raise UsageError("PyTorch needs the checkpoint: give --checkpoint FILE.")
     loaded = load_checkpoint(options.checkpoint)
     if loaded.sha256 != bundle.manifest.checkpoint.sha256:
         raise UsageError(
             f"{options.checkpoint} is not the file that {bundle.path} was exported from "
-            f"({bundle.manifest.checkpoint.name}), so they cannot be compared. Give that one."
+            f"({bundle.manifest.checkpoint.name}). Give that file."
         )
     return loaded.model
 
 
 def compiled(model: CausalCLIPSeg) -> Callable[..., torch.Tensor]:
-    """The causal path through torch.compile; it compiles at its first call."""
+    """Return the causal path wrapped by torch.compile, which compiles at the first call."""
     import torch
 
     path: Callable[..., torch.Tensor] = torch.compile(model.causal_logits)
@@ -279,7 +279,7 @@ def compiled(model: CausalCLIPSeg) -> Callable[..., torch.Tensor]:
 
 
 def causal_path(model: CausalCLIPSeg) -> torch.nn.Module:
-    """The causal path as a module of its own, for converters that take modules."""
+    """Return the causal path as a module, for converters."""
     import torch
 
     class CausalPath(torch.nn.Module):
@@ -293,8 +293,8 @@ def causal_path(model: CausalCLIPSeg) -> torch.nn.Module:
     return CausalPath().eval()
 
 
-def open_plain(bundle: Bundle, options: BenchOptions, scratch: Path, tell: Progress) -> Bundle | None:
-    """The plain export to compare with: the bundle given, or one made for this run; None without checkpoint and it."""
+def open_plain(bundle: Bundle, options: BenchOptions, scratch: Path, on_progress: Progress) -> Bundle | None:
+    """Open the given plain export, or export one from the checkpoint; None without either."""
     path = options.plain_bundle
     if path is None:
         if options.checkpoint is None:
@@ -304,24 +304,26 @@ def open_plain(bundle: Bundle, options: BenchOptions, scratch: Path, tell: Progr
         path = scratch / "plain.cclip"
         manifest = bundle.manifest
         chosen = ExportOptions(manifest.image_hw, manifest.prompt_length, plain=True, threads=options.threads)
-        export_bundle(options.checkpoint, path, chosen, "bench", lambda what: tell(f"Plain export: {what}"))
+        export_bundle(options.checkpoint, path, chosen, "bench", lambda what: on_progress(f"Plain export: {what}"))
     plain = Bundle.open(path)
-    _refuse_another_network(bundle, plain)
+    _check_same_network(bundle, plain)
     batch = int(plain.graph("plain").inputs[0].shape[0])
     if batch != 1:
-        raise UsageError(
-            f"{path} has a batch of {batch}; the benchmark compares single pictures. Export it with --batch 1."
-        )
+        raise UsageError(f"{path} has a batch of {batch}; the benchmark uses single images. Export it with --batch 1.")
     return plain
 
 
-def _refuse_another_network(bundle: Bundle, plain: Bundle) -> None:
-    ours, theirs = bundle.manifest, plain.manifest
-    if theirs.form != "plain":
-        raise UsageError(f"{plain.path} is no plain export. Make one: cclip-deploy export CHECKPOINT --plain -o PLAIN")
+def _check_same_network(bundle: Bundle, plain: Bundle) -> None:
+    expected, found = bundle.manifest, plain.manifest
+    if found.form != "plain":
+        raise UsageError(
+            f"{plain.path} is not a plain export. Make one: cclip-deploy export CHECKPOINT --plain -o PLAIN"
+        )
     facts = ("image_hw", "prompt_length")
-    different = [name for name in facts if getattr(ours, name) != getattr(theirs, name)]
-    if ours.checkpoint.sha256 != theirs.checkpoint.sha256:
+    different = [name for name in facts if getattr(expected, name) != getattr(found, name)]
+    if expected.checkpoint.sha256 != found.checkpoint.sha256:
         different.append("checkpoint")
     if different:
-        raise UsageError(f"{plain.path} differs from {bundle.path} in {', '.join(different)}. Export both alike.")
+        raise UsageError(
+            f"{plain.path} differs from {bundle.path} in {', '.join(different)}. Export both with the same options."
+        )

@@ -1,4 +1,4 @@
-"""Bundle candidates: a bundle's graphs on a backend, whole, in parts, and many prompts or images at once."""
+"""Bundle candidates: a bundle's graphs on a backend, as a whole, in parts, and on larger workloads."""
 
 from __future__ import annotations
 
@@ -33,40 +33,39 @@ HALF = ("fp16", "bf16")
 
 
 def name_of(stage: str, precision: str, backend: str) -> str:
-    """A candidate's name; ONNX Runtime, the default, is not named."""
+    """Return the name of a candidate; it contains the backend unless that is ONNX Runtime."""
     return f"{stage} {precision}" if backend == "onnxruntime" else f"{stage} {precision}, {BACKENDS[backend].label}"
 
 
 def bundle_candidates(
     bundle: Bundle, inputs: BenchInputs, options: BenchOptions, left_out: LeftOut, stack: ExitStack
 ) -> list[BenchCandidate]:
-    """Every precision of the bundle on every requested backend; what a backend cannot run goes to `left_out`.
+    """Return candidates for every precision of the bundle on every requested backend.
 
-    The backends are open until `stack` is closed.
+    What a backend cannot run is added to `left_out`. The backends are open until `stack` is closed.
 
     Raises:
         BundleError: a graph was altered.
-        CclipError: nothing can be measured; the error is that of the first precision.
+        CclipError: nothing can be timed; the first error is raised.
     """
     for entry in bundle.manifest.graphs.values():
         bundle.check(entry.file)
     found: list[BenchCandidate] = []
     problems: list[CclipError] = []
     for backend_name in options.backends():
-        choice = options.choice_of(backend_name)
-        for precision in engine_precisions(bundle, backend_name) if choice.runs_engines else bundle.precisions():
-            reason = _why_not(bundle, precision, choice, options)
+        config = options.choice_of(backend_name)
+        for precision in engine_precisions(bundle, backend_name) if config.runs_engines else bundle.precisions():
+            reason = _reason_to_skip(bundle, precision, config, options)
             if reason is None:
                 try:
-                    ours = stack.enter_context(opened(choice, bundle, precision))
-                    found += _OnBackend(
-                        bundle, ours, Segmenter.of_bundle(bundle, ours.backend), inputs, options, _device(ours, choice)
-                    ).candidates()
+                    open_backend = stack.enter_context(opened(config, bundle, precision))
+                    segmenter = Segmenter.of_bundle(bundle, open_backend.backend)
+                    found += _OnBackend(bundle, open_backend, segmenter, inputs, options).candidates()
                 except CclipError as error:
                     problems.append(error)
                     reason = str(error)
             if reason is not None:
-                what = "engines" if choice.runs_engines else "graphs"
+                what = "engines" if config.runs_engines else "graphs"
                 left_out.append({"name": name_of(what, precision, backend_name), "reason": reason})
     if not found:
         raise (
@@ -75,41 +74,33 @@ def bundle_candidates(
     return found
 
 
-def _why_not(bundle: Bundle, precision: str, choice: BackendConfig, options: BenchOptions) -> str | None:
-    """Why a precision is not timed on a backend, before it is opened."""
-    if precision == "bf16" and not choice.on_gpu:
-        return "no CPU kernel runs BF16; its widened form is no timing"
+def _reason_to_skip(bundle: Bundle, precision: str, config: BackendConfig, options: BenchOptions) -> str | None:
+    """Return why a precision is not timed on a backend, checked before it is opened."""
+    if precision == "bf16" and not config.on_gpu:
+        return "no CPU kernel runs BF16; timings of the FP32 emulation are not representative"
     if not can_chain(bundle.manifest, precision):
-        return f"the bundle has no {precision} graphs of all three parts"
-    if options.peers and precision in HALF and not choice.on_gpu:
-        return "half precision is for GPUs; the baselines run on the CPU"
+        return f"the bundle lacks one of the three {precision} graphs"
+    if options.peers and precision in HALF and not config.on_gpu:
+        return "half precision is for GPUs, and the baselines run on the CPU"
     return None
-
-
-def _device(ours: OpenBackend, choice: BackendConfig) -> str:
-    """Where a backend really runs; engines run on a CUDA device."""
-    if ours.fallback_reason is not None:
-        return "cpu"
-    return "cuda" if choice.runs_engines else choice.device
 
 
 @dataclass(frozen=True)
 class _OnBackend:
-    """The candidates of one backend in one precision; the prompts' kernels and one image's features are kept."""
+    """The candidates of one backend in one precision."""
 
     bundle: Bundle
-    ours: OpenBackend
+    opened: OpenBackend
     segmenter: Segmenter
     inputs: BenchInputs
     options: BenchOptions
-    device: str
 
     @property
     def backend(self) -> Backend:
-        return self.ours.backend
+        return self.opened.backend
 
     def candidates(self) -> list[BenchCandidate]:
-        """Load every graph, so that one which the backend cannot run fails here and not while others are timed.
+        """Load every graph, so that errors occur before the timing, and return the candidates.
 
         Raises:
             CclipError: the backend cannot run a graph, or the bundle lacks an engine.
@@ -141,7 +132,7 @@ class _OnBackend:
         return found
 
     def _with_prompt(self, chain_cost: int) -> BenchCandidate:
-        """One image and one new prompt: the fused graph or, where a precision has none, the three graphs in a row."""
+        """One image and one new prompt: the fused graph, else the three graphs in sequence."""
         form, answer = (Form.FUSED, self._fused) if self._has_fused() else (Form.NEW, self._chain)
         operations = self.bundle.graph("fused").multiply_adds if self._has_fused() else chain_cost
         return self._named(
@@ -156,19 +147,19 @@ class _OnBackend:
     def _named(
         self, form: Form, stage: str, run: Callable[[], object], name: str = "", **fields: Any
     ) -> BenchCandidate:
-        extra: dict[str, object] = {"threads": self.options.threads, "ran": self.ours.ran}
-        if self.ours.arithmetic is not None:
-            extra["arithmetic"] = self.ours.arithmetic
-        if self.ours.fallback_reason is not None:
-            extra |= {"asked": self.ours.requested, "fallback_reason": self.ours.fallback_reason}
+        extra: dict[str, object] = {"threads": self.options.threads, "ran": self.opened.ran}
+        if self.opened.arithmetic is not None:
+            extra["arithmetic"] = self.opened.arithmetic
+        if self.opened.fallback_reason is not None:
+            extra |= {"asked": self.opened.requested, "fallback_reason": self.opened.fallback_reason}
         backend, precision = self.backend.name, self.backend.precision
         return BenchCandidate(
             name_of(name or form, precision, backend), backend, precision, stage, run, extra,
-            role="bundle", form=form, device=self.device, **fields,
+            role="bundle", form=form, device=self.opened.device, **fields,
         )  # fmt: skip
 
     def _workloads(self, kernels: PromptKernels, cost: Mapping[str, int]) -> Iterator[BenchCandidate]:
-        """Every workload twice: its prompts encoded in the timed region, once for all images, and encoded before."""
+        """Yield every workload twice: with the prompts encoded in the timed region, and cached."""
         image_cost, prompt_cost, decoder_cost = (cost[name] for name in CHAIN)
 
         def answer(pictures: int, of_prompts: PromptKernels) -> list[Floats]:
@@ -197,7 +188,7 @@ class _OnBackend:
         return graph_key("fused", self.backend.precision) in self.bundle.manifest.graphs
 
     def _image_pass(self) -> None:
-        """Until the features are there, wherever they are."""
+        """Compute the features and wait for the device."""
         features = self.segmenter.run_image_encoder(self.inputs.image)
         if isinstance(features, DeviceTensor):
             features.wait()

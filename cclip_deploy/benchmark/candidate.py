@@ -1,4 +1,4 @@
-"""A benchmark candidate with its role, its precision class and whether its time includes encoding the prompt."""
+"""Benchmark candidates with their role, form and accuracy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Role = Literal["bundle", "baseline", "machine"]
 
 
 class Form(StrEnum):
-    """What is run, whichever library runs it."""
+    """What a candidate computes, in any library."""
 
     FUSED = "fused"
     NEW = "new prompt"
@@ -42,7 +42,7 @@ class Form(StrEnum):
 
 
 class Setting(StrEnum):
-    """How a baseline is set up, where it is measured in more ways than one."""
+    """Setting of a baseline that is timed in several settings."""
 
     CHANNELS_LAST = "channels last"
     OPENVINO_F32 = "OpenVINO"
@@ -51,10 +51,10 @@ class Setting(StrEnum):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far a candidate's logits are from PyTorch's float32 ones, and how much of the masks it keeps.
+    """Error of a candidate relative to PyTorch in float32.
 
-    `relative_error` is the largest of the compared pairs of an image and a prompt, `relative_error_timed_input` that of
-    the input that is timed. Dice is None where no reference mask has a useful size.
+    `relative_error` is the largest over the compared pairs of an image and a prompt, `relative_error_timed_input` that
+    of the timed input. Dice is None if no reference mask has a useful size.
     """
 
     relative_error: float
@@ -65,11 +65,11 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCandidate(Candidate):
-    """A candidate of `bench`; figures are computed from these fields, never from its name.
+    """A candidate of `bench`; figures are computed from these fields, not from the name.
 
-    `precision` is that of its graphs or, for a baseline, what its convolutions and matrix products run in.
-    `includes_prompt_encoding` is None where no prompt is involved. `workload` is (images, prompts on each).
-    `multiply_adds` are counted in the graph, where there is one.
+    `precision` is that of the graphs or, for a baseline, of its convolutions and matrix products.
+    `includes_prompt_encoding` is None without a prompt. `workload` is (images, prompts for each image).
+    `multiply_adds` is the count of the graph, if there is one.
     """
 
     role: Role
@@ -84,7 +84,7 @@ class BenchCandidate(Candidate):
 
     @property
     def precision_class(self) -> str:
-        """fp32, fp16, bf16, int8 or fp8: `int8-fp16` is of the class int8."""
+        """Type of the products: fp32, fp16, bf16, int8 or fp8, which is int8 for `int8-fp16`."""
         return Precision(self.precision).product_type
 
     def facts(self) -> dict[str, object]:

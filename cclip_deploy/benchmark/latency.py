@@ -1,4 +1,4 @@
-"""Latency of several candidates in one run: interleaved rounds, a report of them, throughput."""
+"""Latency of several candidates in interleaved rounds, their report, and throughput."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cclip_deploy.environment.fingerprint import fingerprint
 from cclip_deploy.errors import UsageError
 
 BUDGET_ROUNDS = 10
-"""Rounds that a budget of seconds never cuts: ratios of fewer have no 95 % interval, or one between their extremes."""
-QUIET_PROBE_SECONDS = 0.02  # several scheduler ticks: the kernel books a running thread's time only at ticks
+"""Rounds that are measured regardless of the time budget: with fewer, intervals are missing or span all values."""
+QUIET_PROBE_SECONDS = 0.02  # several scheduler ticks, because the kernel accounts CPU time at ticks
 QUIET_CORES = 0.2
 QUIET_PATIENCE_SECONDS = 1.0
 NANOSECONDS_PER_MS = 1e6
@@ -29,9 +29,9 @@ NANOSECONDS_PER_MS = 1e6
 class Candidate:
     """One way to compute one stage.
 
-    `run` takes nothing and must not return before the result is ready: a CUDA candidate synchronizes inside.
-    `stage` says what the time covers ("image", "prompt", "fused", "end to end", …); ratios are taken within a stage.
-    `extra` holds facts for the report, for example threads or provider.
+    `run` must not return before the result is ready: a CUDA candidate synchronizes. `stage` says what the time covers
+    ("image", "prompt", "fused", "end to end", …); ratios are computed within a stage. `extra` holds facts for the
+    report, such as the number of threads.
     """
 
     name: str
@@ -42,15 +42,15 @@ class Candidate:
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def facts(self) -> dict[str, object]:
-        """What a row of the report says besides name, backend, precision, stage and times."""
+        """Return the fields of a report row besides name, backend, precision, stage and times."""
         return dict(self.extra)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured of one candidate, in milliseconds: element r of `samples_ms` is round r.
+    """Samples of one candidate in milliseconds, one for each round.
 
-    `disturbed_n` counts the rounds in which other threads of this process never came to rest before its run.
+    `disturbed_n` is the number of rounds in which other threads of this process were busy when it started.
     """
 
     samples_ms: NDArray[np.float64]
@@ -60,7 +60,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Items finished per second with `concurrency` calls in flight."""
+    """Items per second with `concurrency` parallel calls."""
 
     items_per_second: float
     concurrency: int
@@ -68,7 +68,7 @@ class Throughput:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
+        """Return the JSON form."""
         return asdict(self)
 
 
@@ -82,23 +82,22 @@ def measure_interleaved(
     settle: Callable[[], bool] | None = None,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:
-    """Time every candidate once a round, in a fresh random order each round, so that drift hits all alike.
+    """Time every candidate once in each round, in random order, so that drift affects all equally.
 
-    Before each run the process comes to rest: the thread pools of ONNX Runtime and of OpenMP spin for a while after a
-    run, and on few cores they would slow down whoever comes next.
+    Wait until the process is idle before each run: the thread pools of ONNX Runtime and OpenMP spin after a run and
+    would slow down the next candidate on few cores.
 
     Args:
-        rounds: measured rounds, at least 3; each gives one sample for each candidate.
-        warmup_rounds: rounds before them, timed apart.
-        seed: fixes the orders.
-        on_round: called with (measured rounds so far, `rounds`) after each one.
-        budget_seconds: no round is added once warm-up and rounds together took this long, but `BUDGET_ROUNDS` are
-            always measured, or `rounds` where that is fewer.
-        settle: called before each run, says whether the process is at rest; `wait_until_quiet` unless given.
+        rounds: number of measured rounds, at least 3.
+        warmup_rounds: number of rounds before them, reported separately.
+        seed: random seed of the orders.
+        on_round: called with (measured rounds, `rounds`) after each round.
+        budget_seconds: time limit of warm-up and rounds; at least min(`BUDGET_ROUNDS`, `rounds`) are measured.
+        settle: called before each run, returns whether the process is idle; default: `wait_until_quiet`.
         clock_ns: a monotonic clock.
 
     Raises:
-        UsageError: no candidate, two of one name, fewer than 3 rounds.
+        UsageError: no candidates, equal names, or fewer than 3 rounds.
     """
     _check_plan(candidates, rounds, warmup_rounds)
     time_round = _RoundTimer(candidates, np.random.default_rng(seed), settle or wait_until_quiet, clock_ns)
@@ -123,7 +122,7 @@ def measure_interleaved(
 
 
 def wait_until_quiet() -> bool:
-    """Sleep until this process uses next to no processor time, for a second at most; False if it still does then."""
+    """Sleep until this process uses almost no CPU time, for at most one second; return whether it does."""
     deadline = time.perf_counter() + QUIET_PATIENCE_SECONDS
     while time.perf_counter() < deadline:
         used_before = time.process_time()
@@ -134,21 +133,21 @@ def wait_until_quiet() -> bool:
 
 
 def paired_ratios(candidates: Sequence[Candidate], timings: Mapping[str, Timing], baseline: str) -> list[PairedRatio]:
-    """Every other candidate of the baseline's stage against the baseline."""
+    """Return the ratios of all other candidates of the baseline's stage to the baseline."""
     stages = {candidate.name: candidate.stage for candidate in candidates}
     if baseline not in stages:
         raise UsageError(f"No candidate is named {baseline!r}. Use one of: {', '.join(stages)}.")
-    rivals = [name for name, stage in stages.items() if stage == stages[baseline] and name != baseline]
-    return [paired_ratio(timings[baseline].samples_ms, timings[name].samples_ms, baseline, name) for name in rivals]
+    others = [name for name, stage in stages.items() if stage == stages[baseline] and name != baseline]
+    return [paired_ratio(timings[baseline].samples_ms, timings[name].samples_ms, baseline, name) for name in others]
 
 
 def measure_throughput(
     run: Callable[[], object], concurrency: int, seconds: float, items_per_run: int = 1
 ) -> Throughput:
-    """Call `run` from `concurrency` threads for about `seconds`, and count the items of all calls that finished.
+    """Call `run` from `concurrency` threads for about `seconds` and return the throughput.
 
-    Every started call is waited for, and the time divided by runs until the last one ends. Warm `run` up before; it is
-    called in other threads than the caller's, so a mode that belongs to a thread (torch.inference_mode) is set inside.
+    The elapsed time includes the last call. Warm up `run` before. Thread-local modes such as torch.inference_mode must
+    be set inside `run`.
     """
     if concurrency < 1 or seconds <= 0:
         raise UsageError(f"Throughput needs concurrency >= 1 and seconds > 0, not {concurrency} and {seconds}.")
@@ -169,7 +168,7 @@ def measure_throughput(
 
 
 def report(candidates: Sequence[Candidate], timings: Mapping[str, Timing], baselines: Sequence[str]) -> dict[str, Any]:
-    """What `bench --json` prints: the machine's fingerprint, a row a candidate, ratios to each named baseline."""
+    """Return the JSON report: fingerprint of the machine, a row for each candidate, ratios to each baseline."""
     return {
         "fingerprint": fingerprint(),
         "results": [result_row(candidate, timings[candidate.name]) for candidate in candidates],
@@ -178,7 +177,7 @@ def report(candidates: Sequence[Candidate], timings: Mapping[str, Timing], basel
 
 
 def result_row(candidate: Candidate, timing: Timing) -> dict[str, Any]:
-    """One row of `results`: who, on what, how long, and every round's time, so that ratios can be computed again."""
+    """Return the row of a candidate, with all samples, so that ratios can be recomputed."""
     return {
         "name": candidate.name,
         "backend": candidate.backend,
@@ -195,7 +194,7 @@ def _check_plan(candidates: Sequence[Candidate], rounds: int, warmup_rounds: int
     names = [candidate.name for candidate in candidates]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if not names or doubled:
-        raise UsageError(f"Give each candidate a name of its own; doubled: {doubled}." if names else "No candidate.")
+        raise UsageError(f"Candidates need unique names; repeated: {doubled}." if names else "There are no candidates.")
     if rounds < MINIMUM_ROUNDS or warmup_rounds < 0:
         raise UsageError(
             f"Measure at least {MINIMUM_ROUNDS} rounds after 0 or more for warm-up, not {rounds} after {warmup_rounds}."
@@ -225,13 +224,13 @@ class _RoundTimer:
         start_ns = self.clock_ns()
         result = run()
         stop_ns = self.clock_ns()
-        del result  # only now: freeing a large output is not part of the run
+        del result  # freed here, outside the timed region
         return (stop_ns - start_ns) / NANOSECONDS_PER_MS
 
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Keep one candidate's garbage from being collected on another's clock."""
+    """Disable the garbage collector, so that no candidate is charged for another's garbage."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What a benchmark compares and on what: its options, its stages, its seeded pictures and prompts."""
+"""Options, stages and inputs of a benchmark."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ WHOLE, IMAGE, PROMPT, DECODE, MACHINE = (
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to compare with, and for how long. PyTorch and the baselines need the checkpoint.
+    """Options of a benchmark. PyTorch and the baselines need `checkpoint`.
 
-    `peers` adds what a user would run instead, `workloads` (images, prompts on each), the machine's peak, and what
-    `predict` costs in a process of its own. Where no `backend` is given, ONNX Runtime is measured, and with `peers` on
-    a CPU OpenVINO beside it.
+    `peers` adds the baselines in ONNX Runtime and OpenVINO, `workloads` (images, prompts for each image), the peak of
+    the machine, and the cost of `predict` in a subprocess. The default backend is ONNX Runtime; with `peers` on a CPU,
+    ONNX Runtime and OpenVINO.
     """
 
     checkpoint: Path | None = None
@@ -50,16 +50,16 @@ class BenchOptions:
     def __post_init__(self) -> None:
         check_threads(self.threads)
         if self.peers and self.checkpoint is None:
-            raise UsageError("The peers run the network itself: give --checkpoint FILE with --peers.")
-        if any(pictures < 1 or prompts < 1 for pictures, prompts in self.workloads):
-            raise UsageError(f"Workloads are of 1 or more pictures and prompts, not {self.workloads}.")
+            raise UsageError("--peers needs the checkpoint: give --checkpoint FILE.")
+        if any(images < 1 or prompts < 1 for images, prompts in self.workloads):
+            raise UsageError(f"Workloads need at least 1 image and 1 prompt, not {self.workloads}.")
 
     def choice_of(self, backend: BackendName) -> BackendConfig:
-        """How a backend is opened; `choice` has the options of GPUs, and whether another may stand in."""
+        """Return the configuration of a backend; `choice` sets the GPU options and the fallback."""
         return replace(self.choice or BackendConfig(), backend=backend, device=self.device, threads=self.threads)
 
     def backends(self) -> tuple[BackendName, ...]:
-        """The backends that run the bundle: the one that was given, or the default ones."""
+        """Return the backends that run the bundle."""
         if self.backend is not None:
             return (self.backend,)
         return ("onnxruntime", "openvino") if self.peers and self.device == "cpu" else ("onnxruntime",)
@@ -67,14 +67,14 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class BenchInputs:
-    """Seeded pictures (N, 3, H, W) and prompts (P, L); one of each where a stage takes one."""
+    """Random images (N, 3, H, W) and prompts (P, L) with a fixed seed."""
 
     images: Floats
     tokens: Tokens
 
     @staticmethod
     def for_bundle(bundle: Bundle, options: BenchOptions) -> BenchInputs:
-        """As many as the largest workload takes; the first of each are those of every bundle's reference."""
+        """Generate inputs for the largest workload; the first of each are those of the bundle's reference."""
         pictures, prompts = (max(counts) for counts in zip((1, 1), *_workloads(options), strict=True))
         image, tokens = seeded_inputs(bundle.manifest.image_hw, bundle.manifest.prompt_length)
         rng = np.random.default_rng(SEED)
@@ -87,18 +87,18 @@ class BenchInputs:
 
     @property
     def image(self) -> Floats:
-        """(1, 3, H, W)"""
+        """First image (1, 3, H, W)."""
         return self.images[:1]
 
     @property
     def prompt(self) -> Tokens:
-        """(1, L)"""
+        """First prompt (1, L)."""
         return self.tokens[:1]
 
 
-def workload_stage(pictures: int, prompts: int) -> str:
-    """The stage's name for so many pictures and prompts on each."""
-    return f"{pictures} × image, {prompts} × prompt"
+def workload_stage(images: int, prompts: int) -> str:
+    """Return the name of the stage of a workload."""
+    return f"{images} × image, {prompts} × prompt"
 
 
 def _workloads(options: BenchOptions) -> tuple[tuple[int, int], ...]:

@@ -1,4 +1,4 @@
-"""A benchmark as a picture: milliseconds for one image and one prompt, the bundle against the baselines."""
+"""Bar chart of a benchmark: latency for one image and one prompt, the bundle against the baselines."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ TITLES = {
 
 
 def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of a result of `bench --peers --json`: a bar for each way to run it, the slowest on top.
+    """Plot a result of `bench --peers --json`: a bar for each candidate, the slowest on top.
 
-    The bundle's FP32 graphs, with the prompt encoded and cached, and every baseline; what does not run in FP32 says so.
+    The candidates are the bundle's FP32 graphs, with the prompt encoded and cached, and every baseline.
 
     Raises:
-        DataError: the result has no plain export, or is no result of `--peers`.
+        DataError: the result has no plain export, or is not one of `--peers`.
         EnvironmentIssue: matplotlib is not installed.
     """
     require_matplotlib("A plot")
@@ -53,7 +53,7 @@ def draw_benchmark(result: Mapping[str, Any], path: Path) -> None:
         style["fontweight"] = "bold" if row.get("ours") else "normal"
         label.set(**style)
         axes.annotate(
-            _said(row, ratios.get(row["name"])), (row["p50_ms"], place), (6, 0),
+            _bar_text(row, ratios.get(row["name"])), (row["p50_ms"], place), (6, 0),
             textcoords="offset points", va="center", **style,
         )  # fmt: skip
     axes.set(xlim=(0, max(times) * 1.42), ylim=(-0.6, len(rows) - 0.4), xticks=[])
@@ -72,7 +72,7 @@ def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = [row for row in whole if not row.get("ours") or row["precision"] == "fp32"]
         known = {row["name"] for row in rows} >= {BASELINE} and "network" in result
     except (KeyError, TypeError) as error:
-        raise DataError(f"This is no result of a benchmark: {error!r}. Make one: bench --peers --json") from error
+        raise DataError(f"This is not a result of a benchmark: {error!r}. Make one: bench --peers --json") from error
     if not known:
         raise DataError(f"There is no {BASELINE} to compare with. Make a result with: bench --peers --json")
     return sorted(rows, key=lambda row: float(row["p50_ms"]))
@@ -83,14 +83,14 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{TITLES.get(row['name'], row['name'])}{precision}"
 
 
-def _said(row: Mapping[str, Any], ratio: float | None) -> str:
-    """The time, the ratio to the baseline and, for what does not run in FP32, the Dice of its masks to FP32's."""
+def _bar_text(row: Mapping[str, Any], ratio: float | None) -> str:
+    """Format the time, the ratio to the baseline and, unless in FP32, the Dice against the FP32 masks."""
     time_ms = row["p50_ms"]
-    said = f"{time_ms:,.0f} ms" if time_ms >= 20 else f"{time_ms:.1f} ms"
+    text = f"{time_ms:,.0f} ms" if time_ms >= 20 else f"{time_ms:.1f} ms"
     if ratio is None:
-        return f"{said}  ·  the baseline, 1 ×"
+        return f"{text}  ·  the baseline, 1 ×"
     dice = "" if row["precision"] == "fp32" or row.get("mask_dice") is None else f"  ·  Dice {row['mask_dice']:.3f}"
-    return f"{said}  ·  {ratio:.{2 if ratio < 1 else 1 if ratio < 10 else 0}f} ×{dice}"
+    return f"{text}  ·  {ratio:.{2 if ratio < 1 else 1 if ratio < 10 else 0}f} ×{dice}"
 
 
 def _title(result: Mapping[str, Any]) -> str:

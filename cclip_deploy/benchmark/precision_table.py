@@ -1,4 +1,4 @@
-"""Cost and masks of every precision of a bundle: what docs/precision.md shows."""
+"""Cost and accuracy of every precision of a bundle, as shown in docs/precision.md."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from cclip_deploy.runtime.tensorrt.layers import LayerTable
 from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 
 FEATURES = "image_encoder/pictures/features"
-"""The check of `verify` whose error the table shows: on images, as noise lies outside of the calibrated ranges."""
+"""Check of `verify` whose error the table shows; measured on images, because noise exceeds the calibrated ranges."""
 
 
 @dataclass(frozen=True)
 class PrecisionCost:
-    """The engines of one precision and their masks.
+    """Cost of the engines of one precision, and accuracy of their masks.
 
     Attributes:
-        precision: of the image encoder's products.
-        layers: the image engine's products and convolutions by the type they run in, from the build log.
-        engine_bytes: size of every engine, by graph.
-        build_seconds: the builder's own time for every engine, by graph.
-        peak_bytes: the largest resident memory of the whole build, conversion and calibration included.
-        masks: Dice of ONNX Runtime's masks to FP32's.
+        precision: precision of the image encoder's products.
+        layers: number of products and convolutions of the image engine by type, from the build log.
+        engine_bytes: size of each engine, by graph.
+        build_seconds: build time of each engine, by graph.
+        peak_bytes: peak resident memory of the build, with conversion and calibration.
+        masks: Dice of ONNX Runtime's masks against FP32.
     """
 
     precision: Precision
@@ -46,7 +46,7 @@ class PrecisionCost:
     masks: MaskAgreement
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
+        """Return the JSON form."""
         return {**vars(self), "masks": self.masks.model_dump(mode="json")}
 
 
@@ -54,25 +54,25 @@ def measure_precisions(
     path: Path, precisions: Sequence[Precision], calibration: Path, evaluation: Path, threads: int,
     on_progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """Build a bundle's engines in each precision, verify the bundle, and judge the masks of each.
+    """Build a bundle's engines in each precision, verify the bundle, and compare the masks of each with FP32.
 
-    Masks are measured, not held to limits, so that a precision whose masks are poor has a row, too.
+    There is no limit on the Dice of the masks, so that every precision has a row.
 
     Args:
-        path: the bundle, which the engines are added to.
+        path: bundle to which the engines are added.
         precisions: other than fp32.
-        calibration: images, or a data set whose training split calibrates.
-        evaluation: images, or a data set whose test split judges.
-        threads: of ONNX Runtime.
-        on_progress: is called with a line of text.
+        calibration: calibration images, or a data set, whose training split is used.
+        evaluation: evaluation images, or a data set, whose test split is used.
+        threads: CPU threads of ONNX Runtime.
+        on_progress: called with a line of text.
 
     Returns:
         JSON: network, versions, and under `rows` each `PrecisionCost` with `features_error`, the relative error of
         the image encoder's features in `verify`, and `failed_checks`.
 
     Raises:
-        DataError, UsageError: as `choose_pictures`, also where an image is in both sets.
-        ParityError: graphs of a precision break the parity limits.
+        DataError, UsageError: see `choose_pictures`; also if an image is in both sets.
+        ParityError: graphs of a precision exceed the parity limits.
     """
     both = CalibrationOptions((calibration,), evaluation_set=(evaluation,))
     for line in choose_pictures(both).describe():
@@ -81,7 +81,7 @@ def measure_precisions(
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         costs = []
         for precision in precisions:
-            on_progress(f"Building and judging {precision}")
+            on_progress(f"Building and evaluating {precision}")
             costs.append(pool.submit(measure_precision, path, precision, options, both, threads).result())
     bundle = Bundle.open(path)
     checks = verify_bundle(bundle, VerifyOptions(threads=threads)).checks
@@ -95,9 +95,9 @@ def measure_precisions(
 
 
 def measure_precision(
-    path: Path, precision: Precision, calibration: CalibrationOptions, judging: CalibrationOptions, threads: int
+    path: Path, precision: Precision, calibration: CalibrationOptions, evaluation: CalibrationOptions, threads: int
 ) -> PrecisionCost:
-    """One precision; run it in a process of its own, whose peak memory is this build's."""
+    """Measure one precision; to be run in a subprocess, so that the peak memory is that of this build."""
     chosen = calibration if Precision(precision).is_quantized else None
     engines = build_engines(Bundle.open(path), BuildOptions(precision, threads=threads, calibration=chosen), print)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -108,11 +108,11 @@ def measure_precision(
         {engine.graph: (path / engine.file).stat().st_size for engine in engines},
         {engine.graph: engine.build_seconds for engine in engines},
         peak,
-        measure_mask_agreement(Bundle.open(path), precision, evaluation_images(judging), threads),
+        measure_mask_agreement(Bundle.open(path), precision, evaluation_images(evaluation), threads),
     )
 
 
 def _in_verify(checks: Sequence[Check], precision: Precision) -> dict[str, Any]:
-    ours = [check for check in checks if check.precision == precision]
-    errors = [c.value for c in ours if (c.name, c.metric) == (FEATURES, "relative_error")]
-    return {"features_error": max(errors), "failed_checks": sum(not check.passed for check in ours)}
+    selected = [check for check in checks if check.precision == precision]
+    errors = [c.value for c in selected if (c.name, c.metric) == (FEATURES, "relative_error")]
+    return {"features_error": max(errors), "failed_checks": sum(not check.passed for check in selected)}

@@ -1,4 +1,4 @@
-"""Bench: a bundle against the ways in which a user would run the same network, interleaved, on this machine."""
+"""Benchmark a bundle against the baselines in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cclip_deploy.benchmark.accuracy import JudgedPairs, with_accuracy
+from cclip_deploy.benchmark.accuracy import ReferencePairs, with_accuracy
 from cclip_deploy.benchmark.baselines import Baselines, load_network, open_plain
 from cclip_deploy.benchmark.bundle_candidates import bundle_candidates
 from cclip_deploy.benchmark.candidate import BenchCandidate, Form
@@ -29,22 +29,21 @@ PROGRAM = (sys.executable, "-c", "from cclip_deploy.cli.app import main; main()"
 
 
 def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = lambda _: None) -> dict[str, Any]:
-    """Time every candidate in one interleaved run.
+    """Time all candidates of a bundle in interleaved rounds.
 
     Returns:
-        The contract of `bench --json`: fingerprint, source (the commit, where this is a git checkout), network,
-        results, ratios (baseline time / candidate time, paired), and `not_measured`, which names what was left out and
-        why. With a checkpoint also `accuracy`: what answers were compared on. With `peers` also `figures` (see
-        `goals.Figure`), `peak` (multiply-adds a second of a large matrix product; None where the bundle runs on a GPU)
-        and `predict` (what one costs in a process of its own).
+        The JSON of `bench --json`: fingerprint, source (git commit), network, results, ratios (baseline time /
+        candidate time, paired), and `not_measured` with the reasons. With a checkpoint also `accuracy`, the compared
+        pairs. With `peers` also `figures` (see `targets.Figure`), `peak` (multiply-adds per second of a large matrix
+        product; None if the bundle runs on a GPU) and `predict` (cost of `predict` in a subprocess).
 
     Raises:
-        UsageError: the bundle is a plain export, or does not belong to the checkpoint or the plain bundle.
-        EnvironmentIssue: the requested backend or device is not there.
-        ParityError: a candidate of the bundle does not compute what PyTorch does.
+        UsageError: the bundle is a plain export, or is not from the checkpoint or the plain bundle's network.
+        EnvironmentIssue: the requested backend or device is not available.
+        ParityError: a candidate of the bundle exceeds its error limit.
     """
     if bundle.manifest.form != "deploy":
-        raise UsageError(f"{bundle.path} is a plain export. Bench a deploy bundle and give this one as --plain.")
+        raise UsageError(f"{bundle.path} is a plain export. Give a deploy bundle, and this one with --plain.")
     left_out: LeftOut = [
         {"name": f"{engine.graph} {engine.precision} on {engine.backend}", "reason": "engines run on a GPU only"}
         for engine in bundle.manifest.engines
@@ -52,7 +51,7 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
     ]
     with _compared(bundle, options, left_out, on_progress) as compared:
         candidates = compared.candidates
-        processes = _predict_alone(bundle, options, left_out, on_progress) if options.peers else {}
+        processes = _measure_predict(bundle, options, left_out, on_progress) if options.peers else {}
         on_progress(f"Timing {len(candidates)} candidates, {options.threads} threads")
         timings = measure_interleaved(
             candidates,
@@ -73,11 +72,11 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
     }
     if compared.pairs is not None:
         result["accuracy"] = compared.pairs.to_dict()
-    return {**result, **_beside_peers(bundle, options, candidates, timings, processes)} if options.peers else result
+    return {**result, **_peer_figures(bundle, options, candidates, timings, processes)} if options.peers else result
 
 
 def _network(bundle: Bundle, candidates: Sequence[BenchCandidate]) -> dict[str, Any]:
-    """Which network at which size, and the multiply-adds of one image and one prompt of each graph."""
+    """Return the network, its input size, and the multiply-adds of each graph for one image and one prompt."""
     manifest = bundle.manifest
     counted = {name: entry.multiply_adds for name, entry in manifest.graphs.items() if entry.precision == "fp32"}
     for candidate in candidates:
@@ -92,7 +91,7 @@ def _network(bundle: Bundle, candidates: Sequence[BenchCandidate]) -> dict[str, 
     }
 
 
-def _beside_peers(
+def _peer_figures(
     bundle: Bundle,
     options: BenchOptions,
     candidates: Sequence[BenchCandidate],
@@ -114,38 +113,38 @@ def _beside_peers(
 
 @dataclass(frozen=True)
 class _Compared:
-    """The candidates that are timed, and what their answers were compared on; None without a checkpoint."""
+    """The candidates to time, and the pairs they were compared on; None without a checkpoint."""
 
     candidates: list[BenchCandidate]
-    pairs: JudgedPairs | None
+    pairs: ReferencePairs | None
 
 
 @contextmanager
-def _compared(bundle: Bundle, options: BenchOptions, left_out: LeftOut, tell: Progress) -> Iterator[_Compared]:
+def _compared(bundle: Bundle, options: BenchOptions, left_out: LeftOut, on_progress: Progress) -> Iterator[_Compared]:
     inputs = BenchInputs.for_bundle(bundle, options)
     with tempfile.TemporaryDirectory(prefix="cclip-bench-") as scratch, ExitStack() as stack:
         candidates = bundle_candidates(bundle, inputs, options, left_out, stack)
         on_cpu = any(candidate.device == "cpu" for candidate in candidates)
-        peers = Baselines(inputs, options, left_out, tell, on_cpu)
+        baselines = Baselines(inputs, options, left_out, on_progress, on_cpu)
         network = None
         if options.checkpoint is None:
             left_out += [{"name": str(name), "reason": "needs --checkpoint"} for name in (Form.EAGER, Form.COMPILED)]
         else:
             network = load_network(bundle, options)
-            candidates += peers.of_pytorch(network)
-        plain = open_plain(bundle, options, Path(scratch), tell)
+            candidates += baselines.of_pytorch(network)
+        plain = open_plain(bundle, options, Path(scratch), on_progress)
         if plain is None:
             left_out.append({"name": str(Form.PLAIN), "reason": "needs --checkpoint or --plain"})
         else:
-            candidates += peers.of_plain_export(plain)
+            candidates += baselines.of_plain_export(plain)
         pairs = None
         if network is not None:
             if options.peers:
-                candidates += peers.of_openvino_conversion(network)
-            tell("Comparing every candidate's answers with PyTorch's")
-            pairs = JudgedPairs.of(bundle, network)
-            candidates = with_accuracy(candidates, pairs, inputs, peers.answer_of(network), left_out)
-        yield _Compared([*candidates, *([peers.of_machine()] if options.peers and on_cpu else [])], pairs)
+                candidates += baselines.of_openvino_conversion(network)
+            on_progress("Comparing every candidate with PyTorch")
+            pairs = ReferencePairs.of(bundle, network)
+            candidates = with_accuracy(candidates, pairs, inputs, baselines.answer_of(network), left_out)
+        yield _Compared([*candidates, *([baselines.of_machine()] if options.peers and on_cpu else [])], pairs)
 
 
 def _predict_command(bundle: Bundle, film: Path, backend: BackendName, options: BenchOptions) -> list[str]:
@@ -159,7 +158,9 @@ def _predict_command(bundle: Bundle, film: Path, backend: BackendName, options: 
     ]  # fmt: skip
 
 
-def _predict_alone(bundle: Bundle, options: BenchOptions, left_out: LeftOut, tell: Progress) -> dict[str, ProcessCost]:
+def _measure_predict(
+    bundle: Bundle, options: BenchOptions, left_out: LeftOut, on_progress: Progress
+) -> dict[str, ProcessCost]:
     from PIL import Image
 
     found: dict[str, ProcessCost] = {}
@@ -167,7 +168,7 @@ def _predict_alone(bundle: Bundle, options: BenchOptions, left_out: LeftOut, tel
         film = Path(folder) / "film.png"
         Image.fromarray((drawn_films(bundle.manifest.image_hw)[0] * 255).round().astype(np.uint8)).save(film)
         for backend in options.backends():
-            tell(f"Timing predict in a process of its own, {backend}")
+            on_progress(f"Timing predict in a subprocess, {backend}")
             try:
                 found[backend] = measure_command(_predict_command(bundle, film, backend, options))
             except EnvironmentIssue as error:

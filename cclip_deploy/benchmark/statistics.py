@@ -1,4 +1,4 @@
-"""Percentiles of latency samples, and how many times faster one candidate is than another."""
+"""Percentiles of latency samples and paired speed-ups."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cclip_deploy.evaluation.median_interval import CONFIDENCE, median_interval
 
 MINIMUM_ROUNDS = 3
 FEWEST_ROUNDS_WITH_INTERVAL = 6
-"""Of five values, even the least and the largest hold the median between them in only 93.75 % of cases."""
+"""The range of five values contains the true median in only 93.75 % of cases."""
 
 
 @dataclass(frozen=True)
 class LatencySummary:
-    """Percentiles of one candidate's rounds; warm-up runs are in none of them.
+    """Percentiles of one candidate's samples without warm-up.
 
-    `first_ms` is the very first call (compilation, allocation, page faults), None when nothing was warmed up.
+    `first_ms` is the first call (compilation, allocation, page faults); None without warm-up.
     """
 
     p50_ms: float
@@ -35,16 +35,15 @@ class LatencySummary:
     warmup_n: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
+        """Return the JSON form."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class PairedRatio:
-    """How many times faster `candidate` is than `baseline`: median over rounds, with its interval.
+    """Speed-up of `candidate` over `baseline`: median over rounds, with a confidence interval.
 
-    `low` and `high` are None where fewer than `FEWEST_ROUNDS_WITH_INTERVAL` rounds were measured. The true median lies
-    between them with a probability of at least `confidence`.
+    `low` and `high` are None for fewer than `FEWEST_ROUNDS_WITH_INTERVAL` rounds. Coverage is at least `confidence`.
     """
 
     baseline: str
@@ -56,16 +55,15 @@ class PairedRatio:
     n: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
+        """Return the JSON form."""
         return asdict(self)
 
 
 def summarize(samples_ms: ArrayLike, warmup_ms: ArrayLike = ()) -> LatencySummary:
-    """Percentiles of the samples.
+    """Return percentiles of samples.
 
-    p50 is the median. p90, p95 and p99 are nearest-rank: the smallest sample that at least that share of all samples
-    does not exceed, so each is a run that happened. Hence p99 is the maximum while n < 100, and p90 while n < 10; `n`
-    stands beside them for that reason.
+    p50 is the median. p90, p95 and p99 are nearest-rank percentiles, so each is one of the samples: p99 is the maximum
+    if n < 100, p90 if n < 10.
     """
     samples, warmup = np.sort(_as_samples(samples_ms)), np.asarray(warmup_ms, dtype=np.float64)
     return LatencySummary(
@@ -85,19 +83,18 @@ def summarize(samples_ms: ArrayLike, warmup_ms: ArrayLike = ()) -> LatencySummar
 def paired_ratio(
     baseline_ms: ArrayLike, candidate_ms: ArrayLike, baseline: str = "baseline", candidate: str = "candidate"
 ) -> PairedRatio:
-    """Median over rounds of baseline time / candidate time: above 1 where the candidate is faster.
+    """Return the median over rounds of baseline time / candidate time, above 1 if the candidate is faster.
 
-    The interval is `median_interval`'s. It assumes independent rounds, so it does not account for what all rounds of a
-    run have in common.
+    The interval is that of `median_interval`. It assumes independent rounds.
 
     Args:
-        baseline_ms: (n,) samples, positive; round by round those of `candidate_ms`.
-        candidate_ms: (n,) samples, positive.
-        baseline: its name.
-        candidate: its name.
+        baseline_ms: (n,) positive samples, of the same rounds as `candidate_ms`.
+        candidate_ms: (n,) positive samples.
+        baseline: name of the baseline.
+        candidate: name of the candidate.
 
     Raises:
-        UsageError: fewer than three rounds, or not the same number of both.
+        UsageError: fewer than three rounds, or different numbers of rounds.
     """
     above, below = _as_samples(baseline_ms), _as_samples(candidate_ms)
     if above.size != below.size or above.size < MINIMUM_ROUNDS:

@@ -1,4 +1,4 @@
-"""The figures that the project is held to, computed from one benchmark run, each beside its goal."""
+"""Figures of a benchmark run and their targets."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from cclip_deploy.bundle.manifest import Manifest
 Samples = NDArray[np.float64]
 Unit = Literal["×", "%", "", "B", "s", "ms"]
 
-GOAL_NETWORK, GOAL_HW = "rn101", (224, 224)
+TARGET_NETWORK, TARGET_HW = "rn101", (224, 224)
 PEAK_MULTIPLY_ADDS = 21.3e9
-"""What the goal for the fraction of the peak counts for the image pass at 224×224, whatever the graph really does."""
-GOALS = {"plain": 4.0, "eager": 10.5, "fastest": 3.8}
-"""How many times as fast as a baseline one image and one cached prompt are to be."""
+"""Multiply-adds of the image pass at 224×224 by which the target fraction of the peak is defined."""
+SPEED_UP_TARGETS = {"plain": 4.0, "eager": 10.5, "fastest": 3.8}
+"""Target speed-up of one image and one cached prompt over each baseline."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a figure is about; each is None where it does not apply.
+    """Subject of a figure; fields that do not apply are None.
 
-    `workload` is (images, prompts on each). `compared_with` is plain, eager, eager causal, fastest (of FP32) or
-    defaults (OpenVINO's); `baseline` is the candidate that it was in this run, `baseline_precision` what its products
-    ran in.
+    `workload` is (images, prompts for each image). `compared_with` is plain, eager, eager causal, fastest (in FP32) or
+    defaults (of OpenVINO); `baseline` is its name, `baseline_precision` the precision of its products.
     """
 
     form: str | None = None
@@ -46,10 +45,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure; `goal` and `met` are None where this network or size has none. Percentages are of 100.
+    """One figure; `goal` and `met` are None without a target for this network and size.
 
-    `low` and `high` are None where the rounds are too few for an interval, `n` is the number of paired rounds.
-    `extrapolated` says how, where a baseline was not run as often as the figure says.
+    `low` and `high` are None if the rounds are too few for an interval, `n` is the number of paired rounds.
+    `extrapolated` describes how the time of the baseline was extrapolated, if it was.
     """
 
     what: str
@@ -66,13 +65,13 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached."""
+        """Whether the target is reached."""
         if self.goal is None:
             return None
         return self.value >= self.goal if self.at_least else self.value <= self.goal
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, the subject's facts among the figure's."""
+        """Return the JSON form, with the fields of the subject."""
         facts = asdict(self)
         return {**facts, **facts.pop("subject"), "met": self.met}
 
@@ -83,12 +82,12 @@ def figures(
     timings: Mapping[str, Timing],
     processes: Mapping[str, ProcessCost],
 ) -> list[Figure]:
-    """All figures of a run: per backend and precision, what includes encoding the prompt before what does not."""
+    """Return all figures of a run, by backend and precision."""
     return list(_Figures(manifest, candidates, timings).all(processes))
 
 
 def ratio_baselines(candidates: Sequence[BenchCandidate]) -> list[str]:
-    """Names of the baselines that every other candidate of the stage is compared with in `ratios`."""
+    """Return the names of the baselines of `ratios`."""
     chosen = [
         c.name
         for c in candidates
@@ -104,7 +103,7 @@ def ratio_baselines(candidates: Sequence[BenchCandidate]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Baseline:
-    """A baseline, what it is in a figure's words, and which of the comparisons it is."""
+    """A baseline of figures, with its kind and its description."""
 
     kind: Literal["plain", "eager", "eager causal", "fastest", "defaults"]
     candidate: BenchCandidate
@@ -119,9 +118,9 @@ class _Figures:
 
     def all(self, processes: Mapping[str, ProcessCost]) -> Iterator[Figure]:
         yield from self._operations()
-        ours = [c for c in self.candidates if c.role == "bundle"]
-        for backend, precision in dict.fromkeys((c.backend, c.precision) for c in ours):
-            group = [c for c in ours if (c.backend, c.precision) == (backend, precision)]
+        of_bundle = [c for c in self.candidates if c.role == "bundle"]
+        for backend, precision in dict.fromkeys((c.backend, c.precision) for c in of_bundle):
+            group = [c for c in of_bundle if (c.backend, c.precision) == (backend, precision)]
             yield from self._of_one_pair(group)
             yield from self._of_many_pairs(group)
             yield from self._of_peak(group)
@@ -129,7 +128,7 @@ class _Figures:
         if plain is not None and plain.multiply_adds:
             yield from self._at_peak("the plain export", plain, plain.multiply_adds, None)
         for backend, cost in processes.items():
-            memory, start = (1.2e9, 3.0) if self._is_goal_size() else (None, None)
+            memory, start = (1.2e9, 3.0) if self._has_targets() else (None, None)
             yield Figure("peak memory of predict", backend, cost.peak_bytes, "B", goal=memory, at_least=False)
             yield Figure("predict, start to end, warm disk", backend, cost.seconds, "s", goal=start, at_least=False)
 
@@ -137,64 +136,70 @@ class _Figures:
         image, prompt, decoder = (
             self.manifest.graphs[name].multiply_adds for name in ("image_encoder", "prompt_encoder", "mask_decoder")
         )
-        goal = 22e9 if self._is_goal_size() else None
+        goal = 22e9 if self._has_targets() else None
         pairs = (("new prompt", image + prompt + decoder, goal), ("cached prompt", image + decoder, None))
-        for words, ours, at_most in pairs:
+        for words, count, at_most in pairs:
             what = f"multiply-adds, one image and one {words}"
-            yield Figure(what, None, ours, "", goal=at_most, at_least=False)
+            yield Figure(what, None, count, "", goal=at_most, at_least=False)
         plain = self._plain()
         if plain is not None and plain.multiply_adds:
             yield Figure("multiply-adds of the plain export", None, plain.multiply_adds, "")
-            for words, ours, _ in pairs:
+            for words, count, _ in pairs:
                 what = f"multiply-adds of the plain export, against one image and one {words}"
-                yield Figure(what, None, plain.multiply_adds / ours, "×")
+                yield Figure(what, None, plain.multiply_adds / count, "×")
 
     def _of_one_pair(self, group: Sequence[BenchCandidate]) -> Iterator[Figure]:
-        for ours in _of_forms(group, Form.FUSED, Form.NEW, Form.CACHED):
-            words = "cached prompt" if ours.form is Form.CACHED else "new prompt"
-            for baseline in self._baselines(ours.device):
-                figure = self._speed_up(f"one image and one {words}", ours, baseline)
-                is_held = ours.form is Form.CACHED and ours.precision == "fp32"
-                yield replace(figure, goal=self._goal(GOALS.get(baseline.kind)) if is_held else None)
+        for candidate in _of_forms(group, Form.FUSED, Form.NEW, Form.CACHED):
+            words = "cached prompt" if candidate.form is Form.CACHED else "new prompt"
+            for baseline in self._baselines(candidate.device):
+                figure = self._speed_up(f"one image and one {words}", candidate, baseline)
+                has_target = candidate.form is Form.CACHED and candidate.precision == "fp32"
+                yield replace(figure, goal=self._target(SPEED_UP_TARGETS.get(baseline.kind)) if has_target else None)
         for image in _of_forms(group, Form.IMAGE):
             for more in _of_forms(group, Form.MORE):
                 figure = self._percent("one more prompt, of the image pass", more, self._ms(more), self._ms(image))
-                goal = self._goal(2.0) if more.precision == "fp32" else None
+                goal = self._target(2.0) if more.precision == "fp32" else None
                 yield replace(figure, goal=goal, at_least=False)
 
     def _of_many_pairs(self, group: Sequence[BenchCandidate]) -> Iterator[Figure]:
-        for ours in _of_forms(group, Form.NEW_PROMPTS, Form.CACHED_PROMPTS):
-            (pictures, prompts), samples = ours.workload, self._ms(ours)
-            count = pictures * prompts
-            words = ("new prompt" if ours.form is Form.NEW_PROMPTS else "cached prompt") + "s" * (prompts > 1)
-            what = f"{prompts} {words} on {'one image' if pictures == 1 else f'each of {pictures} images'}"
-            value, about = float(np.median(samples)) / count, _subject(ours)
-            yield Figure(f"{what}, time per prompt and image", ours.backend, value, "ms", n=samples.size, subject=about)
-            for baseline in self._baselines(ours.device):
+        for candidate in _of_forms(group, Form.NEW_PROMPTS, Form.CACHED_PROMPTS):
+            (images, prompts), samples = candidate.workload, self._ms(candidate)
+            count = images * prompts
+            words = ("new prompt" if candidate.form is Form.NEW_PROMPTS else "cached prompt") + "s" * (prompts > 1)
+            what = f"{prompts} {words} on {'one image' if images == 1 else f'each of {images} images'}"
+            value, about = float(np.median(samples)) / count, _subject(candidate)
+            yield Figure(
+                f"{what}, time per prompt and image", candidate.backend, value, "ms", n=samples.size, subject=about
+            )
+            for baseline in self._baselines(candidate.device):
                 if baseline.kind in ("plain", "eager", "defaults"):
-                    figure = self._speed_up(what, ours, baseline, count)
-                    is_held = (ours.form, ours.workload, ours.precision) == (Form.CACHED_PROMPTS, (1, 128), "fp32")
-                    yield replace(figure, goal=self._goal(100.0) if is_held and baseline.kind == "plain" else None)
+                    figure = self._speed_up(what, candidate, baseline, count)
+                    has_target = (candidate.form, candidate.workload, candidate.precision) == (
+                        Form.CACHED_PROMPTS,
+                        (1, 128),
+                        "fp32",
+                    )
+                    yield replace(figure, goal=self._target(100.0) if has_target and baseline.kind == "plain" else None)
 
     def _of_peak(self, group: Sequence[BenchCandidate]) -> Iterator[Figure]:
         for image in _of_forms(group, Form.IMAGE):
             if image.precision != "fp32" or not image.multiply_adds:
                 continue
-            if self._is_goal_size():
+            if self._has_targets():
                 words = f"{PEAK_MULTIPLY_ADDS / 1e9:.1f} G multiply-adds in the time of the image pass"
                 yield from self._at_peak(words, image, PEAK_MULTIPLY_ADDS, 92.0)
             yield from self._at_peak("the image pass", image, image.multiply_adds, None)
 
     def _at_peak(self, words: str, of: BenchCandidate, multiply_adds: float, goal: float | None) -> Iterator[Figure]:
-        """Multiply-adds a second, as part of the large matrix product's; nothing unless that ran on the same device."""
+        """Yield the throughput relative to the large matrix product, if that ran on the same device."""
         for product in self.candidates:
             if product.role == "machine" and product.device == of.device and product.multiply_adds:
                 ideal_ms = self._ms(product) / product.multiply_adds * multiply_adds
                 figure = self._percent(f"of the sgemm peak: {words}", of, ideal_ms, self._ms(of))
-                yield replace(figure, goal=self._goal(goal))
+                yield replace(figure, goal=self._target(goal))
 
     def _baselines(self, device: str) -> Iterator[_Baseline]:
-        """What figures compare with, each in its faster form."""
+        """Yield the baselines on a device, each in its faster setting."""
         there = [c for c in self.candidates if c.role == "baseline" and c.device == device]
         plain = self._plain()
         if plain is not None and plain.device == device:
@@ -219,12 +224,12 @@ class _Figures:
     def _ms(self, candidate: BenchCandidate) -> Samples:
         return self.timings[candidate.name].samples_ms
 
-    def _speed_up(self, what: str, ours: BenchCandidate, baseline: _Baseline, count: int = 1) -> Figure:
-        ratio = paired_ratio(self._ms(baseline.candidate) * count, self._ms(ours))
+    def _speed_up(self, what: str, candidate: BenchCandidate, baseline: _Baseline, count: int = 1) -> Figure:
+        ratio = paired_ratio(self._ms(baseline.candidate) * count, self._ms(candidate))
         return Figure(
-            f"{what}, against {baseline.words}", ours.backend, ratio.ratio, "×", ratio.low, ratio.high, n=ratio.n,
+            f"{what}, against {baseline.words}", candidate.backend, ratio.ratio, "×", ratio.low, ratio.high, n=ratio.n,
             extrapolated=f"{count} × one run of the same round" if count > 1 else None,
-            subject=_subject(ours, baseline),
+            subject=_subject(candidate, baseline),
         )  # fmt: skip
 
     def _percent(self, what: str, of: BenchCandidate, part: Samples, whole: Samples) -> Figure:
@@ -232,15 +237,15 @@ class _Figures:
         low, high = (None if bound is None else 100 * bound for bound in (ratio.low, ratio.high))
         return Figure(what, of.backend, 100 * ratio.ratio, "%", low, high, n=ratio.n, subject=_subject(of))
 
-    def _goal(self, goal: float | None) -> float | None:
-        return goal if self.manifest.model["name"] == GOAL_NETWORK else None
+    def _target(self, goal: float | None) -> float | None:
+        return goal if self.manifest.model["name"] == TARGET_NETWORK else None
 
-    def _is_goal_size(self) -> bool:
-        return self.manifest.model["name"] == GOAL_NETWORK and self.manifest.image_hw == GOAL_HW
+    def _has_targets(self) -> bool:
+        return self.manifest.model["name"] == TARGET_NETWORK and self.manifest.image_hw == TARGET_HW
 
 
 def _of_forms(group: Sequence[BenchCandidate], *forms: Form) -> Iterator[BenchCandidate]:
-    """The candidates of these forms, form by form."""
+    """Return the candidates of these forms, ordered by form."""
     return (candidate for form in forms for candidate in group if candidate.form is form)
 
 
@@ -248,8 +253,8 @@ def _setting(candidate: BenchCandidate) -> str:
     return "" if candidate.setting is None else f", {candidate.setting}"
 
 
-def _subject(ours: BenchCandidate, baseline: _Baseline | None = None) -> Subject:
-    facts = Subject(str(ours.form), ours.precision, ours.includes_prompt_encoding, ours.workload)
+def _subject(candidate: BenchCandidate, baseline: _Baseline | None = None) -> Subject:
+    facts = Subject(str(candidate.form), candidate.precision, candidate.includes_prompt_encoding, candidate.workload)
     if baseline is None:
         return facts
     of = baseline.candidate

@@ -1,4 +1,4 @@
-"""`cclip-deploy ablate`"""
+"""The command `cclip-deploy ablate`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table
-from cclip_deploy.common.limits import MOST_THREADS
+from cclip_deploy.common.limits import MAX_THREADS
 from cclip_deploy.common.paths import check_writable
 
 
 @reports_errors
 def ablate(
-    plan: Annotated[Path, typer.Argument(help="A TOML file; training/ablations/ has some.", show_default=False)],
-    data: Annotated[Path | None, typer.Option(help="Data set, in place of the plan's own or of its films.")] = None,
+    plan: Annotated[Path, typer.Argument(help="TOML file; see training/ablations/.", show_default=False)],
+    data: Annotated[Path | None, typer.Option(help="Data set to use instead of the plan's.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder; runs/ablation-PLAN unless given. Goes on where it was."),
+        typer.Option("-o", "--output", help="Output folder; resumes a run in it. Default: runs/ablation-PLAN."),
     ] = None,
     jobs: Annotated[
-        int, typer.Option(help="Trainings at once, each with the recipe's threads.", min=1, max=MOST_THREADS)
+        int, typer.Option(help="Parallel trainings, each with the recipe's threads.", min=1, max=MAX_THREADS)
     ] = 1,
     json: options.Json = False,
 ) -> None:
-    """Does a mode of training help? [bold]Every arm of a plan, over seeds[/], with spreads and paired differences."""
+    """Run an ablation: train [bold]every arm of a plan over several seeds[/] and report paired differences."""
     from cclip_deploy.ablation.plan import read_plan
     from cclip_deploy.ablation.report import check_report_packages, tables, to_dict, write_report
     from cclip_deploy.ablation.run import ablate as run
@@ -34,8 +34,8 @@ def ablate(
     check_report_packages()
     folder = output or Path("runs") / f"ablation-{plan.stem}"
     check_writable(folder)
-    with progress(quiet=json) as tell:
-        ablation = run(read_plan(plan, data), folder, jobs, tell)
+    with progress(quiet=json) as on_progress:
+        ablation = run(read_plan(plan, data), folder, jobs, on_progress)
         write_report(folder, ablation, command_line())
     if json:
         print_json(to_dict(ablation, command_line()))

@@ -1,4 +1,4 @@
-"""Entry point of the console script."""
+"""Entry point of the console script `cclip-deploy`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cclip_deploy.cli.entry import start
 
 
 def main() -> None:
-    """Run the command line; SIGTERM and SIGHUP end it as Ctrl-C does, with nothing left half-written."""
+    """Run the command line; SIGINT, SIGTERM and SIGHUP end it without leaving partial files."""
     start(_run)
 
 

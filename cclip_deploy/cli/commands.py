@@ -1,4 +1,4 @@
-"""The Typer application: every command, each in a module of its own."""
+"""The Typer application and its commands; each command has its own module."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from cclip_deploy.cli import (
     verify,
 )
 
+HELP = "Deploy CausalCLIPSeg checkpoints to ONNX Runtime, OpenVINO and TensorRT, verified against PyTorch."
+
 app = typer.Typer(
     name="cclip-deploy",
-    help="From a CausalCLIPSeg checkpoint to ONNX Runtime and TensorRT engines that are proved equal to it.",
+    help=HELP,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
@@ -35,19 +37,19 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"cclip-deploy {__version__}")
         raise typer.Exit()
 
 
-@app.callback()
+@app.callback(help=HELP)
 def cclip_deploy(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """From a CausalCLIPSeg checkpoint to ONNX Runtime and TensorRT engines that are proved equal to it."""
+    """Take the options that stand before a command."""
 
 
 app.command("demo")(demo.demo)

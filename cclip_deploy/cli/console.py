@@ -1,4 +1,7 @@
-"""What the commands share: errors to exit codes, progress to standard error, tables and JSON to standard output."""
+"""Console output of the commands: errors, progress, tables and JSON.
+
+Tables and JSON go to standard output, errors and progress to standard error.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cclip_deploy.cli.entry import end_interrupted, raise_if_received, received
-from cclip_deploy.common.files import whole_file
-from cclip_deploy.common.names import json_text, printable
+from cclip_deploy.common.json_file import json_text
+from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import path_problem
 from cclip_deploy.errors import CclipError
 
@@ -31,12 +34,12 @@ PIPE_WIDTH = 120
 CONTROL_CODES = dict.fromkeys(
     [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 )
-"""What would steer a terminal: escape sequences, and marks that turn the direction of writing."""
-LONGEST_MESSAGE = 4000
+"""Control characters and bidirectional marks, which are removed because they would control the terminal."""
+MAX_MESSAGE_LENGTH = 4000
 
 
 class _SafeConsole(Console):
-    """Prints text as it is: no markup, no escape sequences; file names, prompts and manifests are strangers' text."""
+    """Console that prints untrusted text literally: no markup, no escape sequences."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(_harmless(text), **options)
@@ -51,14 +54,15 @@ def _harmless(text: str) -> str:
 
 
 def styled(text: str, style: str) -> Text:
-    """A text in a style, such as "bold red"; the only way to print in colors."""
+    """Return text in a style such as "bold red". Only styled text is printed in color."""
     return Text(_harmless(text), style=style)
 
 
 def reports_errors(command: Command) -> Command:
-    """Turn an error on purpose into one message and its exit code; Ctrl-C into 130. Bugs keep their traceback.
+    """Decorate a command: a CclipError is printed as one message and ends the process with its exit code.
 
-    A signal that came during the command ends it with 130 (143), even where its KeyboardInterrupt was swallowed.
+    Ctrl-C ends the process with 130. A signal received during the command ends it even if the KeyboardInterrupt was
+    swallowed. Other exceptions are raised.
     """
 
     @functools.wraps(command)
@@ -69,12 +73,14 @@ def reports_errors(command: Command) -> Command:
         except (Exception, KeyboardInterrupt) as error:
             if received or isinstance(error, KeyboardInterrupt):
                 end_interrupted()
-            told = path_problem(error) if isinstance(error, OSError) else error
-            if not isinstance(told, CclipError):
+            known = path_problem(error) if isinstance(error, OSError) else error
+            if not isinstance(known, CclipError):
                 raise
-            message = str(told) if len(str(told)) <= LONGEST_MESSAGE else f"{str(told)[:LONGEST_MESSAGE]} …"
+            message = str(known)
+            if len(message) > MAX_MESSAGE_LENGTH:
+                message = f"{message[:MAX_MESSAGE_LENGTH]} …"
             stderr.print(styled("Error:", "bold red"), message, soft_wrap=True)
-            raise SystemExit(told.exit_code) from told
+            raise SystemExit(known.exit_code) from known
         return result
 
     return guarded  # type: ignore[return-value]
@@ -82,9 +88,9 @@ def reports_errors(command: Command) -> Command:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A function that shows what is being done: a spinner on a terminal, lines elsewhere, nothing where quiet.
+    """Yield a function that shows a progress message: a spinner on a terminal, else a line each; nothing if quiet.
 
-    It raises KeyboardInterrupt if a signal came before.
+    The function raises KeyboardInterrupt if a signal was received.
     """
     if quiet:
         yield _unless_received(lambda message: None)
@@ -96,28 +102,28 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 def _unless_received(show: Callable[P, None]) -> Callable[P, None]:
-    def tell(*args: P.args, **kwargs: P.kwargs) -> None:
+    def report(*args: P.args, **kwargs: P.kwargs) -> None:
         raise_if_received()
         show(*args, **kwargs)
 
-    return tell
+    return report
 
 
-def tell_every(tell: Callable[[str], None], what: str, step: int = 100) -> Callable[[int, int], None]:
-    """A callback that shows "Mask 200 of 5716" now and then: long work is told, not every piece of it."""
+def report_every(on_progress: Callable[[str], None], what: str, step: int = 100) -> Callable[[int, int], None]:
+    """Return a callback that reports every `step`-th item, as in "Mask 200 of 5716"."""
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         if done % step == 0 or done == total:
-            tell(f"{what} {done} of {total}")
+            on_progress(f"{what} {done} of {total}")
 
-    return told
+    return report
 
 
 @contextmanager
-def picture_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
-    """A function that is told each picture as its turn comes: a bar on a terminal, a line elsewhere, or nothing.
+def image_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
+    """Yield a function that shows the current image: a progress bar on a terminal, else a line; nothing if quiet.
 
-    Both show pictures a second, of those that are done, and the time that is left at that rate.
+    Both show the throughput so far and the estimated time left.
     """
     started = time.monotonic()
 
@@ -126,7 +132,7 @@ def picture_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
         if not done or not seconds:
             return f"{number} of {total}: {path}"
         left = timedelta(seconds=round(seconds / done * (total - done)))
-        return f"{number} of {total}: {path} ({done / seconds:.3g} pictures/s, {left} left)"
+        return f"{number} of {total}: {path} ({done / seconds:.3g} images/s, {left} left)"
 
     if quiet:
         yield _unless_received(lambda path, number, total: None)
@@ -146,18 +152,12 @@ def picture_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output, and nothing else."""
+    """Print one JSON document to standard output."""
     sys.stdout.write(json_text(value))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """One JSON document in a file, whole or not at all; EnvironmentIssue where it cannot be written."""
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json_text(value), encoding="utf-8")
-
-
 def table(title: str, *columns: str) -> Table:
-    """An empty table; columns whose name ends in a space are right-aligned."""
+    """Return an empty table; columns whose name ends in a space are right-aligned."""
     made = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
         made.add_column(column.strip(), justify="right" if column.endswith(" ") else "left", overflow="fold")
@@ -165,12 +165,12 @@ def table(title: str, *columns: str) -> Table:
 
 
 def yes_or_no(met: bool | None) -> Text:
-    """Whether a goal is met, in color; empty where there is none."""
+    """Return "yes" or "no" in color; empty for None."""
     return styled("", "") if met is None else styled(*(("yes", "green") if met else ("no", "bold red")))
 
 
 def si(count: float, unit: str = "") -> str:
-    """A number with three digits and a prefix: 21.4 G, 85.3 M."""
+    """Format a number with three digits and an SI prefix: 21.4 G, 85.3 M."""
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= factor:
             return f"{count / factor:.3g} {prefix}{unit}"
@@ -178,5 +178,5 @@ def si(count: float, unit: str = "") -> str:
 
 
 def command_line() -> str:
-    """The command as it was typed, for manifests and reports."""
+    """Return the command line of this process, quoted for a shell."""
     return printable(shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""`cclip-deploy data`"""
+"""The command `cclip-deploy data`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,26 @@ from typing import Annotated
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table, tell_every
+from cclip_deploy.cli.console import print_json, progress, report_every, reports_errors, stdout, table
 from cclip_deploy.errors import ImageError
 
 
 @reports_errors
+@options.expand_groups
 def data(
-    folder: Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)],
-    layout: options.DataLayout = None,
-    subject: options.Subject = None,
-    allow_outside: options.AllowOutside = False,
-    bundle: options.TokenizerBundle = None,
-    prompt_length: options.PromptLength = None,
+    folder: Annotated[Path, typer.Argument(help="Data-set folder.", show_default=False)],
+    data_sets: options.DataSets = options.DATA_SETS,
+    tokenizer: options.Tokenizer = options.TOKENIZER,
     json: options.Json = False,
 ) -> None:
-    """Check a [bold]data set[/] and report it: images, masks, prompts, patients, and what the splits share."""
+    """Check a [bold]data set[/]: count images, masks, prompts and patients, and find overlap between the splits."""
     from cclip_deploy.datasets.reading import read_data_set
     from cclip_deploy.datasets.report import report_data_set
-    from cclip_deploy.inference.describe_prompt import open_tokenizer
 
-    with progress(quiet=json) as tell:
-        tell(f"Reading {folder}")
-        data_set = read_data_set(folder, layout, subject, allow_outside)
-        report = report_data_set(data_set, *open_tokenizer(bundle, prompt_length), tell_every(tell, "Mask"))
+    with progress(quiet=json) as on_progress:
+        on_progress(f"Reading {folder}")
+        data_set = read_data_set(folder, data_sets.layout, data_sets.subject, data_sets.allow_outside)
+        report = report_data_set(data_set, *tokenizer.open(), report_every(on_progress, "Mask"))
     if json:
         print_json(report.to_dict())
     else:
@@ -41,4 +38,4 @@ def data(
         for remark in report.remarks():
             stdout.print(remark, markup=False)
     if report.failed:
-        raise ImageError(f"{len(report.failed)} images or masks cannot be used; first: {report.failed[0][1]}")
+        raise ImageError(f"{len(report.failed)} images or masks cannot be read. The first error: {report.failed[0][1]}")

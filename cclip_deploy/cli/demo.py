@@ -1,4 +1,4 @@
-"""`cclip-deploy demo`"""
+"""The command `cclip-deploy demo`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ import typer
 
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table, yes_or_no
-from cclip_deploy.common.limits import MOST_THREADS
 
 
 @reports_errors
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for bundle, data and report.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for data, bundle and report.")] = Path(
         "runs/demo"
     ),
-    threads: Annotated[int, typer.Option(help="CPU threads.", min=1, max=MOST_THREADS)] = 2,
+    threads: options.DefaultThreads = 2,
     json: options.Json = False,
 ) -> None:
-    """Run [bold]the whole chain[/] on a tiny network, from training to masks and a report; minutes on a CPU."""
+    """Run [bold]every stage[/] on a tiny network, from training to masks, and write a report; minutes on a CPU."""
     from cclip_deploy.demo.demo import BUNDLE, REPORT, DemoOptions, run_demo
 
-    with progress(quiet=json) as tell:
-        facts = run_demo(output, DemoOptions(threads=threads), command_line(), tell)
+    with progress(quiet=json) as on_progress:
+        facts = run_demo(output, DemoOptions(threads=threads), command_line(), on_progress)
     if json:
         print_json(facts.to_dict())
         return
-    shown = table(f"cclip-deploy demo, {facts.total_seconds:.0f} s", "stage", "what", "value", "goal", "met")
+    shown = table(f"cclip-deploy demo, {facts.total_seconds:.0f} s", "stage", "what", "value", "target", "met")
     for row in facts.rows():
         met = yes_or_no(row.met)
         shown.add_row(row.stage, row.what, row.value, row.goal, met)
     stdout.print(shown)
-    stdout.print(f"Report with pictures: {output / REPORT}\nBundle: {output / BUNDLE}", markup=False)
+    stdout.print(f"Report: {output / REPORT}\nBundle: {output / BUNDLE}", markup=False)

@@ -1,4 +1,4 @@
-"""`cclip-deploy doctor`: what this machine can run, and what to type where it can't."""
+"""The command `cclip-deploy doctor`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ STATUS_STYLE = {"ok": "green", "missing": "yellow", "broken": "bold red"}
 
 @reports_errors
 def doctor(
-    deep: Annotated[bool, typer.Option("--deep", help="Import every package too; torch takes seconds.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also import every package, which takes seconds.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Say what this machine can run, and the command that mends what it can't; exit code 3 if no bundle can run."""
+    """Check what this machine can run and print how to fix what is missing. Exit code 3 if no bundle can run."""
     from cclip_deploy.environment.doctor import blockers, diagnose
 
     checks = diagnose(deep)
@@ -35,10 +35,10 @@ def doctor(
 
 
 def show(checks: Sequence[DoctorCheck]) -> None:
-    """A table of what was found, then the remedies, unbroken so that they can be copied."""
+    """Print a table of the checks, then the remedies, each on one line for copying."""
     from rich.text import Text
 
-    found = table("This machine", "check", "status", "needed to", "found")
+    found = table("This machine", "check", "status", "needed to", "details")
     for check in checks:
         status = Text(check.status, style=STATUS_STYLE[check.status])
         found.add_row(check.name, status, Text("\n".join(check.needed_for)), Text(check.detail))

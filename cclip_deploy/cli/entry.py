@@ -1,6 +1,6 @@
-"""Entry wrapper of the console script and of the stage scripts: signals, standard streams and exit codes.
+"""Run the console script and the stage scripts with signal handlers, guarded streams and exit codes.
 
-Imports little, so that the handlers are installed before anything that takes time to import.
+Imports little, so that the signal handlers are installed before slow imports.
 """
 
 from __future__ import annotations
@@ -14,36 +14,35 @@ from cclip_deploy.cli.streams import guard_streams
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 received: list[int] = []
-"""Those of SIGNALS that came: compiled code may swallow the KeyboardInterrupt that `receive` raises."""
+"""Signals received so far. Compiled code may swallow the KeyboardInterrupt that `receive` raises."""
 
 
 class Interrupted(SystemExit):
-    """End after SIGINT (130), SIGTERM (143) or SIGHUP (129); the message is already on standard error."""
+    """Exit after SIGINT (130), SIGTERM (143) or SIGHUP (129); the message has been printed."""
 
 
 def receive(number: int, frame: object) -> NoReturn:
-    """Handle one of SIGNALS: remember it, and raise KeyboardInterrupt."""
+    """Signal handler: record the signal and raise KeyboardInterrupt."""
     received.append(number)
     raise KeyboardInterrupt
 
 
 def raise_if_received() -> None:
-    """Raise KeyboardInterrupt if a signal came before, even if it was swallowed then."""
+    """Raise KeyboardInterrupt if a signal was received, even if its KeyboardInterrupt was swallowed."""
     if received:
         raise KeyboardInterrupt
 
 
 def end_interrupted() -> NoReturn:
-    """Print the one line of an interrupted command and end with 128 + signal number."""
+    """Print the message of an interrupted command and exit with 128 + signal number."""
     sys.stderr.write("Interrupted; nothing was left half-written.\n")
     raise Interrupted(128 + (received[0] if received else signal.SIGINT))
 
 
 def start(program: Callable[[], None]) -> None:
-    """Run a program; if one of SIGNALS comes, it ends with one line and 128 + its number, wherever it was.
+    """Run a program; one of SIGNALS ends it with one line and exit code 128 + signal number.
 
-    A SIGHUP that is ignored, as `nohup` has it, stays ignored. What standard output does not take ends the program as
-    `guard_streams` says.
+    An ignored SIGHUP, as under `nohup`, stays ignored. Errors of standard output end the program, see `guard_streams`.
     """
     guard_streams()
     handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT]
@@ -62,7 +61,7 @@ def start(program: Callable[[], None]) -> None:
 
 
 def _run_and_flush(program: Callable[[], None]) -> None:
-    """Output that is lost has to be known before the exit code is chosen, not as the interpreter ends."""
+    """Run a program and flush standard output, so that a failed write determines the exit code."""
     try:
         program()
     except SystemExit:
@@ -72,7 +71,7 @@ def _run_and_flush(program: Callable[[], None]) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a stage script's `main` with the errors, messages and exit codes of the command line."""
+    """Run the `main` of a stage script with the error messages and exit codes of the command line."""
 
     def guarded() -> None:
         from cclip_deploy.cli.console import reports_errors

@@ -1,4 +1,4 @@
-"""`cclip-deploy inspect`"""
+"""The command `cclip-deploy inspect`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cclip_deploy.cli.console import print_json, progress, reports_errors, si, s
 
 @reports_errors
 def inspect(bundle: options.Bundle, json: options.Json = False) -> None:
-    """Show what a bundle holds, every [bold]checksum[/] verified."""
+    """Show the contents of a bundle and verify every [bold]checksum[/]."""
     from cclip_deploy.verify.inspect import describe_bundle
 
-    with progress(quiet=json) as tell:
-        tell("Checking checksums")
+    with progress(quiet=json) as on_progress:
+        on_progress("Verifying checksums")
         facts = describe_bundle(bundle)
     if json:
         print_json(facts)
@@ -23,7 +23,7 @@ def inspect(bundle: options.Bundle, json: options.Json = False) -> None:
     for name, graph in facts["graphs"].items():
         sides = ("\n".join(_tensor(t) for t in graph[key]) for key in ("inputs", "outputs"))
         shown.add_row(name, *sides, si(graph["multiply_adds"]), si(graph["bytes"], "B"), graph["sha256"][:12])
-    engines = table("Engines", "engine of", "precision", "product layers", "built with", "size ", "SHA-256")
+    engines = table("Engines", "graph", "precision", "product layers", "built with", "size ", "SHA-256")
     for e in facts["engines"]:
         layers = ", ".join(f"{count} {kind}" for kind, count in e["product_layers"].items())
         built = f"{e['backend']} {e['backend_version']}"
@@ -31,7 +31,7 @@ def inspect(bundle: options.Bundle, json: options.Json = False) -> None:
     stdout.print(shown)
     if facts["engines"]:
         stdout.print(engines)
-    stdout.print(f"All {facts['files_checked']} checksums hold. Made by: {facts['command']}", markup=False)
+    stdout.print(f"All {facts['files_checked']} checksums match. Exported by: {facts['command']}", markup=False)
 
 
 def _tensor(tensor: dict[str, Any]) -> str:

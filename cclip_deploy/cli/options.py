@@ -1,81 +1,179 @@
-"""Options that several commands take, described once."""
+"""Options shared by several commands, and the dataclasses of the library that they are read into.
+
+A dataclass is an option group: `expand_groups` turns a parameter of that type into one option for each field.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
-from cclip_deploy.common.limits import MOST_THREADS
+from cclip_deploy.bundle import precision
+from cclip_deploy.common.limits import MAX_THREADS
 
 if TYPE_CHECKING:
+    from cclip_deploy.datasets.image_sets import DataSetOptions
+    from cclip_deploy.prompts.tokenizer import PromptTokenizer
+    from cclip_deploy.quantization.calibrate import CalibrationOptions
     from cclip_deploy.runtime.registry import BackendConfig
 
-Bundle = Annotated[Path, typer.Argument(help="The folder that export wrote.", show_default=False)]
-DataLayout = Annotated[
-    Literal["lvit", "languidemedseg", "medvlsm", "flat"] | None,
-    typer.Option("--layout", help="Read the folder as this layout; found from the folder unless given."),
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+Bundle = Annotated[Path, typer.Argument(help="Bundle folder, as written by export.", show_default=False)]
+Repair = Annotated[bool, typer.Option(help="Correct typing errors in prompts, as training and evaluation do.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: the runtime's own.", min=1, max=MAX_THREADS)]
+DefaultThreads = Annotated[int, typer.Option(help="CPU threads.", min=1, max=MAX_THREADS)]
+Precision = Annotated[precision.Precision, typer.Option(help="Precision of the bundle's graphs or engines to run.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint of the bundle, to run the network in PyTorch.")]
+ImageSize = Annotated[
+    str | None, typer.Option(help="Input size: N or HxW, multiples of 32. Default: the training size, else 224.")
 ]
-Subject = Annotated[
-    str | None,
-    typer.Option("--subject", help="Regular expression for the patient in an image's name, as 'sub-S\\d+'."),
-]
+Threshold = Annotated[float | None, typer.Option(help="Probability threshold of masks. Default: the network's own.")]
 AllowOutside = Annotated[
     bool,
-    typer.Option("--allow-outside", help="Tables may name files outside the data set's folder: trust them first."),
-]
-TokenizerBundle = Annotated[
-    Path | None, typer.Option("--bundle", help="Count tokens as this bundle does; as open_clip does unless given.")
-]
-PromptLength = Annotated[
-    int | None,
-    typer.Option("--prompt-length", help="Tokens before a prompt is cut; the bundle's, or 32.", min=3, max=77),
-]
-Repair = Annotated[
-    bool,
-    typer.Option("--repair/--no-repair", help="Repair typing errors in prompts, as training and evaluation do."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", help="CPU threads; as many as the runtime likes unless given.", min=1, max=MOST_THREADS),
-]
-Device = Annotated[
-    Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"], typer.Option("--device", help="ONNX Runtime's provider.")
-]
-BackendName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
-Backend = Annotated[
-    BackendName,
-    typer.Option("--backend", help="What runs: graphs in ONNX Runtime or OpenVINO, or the bundle's engines."),
-]
-AllowFallback = Annotated[
-    bool, typer.Option("--allow-fallback", help="ONNX Runtime on the CPU may stand in; the report says what ran.")
-]
-GpuInterface = Annotated[
-    Literal["cuda-python", "pycuda"], typer.Option("--gpu-interface", help="Engines: package for device memory.")
-]
-CudaGraphs = Annotated[bool, typer.Option("--cuda-graphs", help="Engines: capture each like run, and replay it.")]
-EngineCache = Annotated[
-    Path | None, typer.Option("--engine-cache", help="Folder of your own for what ONNX Runtime's providers compile.")
-]
-Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", help="The checkpoint, where PyTorch itself is to answer.")
+    typer.Option("--allow-outside", help="Let tables name files outside the data set's folder, if you trust them."),
 ]
 
 
-def choice(
-    backend: Backend,
-    device: Device,
-    threads: int | None,
-    allow_fallback: bool,
-    gpu_interface: GpuInterface,
-    cuda_graphs: bool,
-    engine_cache: Path | None = None,
-) -> BackendConfig:
-    """The options about what runs, as the library takes them."""
-    from cclip_deploy.runtime.registry import BackendConfig
-    from cclip_deploy.runtime.tensorrt.runner import GpuOptions
+@dataclass(frozen=True)
+class Runtime:
+    """Options that choose the backend, the device and the number of threads."""
 
-    gpu = GpuOptions(gpu_interface, cuda_graphs)
-    return BackendConfig(backend, device, threads, gpu, engine_cache, allow_fallback)
+    backend: Annotated[
+        Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"] | None,
+        typer.Option(help="onnxruntime (the default) or openvino to run graphs, the others to run engines."),
+    ] = None
+    device: Annotated[
+        Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"], typer.Option(help="Execution provider of ONNX Runtime.")
+    ] = "cpu"
+    threads: Threads = None
+    allow_fallback: Annotated[
+        bool,
+        typer.Option(
+            "--allow-fallback", help="Use ONNX Runtime on the CPU, with a note, if the backend is unavailable."
+        ),
+    ] = False
+    gpu_interface: Annotated[
+        Literal["cuda-python", "pycuda"], typer.Option(help="For engines: package that allocates device memory.")
+    ] = "cuda-python"
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="For engines: capture each input shape as a CUDA graph and replay it.")
+    ] = False
+    engine_cache: Annotated[
+        Path | None, typer.Option(help="Folder for engines that ONNX Runtime's providers compile.")
+    ] = None
+
+    def config(self) -> BackendConfig:
+        """Return these options as the library's configuration of a backend."""
+        from cclip_deploy.runtime.registry import BackendConfig
+        from cclip_deploy.runtime.tensorrt.runner import GpuOptions
+
+        gpu = GpuOptions(self.gpu_interface, self.cuda_graphs)
+        backend = self.backend or "onnxruntime"
+        return BackendConfig(backend, self.device, self.threads, gpu, self.engine_cache, self.allow_fallback)
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """Options that say how data-set folders are read."""
+
+    layout: Annotated[
+        Literal["lvit", "languidemedseg", "medvlsm", "flat"] | None,
+        typer.Option(help="Layout of the data set. Default: detected."),
+    ] = None
+    subject: Annotated[
+        str | None,
+        typer.Option(help="Regular expression for the patient in an image's file name, such as 'sub-S\\d+'."),
+    ] = None
+    allow_outside: AllowOutside = False
+
+    def options(self) -> DataSetOptions:
+        """Return these options as the library takes them."""
+        from cclip_deploy.datasets.image_sets import DataSetOptions
+
+        return DataSetOptions(self.layout, self.subject, self.allow_outside)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Options that choose the tokenizer and the prompt length."""
+
+    bundle: Annotated[Path | None, typer.Option(help="Bundle whose tokenizer is used. Default: open_clip's.")] = None
+    prompt_length: Annotated[
+        int | None, typer.Option(help="Tokens at which prompts are cut. Default: the bundle's, else 32.", min=3, max=77)
+    ] = None
+
+    def open(self) -> tuple[PromptTokenizer, int]:
+        """Load the tokenizer; return it and the prompt length."""
+        from cclip_deploy.inference.describe_prompt import open_tokenizer
+
+        return open_tokenizer(self.bundle, self.prompt_length)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Options of the calibration of quantized precisions."""
+
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Calibration images, or a data set, whose training split is used.")
+    ] = None
+    calibration_method: Annotated[
+        Literal["percentile", "min-max", "entropy"], typer.Option(help="How ranges are computed from values.")
+    ] = "percentile"
+    calibration_pictures: Annotated[int, typer.Option(help="Maximum number of calibration images.", min=1)] = 64
+
+    def options(
+        self, evaluation_set: list[Path] | None, data_sets: DataSets, **changes: Any
+    ) -> CalibrationOptions | None:
+        """Return these options as the library takes them; None without calibration images."""
+        from cclip_deploy.quantization.calibrate import CalibrationOptions
+
+        if not self.calibration:
+            return None
+        return CalibrationOptions(
+            tuple(self.calibration), self.calibration_method, limit=self.calibration_pictures,
+            evaluation_set=tuple(evaluation_set or ()), data_sets=data_sets.options(), **changes,
+        )  # fmt: skip
+
+
+RUNTIME, DATA_SETS, TOKENIZER, CALIBRATION = Runtime(), DataSets(), Tokenizer(), Calibration()
+
+
+def expand_groups(command: Command) -> Command:
+    """Replace each parameter whose type is an option group by one parameter for each field of the group.
+
+    The command still receives one instance of the group. The fields of the parameter's default value are the defaults.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if parameter.name not in groups:
+            parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        types = get_type_hints(hint, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, annotation=types[field.name],
+                default=getattr(parameter.default, field.name),
+            )
+            for field in fields(hint)
+        ]  # fmt: skip
+
+    @functools.wraps(command)
+    def expanded(**values: Any) -> Any:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        return command(**values)
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded  # type: ignore[return-value]

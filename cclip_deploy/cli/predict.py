@@ -1,4 +1,4 @@
-"""`cclip-deploy predict`"""
+"""The command `cclip-deploy predict`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import picture_progress, print_json, reports_errors, stdout, table
+from cclip_deploy.cli.console import image_progress, print_json, reports_errors, stdout, table
 from cclip_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,73 +19,67 @@ if TYPE_CHECKING:
 
 
 @reports_errors
+@options.expand_groups
 def predict(
     bundle: options.Bundle,
-    images: Annotated[list[Path], typer.Argument(help="Pictures or folders: PNG, JPEG, TIFF, BMP, DICOM.")],
-    prompt: Annotated[list[str], typer.Option(help="What to segment; may be repeated.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for masks and overlays.")] = Path(
+    images: Annotated[list[Path], typer.Argument(help="Images or folders of images: PNG, JPEG, TIFF, BMP or DICOM.")],
+    prompt: Annotated[list[str], typer.Option(help="Description of what to segment; may be repeated.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output folder for masks and overlays.")] = Path(
         "predictions"
     ),
-    threshold: Annotated[float | None, typer.Option(help="Probability from which a pixel counts.")] = None,
-    force: Annotated[bool, typer.Option(help="Replace masks that are there and are of another picture.")] = False,
+    threshold: options.Threshold = None,
+    force: Annotated[bool, typer.Option(help="Replace existing masks of another image.")] = False,
     repair: options.Repair = True,
     prompt_cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps what was computed of each prompt, for the next time.")
+        Path | None, typer.Option(help="Folder that caches the encoded prompts between runs.")
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Draw the causal masks and the confounding branch, a picture a mask.")
+        bool, typer.Option("--explain", help="Plot the causal masks and the confounding branch for each mask.")
     ] = False,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="With --explain: the bundle's checkpoint, where its own outputs do not suffice.")
+        Path | None,
+        typer.Option(help="With --explain: the bundle's checkpoint, for outputs that the bundle lacks."),
     ] = None,
-    backend: options.Backend = "onnxruntime",
-    device: options.Device = "cpu",
-    precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = Precision.FP32,
-    threads: options.Threads = None,
-    allow_fallback: options.AllowFallback = False,
-    gpu_interface: options.GpuInterface = "cuda-python",
-    cuda_graphs: options.CudaGraphs = False,
-    engine_cache: options.EngineCache = None,
+    precision: options.Precision = Precision.FP32,
+    runtime: options.Runtime = options.RUNTIME,
     json: options.Json = False,
 ) -> None:
-    """Segment what the prompts name: [bold]mask, probability and overlay[/] in the picture's own size."""
+    """Segment images by text prompts: write [bold]mask, probability map and overlay[/] at the original image size."""
     from cclip_deploy.bundle.bundle import Bundle
     from cclip_deploy.prompts.spelling import repair_prompts
 
     if checkpoint is not None and not explain:
-        raise UsageError("--checkpoint is for --explain; masks come from the bundle. Give both, or neither.")
+        raise UsageError("--checkpoint is only used with --explain. Add --explain or remove --checkpoint.")
     opened = Bundle.open(bundle)
-    if backend in ("onnxruntime", "openvino"):
+    if runtime.backend in (None, "onnxruntime", "openvino"):
         opened.read_ahead(precision, *(() if prompt_cache else ("prompt_encoder",)), "image_encoder", "mask_decoder")
 
     from cclip_deploy.inference.predict import PredictOptions, refuse_failures
     from cclip_deploy.inference.predict import predict as run
     from cclip_deploy.inference.run_report import report_run
     from cclip_deploy.inference.segmenter import Segmenter
-    from cclip_deploy.runtime.registry import opened as open_choice
+    from cclip_deploy.runtime.registry import opened as open_runtime
 
     prompts = repair_prompts(prompt, repair)
-    choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
-    with open_choice(choice, opened, precision) as runs, picture_progress(quiet=json) as on_picture:
+    with open_runtime(runtime.config(), opened, precision) as runs, image_progress(quiet=json) as on_image:
         segmenter = Segmenter.of_bundle(opened, runs.backend, prompt_cache)
         explainer = _open_explainer(opened, segmenter, checkpoint) if explain else None
         chosen = PredictOptions(threshold, force, explainer)
-        found = run(segmenter, images, [p.text for p in prompts], output, chosen, on_picture)
+        found = run(segmenter, images, [p.text for p in prompts], output, chosen, on_image)
         ran = report_run(runs, opened)
     if json:
         failed = [{"image": str(path), "error": reason} for path, reason in found.failed]
-        counts = found.prompt_counts.to_dict()
         print_json(
             {
                 "predictions": [row.to_dict() for row in found.done],
                 "failed": failed,
                 "repaired_prompts": [p.to_dict() for p in prompts if p.repairs],
-                "prompt_kernels": counts,
+                "prompt_kernels": found.prompt_counts.to_dict(),
                 "ran": ran.to_dict(),
             }
         )
     else:
-        shown = table("Predictions", "picture", "prompt", "area ", "mean probability ", "mask")
+        shown = table("Predictions", "image", "prompt", "area ", "mean probability ", "mask")
         for row in found.done:
             numbers = (f"{row.area_share:.2%}", f"{row.mean_probability:.3f}")
             shown.add_row(row.image.name, row.prompt, *numbers, str(row.written.mask))
@@ -103,5 +97,5 @@ def _open_explainer(bundle: Bundle, segmenter: Segmenter, checkpoint: Path | Non
     from cclip_deploy.common.plotting import require_matplotlib
     from cclip_deploy.inference.explain import open_explainer
 
-    require_matplotlib("Drawing an explanation")
+    require_matplotlib("Plotting an explanation")
     return open_explainer(bundle, segmenter, checkpoint)

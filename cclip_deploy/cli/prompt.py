@@ -1,4 +1,4 @@
-"""`cclip-deploy prompt`"""
+"""The command `cclip-deploy prompt`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from cclip_deploy.cli.console import print_json, reports_errors, stdout, table
 
 
 @reports_errors
+@options.expand_groups
 def prompt(
-    text: Annotated[str, typer.Argument(help="The prompt, in quotes.", show_default=False)],
-    bundle: options.TokenizerBundle = None,
-    prompt_length: options.PromptLength = None,
+    text: Annotated[str, typer.Argument(help="Prompt, in quotes.", show_default=False)],
+    tokenizer: options.Tokenizer = options.TOKENIZER,
     repair: options.Repair = True,
     json: options.Json = False,
 ) -> None:
-    """Show what becomes of a [bold]prompt[/]: typing errors repaired, zones and sides, tokens, cut or not."""
-    from cclip_deploy.inference.describe_prompt import describe_prompt, open_tokenizer
+    """Show how a [bold]prompt[/] is read: corrected typing errors, lung zones and sides, and tokens."""
+    from cclip_deploy.inference.describe_prompt import describe_prompt
 
-    facts = describe_prompt(text, *open_tokenizer(bundle, prompt_length), repair)
+    facts = describe_prompt(text, *tokenizer.open(), repair)
     if json:
         print_json(facts)
         return

@@ -1,4 +1,4 @@
-"""Standard output and standard error that survive a closed pipe, a full disk and a narrow encoding."""
+"""Wrappers of standard output and standard error that handle a closed pipe, a full disk and a limited encoding."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 CLOSED_PIPE, FULL = 141, 3
-"""Exit codes: 128 + SIGPIPE, as of a program that the signal ends; 3, as of every EnvironmentIssue."""
+"""Exit codes: 128 + SIGPIPE, and that of EnvironmentIssue."""
 
 
 class OutputLost(SystemExit):
-    """End of the process because standard output took no more; what is to be said is already on standard error."""
+    """Exit because standard output cannot be written; the message has been printed."""
 
 
 def guard_streams() -> None:
-    """Replace the interpreter's own `sys.stdout` and `sys.stderr`; what a program put in their place is left alone.
+    """Wrap `sys.stdout` and `sys.stderr`, unless the program has already replaced them.
 
-    Characters that their encoding lacks are written as `\\x…` and `\\u…`. Where standard output is a pipe that nobody
-    reads, the process ends quietly with 141; where it is full or closed, with a message and 3. Messages that standard
-    error does not take are dropped: they never change what a run does.
+    Characters that the encoding lacks are written as `\\x…` and `\\u…`. A closed pipe at standard output ends the
+    process with 141 and no message, a full disk with 3 and a message. Errors of standard error are ignored.
     """
     if sys.stderr is sys.__stderr__:
         sys.stderr = _guarded(2, sys.stderr, lambda error: None)
@@ -36,14 +35,14 @@ def _end(error: OSError) -> None:
         raise OutputLost(CLOSED_PIPE)
     reason = "it is closed" if error.errno == errno.EBADF else error.strerror
     sys.stderr.write(
-        f"Error: Standard output could not be written ({reason}), so what it got is not complete. Free some space or "
-        "write it to another place, and run it again.\n"
+        f"Error: Standard output could not be written ({reason}), so the output is incomplete. Free some space or "
+        "redirect the output, and run the command again.\n"
     )
     raise OutputLost(FULL)
 
 
 class _Descriptor(io.FileIO):
-    """A descriptor whose first failure to write is given to a function; after it everything is dropped."""
+    """File descriptor that calls a function on the first failed write and discards all later output."""
 
     def __init__(self, number: int, on_failure: Callable[[OSError], None]) -> None:
         super().__init__(number, "wb", closefd=False)
@@ -61,7 +60,7 @@ class _Descriptor(io.FileIO):
 
 
 class _Closed(_Descriptor):
-    """In place of a descriptor that was closed at the start."""
+    """Stand-in for a descriptor that was closed at the start."""
 
     def write(self, data: Any, /) -> int:
         if not self._lost:
@@ -71,7 +70,7 @@ class _Closed(_Descriptor):
 
 
 def _guarded(number: int, stream: TextIO | None, on_failure: Callable[[OSError], None]) -> TextIO:
-    if stream is None:  # else the next file that is opened would get the number, and with it what is printed
+    if stream is None:  # otherwise the next opened file would get this number, and the output
         _reserve(number)
         raw: _Descriptor = _Closed(number, on_failure)
     else:

@@ -1,4 +1,4 @@
-"""`cclip-deploy synth`"""
+"""The command `cclip-deploy synth`."""
 
 from __future__ import annotations
 
@@ -8,60 +8,63 @@ from typing import Annotated, Literal
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, tell_every
+from cclip_deploy.cli.console import print_json, progress, report_every, reports_errors, stdout
 from cclip_deploy.common.paths import check_writable
 
 
 @reports_errors
 def synth(
-    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Output folder; must not exist.", show_default=False)],
     layout: Annotated[
         Literal["flat", "jsonl", "qata", "mosmed", "languidemedseg", "medvlsm"],
-        typer.Option(help="Layout to write; qata and mosmed are LViT's."),
+        typer.Option(help="Layout of the data set; qata and mosmed are those of LViT."),
     ] = "flat",
-    images: Annotated[
-        int, typer.Option(help="Films: four fifths train (a fifth of them val), the rest test.", min=5)
-    ] = 500,
-    size: Annotated[int, typer.Option(help="Height and width in pixels.", min=32, max=1024)] = 224,
-    prompts_per_image: Annotated[int, typer.Option(help="Prompts for each film, each with its mask.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same files.", min=0)] = 0,
+    images: Annotated[int, typer.Option(help="Number of images: 64 % train, 16 % val, 20 % test.", min=5)] = 500,
+    size: Annotated[int, typer.Option(help="Height and width of the images in pixels.", min=32, max=1024)] = 224,
+    prompts_per_image: Annotated[int, typer.Option(help="Prompts for each image, each with its own mask.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same files.", min=0)] = 0,
     confounder: Annotated[
         list[str] | None,
         typer.Option(
-            help="marker, text, collimation, gain or blur, to follow the target's side; may be given several times."
+            help="Confounder that follows the target's side: marker, text, collimation, gain or blur; may be repeated."
         ),
     ] = None,
     confounder_rho: Annotated[
         float | None,
         typer.Option(
-            help="How often signs follow the target; 0.95 unless given. Alone it means all signs.", min=0, max=1
+            help="Probability that a confounder agrees with the target. Default: 0.95. Without --confounder: all "
+            "confounders.",
+            min=0,
+            max=1,
         ),
     ] = None,
-    test_rho: Annotated[float | None, typer.Option(help="The same in the test split.", min=0, max=1)] = None,
+    test_rho: Annotated[
+        float | None, typer.Option(help="Probability of agreement in the test split.", min=0, max=1)
+    ] = None,
     absent_share: Annotated[
-        float, typer.Option(help="Share of prompts for sites without a lesion.", min=0, max=1)
+        float, typer.Option(help="Fraction of prompts that name a site without a lesion.", min=0, max=1)
     ] = 0.0,
-    typo_share: Annotated[float, typer.Option(help="Share of prompts with a typing error.", min=0, max=1)] = 0.0,
+    typo_share: Annotated[float, typer.Option(help="Fraction of prompts with a typing error.", min=0, max=1)] = 0.0,
     wordings: Annotated[
         Literal["qata", "varied"],
-        typer.Option(help="Prompts in QaTa-COV19's form alone, or in several wordings; the images stay the same."),
+        typer.Option(help="Prompts in the form of QaTa-COV19, or in varied wordings. The images are the same."),
     ] = "qata",
     json: options.Json = False,
 ) -> None:
-    """Draw a [bold]synthetic data set[/]: films, prompts, masks, with confounders that can be switched on."""
+    """Generate a [bold]synthetic data set[/] of chest radiographs with prompts, masks and optional confounders."""
     from cclip_deploy.datasets.synthetic.confounders import confound
     from cclip_deploy.datasets.synthetic.generator import Asking, share_out_films, write_dataset
 
     asking = Asking(confound(confounder or (), confounder_rho), absent_share, typo_share, wordings)
     counts = share_out_films(images)
     check_writable(output)
-    with progress(quiet=json) as tell:
+    with progress(quiet=json) as on_progress:
         write_dataset(
             output, counts, (size, size), seed, prompts_per_film=prompts_per_image, layout=layout, asking=asking,
-            test_rho=test_rho, on_film=tell_every(tell, "Film"),
+            test_rho=test_rho, on_film=report_every(on_progress, "Image"),
         )  # fmt: skip
     if json:
         print_json({"folder": str(output), "layout": layout, "films": counts, "seed": seed})
         return
-    shares = ", ".join(f"{count} {split}" for split, count in counts.items())
-    stdout.print(f"{output}: {images} films ({shares}), layout {layout}", markup=False)
+    splits = ", ".join(f"{count} {split}" for split, count in counts.items())
+    stdout.print(f"{output}: {images} images ({splits}), layout {layout}", markup=False)

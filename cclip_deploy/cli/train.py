@@ -1,4 +1,4 @@
-"""`cclip-deploy train`"""
+"""The command `cclip-deploy train`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 @reports_errors
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file; training/configs/ has some.", show_default=False)],
-    data: Annotated[Path | None, typer.Option(help="Data set; the recipe's own unless given.")] = None,
+    recipe: Annotated[Path, typer.Argument(help="TOML file; see training/configs/.", show_default=False)],
+    data: Annotated[Path | None, typer.Option(help="Data-set folder. Default: the one that the recipe names.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder of the run; runs/RECIPE unless given.")
+        Path | None, typer.Option("-o", "--output", help="Output folder of the run. Default: runs/RECIPE.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder.")] = False,
     clip_weights: Annotated[
-        str | None, typer.Option(help="Start the towers from open_clip's name of RN101 weights, or a file.")
+        str | None, typer.Option(help="Initial weights of the towers: open_clip's name of RN101 weights, or a file.")
     ] = None,
     allow_outside: options.AllowOutside = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="One step and one validation on the first images; nothing is kept.")
+        bool, typer.Option("--dry-run", help="Run one step and one validation on the first images; write nothing.")
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Train a network as a [bold]recipe[/] says; keeps its last and best state, logs, and a record of the run."""
+    """Train a network by a [bold]recipe[/]; write the last and the best checkpoint, logs and a record of the run."""
     from cclip_deploy.train.config import TrainConfig
     from cclip_deploy.train.run import RunOptions, find_data
     from cclip_deploy.train.run import train as run
@@ -43,22 +43,22 @@ def train(
     config = TrainConfig.from_toml(recipe, data, clip_weights)
     if allow_outside:
         config = config.model_copy(update={"data": config.data.model_copy(update={"allow_outside": True})})
-    with progress(quiet=json) as tell:
+    with progress(quiet=json) as on_progress:
         report = run(
-            config, find_data(config, tell), output or Path("runs") / recipe.stem, _teller(tell),
-            RunOptions(resume, dry_run=dry_run), tell,
+            config, find_data(config, on_progress), output or Path("runs") / recipe.stem, _step_reporter(on_progress),
+            RunOptions(resume, dry_run=dry_run), on_progress,
         )  # fmt: skip
     if report.rank == 0:
         print_json(_to_json(report)) if json else _show(report)
 
 
-def _teller(tell: Callable[[str], None]) -> Callable[[TrainProgress], None]:
-    def told(p: TrainProgress) -> None:
+def _step_reporter(on_progress: Callable[[str], None]) -> Callable[[TrainProgress], None]:
+    def report(p: TrainProgress) -> None:
         if p.step % 10 == 0 or p.step == p.steps:
             dice = "" if p.dice is None else f", Dice {p.dice:.3f}"
-            tell(f"Epoch {p.epoch}, step {p.step} of {p.steps}, loss {p.loss:.3f}{dice}, {p.elapsed_s:.0f} s")
+            on_progress(f"Epoch {p.epoch}, step {p.step} of {p.steps}, loss {p.loss:.3f}{dice}, {p.elapsed_s:.0f} s")
 
-    return told
+    return report
 
 
 def _to_json(report: TrainReport) -> dict[str, Any]:
@@ -68,13 +68,13 @@ def _to_json(report: TrainReport) -> dict[str, Any]:
 
 
 def _show(report: TrainReport) -> None:
-    shown = table(f"{report.folder}, {report.epochs} epochs, {report.steps} steps", "what", "value ")
+    shown = table(f"{report.folder}, {report.epochs} epochs, {report.steps} steps", "", "value ")
     rows = {
         "images, prompts": f"{report.images}, {report.rows}",
-        "prompts cut": str(report.cut_prompts),
-        "loss, first step and last tenth": f"{report.first_loss:.3f}, {report.last_loss:.3f}",
+        "prompts cut to length": str(report.cut_prompts),
+        "loss: first step, last tenth of the steps": f"{report.first_loss:.3f}, {report.last_loss:.3f}",
         "best Dice on val": "no val split" if report.best_dice is None else f"{report.best_dice:.3f}",
-        "in epoch": str(report.best_epoch or "") + (", stopped early" if report.stopped_early else ""),
+        "best epoch": str(report.best_epoch or "") + (", stopped early" if report.stopped_early else ""),
         "means of the causal masks": ", ".join(f"{mean:.2f}" for mean in report.mask_means),
         "training": f"{report.training_s:.0f} s, {report.waiting_share:.1%} of it waiting for data",
     }
@@ -83,14 +83,14 @@ def _show(report: TrainReport) -> None:
     stdout.print(shown)
     if report.clip is not None:
         _show_clip(report.clip)
-    stdout.print(f"Network: {report.checkpoint}", markup=False)
+    stdout.print(f"Checkpoint: {report.checkpoint}", markup=False)
 
 
 def _show_clip(clip: ClipStart) -> None:
-    """Tensors by part of the towers; those that CLIP has not got by name. All names are in run.json."""
+    """Print the number of tensors loaded from CLIP for each part of the towers, and the names of the missing ones."""
     found, missing = (Counter(".".join(name.split(".")[:2]) for name in names) for names in (clip.found, clip.missing))
-    shown = table("Start from CLIP", "part", "found ", "not found ")
+    shown = table("Initialized from CLIP", "part", "found ", "not found ")
     for part in sorted({*found, *missing}):
         shown.add_row(part, str(found[part]), str(missing[part]))
     stdout.print(shown)
-    stdout.print("Not found in CLIP, so at random: " + ", ".join(clip.missing), markup=False)
+    stdout.print("Not in CLIP, initialized at random: " + ", ".join(clip.missing), markup=False)

@@ -1,4 +1,4 @@
-"""`cclip-deploy tune-precision`"""
+"""The command `cclip-deploy tune-precision`."""
 
 from __future__ import annotations
 
@@ -16,54 +16,48 @@ if TYPE_CHECKING:
 
 
 @reports_errors
+@options.expand_groups
 def tune_precision(
     bundle: options.Bundle,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the profile, a TOML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write, a TOML file.")],
     evaluation_set: Annotated[
-        list[Path], typer.Option(help="Images, or a data set's test split: half decides, half judges, by patient.")
+        list[Path],
+        typer.Option(
+            help="Images, or a data set, of which the test split is used. One half of the patients selects the blocks, "
+            "the other half measures the result."
+        ),
     ],
-    calibration: Annotated[
-        list[Path] | None, typer.Option(help="Images, or a data set's training split, to take ranges from.")
-    ] = None,
+    calibration: options.Calibration = options.CALIBRATION,
     precision: Annotated[
-        Literal["int8", "int8-fp16", "fp8", "fp8-fp16", "fp16", "bf16"], typer.Option(help="The low precision.")
+        Literal["int8", "int8-fp16", "fp8", "fp8-fp16", "fp16", "bf16"], typer.Option(help="Low precision to tune.")
     ] = "int8",
-    budget_mean: Annotated[float, typer.Option(help="Least mean Dice to FP32's masks.")] = 0.99,
-    budget_worst: Annotated[float, typer.Option(help="Least mean Dice of one image.")] = 0.95,
-    calibration_method: Annotated[
-        Literal["percentile", "min-max", "entropy"], typer.Option(help="How a range is chosen.")
-    ] = "percentile",
-    calibration_pictures: Annotated[int, typer.Option(help="Use at most so many of them.", min=1)] = 64,
-    pictures: Annotated[int, typer.Option(help="Evaluate on at most so many, both halves together.", min=4)] = 64,
-    layout: options.DataLayout = None,
-    subject: options.Subject = None,
-    allow_outside: options.AllowOutside = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw the front too, as PNG or SVG; needs matplotlib.")] = None,
+    budget_mean: Annotated[float, typer.Option(help="Minimum mean Dice against the FP32 masks.")] = 0.99,
+    budget_worst: Annotated[float, typer.Option(help="Minimum mean Dice of each image.")] = 0.95,
+    pictures: Annotated[int, typer.Option(help="Maximum number of evaluation images.", min=4)] = 64,
+    data_sets: options.DataSets = options.DATA_SETS,
+    picture: Annotated[Path | None, typer.Option(help="PNG or SVG file of the Pareto front; needs matplotlib.")] = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Find which blocks must stay in a [bold]higher precision[/] for the masks to hold, and write a profile of it."""
+    """Find the blocks that must run in a [bold]higher precision[/] to preserve the masks, and write a profile."""
     from cclip_deploy.bundle.bundle import Bundle
     from cclip_deploy.bundle.precision import Precision
-    from cclip_deploy.datasets.image_sets import DataSetOptions
-    from cclip_deploy.quantization.calibrate import CalibrationOptions, default_cache
+    from cclip_deploy.quantization.calibrate import default_cache
     from cclip_deploy.quantization.pareto_plot import draw_pareto_front
     from cclip_deploy.quantization.profile import Agreement, write_tuned_profile
     from cclip_deploy.quantization.tune import TuneOptions
     from cclip_deploy.quantization.tune import tune_precision as tune
 
     check_writable(output, picture)
-    evaluation, data_sets = tuple(evaluation_set), DataSetOptions(layout, subject, allow_outside)
-    calibrating = calibration and CalibrationOptions(
-        tuple(calibration), calibration_method, limit=calibration_pictures, evaluation_set=evaluation,
-        data_sets=data_sets, cache=default_cache(),
-    )  # fmt: skip
+    calibrating = calibration.options(evaluation_set, data_sets, cache=default_cache())
     budget = Agreement(mean=budget_mean, worst=budget_worst)
-    with progress(quiet=json) as tell:
+    with progress(quiet=json) as on_progress:
         profile = tune(
             Bundle.open(bundle),
-            TuneOptions(Precision(precision), evaluation, calibrating or None, budget, pictures, data_sets, threads),
-            tell,
+            TuneOptions(
+                Precision(precision), tuple(evaluation_set), calibrating, budget, pictures, data_sets.options(), threads
+            ),
+            on_progress,
         )
     write_tuned_profile(profile, output)
     if picture:
@@ -77,12 +71,12 @@ def tune_precision(
 
 def _show(profile: TunedProfile) -> None:
     shown = table(
-        f"{profile.precision}: Dice to FP32's masks, held-out images", "blocks kept ", "share ", "mean ", "worst ",
-        "last kept", "",
+        f"{profile.precision}: Dice against FP32 masks, held-out images", "high-precision blocks ", "cost ", "mean ",
+        "worst ", "last block", "",
     )  # fmt: skip
     for point in profile.tuned.front:
         last = point.kept[-1] if point.kept else "none"
-        mark = "chosen" if point.kept == profile.keep else ""
+        mark = "selected" if point.kept == profile.keep else ""
         agreement = point.held_out
         shown.add_row(
             str(len(point.kept)), f"{point.share:.1%}", f"{agreement.mean:.4f}", f"{agreement.worst:.4f}", last, mark
@@ -93,7 +87,8 @@ def _show(profile: TunedProfile) -> None:
     stdout.print(profile.why, markup=False)
     if better := profile.tuned.cheaper_as_good_when_judged():
         stdout.print(
-            f"With {len(better.kept)} blocks kept the held-out images are as good ({better.held_out.mean:.4f}, "
-            f"{better.held_out.worst:.4f}): more evaluation images would tell these forms apart.",
+            f"{len(better.kept)} high-precision blocks give the same agreement on the held-out images (mean "
+            f"{better.held_out.mean:.4f}, worst {better.held_out.worst:.4f}). Use more evaluation images to separate "
+            "the two.",
             markup=False,
         )

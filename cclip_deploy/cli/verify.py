@@ -1,4 +1,4 @@
-"""`cclip-deploy verify`"""
+"""The command `cclip-deploy verify`."""
 
 from __future__ import annotations
 
@@ -21,33 +21,26 @@ METRICS = ("relative_error", "max_error", "mask_dice", "flipped_share")
 
 
 @reports_errors
+@options.expand_groups
 def verify(
     bundle: options.Bundle,
     checkpoint: options.Checkpoint = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Picture or folder to compare on; needs --checkpoint.")
-    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image or folder to compare on; needs --checkpoint.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt to compare on; needs --checkpoint.")] = None,
     repair: options.Repair = True,
-    backend: options.Backend = "onnxruntime",
-    device: options.Device = "cpu",
-    threads: options.Threads = None,
-    allow_fallback: options.AllowFallback = False,
-    gpu_interface: options.GpuInterface = "cuda-python",
-    cuda_graphs: options.CudaGraphs = False,
-    engine_cache: options.EngineCache = None,
+    runtime: options.Runtime = options.RUNTIME,
     json: options.Json = False,
 ) -> None:
-    """Compare every graph of a bundle with [bold]PyTorch[/]; exit code 4 where a limit is broken."""
+    """Compare every graph of a bundle with [bold]PyTorch[/]. Exit code 4 if a parity limit is exceeded."""
     from cclip_deploy.bundle.bundle import Bundle
     from cclip_deploy.prompts.spelling import repair_prompts
     from cclip_deploy.verify.verify import VerifyOptions, verify_bundle
 
-    choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
     prompts = repair_prompts(prompt or (), repair)
-    chosen = VerifyOptions(checkpoint, tuple(image or ()), tuple(p.text for p in prompts), threads, choice)
-    with progress(quiet=json) as tell:
-        result = verify_bundle(Bundle.open(bundle), chosen, tell)
+    texts = tuple(p.text for p in prompts)
+    chosen = VerifyOptions(checkpoint, tuple(image or ()), texts, runtime.threads, runtime.config())
+    with progress(quiet=json) as on_progress:
+        result = verify_bundle(Bundle.open(bundle), chosen, on_progress)
     notes = [*(p.describe() for p in prompts if p.repairs), *result.notes]
     if json:
         print_json({**result.to_dict(), "notes": notes})
@@ -59,36 +52,39 @@ def verify(
             stdout.print(f"Note: {note}", markup=False)
     if not result.passed:
         failed = [check for check in result.checks if not check.passed]
-        first = f"; first: {failed[0].describe()}" if failed else ""
+        first = f" The first: {failed[0].describe()}." if failed else ""
         raise ParityError(
-            f"{len(failed)} of {len(result.checks)} checks broke their limit{first}. Do not use this bundle; export it "
-            "again."
+            f"{len(failed)} of {len(result.checks)} checks exceed their limit.{first} Do not use this bundle; export "
+            "it again."
         )
 
 
 def _show(name: str, checks: Sequence[Check]) -> None:
-    """Stages, the worst of each metric with a row for each graph, derivations, engines, and every broken limit."""
+    """Print the worst value of each metric for every graph, the checks of stages and engines, and all failed checks."""
     stages: dict[str, list[Check]] = {}
     for c in checks:
         if c.backend == "bundle":
             stages.setdefault(c.graph, []).append(c)
     if stages:
         verdicts = ", ".join(f"{stage} {_verdict(rows)}" for stage, rows in stages.items())
-        stdout.print(f"Before and after the graphs: {verdicts}")
-    shown = table(f"{name} against PyTorch, worst values", "graph", "precision", *(f"{m} " for m in METRICS), "")
+        stdout.print(f"Stages before and after the graphs: {verdicts}")
+    shown = table(f"{name} compared with PyTorch, worst values", "graph", "precision", *(f"{m} " for m in METRICS), "")
     outputs = [c for c in checks if c.metric in (*METRICS, "flipped_pixels")]
     for graph, precision in dict.fromkeys((c.graph, c.precision) for c in outputs):
         rows = [c for c in outputs if (c.graph, c.precision) == (graph, precision)]
         cells = (_worst([c for c in rows if c.metric == metric]) for metric in METRICS)
         shown.add_row(graph, precision, *cells, _in_color(_verdict(rows)))
     stdout.print(shown)
-    for part, what in (("derivation", "derived again from FP32"), ("layers", "compared with FP32 layer by layer")):
+    for part, what in (
+        ("derivation", "converted again from FP32 and compared"),
+        ("layers", "compared with FP32 layer by layer"),
+    ):
         if rows := [c for c in checks if c.name.endswith(f"/{part}")]:
             stdout.print(f"{len(rows)} low-precision graphs {what}: {_verdict(rows)}")
     engines = [c for c in checks if c.name.split("/")[1:2] == ["engine"]]
     for graph, precision, backend in dict.fromkeys((c.graph, c.precision, c.backend) for c in engines):
         rows = [c for c in engines if (c.graph, c.precision, c.backend) == (graph, precision, backend)]
-        stdout.print(f"{backend} engine of {graph}: proved {precision}, and built from this graph: {_verdict(rows)}")
+        stdout.print(f"{backend} engine of {graph}: built from this graph, layers in {precision}: {_verdict(rows)}")
     for c in checks:
         if not c.passed:
             stdout.print(styled(c.describe(), "bold red"))

@@ -1,4 +1,4 @@
-"""CSV tables that a spreadsheet program can open without running what a stranger wrote into a cell."""
+"""CSV output in which no cell is interpreted as a formula by a spreadsheet program."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ _STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "�
 
 
 def csv_text(rows: Iterable[Sequence[object]], line_end: str = "\n") -> str:
-    """Rows as CSV; a text that begins as a formula gets an apostrophe before it (OWASP, CSV Injection).
-
-    Numbers stay numbers, negative ones too.
-    """
+    """Format rows as CSV; text that starts like a formula is prefixed with an apostrophe (OWASP, CSV Injection)."""
     file = io.StringIO()
-    csv.writer(file, lineterminator=line_end).writerows([harmless(cell) for cell in row] for row in rows)
+    csv.writer(file, lineterminator=line_end).writerows([escape_formula(cell) for cell in row] for row in rows)
     return file.getvalue()
 
 
-def harmless(cell: object) -> object:
-    """The cell, with an apostrophe before a text that a spreadsheet program would take for a formula."""
+def escape_formula(cell: object) -> object:
+    """Return a cell, with an apostrophe before text that starts like a formula; numbers are returned unchanged."""
     if isinstance(cell, int | float):
         return cell
     text = str(cell)

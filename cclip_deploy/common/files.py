@@ -1,8 +1,8 @@
-"""Folders and files that appear whole or not at all, and locks that keep two runs out of one place.
+"""Atomic writes of files and folders, and locks that keep two runs from writing the same target.
 
-A run writes under a hidden name of its own (`.NAME.RANDOM.unfinished`) and renames at the end. It holds a lock of the
-operating system meanwhile, which the kernel releases when the process ends, however it ends: what lies there without
-a lock is left over from a run that was killed, and the next run with the same target removes it.
+A run writes to a hidden path (`.NAME.RANDOM.unfinished`) under a lock of the operating system and renames it at the
+end. The lock ends with the process, so an unlocked hidden path was left by a killed run; the next run with the same
+target removes it.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from cclip_deploy.errors import CclipError, DataError, EnvironmentIssue, TargetI
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _PART = re.compile(r"\.(.+)\.([0-9a-f]{16})\.([0-9]+)-of-[0-9]+", re.DOTALL)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)
-_SYNC_THREADS = 8  # 600 files of 20 kB on ext4: 0.05 s; one after the other 0.2 to 2 s
+_SYNC_THREADS = 8  # 600 files of 20 kB on ext4 take 0.05 s, with one thread 0.2 to 2 s
 _SWAP_TRIES, _SWAP_PAUSE_S = 100, 0.02
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; it takes that name, in place of what was there, only when the block ends well.
+    """Yield a temporary folder that replaces the folder at `path` if the block succeeds.
 
-    The lock is held from before the block to after the renames, and everything is on the disk before them. Parents
-    that are missing are made, and removed again where the block fails. A link at `path` stays one.
+    The target is locked for the whole time, and the content is synced to disk before the rename. Missing parents are
+    created, and removed again if the block fails. A link at `path` is followed.
 
     Raises:
         TargetInUse: another run writes this folder.
-        EnvironmentIssue: the disk is full or cannot be written; what was at `path` is still there.
+        EnvironmentIssue: the disk is full or not writable; the folder at `path` is unchanged.
         DataError: another file cannot be read in the block.
     """
     path = Path(os.path.realpath(path))
@@ -60,7 +60,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """As `whole_folder`, but never put in place: a folder to work in, on the disk of `path`."""
+    """Yield a temporary folder beside `path`, locked like that of `whole_folder`, and remove it at the end."""
     path = Path(os.path.realpath(path))
     unfinished = temporary_path(path)
     with _held(path.parent, lock_beside(path), path):
@@ -75,14 +75,14 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Hold a folder that a run fills file by file; it is made if it is missing, and removed if it stays empty.
+    """Lock a folder that is filled file by file; create it if missing, and remove it at the end if it is empty.
 
-    Files that killed runs left unfinished in it are removed.
+    Unfinished files of killed runs are removed from it.
 
     Raises:
-        UsageError: it is a file.
+        UsageError: `folder` is a file.
         TargetInUse: another run writes into it.
-        EnvironmentIssue: it cannot be made or written.
+        EnvironmentIssue: it cannot be created or written.
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
@@ -95,13 +95,13 @@ def writing_into(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file at; it takes that name, in place of what was there, if the block ends well.
+    """Yield a temporary path for a file that replaces the one at `path` if the block succeeds.
 
-    Parents that are missing are made. Of two runs that write one file at once, the last to end wins.
+    Missing parents are created. If two runs write the same file, the last one wins.
 
     Raises:
-        UsageError: a device or pipe is at `path`: it would be replaced.
-        EnvironmentIssue: the disk is full or cannot be written; what was at `path` is still there.
+        UsageError: `path` is a device or a pipe.
+        EnvironmentIssue: the disk is full or not writable; the file at `path` is unchanged.
         DataError: another file cannot be read in the block.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -122,13 +122,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def replace_together(files: Mapping[Path, bytes]) -> None:
-    """Write files of one folder so that a run that is killed leaves all the old ones or, settled, all the new ones.
+    """Write several files of one folder as one transaction: either all are replaced or none.
 
-    All are on the disk under hidden names before the first takes its own. A kill between the renames is made good by
-    `writing_into`, which the next run into the folder calls: where the first file has its name, the others get theirs.
+    All are written and synced under hidden names before the first rename. After a kill between the renames, the next
+    `writing_into` of the folder completes them if the first file was renamed, and discards them otherwise.
 
     Raises:
-        OSError: a file cannot be written; none is replaced, unless it was a rename that failed.
+        OSError: a file cannot be written; none is replaced unless a rename failed.
     """
     token, count = token_hex(8), len(files)
     for target in files:
@@ -147,12 +147,12 @@ def replace_together(files: Mapping[Path, bytes]) -> None:
 
 
 def restore_folder(path: Path) -> None:
-    """Put a folder back where the run that was replacing it was killed between its two renames.
+    """Restore a folder if the run that was replacing it was killed between its two renames.
 
-    A run that is between them just now is waited for.
+    Wait for a run that is between them right now.
 
     Raises:
-        EnvironmentIssue: the folder cannot be put back; the message says what to rename.
+        EnvironmentIssue: the folder cannot be restored; the message says what to rename.
     """
     path = Path(os.path.realpath(path))
     for _ in range(_SWAP_TRIES):
@@ -166,25 +166,25 @@ def restore_folder(path: Path) -> None:
             time.sleep(_SWAP_PAUSE_S)
         except OSError as error:
             raise EnvironmentIssue(
-                f"A run was killed while it replaced {path}, and {found[0].name} beside it cannot be put back "
-                f"({error}). Rename that to {path.name}."
+                f"A run was killed while it replaced {path}, and the earlier folder, {found[0].name}, cannot be "
+                f"restored ({error}). Rename it to {path.name}."
             ) from error
 
 
 def disk_problem(path: Path, error: OSError) -> EnvironmentIssue:
-    """The error of a disk that did not take `path`."""
+    """Return the error for a failed write of `path`."""
     if error.errno in NO_ROOM:
-        return EnvironmentIssue(f"The disk is full; {path} was left as it was. Free some space and run it again.")
-    return EnvironmentIssue(f"{path} could not be written ({error}). Choose another place, or mend this one.")
+        return EnvironmentIssue(f"The disk is full; {path} is unchanged. Free some space and run the command again.")
+    return EnvironmentIssue(f"{path} could not be written ({error}). Choose another path or fix its permissions.")
 
 
 def reading_problem(path: Path, error: OSError) -> DataError:
-    """The error of a file that is there but cannot be read, or is gone."""
+    """Return the error for a failed read of `path`."""
     return DataError(f"{path} cannot be read: {error.strerror or error}. Check the path, its permissions and the disk.")
 
 
 def _problem(path: Path, unfinished: Path, error: OSError) -> CclipError:
-    """What failed while `path` was filled: writing it, or reading the other file that the error names."""
+    """Return the error of a block that writes `path`: a failed write of it, or a failed read of the file in `error`."""
     named = error.filename
     if isinstance(named, str | os.PathLike) and error.filename2 is None and error.errno not in NO_ROOM:
         other = Path(os.path.abspath(named))
@@ -195,7 +195,7 @@ def _problem(path: Path, unfinished: Path, error: OSError) -> CclipError:
 
 
 def sha256_input(path: Path) -> str:
-    """As `sha256_file`, of a file that a user named; DataError where it cannot be read."""
+    """Return `sha256_file` of a file given by the user; raise DataError if it cannot be read."""
     try:
         return sha256_file(path)
     except OSError as error:
@@ -203,13 +203,13 @@ def sha256_input(path: Path) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard link a file where the file system can, else copy it."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -218,7 +218,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def _held(folder: Path, lock: Path, target: Path) -> Iterator[None]:
-    """A folder that is there, made if need be, and a lock that is held."""
+    """Create a folder if it is missing and hold a lock."""
     with ExitStack() as stack:
         try:
             stack.enter_context(_made(folder))
@@ -230,7 +230,7 @@ def _held(folder: Path, lock: Path, target: Path) -> Iterator[None]:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """A folder and its parents are there within the block; those that were missing go again if they stay empty."""
+    """Create a folder and its parents; at the end, remove those of them that are empty."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -242,7 +242,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def _settle(path: Path) -> None:
-    """Under the lock: put back what was moved away and not replaced, and remove all else that a run left."""
+    """Restore a folder that was moved away but not replaced, and remove other leftovers; the lock must be held."""
     for old in temporaries(path.parent, path.name, "old"):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -263,7 +263,7 @@ def _settle_sets(folder: Path) -> None:
 
 
 def _settle_set(parts: Mapping[int, tuple[Path, Path]]) -> None:
-    """Rename what is left of a set whose first file has been renamed; remove that of any other, the first last."""
+    """Complete the renames of a set of files if the first one was renamed; else remove the set, the first file last."""
     if 1 in parts and parts[1][0].exists():
         for _, (part, _) in sorted(parts.items(), reverse=True):
             part.unlink(missing_ok=True)
@@ -274,7 +274,7 @@ def _settle_set(parts: Mapping[int, tuple[Path, Path]]) -> None:
 
 
 def _put_in_place(unfinished: Path, path: Path) -> None:
-    """Killed between the two renames, `_settle` puts the old folder back."""
+    """Replace a folder by two renames; `_settle` restores the old one after a kill between them."""
     if path.exists():
         path.rename(temporary_path(path, "old"))
     unfinished.rename(path)
@@ -282,7 +282,7 @@ def _put_in_place(unfinished: Path, path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Have every file and folder on the disk, so that a power cut after the rename leaves none of them empty."""
+    """Sync every file and folder to disk, so that none is empty after a power cut following the rename."""
     with ThreadPoolExecutor(_SYNC_THREADS, "cclip-sync") as threads:
         for _ in threads.map(_sync, (folder, *folder.rglob("*"))):
             pass

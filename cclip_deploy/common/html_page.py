@@ -1,4 +1,7 @@
-"""A report as one HTML page: sections of text, tables and pictures; pictures lie beside it or, as data URIs, in it."""
+"""Reports as an HTML page with sections of text, tiles, tables and figures.
+
+Figures are separate files or, as data URIs, part of the page.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ code { background: #eceff2; padding: .1rem .3rem; }
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; a cell is text, a number in text (right-aligned), or a verdict (True, False)."""
+    """A table; a cell is text or a bool, shown as yes or no. `numbers` are the indices of right-aligned columns."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str | bool, ...], ...]
@@ -41,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture by its path relative to the page, or as a data URI, and what it shows."""
+    """An image, by its path relative to the page or as a data URI, with its caption."""
 
     source: str
     caption: str
@@ -49,7 +52,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Tile:
-    """One number to see first: its name, its value, and what stands small below, such as an interval."""
+    """A headline figure: name, value and a small line below, such as an interval."""
 
     name: str
     value: str
@@ -57,14 +60,14 @@ class Tile:
 
     @staticmethod
     def of(name: str, shown: str) -> Tile:
-        """A tile of a value with its interval, `0.85 [0.84, 0.86]`."""
+        """Make a tile from a value and its interval, such as `0.85 [0.84, 0.86]`."""
         value, _, below = shown.partition(" ")
         return Tile(name, value, below)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, unless empty, and what stands below it, in this order."""
+    """A section of the page; an empty title has no heading."""
 
     title: str
     text: tuple[str, ...] = ()
@@ -74,7 +77,7 @@ class Section:
 
 
 def write_page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The whole page; every text is escaped."""
+    """Return the HTML of a page; all text is escaped."""
     body = "\n".join(_section(section) for section in sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'

@@ -1,7 +1,7 @@
-"""Locks of files and folders, and the hidden names under which a run writes what is not complete.
+"""File locks, and hidden names of temporary files and folders.
 
-A lock is the operating system's and ends with its process, however that ends: what lies under a hidden name and is
-not locked was left by a run that was killed. On a network file system, locks hold between hosts where it says so.
+The operating system releases a lock when its process ends, so a temporary file without a lock was left by a killed
+run. Whether locks work between hosts depends on the network file system.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cclip_deploy.common.names import printable
 from cclip_deploy.errors import EnvironmentIssue, TargetInUse
 
 LOCK = "cclip-lock"
-"""Of a folder that stays where it is, `.cclip-lock` in it; of one that is replaced, `.NAME.cclip-lock` beside it."""
+"""Lock file: `.cclip-lock` in a folder that is filled, `.NAME.cclip-lock` beside a folder that is replaced."""
 
 _HELD = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -33,12 +33,12 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(unfinished|old)", re.DOTALL)
 
 @contextmanager
 def locked(lock: Path, target: Path) -> Iterator[None]:
-    """Hold a lock file, which says who holds it and is removed at the end.
+    """Hold a lock file, which contains its owner and is removed at the end.
 
     Raises:
-        TargetInUse: another run holds it; the message says that it is writing `target`.
+        TargetInUse: another process holds it; the message names `target`.
         EnvironmentIssue: the file system has no locks.
-        OSError: the lock file cannot be made.
+        OSError: the lock file cannot be created.
     """
     descriptor = _take(lock, target)
     try:
@@ -50,16 +50,16 @@ def locked(lock: Path, target: Path) -> Iterator[None]:
 
 
 def lock_beside(path: Path) -> Path:
-    """The lock of a folder that is replaced as a whole."""
+    """Return the path of the lock of a folder that is replaced as a whole."""
     return path.with_name(f".{path.name}.{LOCK}")
 
 
 @contextmanager
 def unfinished_file(path: Path) -> Iterator[Path]:
-    """A new empty file beside `path`, locked, to write and rename; removed at the end if it is still there.
+    """Create a locked, empty file beside `path`, to be written and renamed; remove it at the end if it still exists.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     descriptor, unfinished = _create_locked(path)
     try:
@@ -71,17 +71,17 @@ def unfinished_file(path: Path) -> Iterator[Path]:
 
 
 def temporary_path(path: Path, suffix: Literal["unfinished", "old"] = "unfinished") -> Path:
-    """A hidden name beside `path` that no other process has, in whatever container it runs."""
+    """Return a unique hidden path beside `path`."""
     return path.with_name(f".{path.name}.{token_hex(8)}.{suffix}")
 
 
 def is_bookkeeping(path: Path) -> bool:
-    """Whether a file is a lock or a temporary of ours, so no content of its folder."""
+    """Return whether a file is a lock or a temporary file of this package."""
     return path.name == f".{LOCK}" or _TEMPORARY.fullmatch(path.name) is not None
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove the files that killed runs left unfinished in a folder; those of `name` alone, if given."""
+    """Remove unfinished files of killed runs from a folder; only those of `name`, if given."""
     for path in temporaries(folder, name, "unfinished"):
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDWR | _NO_WAIT | _NO_FOLLOW)
@@ -93,7 +93,7 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def temporaries(folder: Path, name: str | None, suffix: str) -> list[Path]:
-    """Temporary files and folders in a folder; those of `name` alone, if given."""
+    """Return the temporary files and folders in a folder; only those of `name`, if given."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -112,10 +112,10 @@ def _take(lock: Path, target: Path) -> int:
         try:
             taken = _lock(descriptor)
             if taken is None:
-                raise EnvironmentIssue(f"The disk that holds {target} has no file locks. Choose a place on another.")
+                raise EnvironmentIssue(f"The file system of {target} has no file locks. Choose a path on another one.")
             if not taken:
-                raise TargetInUse(_who_holds(descriptor, target))
-            if _is_file_at(lock, descriptor):  # else its holder has just removed it
+                raise TargetInUse(_in_use_message(descriptor, target))
+            if _is_file_at(lock, descriptor):  # otherwise its owner has just removed it
                 started = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on host {platform.node()}, since {started}".encode())
@@ -126,12 +126,12 @@ def _take(lock: Path, target: Path) -> int:
         os.close(descriptor)
 
 
-def _who_holds(descriptor: int, target: Path) -> str:
-    said = os.read(descriptor, 200).decode(errors="replace")
-    holder = "".join(letter for letter in said if letter.isprintable()) or "which has just begun"
+def _in_use_message(descriptor: int, target: Path) -> str:
+    content = os.read(descriptor, 200).decode(errors="replace")
+    owner = "".join(letter for letter in content if letter.isprintable()) or "which has just started"
     return (
-        f"{printable(target)} is being written by another run ({holder}). Wait until that has ended, or choose another "
-        "place. Nothing was done."
+        f"{printable(target)} is being written by another run ({owner}). Wait until it ends or choose another path. "
+        "Nothing was changed."
     )
 
 
@@ -147,13 +147,13 @@ def _create_locked(path: Path) -> tuple[int, Path]:
         unfinished = temporary_path(path)
         descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         _lock(descriptor)
-        if _is_file_at(unfinished, descriptor):  # else another run took it for a leftover before it was locked
+        if _is_file_at(unfinished, descriptor):  # otherwise another run removed it before it was locked
             return descriptor, unfinished
         os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Take the lock of an open file: whether that succeeded, None where the file system has no locks."""
+    """Try to lock an open file; return whether it is locked now, None if the file system has no locks."""
     if sys.platform == "win32":
         return None
     import fcntl

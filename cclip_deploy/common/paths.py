@@ -1,42 +1,36 @@
-"""Paths that users name: inputs are checked before they are opened, and outputs before any work is done."""
+"""Checks of paths given by users: inputs before they are opened, outputs before any work is done."""
 
 from __future__ import annotations
 
 import errno
 import io
-import json
 import os
-import re
 import stat
 import tempfile
-import tomllib
 from pathlib import Path
-from typing import Any
 
 from cclip_deploy.common.files import disk_problem
-from cclip_deploy.common.limits import LARGEST_JSON, LARGEST_TOML, MOST_JSON_VALUES, MOST_KEY_PARTS
 from cclip_deploy.errors import CclipError, DataError
 
 BAD_PATHS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR})
 _SHOWN_LETTERS = 300
 _SMALL_READ = 2**16
-_LONG_KEY = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){{{MOST_KEY_PARTS}}}""")
 
 
 def shown(path: Path | str) -> str:
-    """A path for a message; of a long one its beginning and its end."""
+    """Return a path for a message; a long one is shortened in the middle."""
     text = str(path)
     return text if len(text) <= _SHOWN_LETTERS else f"{text[:200]}…{text[-50:]}"
 
 
 def check_regular_file(path: Path, what: str, error: type[CclipError] = DataError, most_bytes: int = 2**63) -> None:
-    """Raise `error` unless `path` is a file that can be read to its end: not missing, a pipe, a device, empty or huge.
+    """Raise `error` unless `path` is a regular file that is readable, not empty and not too large.
 
     Args:
-        path: what the user named.
-        what: is expected, such as "picture".
-        error: the class to raise.
-        most_bytes: the largest size that is read.
+        path: file given by the user.
+        what: what the file should be, such as "image", for the message.
+        error: class to raise.
+        most_bytes: maximum size.
     """
     try:
         status = path.stat()
@@ -52,12 +46,12 @@ def check_regular_file(path: Path, what: str, error: type[CclipError] = DataErro
         raise error(f"{path} is empty (0 bytes). Copy or export it again.")
     if status.st_size > most_bytes:
         raise error(
-            f"{path} has {status.st_size:,} bytes; a {what} of up to {most_bytes:,} is read. Split or reduce it."
+            f"{path} has {status.st_size:,} bytes; the maximum for a {what} is {most_bytes:,}. Split or reduce it."
         )
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file, of any kind but a folder; False where the path cannot be one."""
+    """Return whether a path is a file; False if the operating system rejects the path."""
     try:
         return path.is_file()
     except OSError:
@@ -91,7 +85,7 @@ class BoundedFile(io.BufferedReader):
 
 
 def read_text(path: Path, what: str, most_bytes: int, error: type[CclipError] = DataError) -> str:
-    """The text of a regular file in UTF-8; a byte-order mark is passed over. Raises `error`."""
+    """Return the text of a regular file in UTF-8, without a byte-order mark; raise `error` if it cannot be read."""
     check_regular_file(path, what, error, most_bytes)
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -99,56 +93,26 @@ def read_text(path: Path, what: str, most_bytes: int, error: type[CclipError] = 
         raise error(f"{path} cannot be read as UTF-8: {_reason(problem)}. Save it again in UTF-8.") from problem
 
 
-def read_json(path: Path) -> Any:
-    """The JSON document in a file.
+def check_inside(folder: Path, name: str, where: str, allow_outside: bool = False) -> Path:
+    """Return the file that a table of a data set names.
 
     Raises:
-        DataError: the file is no regular one, too large, no JSON, or nested too deeply.
+        DataError: the name is an absolute path or contains `..`, and `allow_outside` is False.
     """
-    return parse_json(read_text(path, "JSON file", LARGEST_JSON), str(path))
-
-
-def parse_json(text: str, where: str, **options: Any) -> Any:
-    """As `json.loads` with its options; DataError that names `where` if it is no JSON or holds too many values."""
-    if sum(text.count(mark) for mark in "[{,") > MOST_JSON_VALUES:
-        raise DataError(f"{where} holds more than {MOST_JSON_VALUES:,} JSON values. Split it.")
-    try:
-        return json.loads(text, **options)
-    except RecursionError:
-        raise DataError(f"{where} cannot be read as JSON: it is nested too deeply. Restore or correct it.") from None
-    except ValueError as problem:
-        raise DataError(f"{where} cannot be read as JSON: {problem}. Restore or correct it.") from problem
-
-
-def read_toml(path: Path, error: type[CclipError] = DataError) -> dict[str, Any]:
-    """The TOML document in a file; raises `error` where it is none, too large, or nested too deeply."""
-    text = read_text(path, "TOML file", LARGEST_TOML, error)
-    if _LONG_KEY.search(text):
-        raise error(f"{path} is not a TOML file: a key has more than {MOST_KEY_PARTS} parts. Correct it.")
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise error(f"{path} is not a TOML file: it is nested too deeply. Correct it.") from None
-    except ValueError as problem:
-        raise error(f"{path} is not a TOML file: {problem}.") from problem
-
-
-def check_inside(folder: Path, name: str, where: str, allow_outside: bool = False) -> Path:
-    """The file that a data set's table names, below `folder`; DataError where an absolute or `..` path leaves it."""
     if not allow_outside and (Path(name).is_absolute() or ".." in Path(name).parts):
         raise DataError(
-            f"{where}: {shown(name)} leaves the data set's folder {folder}. Name files below it, or give "
+            f"{where}: {shown(name)} is outside the data set's folder {folder}. Name files inside it, or give "
             "--allow-outside (data.allow_outside in a recipe) if you trust this table."
         )
     return folder / name
 
 
 def check_writable(*paths: Path | None) -> None:
-    """EnvironmentIssue where an output cannot be written, before any work for it is done; None is passed over."""
+    """Raise EnvironmentIssue if an output cannot be written; None is skipped."""
     for path in filter(None, paths):
         try:
             absolute = Path(os.path.abspath(path))
-            place = next(there for there in (absolute, *absolute.parents) if _is_found(there))
+            place = next(parent for parent in (absolute, *absolute.parents) if _exists(parent))
             if place == absolute and not place.is_dir():
                 place = place.parent
             with tempfile.TemporaryFile(dir=place):
@@ -159,14 +123,14 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def path_problem(problem: OSError) -> DataError | None:
-    """The error for a path that the system refuses, such as one of 5,000 letters; None for other failures."""
+    """Return the DataError for a path that the operating system rejects, such as one too long; else None."""
     if problem.errno not in BAD_PATHS or not isinstance(problem.filename, str | bytes | os.PathLike):
         return None
     return DataError(f"{shown(os.fsdecode(problem.filename))}: {problem.strerror}. Check the path and its permissions.")
 
 
-def _is_found(path: Path) -> bool:
-    """Whether there is anything; unlike `Path.exists` this raises where links go in a circle."""
+def _exists(path: Path) -> bool:
+    """Return whether a path exists; unlike `Path.exists`, raise OSError for a cycle of links."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Colors and file output that all plots share; matplotlib is imported only when something is drawn."""
+"""Shared colors and file output of plots; matplotlib is imported on first use."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from cclip_deploy.environment.packages import require_packages
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Hues of Okabe and Ito, which stay apart for readers who do not see all colors, and grays.
+# Two colors of the Okabe-Ito palette, which is safe for color-blind readers, and grays.
 BLUE, VERMILION = "#0072B2", "#D55E00"
 INK, QUIET, GRAY, LINE, GRID = "#16202A", "#5B6875", "#8A949E", "#C3C8CE", "#EEF1F3"
 
 
 def require_matplotlib(what: str) -> None:
-    """Raise EnvironmentIssue if matplotlib is missing; `what` needs it, and begins the message: "A plot"."""
+    """Raise EnvironmentIssue if matplotlib is missing; the message starts with `what`, such as "A plot"."""
     require_packages(what, ("matplotlib",), "train")
 
 
 def save_figure(figure: Figure, path: Path, dpi: float | None = None) -> None:
-    """Write a figure as PNG or SVG, by the suffix of `path`: completely or not at all, and the same bytes each time.
+    """Write a figure as PNG or SVG, by the suffix of `path`, atomically and with reproducible bytes.
 
     Raises:
         EnvironmentIssue: the disk is full or `path` cannot be written.

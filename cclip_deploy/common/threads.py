@@ -1,18 +1,18 @@
-"""Thread counts, and those of PyTorch."""
+"""Check numbers of threads, and set PyTorch's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cclip_deploy.common.limits import MOST_THREADS
+from cclip_deploy.common.limits import MAX_THREADS
 from cclip_deploy.errors import UsageError
 
 
 def check_threads(threads: int | None) -> None:
-    """Raise UsageError unless `threads` is None or between 1 and MOST_THREADS."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(f"{threads} threads are out of range. Use 1 to {MOST_THREADS}.")
+    """Raise UsageError unless `threads` is None or between 1 and MAX_THREADS."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"{threads} threads are out of range. Use 1 to {MAX_THREADS}.")
 
 
 def set_torch_threads(threads: int | None) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.common.paths import check_inside, read_json
+from cclip_deploy.common.json_file import read_json
+from cclip_deploy.common.paths import check_inside
 from cclip_deploy.datasets.sample import SPLITS, Sample, check_sizes, subject_of
 from cclip_deploy.errors import DataError
 

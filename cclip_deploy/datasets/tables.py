@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from cclip_deploy.common.json_file import parse_json
 from cclip_deploy.common.limits import LARGEST_TABLE, LONGEST_LINE, MOST_CELLS, MOST_ROWS
-from cclip_deploy.common.paths import check_regular_file, parse_json
+from cclip_deploy.common.paths import check_regular_file
 from cclip_deploy.datasets.workbook import read_sheet
 from cclip_deploy.errors import DataError
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cclip_deploy.common.csv_text import csv_text, harmless
+from cclip_deploy.common.csv_text import csv_text, escape_formula
 from cclip_deploy.datasets.flat import FLAT_COLUMNS, JSON_TABLE_NAME, TABLE_NAME
 from cclip_deploy.datasets.lvit import LVIT_FOLDERS, TRAIN_SHARE
 from cclip_deploy.datasets.sample import SPLITS
@@ -177,7 +177,7 @@ def _write_xlsx(path: Path, described: Sequence[tuple[str, str]]) -> None:
         ) from error
     book = openpyxl.Workbook()
     for row in (DESCRIBED, *described):
-        book.active.append([harmless(cell) for cell in row])
+        book.active.append([escape_formula(cell) for cell in row])
     book.save(path)
     _forget_times(path)
 

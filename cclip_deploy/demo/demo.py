@@ -1,4 +1,4 @@
-"""The demo: every stage on a tiny network and synthetic films, and a report of what came out."""
+"""Demo: run every stage on a tiny network and synthetic radiographs, and write a report."""
 
 from __future__ import annotations
 
@@ -49,27 +49,27 @@ FILM_NAME = "RG1_UNCR.dcm"
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """How large the demo is; the defaults take minutes on two cores."""
+    """Size of the demo; the defaults take minutes on two cores."""
 
     recipe: TrainConfig = RECIPE
-    train_films: int = 400
-    test_films: int = 60
+    train_images: int = 400
+    test_images: int = 60
     bench_rounds: int = 20
     bench_budget_seconds: float = 60.0
     threads: int = 2
 
 
 def run_demo(output: Path, options: DemoOptions, command: str, on_progress: Progress = lambda _: None) -> DemoFacts:
-    """Train, export, build, verify, bench and predict into a folder that an earlier demo may stand at.
+    """Train, export, build engines, verify, benchmark and predict; `output` is replaced if it holds an earlier demo.
 
     Raises:
-        UsageError: something else than a demo is at `output`.
-        ParityError: the exported bundle does not verify.
+        UsageError: `output` exists and is not a demo.
+        ParityError: the exported bundle fails verification.
         EnvironmentIssue: `output` cannot be written.
     """
     restore_folder(output)
     if output.exists() and not (output / FACTS).is_file():
-        raise UsageError(f"{output} exists and is no earlier demo. Choose another output.")
+        raise UsageError(f"{output} exists and is not an earlier demo. Choose another output.")
     check_writable(output)
     require_export_packages()
     require_training_packages()
@@ -82,38 +82,38 @@ def run_demo(output: Path, options: DemoOptions, command: str, on_progress: Prog
     return facts
 
 
-def _run_stages(folder: Path, options: DemoOptions, command: str, tell: Progress) -> DemoFacts:
+def _run_stages(folder: Path, options: DemoOptions, command: str, on_progress: Progress) -> DemoFacts:
     recipe, data = options.recipe, folder / "data"
-    tell(f"Drawing {options.train_films + options.test_films} synthetic films")
-    counts = {"train": options.train_films, "test": options.test_films}
+    on_progress(f"Generating {options.train_images + options.test_images} synthetic radiographs")
+    counts = {"train": options.train_images, "test": options.test_images}
     write_dataset(data, counts, recipe.image_hw, recipe.seed, prompts_per_film=recipe.prompts_per_image)
     running = RunOptions(tensorboard=False)
-    trained = train(recipe, data, folder / "training", lambda p: _tell_step(tell, p), running)
+    trained = train(recipe, data, folder / "training", lambda p: _report_step(on_progress, p), running)
     checkpoint = trained.checkpoint
     held_out = of_split(read_flat(data), "test")
     film = find_real_film()
-    pictures = _first_pictures(held_out, 2) + ([film] if film else [])
+    images = _first_images(held_out, 2) + ([film] if film else [])
     exporting = ExportOptions(
         recipe.image_hw, recipe.prompt_length, with_masks=True, threads=options.threads,
-        reference_pictures=tuple(pictures),
+        reference_pictures=tuple(images),
     )  # fmt: skip
-    bundle = export_bundle(checkpoint, folder / BUNDLE, exporting, command, tell).bundle
-    engines, no_engine = _build(bundle, options, tell)
+    bundle = export_bundle(checkpoint, folder / BUNDLE, exporting, command, on_progress).bundle
+    engines, no_engine = _build(bundle, options, on_progress)
     bundle = Bundle.open(bundle.path)
-    verified = verify_bundle(bundle, VerifyOptions(threads=options.threads), tell)
+    verified = verify_bundle(bundle, VerifyOptions(threads=options.threads), on_progress)
     if not verified.passed:
-        raise ParityError("The demo's bundle does not verify; nothing of it was kept. Please report this.")
+        raise ParityError("The bundle of the demo failed verification and was deleted. Please report this.")
     with opened(BackendConfig(threads=options.threads), bundle, "fp32") as runs:
         network = BundleModel(bundle, runs)
-        tell(f"Scoring {len(held_out)} held-out prompts, each against all others")
+        on_progress(f"Evaluating {len(held_out)} test prompts")
         scores = evaluate_dice(network, held_out)
-        benched = bench_bundle(bundle, _bench_options(checkpoint, options), tell)
-        shown = _predict(network.segmenter, held_out, film, folder / "predictions", tell)
+        benched = bench_bundle(bundle, _bench_options(checkpoint, options), on_progress)
+        shown = _predict(network.segmenter, held_out, film, folder / "predictions", on_progress)
     return DemoFacts(trained, scores, verified, engines, no_engine, benched, shown, film is not None, folder)
 
 
 def find_real_film() -> Path | None:
-    """The frontal chest film of the package pydicom-data, where it is installed; never fetched."""
+    """Return the frontal chest radiograph of the package pydicom-data, if it is installed; download nothing."""
     import importlib.util
 
     spec = importlib.util.find_spec("data_store")
@@ -124,19 +124,19 @@ def find_real_film() -> Path | None:
     return None
 
 
-def _tell_step(tell: Progress, progress: TrainProgress) -> None:
+def _report_step(on_progress: Progress, progress: TrainProgress) -> None:
     if progress.step % 10 == 0 or progress.step == progress.steps:
-        tell(f"Training, step {progress.step} of {progress.steps}, loss {progress.loss:.3f}")
+        on_progress(f"Training, step {progress.step} of {progress.steps}, loss {progress.loss:.3f}")
 
 
-def _first_pictures(samples: Sequence[Sample], count: int) -> list[Path]:
+def _first_images(samples: Sequence[Sample], count: int) -> list[Path]:
     return list(dict.fromkeys(sample.image for sample in samples))[:count]
 
 
-def _build(bundle: Bundle, options: DemoOptions, tell: Progress) -> tuple[list[dict[str, Any]], str | None]:
-    """The FP16 engines, or why there are none: TensorRT-RTX is an extra, and the demo says when it is missing."""
+def _build(bundle: Bundle, options: DemoOptions, on_progress: Progress) -> tuple[list[dict[str, Any]], str | None]:
+    """Build FP16 engines; return them, or none and the reason if TensorRT-RTX is not installed."""
     try:
-        entries = build_engines(bundle, BuildOptions(threads=options.threads), tell)
+        entries = build_engines(bundle, BuildOptions(threads=options.threads), on_progress)
     except EnvironmentIssue as error:
         return [], str(error)
     sizes = [(bundle.path / entry.file).stat().st_size for entry in entries]
@@ -151,15 +151,15 @@ def _bench_options(checkpoint: Path, options: DemoOptions) -> BenchOptions:
 
 
 def _predict(
-    segmenter: Segmenter, held_out: Sequence[Sample], film: Path | None, output: Path, tell: Progress
+    segmenter: Segmenter, held_out: Sequence[Sample], film: Path | None, output: Path, on_progress: Progress
 ) -> list[Prediction]:
-    """Three held-out films with their own first two prompts, and the real film with two."""
+    """Segment three test images, each with its first two prompts, and the real radiograph with two prompts."""
     done: list[Prediction] = []
-    for picture in _first_pictures(held_out, 3):
-        tell(f"Segmenting {picture.name}")
-        prompts = [sample.text for sample in held_out if sample.image == picture][:2]
-        done += predict(segmenter, [picture], prompts, output).done
+    for image in _first_images(held_out, 3):
+        on_progress(f"Segmenting {image.name}")
+        prompts = [sample.text for sample in held_out if sample.image == image][:2]
+        done += predict(segmenter, [image], prompts, output).done
     if film is not None:
-        tell(f"Segmenting {film.name}")
+        on_progress(f"Segmenting {film.name}")
         done += predict(segmenter, [film], FILM_PROMPTS, output).done
     return done

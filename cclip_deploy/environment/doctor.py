@@ -1,4 +1,4 @@
-"""What this machine can run, and for each missing thing the command that gets it: the library behind `doctor`."""
+"""Diagnose what this machine can run; every failed check has a command that fixes it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DRIVER_REMEDY = "Install the NVIDIA driver; in a container, start it with: docke
 
 @dataclass(frozen=True)
 class DoctorCheck:
-    """One thing looked at, what came out, and the command that mends it; `needed_for` says what fails without it."""
+    """Result of one check, with the command that fixes it; `needed_for` lists what fails without it."""
 
     name: str
     status: Status
@@ -52,7 +52,7 @@ class DoctorCheck:
 
 @dataclass(frozen=True)
 class Package:
-    """An importable module, the distribution it comes from, and our extra that installs it ("" for the base)."""
+    """A module, its distribution, and the extra of cclip-deploy that installs it ("" for none)."""
 
     module: str
     distribution: str
@@ -86,10 +86,10 @@ DEVICE_BUFFER_MODULES = {"cuda.bindings": "cuda-bindings", "pycuda": "pycuda"}  
 
 
 def diagnose(deep: bool = False) -> list[DoctorCheck]:
-    """Look at Python, packages, driver, disk and memory.
+    """Check Python, packages, driver, disk and memory.
 
-    onnxruntime, openvino and the TensorRT bindings are imported, in a process of their own, because a broken
-    installation shows only then; `deep` imports every package (torch takes seconds).
+    onnxruntime, openvino and the TensorRT bindings are imported in subprocesses, because only that reveals a broken
+    installation; `deep` imports every package, which takes seconds.
     """
     driver = check_driver()
     has_gpu = driver.status == "ok"
@@ -108,12 +108,12 @@ def diagnose(deep: bool = False) -> list[DoctorCheck]:
 
 
 def blockers(checks: Iterable[DoctorCheck], purpose: str = RUN) -> list[DoctorCheck]:
-    """The checks that keep this machine from `purpose`; empty where it can."""
+    """Return the failed checks that `purpose` depends on."""
     return [check for check in checks if purpose in check.needed_for and check.status != "ok"]
 
 
 def check_python() -> DoctorCheck:
-    """Python is new enough."""
+    """Check the version of Python."""
     found = ".".join(map(str, sys.version_info[:3]))
     is_enough = sys.version_info[:2] >= MINIMUM_PYTHON
     remedy = None if is_enough else "Install Python 3.11 and make a new environment: python3.11 -m venv .venv"
@@ -121,7 +121,7 @@ def check_python() -> DoctorCheck:
 
 
 def check_package(package: Package, deep: bool = False) -> DoctorCheck:
-    """Installed, by its metadata; imported too if `deep`."""
+    """Check that a package is installed; if `deep`, also import it."""
     if not _is_found(package.module):
         return _missing(package)
     if deep and (error := probe_import(package.module).error):
@@ -131,7 +131,7 @@ def check_package(package: Package, deep: bool = False) -> DoctorCheck:
 
 
 def check_onnxruntime(has_gpu: bool) -> list[DoctorCheck]:
-    """onnxruntime as such, and its CUDA provider: it is listed whenever it was compiled in, GPU or not."""
+    """Check onnxruntime and its CUDA provider, which onnxruntime lists even without a GPU."""
     if not _is_found(ONNXRUNTIME.module):
         return [_missing(ONNXRUNTIME), _cuda_provider([], has_gpu)]
     probe = probe_import(ONNXRUNTIME.module)
@@ -144,14 +144,14 @@ def check_onnxruntime(has_gpu: bool) -> list[DoctorCheck]:
 
 
 def check_openvino() -> DoctorCheck:
-    """openvino, the processor it found, and the kinds of arithmetic that it lists for it."""
+    """Check openvino; the details are the processor and the number formats that it supports."""
     if not _is_found(OPENVINO.module):
         return _missing(OPENVINO)
     probe = probe_import("cclip_deploy.runtime.openvino.backend", "describe_device")
     if probe.error:
         return _broken(OPENVINO, probe.error)
     if not probe.providers:
-        return _broken(OPENVINO, "it loads, but its CPU plugin does not")
+        return _broken(OPENVINO, "its CPU plugin cannot be loaded")
     version, (processor, *kinds) = installed_version(OPENVINO.distribution) or "version unknown", probe.providers
     return DoctorCheck(
         OPENVINO.distribution, "ok", f"{version}, {processor}: {', '.join(kinds)}", None, OPENVINO.needed_for
@@ -159,21 +159,21 @@ def check_openvino() -> DoctorCheck:
 
 
 def check_binding(package: Package, has_gpu: bool) -> DoctorCheck:
-    """A TensorRT binding imports; without a driver it builds engines at most."""
+    """Check that a TensorRT binding can be imported; without a driver it can build engines at most."""
     if not _is_found(package.module):
         return _missing(package)
     if error := probe_import(package.module).error:
         return _broken(package, error)
     version = installed_version(package.distribution) or "version unknown"
     if not has_gpu and package is TENSORRT:
-        detail = f"{version}; it needs a GPU to build and to run engines, and there is none here"
+        detail = f"{version}; building and running engines needs a GPU, and this machine has none"
         return DoctorCheck(package.distribution, "broken", detail, DRIVER_REMEDY, package.needed_for)
     does = "builds and runs engines" if has_gpu else "builds engines; running them needs an NVIDIA driver and GPU"
     return DoctorCheck(package.distribution, "ok", f"{version}; {does}", None, package.needed_for)
 
 
 def check_device_buffers() -> DoctorCheck:
-    """cuda-python or pycuda: one of them allocates the memory that an engine reads and writes."""
+    """Check that cuda-python or pycuda is installed, which allocates the memory of engines."""
     found = [
         f"{distribution} {installed_version(distribution)}"
         for module, distribution in DEVICE_BUFFER_MODULES.items()
@@ -185,7 +185,7 @@ def check_device_buffers() -> DoctorCheck:
 
 
 def check_driver(library: str = "libcuda.so.1") -> DoctorCheck:
-    """The NVIDIA driver loads and counts at least one GPU; `nvidia-smi` adds names where it is there."""
+    """Check that the NVIDIA driver can be loaded and finds a GPU; `nvidia-smi` gives the names, if available."""
     needed_for = (RUN_CUDA, RUN_ENGINES)
     try:
         cuda = ctypes.CDLL(library)
@@ -194,7 +194,7 @@ def check_driver(library: str = "libcuda.so.1") -> DoctorCheck:
     count = ctypes.c_int(0)
     code = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
     if code or not count.value:
-        detail = f"{library} loads, but counts {count.value} GPUs (CUDA error {code})"
+        detail = f"{library} can be loaded, but finds {count.value} GPUs (CUDA error {code})"
         return DoctorCheck("nvidia driver", "broken", detail, DRIVER_REMEDY, needed_for)
     gpus, problem = read_gpus()
     named = [f"{gpu['name']} (driver {gpu['driver']})" for gpu in gpus or []]
@@ -203,52 +203,54 @@ def check_driver(library: str = "libcuda.so.1") -> DoctorCheck:
 
 
 def check_disk(folder: Path) -> DoctorCheck:
-    """Room for the graphs of an exported network, and for the temporary copy beside them."""
+    """Check the free disk space for an export, temporary files included."""
     free_bytes = shutil.disk_usage(folder).free
-    return _resource("free disk", free_bytes, EXPORT_DISK_BYTES, f"in {folder}", "Free some, or work in another folder")
+    return _resource(
+        "free disk", free_bytes, EXPORT_DISK_BYTES, f"in {folder}", "Free some space, or work in another folder"
+    )
 
 
 def check_memory() -> DoctorCheck:
-    """Memory enough to trace the published network."""
+    """Check the memory for tracing the published network."""
     return _resource("memory", total_memory_bytes(), EXPORT_MEMORY_BYTES, "in all", "Export on a larger machine")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What an import said: `error` in one line or None; what the module lists that it can run on."""
+    """Result of an import: the error in one line, or None; and what the module can run on."""
 
     error: str | None
     providers: tuple[str, ...] = ()
 
 
-# Prints one JSON line, after whatever the module itself prints.
+# Prints one line of JSON after the output of the module.
 PROBE_CODE = """
 import importlib, json, sys
 sys.path[:] = json.loads(sys.argv[1])
-said = {"error": None, "providers": []}
+found = {"error": None, "providers": []}
 try:
     module = importlib.import_module(sys.argv[2])
-    said["providers"] = getattr(module, sys.argv[3], list)()
+    found["providers"] = getattr(module, sys.argv[3], list)()
 except BaseException as error:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said["error"] = ": ".join([type(error).__name__, *lines[:1]])
-print("\\n" + json.dumps(said), flush=True)
+    found["error"] = ": ".join([type(error).__name__, *lines[:1]])
+print("\\n" + json.dumps(found), flush=True)
 """
 
 
 def probe_import(module: str, lister: str = "get_available_providers") -> Probe:
-    """Import `module` in a process of its own, so that one that crashes takes nothing with it; call its `lister`."""
+    """Import `module` in a subprocess, because it may crash, and call its function `lister`."""
     path = json.dumps([folder or os.getcwd() for folder in sys.path])
     command = [sys.executable, "-P", "-c", PROBE_CODE, path, module, lister]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
-        return Probe(f"import did not end within {IMPORT_SECONDS} s")
+        return Probe(f"import took more than {IMPORT_SECONDS} s")
     try:
-        said = json.loads(done.stdout.splitlines()[-1])
-        return Probe(said["error"], tuple(said["providers"]))
+        found = json.loads(done.stdout.splitlines()[-1])
+        return Probe(found["error"], tuple(found["providers"]))
     except (IndexError, ValueError, TypeError, KeyError):
-        return Probe(f"importing it ended the process with code {done.returncode} (a negative one is a signal)")
+        return Probe(f"the import ended the process with code {done.returncode} (a negative code is a signal)")
 
 
 def _cuda_provider(providers: Iterable[str], has_gpu: bool) -> DoctorCheck:
@@ -258,17 +260,17 @@ def _cuda_provider(providers: Iterable[str], has_gpu: bool) -> DoctorCheck:
         detail = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
         return DoctorCheck(name, "broken", detail, reinstall, needed_for)
     if "CUDAExecutionProvider" not in providers:
-        return DoctorCheck(name, "missing", "no onnxruntime that was built with it", reinstall, needed_for)
+        return DoctorCheck(name, "missing", "this onnxruntime was not built with it", reinstall, needed_for)
     if not has_gpu:
-        detail = "CUDAExecutionProvider is listed but unusable: no NVIDIA GPU, a session would run on the CPU"
+        detail = "CUDAExecutionProvider is listed but unusable without an NVIDIA GPU: sessions would run on the CPU"
         return DoctorCheck(name, "broken", detail, DRIVER_REMEDY, needed_for)
-    return DoctorCheck(name, "ok", "CUDAExecutionProvider and a GPU are there", None, needed_for)
+    return DoctorCheck(name, "ok", "CUDAExecutionProvider and a GPU are available", None, needed_for)
 
 
 def _is_found(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # a dotted name whose parent is absent; a half-loaded module
+    except (ImportError, ValueError):  # missing parent of a dotted name; partly imported module
         return False
 
 
@@ -282,6 +284,6 @@ def _broken(package: Package, error: str) -> DoctorCheck:
 
 
 def _resource(name: str, found_bytes: int, needed_bytes: int, where: str, remedy: str) -> DoctorCheck:
-    detail = f"{found_bytes / GIB:.1f} GiB {where}, export of the published network needs {needed_bytes / GIB:.0f}"
+    detail = f"{found_bytes / GIB:.1f} GiB {where}; exporting the published network needs {needed_bytes / GIB:.0f}"
     is_enough = found_bytes >= needed_bytes
     return DoctorCheck(name, "ok" if is_enough else "missing", detail, None if is_enough else remedy, (EXPORT,))

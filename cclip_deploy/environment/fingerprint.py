@@ -1,4 +1,4 @@
-"""What this machine is, as far as it decides how fast a network runs; nothing is imported to find out."""
+"""Hardware and software that determine latency, collected without importing the packages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ STABLE_GPU_FIELDS = {
     "max_sm_clock_mhz": "clocks.max.sm",
     "power_limit_w": "power.limit",
 }
-PASSING_GPU_FIELDS = {
+MOMENTARY_GPU_FIELDS = {
     "sm_clock_mhz": "clocks.sm",
     "memory_clock_mhz": "clocks.mem",
     "temperature_c": "temperature.gpu",
@@ -62,9 +62,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def fingerprint() -> dict[str, Any]:
-    """All of it, as plain JSON values; `id` is `fingerprint_id` of the rest.
+    """Return the fingerprint of this machine as JSON values; `id` is the `fingerprint_id` of the others.
 
-    `gpu` is None without a working `nvidia-smi`; `gpu_problem` then says why, if there is one that fails.
+    `gpu` is None without a working `nvidia-smi`; `gpu_problem` is the error if it fails.
     """
     gpus, gpu_problem = read_gpus()
     facts: dict[str, Any] = {
@@ -83,18 +83,18 @@ def fingerprint() -> dict[str, Any]:
 
 
 def fingerprint_id(facts: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits, equal for two fingerprints whose timings may be compared.
+    """Return 16 hexadecimal digits that are equal for fingerprints whose timings are comparable.
 
-    In it: the processor, its cores and quota, the GPUs, their driver and clock and power limits, the engine libraries,
-    Python's minor version, and the environment's thread settings. Not in it: load, time, present clocks, memory,
-    kernel, and the version of cclip-deploy itself, because a latency gate compares versions of it.
+    The hash covers the processor, its cores and quota, the GPUs with driver, clock and power limits, the engine
+    libraries, the minor version of Python, and environment variables for threads. It does not cover load, time, current
+    clocks, memory, the kernel, and the version of cclip-deploy, whose versions a latency test compares.
     """
     text = json.dumps(dict(_comparable(facts)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(baseline: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """What keeps the timings of two fingerprints from being compared, in words; empty where nothing does."""
+    """Describe each difference that makes the timings of two fingerprints incomparable."""
     before, now = dict(_comparable(baseline)), dict(_comparable(present))
     return [
         f"{key}: {before.get(key)!r} in the baseline, {now.get(key)!r} here"
@@ -104,7 +104,7 @@ def differences(baseline: Mapping[str, Any], present: Mapping[str, Any]) -> list
 
 
 def read_cpu() -> dict[str, Any]:
-    """Model, architecture, cores that this process may use, container quota in cores, governor, vector flags."""
+    """Return model, architecture, usable cores, container quota in cores, frequency governor and vector flags."""
     lines = _first_of_each_key(_read("/proc/cpuinfo") or "")
     flags = set((lines.get("flags") or lines.get("Features") or "").split())
     return {
@@ -118,12 +118,12 @@ def read_cpu() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Cores that the scheduler may give to this process."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_cpu_quota(cgroup: Path) -> float | None:
-    """Cores' worth of time that a container may use (cgroup v2, then v1); None where it is not limited."""
+    """Return the CPU quota of the container in cores (cgroup v2 or v1); None if unlimited."""
     quota_us, period_us = [*(_read(cgroup / "cpu.max") or "max").split(), ""][:2]
     if quota_us == "max":
         quota_us = _read(cgroup / "cpu" / "cpu.cfs_quota_us") or "-1"
@@ -132,14 +132,14 @@ def read_cpu_quota(cgroup: Path) -> float | None:
 
 
 def total_memory_bytes(cgroup: Path = CGROUP) -> int:
-    """Memory that this process may use: the machine's, or a container's limit (cgroup v2) where that is lower."""
+    """Return the memory of the machine in bytes, or the limit of the container (cgroup v2) if that is lower."""
     limit = _read(cgroup / "memory.max") or "max"
     physical_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return physical_bytes if limit == "max" else min(physical_bytes, int(limit))
 
 
 def installed_version(distribution: str) -> str | None:
-    """A distribution's version from its metadata, None where it is not installed."""
+    """Return the version of a distribution; None if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -147,19 +147,19 @@ def installed_version(distribution: str) -> str | None:
 
 
 def read_gpus() -> tuple[list[dict[str, Any]] | None, str | None]:
-    """Every GPU that `nvidia-smi` lists, or None; and why it could not be asked, None where it could or is absent."""
+    """Return the GPUs that `nvidia-smi` lists and None, or None and its error; both None if it is not installed."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return None, None
     try:
-        gpus = _query_gpus(smi, {**STABLE_GPU_FIELDS, **PASSING_GPU_FIELDS})
+        gpus = _query_gpus(smi, {**STABLE_GPU_FIELDS, **MOMENTARY_GPU_FIELDS})
     except (OSError, subprocess.SubprocessError) as error:
         return None, _smi_problem(error)
     return _with_throttling(smi, gpus), None
 
 
 def _with_throttling(smi: str, gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # The field was renamed between drivers, and one unknown field fails a whole query.
+    # Drivers differ in the name of the field, and an unknown field fails the whole query.
     for field_name in THROTTLE_FIELDS:
         try:
             rows = _query_gpus(smi, {"throttle_reasons": field_name})
@@ -184,8 +184,8 @@ def _smi_value(key: str, text: str) -> str | float | None:
 
 def _smi_problem(error: OSError | subprocess.SubprocessError) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        said = (error.stdout or error.stderr or "").strip().splitlines()
-        return f"nvidia-smi ended with {error.returncode}: {said[0] if said else 'no message'}"
+        lines = (error.stdout or error.stderr or "").strip().splitlines()
+        return f"nvidia-smi ended with {error.returncode}: {lines[0] if lines else 'no message'}"
     return f"nvidia-smi: {error}"
 
 

@@ -1,4 +1,4 @@
-"""Optional packages and the extras that install them."""
+"""Checks for optional packages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def require_packages(what: str, packages: Sequence[str], extra: str, note: str =
     """Check that packages are installed, without importing them.
 
     Args:
-        what: who needs them, the beginning of the message: "Training".
-        packages: names as they are imported.
-        extra: of cclip-deploy, which installs them.
-        note: a further sentence of the message.
+        what: feature that needs them, the start of the message, such as "Training".
+        packages: import names.
+        extra: extra of cclip-deploy that installs them.
+        note: additional sentence of the message.
 
     Raises:
         EnvironmentIssue: some are missing; the message names them and the command that installs them.
@@ -27,11 +27,11 @@ def require_packages(what: str, packages: Sequence[str], extra: str, note: str =
 
 
 def require_export_packages() -> None:
-    """EnvironmentIssue that names the extra, where torch, open_clip or onnx is missing."""
-    note = "A bundle that is exported already runs without them."
+    """Raise EnvironmentIssue if a package that export needs is missing."""
+    note = "An exported bundle runs without them."
     require_packages("This", ("torch", "open_clip", "onnx", "onnxscript"), "export", note)
 
 
 def require_training_packages() -> None:
-    """EnvironmentIssue that names the extra, where a package for training is missing."""
+    """Raise EnvironmentIssue if a package that training needs is missing."""
     require_packages("Training", ("torch", "open_clip", "safetensors", "lightning", "monai"), "train")

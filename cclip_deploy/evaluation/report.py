@@ -11,7 +11,8 @@ from pathlib import Path
 from cclip_deploy.common.csv_text import csv_text
 from cclip_deploy.common.files import restore_folder, whole_folder
 from cclip_deploy.common.html_page import Figure, Section, Table, Tile, write_page
-from cclip_deploy.common.names import json_text, printable
+from cclip_deploy.common.json_file import json_text
+from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import check_writable
 from cclip_deploy.common.plotting import require_matplotlib
 from cclip_deploy.datasets.mask_file import read_mask

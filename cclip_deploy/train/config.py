@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from cclip_deploy.common.limits import MOST_THREADS
+from cclip_deploy.common.limits import MAX_THREADS
 from cclip_deploy.common.toml_file import StrictModel, read_toml
 from cclip_deploy.datasets.augmentation import Augmentation
 from cclip_deploy.model.config import CONTEXT_LENGTH, InputForm, image_hw
@@ -18,7 +18,7 @@ Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "attnpool", "tex
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(gt=0)]
-_Threads = Annotated[int, Field(gt=0, le=MOST_THREADS)]
+_Threads = Annotated[int, Field(gt=0, le=MAX_THREADS)]
 _Whole = Annotated[int, Field(ge=0)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

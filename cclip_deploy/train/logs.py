@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.common.files import whole_file
-from cclip_deploy.common.names import json_text
+from cclip_deploy.common.json_file import json_text
 from cclip_deploy.errors import EnvironmentIssue
 
 LOG_FOLDER, RECORD = "logs", "run.json"

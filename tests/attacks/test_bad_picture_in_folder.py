@@ -247,7 +247,7 @@ def test_data_reports_the_rest_of_a_set_with_bad_masks(tiny_bundle_path: Path, d
     shown = invoke("data", data_set, "--bundle", tiny_bundle_path)
     assert shown.exit_code == 6
     assert "255 values besides 0" in " ".join(shown.stdout.split())
-    assert "3 images or masks cannot be used" in shown.stderr
+    assert "3 images or masks cannot be read" in shown.stderr
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -20,8 +20,8 @@ from PIL import Image
 
 from cclip_deploy.bundle import bundle
 from cclip_deploy.bundle.bundle import Bundle, edited_bundle, new_bundle
-from cclip_deploy.cli.console import write_json
 from cclip_deploy.common.files import restore_folder, scratch_folder, whole_file, whole_folder, writing_into
+from cclip_deploy.common.json_file import write_json
 from cclip_deploy.common.locks import unfinished_file
 from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from tests.bundles import digests, linked_copy

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from cclip_deploy.cli import console
-from cclip_deploy.cli.console import picture_progress, progress, reports_errors, styled, table, yes_or_no
+from cclip_deploy.cli.console import image_progress, progress, reports_errors, styled, table, yes_or_no
 from cclip_deploy.common.html_page import Figure, Section, Table, Tile, write_page
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError
@@ -53,7 +53,7 @@ def test_markup_is_shown_as_it_is_in_every_kind_of_output(shown: io.StringIO, te
 def test_markup_in_errors_and_progress_is_shown_as_it_is(shown: io.StringIO, text: str) -> None:
     @reports_errors
     def fail() -> None:
-        with progress(quiet=False) as tell, picture_progress(quiet=False) as on_picture:
+        with progress(quiet=False) as tell, image_progress(quiet=False) as on_picture:
             tell(text)
             on_picture(Path(text), 1, 2)
         raise DataError(text)

@@ -14,7 +14,7 @@ import pytest
 
 from cclip_deploy.benchmark.plan import BenchOptions
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.common.limits import LARGEST_IMAGE_SIDE, MOST_THREADS
+from cclip_deploy.common.limits import LARGEST_IMAGE_SIDE, MAX_THREADS
 from cclip_deploy.common.paths import check_writable
 from cclip_deploy.common.threads import check_threads
 from cclip_deploy.datasets.synthetic import generator as synthetic
@@ -33,7 +33,7 @@ from tests.cli.run import invoke
 NO_FOLDER = Path("/proc/nowhere/out")
 """Below a file system that takes no files, whoever asks."""
 RECIPE = 'model = "tiny"\nimage_size = {size}\n[data]\nfolder = "nowhere"\n'
-TOO_MANY = [MOST_THREADS + 1, 100_000, 2**31, 2**63, 0, -1]
+TOO_MANY = [MAX_THREADS + 1, 100_000, 2**31, 2**63, 0, -1]
 
 
 @pytest.mark.parametrize("threads", TOO_MANY)
@@ -52,18 +52,18 @@ def test_threads_are_bounded_wherever_they_are_used(
         lambda: verify_bundle(bundle, VerifyOptions(tiny_checkpoint, threads=threads)),
     ]
     for use in uses:
-        with pytest.raises(UsageError, match=f"{threads} threads are out of range. Use 1 to {MOST_THREADS}"):
+        with pytest.raises(UsageError, match=f"{threads} threads are out of range. Use 1 to {MAX_THREADS}"):
             use()
-    check_threads(MOST_THREADS)
+    check_threads(MAX_THREADS)
     check_threads(None)
 
 
-@pytest.mark.parametrize("threads", [MOST_THREADS + 1, 100_000])
+@pytest.mark.parametrize("threads", [MAX_THREADS + 1, 100_000])
 def test_recipes_and_commands_bound_threads(tmp_path: Path, threads: int) -> None:
     for key in ("threads", "loader_threads"):
         recipe = tmp_path / "a.toml"
         recipe.write_text(f'{key} = {threads}\nmodel = "tiny"\n')
-        with pytest.raises(UsageError, match=rf"{key}: .*{MOST_THREADS}"):
+        with pytest.raises(UsageError, match=rf"{key}: .*{MAX_THREADS}"):
             TrainConfig.from_toml(recipe)
     commands = (
         "verify x",
@@ -78,7 +78,7 @@ def test_recipes_and_commands_bound_threads(tmp_path: Path, threads: int) -> Non
         option = "--jobs" if command.startswith("ablate") else "--threads"
         done = invoke(*command.split(), option, str(threads))
         assert done.exit_code == 2, command
-        assert str(MOST_THREADS) in done.stderr
+        assert str(MAX_THREADS) in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,11 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(
         'name = "a"\nquestion = "q"\nrecipe = "a.toml"\nseeds = [0]\nreference = "x"\n[arms.x]\n[arms.y]\nseed = 1\n'
     )
     began = "the work began"
-    works = (
-        "train.loop.run_epochs", "runtime.onnxruntime.cpu.make_session", "datasets.synthetic.generator.write_layout",
-    )  # fmt: skip
-    for module in works:
+    for module in (
+        "train.loop.run_epochs",
+        "runtime.onnxruntime.cpu.make_session",
+        "datasets.synthetic.generator.write_layout",
+    ):
         name, function = module.rsplit(".", 1)
         monkeypatch.setattr(
             __import__(f"cclip_deploy.{name}", fromlist=["x"]), function, lambda *a, **k: pytest.fail(began)

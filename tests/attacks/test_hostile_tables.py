@@ -27,8 +27,9 @@ from PIL import Image
 
 from cclip_deploy.ablation.plan import read_plan
 from cclip_deploy.common.csv_text import csv_text
+from cclip_deploy.common.json_file import parse_json, read_json
 from cclip_deploy.common.limits import LONGEST_CELL, MOST_CELLS, MOST_ROWS
-from cclip_deploy.common.paths import parse_json, read_json, read_toml
+from cclip_deploy.common.toml_file import read_document as read_toml
 from cclip_deploy.datasets import tables
 from cclip_deploy.datasets import workbook as workbook_module
 from cclip_deploy.datasets.reading import read_data_set
@@ -300,7 +301,7 @@ def test_a_table_that_names_a_file_outside_its_folder_is_refused_unless_that_is_
 
     real = Path.open
     monkeypatch.setattr(Path, "open", never)
-    with pytest.raises(DataError, match=r"leaves the data set's folder .* --allow-outside"):
+    with pytest.raises(DataError, match=r"is outside the data set's folder .* --allow-outside"):
         read_data_set(folder)
 
 
@@ -331,8 +332,8 @@ def test_each_command_that_reads_a_data_set_has_the_option(tiny_bundle_path: Pat
     ):
         refused, allowed = invoke(*command), invoke(*command, "--allow-outside")
         assert refused.exit_code == 6, command
-        assert "leaves the data set's folder" in refused.stderr
-        assert "leaves the data set's folder" not in allowed.stderr
+        assert "is outside the data set's folder" in refused.stderr
+        assert "is outside the data set's folder" not in allowed.stderr
 
 
 FORMULAS = ['=HYPERLINK("http://x","y")', "+1", "-2+3", "@SUM(A1)", "\t=1", "|cmd", "＝1"]

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.cli.console import command_line, print_json, write_json
-from cclip_deploy.common.names import json_text, printable
+from cclip_deploy.cli.console import command_line, print_json
+from cclip_deploy.common.json_file import json_text, write_json
+from cclip_deploy.common.names import printable
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.quantization.calibrate import CalibrationOptions, choose_pictures
 from tests.cli.run import invoke

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cclip_deploy.benchmark.accuracy import JudgedPairs, with_accuracy
+from cclip_deploy.benchmark.accuracy import ReferencePairs, with_accuracy
 from cclip_deploy.benchmark.candidate import BenchCandidate, Form, Role
 from cclip_deploy.benchmark.plan import BenchInputs
 from cclip_deploy.bundle.bundle import Bundle
@@ -17,7 +17,7 @@ from cclip_deploy.errors import ParityError
 SIDE = 20
 RAMP = np.linspace(-1, 1, SIDE * SIDE, dtype=np.float32).reshape(1, 1, SIDE, SIDE)
 """Logits of a mask that fills the lower half."""
-PAIRS = JudgedPairs(np.zeros((2, 3, 1, 1), np.float32), np.zeros((2, 3), np.int64), np.repeat(RAMP, 2, axis=0), ())
+PAIRS = ReferencePairs(np.zeros((2, 3, 1, 1), np.float32), np.zeros((2, 3), np.int64), np.repeat(RAMP, 2, axis=0), ())
 TIMED = BenchInputs(np.zeros((1, 3, 1, 1), np.float32), np.zeros((1, 3), np.int64))
 
 
@@ -40,7 +40,7 @@ def candidate(role: Role, precision: str, shift: float) -> BenchCandidate:
     )
 
 
-def judged(of: BenchCandidate, pairs: JudgedPairs = PAIRS) -> tuple[list[BenchCandidate], list[dict[str, str]]]:
+def judged(of: BenchCandidate, pairs: ReferencePairs = PAIRS) -> tuple[list[BenchCandidate], list[dict[str, str]]]:
     left_out: list[dict[str, str]] = []
     return with_accuracy([of], pairs, TIMED, lambda *_: RAMP, left_out), left_out
 
@@ -81,7 +81,7 @@ def test_dice_is_not_measured_on_masks_that_are_almost_empty_or_almost_full() ->
 
 
 def test_the_pairs_nearest_to_half_an_image_are_chosen(tiny_bundle: Bundle, tiny_network: Any) -> None:
-    pairs = JudgedPairs.of(tiny_bundle, tiny_network)
+    pairs = ReferencePairs.of(tiny_bundle, tiny_network)
     told = pairs.to_dict()
     import torch
 

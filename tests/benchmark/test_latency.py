@@ -179,7 +179,7 @@ def test_the_garbage_collector_rests_during_a_run_and_is_back_after_a_failed_one
 
 @pytest.mark.parametrize(
     ("names", "rounds", "warmup", "message"),
-    [("aab", 3, 0, r"\['a'\]"), ("", 3, 0, "No candidate"), ("a", 2, 0, "at least 3"), ("a", 3, -1, "after -1")],
+    [("aab", 3, 0, r"\['a'\]"), ("", 3, 0, "no candidates"), ("a", 2, 0, "at least 3"), ("a", 3, -1, "after -1")],
 )
 def test_a_plan_that_cannot_be_measured_is_refused(names: str, rounds: int, warmup: int, message: str) -> None:
     candidates = [Clock().candidate(name, lambda _: 1) for name in names]

@@ -128,7 +128,7 @@ def test_a_compiler_that_fails_is_reported_and_the_rest_is_timed(
     assert result["not_measured"] == [
         {
             "name": "torch.compile",
-            "reason": "does not work here: RuntimeError: no C++ compiler and a long story",
+            "reason": "failed: RuntimeError: no C++ compiler and a long story",
         }
     ]
     assert "pytorch eager" in names(result)
@@ -158,7 +158,7 @@ def test_a_precision_that_only_some_graphs_have_is_named_as_left_out(engine_bund
     result = bench_bundle(Bundle.open(copy), quick())
     assert {row["precision"] for row in result["results"]} == {"fp32"}
     left_out = {row["name"]: row["reason"] for row in result["not_measured"]}
-    assert left_out["graphs fp16"] == "the bundle has no fp16 graphs of all three parts"
+    assert left_out["graphs fp16"] == "the bundle lacks one of the three fp16 graphs"
 
 
 def test_every_candidate_really_computes_its_graph(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_what_does_not_belong_together_is_not_compared(
     ours, plain = Bundle.open(tiny_bundle_path), Bundle.open(plain_bundle_path)
     with pytest.raises(UsageError, match="is a plain export"):
         bench_bundle(plain, quick())
-    with pytest.raises(UsageError, match="is no plain export"):
+    with pytest.raises(UsageError, match="is not a plain export"):
         bench_bundle(ours, quick(plain_bundle=tiny_bundle_path))
     save_checkpoint(random_network(seed=1), tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match=r"is not the file that .* was exported from"):
@@ -309,7 +309,7 @@ def test_new_prompts_are_encoded_in_the_timed_region_and_cached_ones_are_not(
 
     seen: dict[str, list[int]] = {}
     monkeypatch.setattr("cclip_deploy.benchmark.run.measure_interleaved", timings_of)
-    monkeypatch.setattr("cclip_deploy.benchmark.run._predict_alone", lambda *_: {})
+    monkeypatch.setattr("cclip_deploy.benchmark.run._measure_predict", lambda *_: {})
     options = quick(
         checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path, peers=True, backend="onnxruntime",
         workloads=((1, 20),),

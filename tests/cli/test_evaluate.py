@@ -89,4 +89,4 @@ def test_explain_is_drawn_from_the_command_line(tiny_bundle_path: Path, films: P
 def test_a_checkpoint_without_explain_is_refused(tiny_bundle_path: Path, tiny_checkpoint: Path, films: Path) -> None:
     done = invoke("predict", tiny_bundle_path, films, "--prompt", "left", "--checkpoint", tiny_checkpoint)
     assert done.exit_code == 2
-    assert "is for --explain" in done.stderr
+    assert "is only used with --explain" in done.stderr

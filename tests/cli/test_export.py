@@ -142,7 +142,7 @@ def test_a_table_is_shown_and_force_replaces_a_bundle(
         "--with-masks", "--threads", "2",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    assert "equal to PyTorch" in done.stdout
+    assert "compared with PyTorch" in done.stdout
     assert "mask_decoder" in done.stdout
     assert "Comparing every graph with PyTorch" in done.stderr
     assert Bundle.open(copy).manifest.command != "test"

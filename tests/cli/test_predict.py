@@ -182,7 +182,7 @@ def test_ctrl_c_leaves_whole_files_and_ends_at_once(tiny_bundle_path: Path, tmp_
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
     assert done.stderr.rstrip().endswith("nothing was left half-written.")
-    assert "pictures/s, " in done.stderr
+    assert "images/s, " in done.stderr
     names = sorted(os.listdir(tmp_path / "out"))
     assert 0 < len(names) < 300
     assert len(names) % 3 == 0

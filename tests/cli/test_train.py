@@ -36,7 +36,7 @@ def test_a_recipe_trains_and_says_what_came_out_and_where_clip_was_found(tmp_pat
     assert "best Dice on val" in done.stdout
     assert "waiting for data" in done.stdout
     assert "image_tower.attnpool.connect.0.weight" in done.stdout
-    assert f"Network: {tmp_path / 'run' / 'best.safetensors'}" in done.stdout
+    assert f"Checkpoint: {tmp_path / 'run' / 'best.safetensors'}" in done.stdout
     assert (tmp_path / "run" / "best.safetensors").is_file()
     again = invoke("train", recipe, "-o", tmp_path / "run", "--clip-weights", tmp_path / "clip.safetensors")
     assert again.exit_code == 2

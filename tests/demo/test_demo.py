@@ -23,7 +23,7 @@ def test_demo_trains_the_recipe_that_users_read() -> None:
 
 def test_demo_refuses_a_folder_that_is_no_demo(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("ten years of work")
-    with pytest.raises(UsageError, match="no earlier demo"):
+    with pytest.raises(UsageError, match="is not an earlier demo"):
         run_demo(tmp_path, DemoOptions(), "test")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -32,7 +32,7 @@ def test_demo_refuses_a_folder_that_is_no_demo(tmp_path: Path) -> None:
 def test_demo_leaves_bundle_data_report_and_every_picture_that_the_report_shows(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     recipe = RECIPE.model_copy(update={"image_size": 64, "epochs": 1})
-    options = DemoOptions(recipe, train_films=8, test_films=4, bench_rounds=3, bench_budget_seconds=5)
+    options = DemoOptions(recipe, train_images=8, test_images=4, bench_rounds=3, bench_budget_seconds=5)
     facts = run_demo(output, options, "test")
     assert find_real_film() is not None, "pydicom-data is a development dependency"
     assert {row.stage for row in facts.rows()} == {"train", "evaluate", "verify", "build-engine", "bench"}

@@ -283,9 +283,9 @@ def test_what_cannot_be_quantized_and_what_is_evaluated_on_is_refused(copy: Path
     ("flags", "code", "said"),
     [
         (("--int8",), 2, "give --calibration DIR"),
-        (("--bf16", "--fp16"), 2, "name no precision together"),
-        (("--fp32", "--int8"), 2, "name no precision together"),
-        (("--fp16", "--evaluation-set", "{films}"), 2, "which was not given"),
+        (("--bf16", "--fp16"), 2, "cannot be combined"),
+        (("--fp32", "--int8"), 2, "cannot be combined"),
+        (("--fp16", "--evaluation-set", "{films}"), 2, "needs --calibration"),
         (("--fp8", "--calibration", "{films}", "--compute-capability", "8.0"), 2, "FP8 needs a GPU"),
         (("--int8", "--calibration", "/nowhere"), 6, "/nowhere does not exist"),
         (("--int8", "--calibration", "{films}/images", "--evaluation-set", "{films}"), 6, "evaluation set too"),

@@ -326,7 +326,7 @@ def test_the_command_tunes_and_build_engine_takes_what_it_wrote(
     assert {"node_conv2d"} <= set(proof["kept"])
     refused = invoke("build-engine", copy, "--tuned", path, "--fp8", "--calibration", films)
     assert refused.exit_code == 2
-    assert "Leave the precision's flags" in " ".join(refused.stderr.split())
+    assert "Remove the precision options" in " ".join(refused.stderr.split())
 
 
 def test_a_front_is_drawn_as_png_or_svg_only(profile: TunedProfile, tmp_path: Path) -> None:
