@@ -90,7 +90,7 @@ def _show(profile: TunedProfile) -> None:
     for source in profile.tuned.sources:
         stdout.print(f"Evaluation set: {source.describe()}", markup=False)
     stdout.print(profile.why, markup=False)
-    if better := profile.tuned.cheaper_as_good_when_judged():
+    if better := profile.tuned.cheaper_equivalent():
         stdout.print(
             f"With {len(better.kept)} blocks kept the held-out images are as good ({better.held_out.mean:.4f}, "
             f"{better.held_out.worst:.4f}): more evaluation images would tell these forms apart.",

@@ -10,9 +10,9 @@ from onnx import TensorProto, helper
 
 from cclip_deploy.errors import ParityError
 from cclip_deploy.graph.precision.float16 import precision_share, to_bf16, to_fp16
-from cclip_deploy.graph.precision.io_types import halve_inputs_and_outputs
+from cclip_deploy.graph.precision.io_types import io_to_fp16
 from cclip_deploy.graph.precision.onnx_graph import raise_opset
-from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
+from cclip_deploy.graph.precision.rounding import emulate_rounding, has_16_bit_types
 from tests.graph.precision.test_float16 import make_model, normal, run, types_of
 
 
@@ -39,9 +39,9 @@ def test_a_bf16_graph_holds_bf16_between_fp32_ends_and_keeps_its_islands() -> No
     softmax = next(node for node in narrow.graph.node if node.op_type == "Softmax")
     assert types[softmax.input[0]] == TensorProto.FLOAT
     assert precision_share(narrow) == {"bf16": 128}
-    assert is_narrow(narrow)
-    assert is_narrow(to_fp16(two_products()))
-    assert not is_narrow(two_products())
+    assert has_16_bit_types(narrow)
+    assert has_16_bit_types(to_fp16(two_products()))
+    assert not has_16_bit_types(two_products())
 
 
 def test_a_widened_graph_rounds_where_bf16_does() -> None:
@@ -71,7 +71,7 @@ def test_a_widened_fp16_graph_overflows_where_fp16_does() -> None:
 
 
 def test_a_widened_graph_keeps_fp16_inputs_and_outputs() -> None:
-    halved, x = halve_inputs_and_outputs(to_fp16(two_products())), normal(4, 8).astype(np.float16)
+    halved, x = io_to_fp16(to_fp16(two_products())), normal(4, 8).astype(np.float16)
     (got,) = run(emulate_rounding(halved), x=x)
     assert got.dtype == np.float16
     np.testing.assert_allclose(got, run(two_products(), x=x.astype(np.float32))[0], atol=2e-3)
@@ -115,7 +115,7 @@ def test_a_raised_opset_keeps_nodes_weights_and_answers() -> None:
 @pytest.mark.parametrize("narrow", [to_fp16, lambda model: model])
 def test_inputs_and_outputs_become_fp16_on_request_with_no_cast_to_spare(narrow: object) -> None:
     model, x = narrow(two_products()), normal(4, 8)  # type: ignore[operator]
-    halved = halve_inputs_and_outputs(model)
+    halved = io_to_fp16(model)
     types = types_of(halved)
     assert (types["x"], types["y"]) == (TensorProto.FLOAT16, TensorProto.FLOAT16)
     half = x.astype(np.float16)

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from cclip_deploy.graph.precision.convert import lower, tensors_to_calibrate
+from cclip_deploy.graph.precision.convert import convert_graph, tensors_to_calibrate
 from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
 from cclip_deploy.runtime.openvino.backend import compile_graph, load_openvino, read_graph
 from tests.graph.precision.test_float16 import make_model, normal
@@ -44,7 +44,7 @@ def ranges_of(model: onnx.ModelProto) -> dict[str, float]:
 
 def test_the_codes_of_the_branches_are_joined_at_one_scale() -> None:
     model = gated_model()
-    low = lower(model, "int8", ranges_of(model)).model
+    low = convert_graph(model, "int8", ranges_of(model)).model
     (joined,) = [node for node in low.graph.node if node.op_type == "Concat"]
     producers = {node.output[0]: node for node in low.graph.node}
     assert {producers[name].op_type for name in joined.input} == {"QuantizeLinear"}
@@ -56,7 +56,7 @@ def test_the_codes_of_the_branches_are_joined_at_one_scale() -> None:
 
 def test_values_that_something_else_reads_are_joined_too() -> None:
     model = gated_model(also_read=True)
-    low = lower(model, "int8", ranges_of(model)).model
+    low = convert_graph(model, "int8", ranges_of(model)).model
     assert sorted(n.name for n in low.graph.node if n.op_type == "Concat") == ["cat", "cat/int8"]
     assert next(n for n in low.graph.node if n.name == "z").input[0] == "cat"
 
@@ -65,7 +65,7 @@ def test_values_that_something_else_reads_are_joined_too() -> None:
 def test_the_other_quantized_forms_are_valid(precision: str) -> None:
     """FP8 codes cannot be joined in ONNX, so there the values are; a half rest needs the type of every tensor."""
     model = gated_model()
-    low = lower(model, precision, ranges_of(model)).model  # type: ignore[arg-type]
+    low = convert_graph(model, precision, ranges_of(model)).model  # type: ignore[arg-type]
     onnx.checker.check_model(low, full_check=True)
     assert len([n for n in low.graph.node if n.op_type == "Concat"]) == 1
 
@@ -75,7 +75,7 @@ def test_both_runtimes_give_the_numbers_of_plain_rounding(tmp_path: Path) -> Non
     model = gated_model()
     ranges = ranges_of(model)
     path = tmp_path / "low.onnx"
-    onnx.save(lower(model, "int8", ranges).model, path)
+    onnx.save(convert_graph(model, "int8", ranges).model, path)
     session = make_session(load_onnxruntime("cpu"), path.read_bytes(), "cpu", 1, "int8")
     core = load_openvino().Core()
     compiled = compile_graph(core, read_graph(core, path.read_bytes(), path), "int8", 1)

@@ -22,7 +22,7 @@ from cclip_deploy.datasets.image_sets import SetImage, read_image_set
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.graph.precision import convert as lowering
-from cclip_deploy.graph.precision.convert import lower
+from cclip_deploy.graph.precision.convert import convert_graph
 from cclip_deploy.quantization import tune
 from cclip_deploy.quantization.agreement import with_prompts
 from cclip_deploy.quantization.calibrate import CalibrationOptions, calibrate, choose_pictures
@@ -94,7 +94,7 @@ def test_the_reported_dice_is_that_of_the_kept_blocks(
     assert np.concatenate(list(trial.judge(full, range(len(held_out))).values())).min() == 1
     options = CalibrationOptions((films,), "min-max")
     ranges = calibrate(bundle, "image_encoder", full, choose_pictures(options), options, THREADS).ranges
-    found = trial.judge(lower(full, "int8", ranges, profile.keep).model, range(len(held_out)))
+    found = trial.judge(convert_graph(full, "int8", ranges, profile.keep).model, range(len(held_out)))
     assert np.concatenate(list(found.values())).mean() == pytest.approx(profile.tuned.held_out.mean, abs=1e-9)
 
 
@@ -117,7 +117,9 @@ class ScriptedTrial:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedTrial]:
     """The search over forms that are only named, judged by a table."""
     monkeypatch.setattr(tune, "SensitivityEvaluator", ScriptedTrial)
-    monkeypatch.setattr(lowering, "lower", lambda model, precision, ranges=None, keep=(): SimpleNamespace(model=keep))
+    monkeypatch.setattr(
+        lowering, "convert_graph", lambda model, precision, ranges=None, keep=(): SimpleNamespace(model=keep)
+    )
     return ScriptedTrial
 
 
@@ -164,11 +166,11 @@ def test_a_cheaper_form_that_is_as_good_on_the_held_out_part_is_named(
     films, bundle = many_images(tmp_path / "set", [""] * 8), Bundle.open(tiny_bundle_path)
     monkeypatch.setattr(scripted, "scores", {0: lambda case: 0.98 if case < 4 else 0.999, 1: lambda case: 0.995})
     tuned = tune_precision(bundle, TuneOptions("fp16", (films,))).tuned
-    better = tuned.cheaper_as_good_when_judged()
+    better = tuned.cheaper_equivalent()
     assert better is not None
     assert (better.kept, better.share > tuned.share) == ((), True)
     monkeypatch.setattr(scripted, "scores", {0: lambda case: 0.98, 1: lambda case: 0.995})
-    assert tune_precision(bundle, TuneOptions("fp16", (films,))).tuned.cheaper_as_good_when_judged() is None
+    assert tune_precision(bundle, TuneOptions("fp16", (films,))).tuned.cheaper_equivalent() is None
 
 
 def test_a_profile_of_an_earlier_version_still_loads() -> None:

@@ -127,8 +127,8 @@ class OnnxRuntimeBackend:
         if graph not in self._sessions:
             entry = self.bundle.graph_in(graph, self.precision)
             path, content = self.bundle.path / entry.file, read_checked(self.bundle, entry)
-            is_narrow = self.rounds_as_written and entry.precision.endswith("fp16")
-            widens = self.device == "cpu" and (is_narrow or entry.precision == "bf16")
+            has_16_bit_types = self.rounds_as_written and entry.precision.endswith("fp16")
+            widens = self.device == "cpu" and (has_16_bit_types or entry.precision == "bf16")
             model = NamedGraph(_with_emulated_rounding(content, path) if widens else content, path)
             del content  # as large as the weights
             providers = self._providers(entry)

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.graph.precision.float16 import FP32_ISLANDS, precision_share, to_fp16
+from cclip_deploy.graph.precision.float16 import FP32_OPERATORS, precision_share, to_fp16
 
 HALF_STEP = 2.0**-10
 
@@ -124,11 +124,13 @@ def test_islands_read_and_write_float32() -> None:
     read = {node.name: {types[name] for name in node.input} for node in half.graph.node}
     assert read["softmax"] == read["norm"] == {TensorProto.FLOAT}
     assert read["product"] == read["last"] == {TensorProto.FLOAT16}
-    assert casts(half) == 4, "in, to the islands, from the islands, out; none between the two islands"
+    assert casts(half) == 4, (
+        "in, to the fp32_operators, from the fp32_operators, out; none between the two fp32_operators"
+    )
 
 
 def test_the_sum_of_squares_that_overflows_float16_is_an_island() -> None:
-    assert "ReduceL2" in FP32_ISLANDS
+    assert "ReduceL2" in FP32_OPERATORS
     nodes = [helper.make_node("ReduceL2", ["x", "axes"], ["y"], keepdims=1)]
     model = make_model(nodes, {"axes": np.array([1])}, {"x": (1, 512)}, {"y": (1, 1)})
     (got,) = run(to_fp16(model), x=np.full((1, 512), 20, np.float32))

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.graph.precision.convert import lower, tensors_to_calibrate
+from cclip_deploy.graph.precision.convert import convert_graph, tensors_to_calibrate
 from cclip_deploy.graph.precision.float16 import precision_share
 from cclip_deploy.graph.precision.quantize import plan_quantization, quantize, scale_of, weight_codes
 from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
@@ -217,7 +217,7 @@ def test_an_int8_graph_with_an_fp16_rest_keeps_biases_that_onnxruntime_would_rou
         {"x": x.shape},
         {"y": x.shape},
     )
-    lowered = lower(model, "int8-fp16", {"x": float(np.abs(x).max())}).model
+    lowered = convert_graph(model, "int8-fp16", {"x": float(np.abs(x).max())}).model
     exact = np.einsum("oc,bchw->bohw", w[:, :, 0, 0], x) + bias[:, None, None]
     np.testing.assert_allclose(run(lowered, "int8-fp16", x=x), exact, atol=2e-4)
 
@@ -225,24 +225,24 @@ def test_an_int8_graph_with_an_fp16_rest_keeps_biases_that_onnxruntime_would_rou
 def test_inputs_and_outputs_stay_and_the_given_model_is_not_changed(model: onnx.ModelProto) -> None:
     before = model.SerializeToString()
     for precision in ("int8", "fp8", "int8-fp16"):
-        lowered = lower(model, precision, unit_ranges(model)).model  # type: ignore[arg-type]
+        lowered = convert_graph(model, precision, unit_ranges(model)).model  # type: ignore[arg-type]
         assert list(lowered.graph.input) == list(model.graph.input)
         assert list(lowered.graph.output) == list(model.graph.output)
     assert model.SerializeToString() == before
 
 
 def test_nodes_and_blocks_are_kept_out_by_name(model: onnx.ModelProto) -> None:
-    kept = lower(model, "int8", unit_ranges(model), keep=["c", "stem"])
+    kept = convert_graph(model, "int8", unit_ranges(model), keep=["c", "stem"])
     assert kept.kept == {"attention", "interpolation", "text", "deep1", "deep2", "stem"}
     values = stored(kept.model)
     assert values["c.weight"].dtype == np.float32
-    assert lower(model, "fp16", keep=["c"]).kept == {"deep1", "deep2"}
+    assert convert_graph(model, "fp16", keep=["c"]).kept == {"deep1", "deep2"}
     with pytest.raises(UsageError, match=r"named 'neck\.masker9'"):
-        lower(model, "int8", unit_ranges(model), keep=["neck.masker9"])
+        convert_graph(model, "int8", unit_ranges(model), keep=["neck.masker9"])
 
 
 def test_the_rest_is_in_float16_where_asked(model: onnx.ModelProto) -> None:
-    lowered = lower(model, "int8-fp16", unit_ranges(model)).model
+    lowered = convert_graph(model, "int8-fp16", unit_ranges(model)).model
     types = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
     assert types["a.bias"] == TensorProto.FLOAT16
     assert types["ra/scale"] == TensorProto.FLOAT16
@@ -268,7 +268,7 @@ def test_a_graph_without_learned_products_is_not_quantized() -> None:
     model = make_model([helper.make_node("MatMul", ["x", "x"], ["y"], name="m")], {}, {"x": (4, 4)}, {"y": (4, 4)})
     assert tensors_to_calibrate(model) == ()
     with pytest.raises(UsageError, match="Nothing of this graph can be quantized"):
-        lower(model, "int8", {})
+        convert_graph(model, "int8", {})
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
