@@ -14,7 +14,7 @@ from cclip_deploy.graph.precision.convert import InputsAndOutputs
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from cclip_deploy.runtime.tensorrt.binding import BindingName
 from cclip_deploy.runtime.tensorrt.device import GpuInterface
-from cclip_deploy.runtime.tensorrt.runner import MAX_STREAMS, GpuOptions
+from cclip_deploy.runtime.tensorrt.runner import MAX_STREAMS
 from cclip_deploy.runtime.tensorrt.settings import Compatibility, EngineSettings
 
 
@@ -42,7 +42,7 @@ class Builder(StrictModel):
 
 
 class Run(StrictModel):
-    """How engines are run, see `GpuOptions`; `lanes` is the number of execution streams."""
+    """How engines are run, see `GpuOptions` of the runner; `lanes` is the number of execution streams."""
 
     gpu_interface: GpuInterface = "cuda-python"
     cuda_graphs: bool = False
@@ -89,10 +89,6 @@ class EngineProfile(StrictModel):
             gpu_interface=self.run.gpu_interface,
             **self.shapes.model_dump(),
         )
-
-    def gpu_options(self) -> GpuOptions:
-        """Return the options of `TensorRtBackend`."""
-        return GpuOptions(self.run.gpu_interface, self.run.cuda_graphs, streams=self.run.lanes)
 
 
 def read_profile(path: Path) -> EngineProfile:

@@ -68,14 +68,14 @@ def count_multiply_adds(model: onnx.ModelProto, sizes: Mapping[str, int]) -> Cos
 
 
 def cost_of_nodes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> list[NodeCost]:
-    """Return the cost of every counted node in graph order; see `count_multiply_adds` for arguments, rules and errors."""
+    """Return the cost of every counted node in graph order; arguments and errors are those of `count_multiply_adds`."""
     skeleton = _inline_functions(_without_weights(model, sizes))
     shapes = _infer_shapes(skeleton)
     return [cost for node in skeleton.graph.node if (cost := _cost_of(_Node(node, shapes))) is not None]
 
 
 def multiply_add_fraction(model: onnx.ModelProto, nodes: Collection[str], sizes: Mapping[str, int]) -> float:
-    """Return the fraction, 0 to 1, of a graph's multiply-adds that the named nodes account for."""
+    """Return the fraction, 0 to 1, of a graph's multiply-adds that the named nodes perform."""
     counted = cost_of_nodes(model, sizes)
     named = sum(cost.multiply_adds for cost in counted if cost.name in nodes)
     return named / max(1, sum(cost.multiply_adds for cost in counted))
@@ -106,8 +106,8 @@ class _Node:
     def _shape(self, tensor: str) -> Shape:
         if tensor not in self.shapes:
             raise DataError(
-                f"Cannot count the multiply-adds of {self}: the shape of {tensor!r} cannot be inferred from the "
-                "graph's inputs. Fold the graph's constants, or export it with fixed sizes."
+                f"Cannot count the multiply-adds of {self}: the shape of {tensor!r} cannot be "
+                "inferred from the graph's inputs. Fold the graph's constants, or export it with fixed sizes."
             )
         return self.shapes[tensor]
 

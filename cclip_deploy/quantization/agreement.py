@@ -125,9 +125,9 @@ def check_mask_agreement(bundle: Bundle, precision: str, images: ImageSet, threa
     found = measure_mask_agreement(bundle, precision, images, threads)
     if not (found.mean >= LEAST_MEAN_DICE and found.worst >= LEAST_DICE):
         raise ParityError(
-            f"{precision} masks differ too much from FP32's on the evaluation set: mean Dice {found.mean:.4f} (at least "
-            f"{LEAST_MEAN_DICE}), worst image {found.worst:.4f} ({found.worst_picture}; at least {LEAST_DICE}). Keep "
-            "sensitive blocks in a higher precision (--keep), or calibrate with more or other images. Nothing was "
-            "published."
+            f"{precision} masks differ too much from FP32's on the evaluation set: mean Dice "
+            f"{found.mean:.4f} (at least {LEAST_MEAN_DICE}), worst image {found.worst:.4f} ({found.worst_picture}; "
+            f"at least {LEAST_DICE}). Leave sensitive blocks in a higher precision (--keep), or calibrate with more or "
+            "other images. Nothing was published."
         )
     return found

@@ -97,8 +97,8 @@ def choose_pictures(options: CalibrationOptions) -> CalibrationSet:
     different = len(by_hash) - len(failed)
     if not chosen or (different < FEWEST_PICTURES and not options.allow_few):
         raise UsageError(
-            f"Calibration has {counted(different, 'different image')}; with fewer than {FEWEST_PICTURES} the ranges are "
-            f"those of single images. Give more, or pass --allow-few. {' '.join(failed.values())}".strip()
+            f"Calibration has {counted(different, 'different image')}; with fewer than {FEWEST_PICTURES} the ranges "
+            f"are those of single images. Give more, or pass --allow-few. {' '.join(failed.values())}".strip()
         )
     pictures = tuple(picture for _, picture in chosen)
     evaluation = read_evaluation_set(options) if options.evaluation_set else ImageSet((), ())
@@ -219,7 +219,7 @@ def _count(statistics: TensorStatistics, values: NDArray[np.float32], name: str,
         statistics.add(values)
     except ParityError as error:
         raise ParityError(
-            f"Tensor {name!r} of the FP32 {graph} is not finite for {path}: {error}. Check the image and the checkpoint."
+            f"Tensor {name!r} of the FP32 {graph} is not finite for {path}: {error}. Check image and checkpoint."
         ) from error
 
 
@@ -253,15 +253,15 @@ def _refuse_overlap(
     if shared:
         raise DataError(
             f"{len(shared)} of {len(pictures)} calibration images are in the evaluation set too (first {shared[0]}). "
-            "Calibrate with other images: masks must not be evaluated on images that the ranges were fitted to."
+            "Calibrate with other images: masks must not be judged on images that ranges were fitted to."
         )
     evaluated = {image.patient for image in evaluation} - {None}
     overlapping = [picture for picture in pictures if picture.patient in evaluated]
     if overlapping:
         patients = dict.fromkeys(str(picture.patient) for picture in overlapping)
         raise DataError(
-            f"{len(overlapping)} of {len(pictures)} calibration images are of {counted(len(patients), 'patient')} in the "
-            f"evaluation set too (first {name_some(patients)}). Calibrate with images of other patients."
+            f"{len(overlapping)} of {len(pictures)} calibration images are of {counted(len(patients), 'patient')} in "
+            f"the evaluation set too (first {name_some(patients)}). Calibrate with images of other patients."
         )
 
 

@@ -37,7 +37,7 @@ class Halves:
         ]
         if any(image.patient is None for image in self.images):
             lines.append(
-                "Each image without a known patient counts as a patient of its own. Give --subject, or a subject column."
+                "Images without a known patient count as separate patients. Give --subject, or a subject column."
             )
         return lines
 
@@ -60,8 +60,8 @@ def split_by_patient(evaluation: ImageSet) -> Halves:
     if min(map(len, parts)) < FEWEST_EACH:
         found = f"{counted(sum(map(len, parts)), 'different image')} of {counted(len(of_patient), 'patient')}"
         raise UsageError(
-            f"The evaluation set has {found}. It is split into a tuning half and a held-out half without common patients, "
-            f"and each half needs {FEWEST_EACH} images or more. "
+            f"The evaluation set has {found}. It is split into a tuning half and a held-out half that share no "
+            f"patient, and each half needs {FEWEST_EACH} images or more. "
             "Give images of more patients, or a higher --pictures."
         )
     tuning, held_out = (replace(evaluation, images=tuple(part)) for part in parts)

@@ -22,7 +22,7 @@ from cclip_deploy.runtime.tensorrt.binding import BindingName
 
 
 class Agreement(StrictModel):
-    """Dice to FP32's masks: the mean over all masks, its standard error over images, and the lowest mean of an image."""
+    """Dice to FP32's masks: mean over all masks, its standard error over images, and lowest mean of an image."""
 
     mean: float
     worst: float

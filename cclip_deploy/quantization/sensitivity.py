@@ -72,7 +72,7 @@ class SensitivityEvaluator:
         full.backend.unload("image_encoder")
         full.backend.unload("prompt_encoder")
 
-    def judge(self, model: ModelProto, cases: Sequence[int]) -> dict[int, NDArray[np.float64]]:
+    def evaluate(self, model: ModelProto, cases: Sequence[int]) -> dict[int, NDArray[np.float64]]:
         """Return Dice to FP32's masks for each prompt, (P,), by image number, with `model` as the image encoder."""
         session = self._session(model)
         found = {}

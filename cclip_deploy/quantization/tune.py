@@ -123,7 +123,7 @@ class _Search:
                 method=record.method, percentile=record.percentile, pictures=pictures, sources=record.sources
             )
         self.halves = halves
-        self.trial = SensitivityEvaluator(bundle, options.precision, halves.images, options.threads, on_progress)
+        self.evaluator = SensitivityEvaluator(bundle, options.precision, halves.images, options.threads, on_progress)
         self.tuning, self.every = range(len(halves.tuning.images)), range(len(halves.images))
         self.started, self.steps = time.monotonic(), 0
 
@@ -131,7 +131,7 @@ class _Search:
         """Raise ParityError if the budget does not hold even with every block in the higher precision."""
         rest = REST.get(self.options.precision, self.options.precision)
         self._report_step("Masks with every block in the higher precision", 2 * len(self.blocks))
-        best = _agreement(self.trial.judge(self._all_high(rest), self.tuning))
+        best = _agreement(self.evaluator.evaluate(self._all_high(rest), self.tuning))
         if not _holds(best, self.options.budget):
             raise ParityError(
                 f"The budget (mean Dice {self.options.budget.mean}, worst image {self.options.budget.worst}) does "
@@ -152,7 +152,7 @@ class _Search:
         for block in self.blocks:
             self._report_step(f"Damage of {block}", 2 * len(self.blocks) - self.steps)
             others = [other for other in self.blocks if other != block]
-            found[block] = 1 - _agreement(self.trial.judge(self._converted(others), self.tuning)).mean
+            found[block] = 1 - _agreement(self.evaluator.evaluate(self._converted(others), self.tuning)).mean
         return found
 
     def pareto_front(self, damage: Mapping[str, float]) -> tuple[list[ParetoPoint], ParetoPoint | None]:
@@ -174,7 +174,7 @@ class _Search:
         return points, chosen
 
     def _point(self, blocks: Sequence[str]) -> ParetoPoint:
-        dices = self.trial.judge(self._converted(blocks), self.every)
+        dices = self.evaluator.evaluate(self._converted(blocks), self.every)
         return ParetoPoint(
             kept=tuple(blocks),
             share=(sum(self.costs.values()) - sum(self.costs[block] for block in blocks)) / self.total,

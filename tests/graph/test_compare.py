@@ -1,4 +1,4 @@
-"""Two graphs are compared node by node, and the first difference names the node and its kind."""
+"""Two graphs are compared node by node, and each difference names the node and the kind of difference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cclip_deploy.graph.compare import differences
 
 
 def graph() -> onnx.ModelProto:
-    """Conv, Relu, and a quantized pair."""
+    """Conv, Relu, QuantizeLinear and DequantizeLinear."""
     nodes = [
         helper.make_node("Conv", ["x", "w", "b"], ["c"], name="conv", pads=[0, 0, 0, 0]),
         helper.make_node("Relu", ["c"], ["r"], name="relu"),
@@ -38,7 +38,7 @@ def stored(model: onnx.ModelProto, name: str, values: np.ndarray) -> None:
     tensor.CopyFrom(numpy_helper.from_array(values, name))
 
 
-def test_a_graph_is_as_itself_whatever_it_is_called() -> None:
+def test_names_and_documentation_are_not_compared() -> None:
     other = graph()
     other.graph.name, other.doc_string = "another", "text"
     assert list(differences(other, graph())) == []

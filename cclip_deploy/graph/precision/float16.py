@@ -12,7 +12,6 @@ rejects.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,6 @@ _TYPED_BY_ATTRIBUTE = frozenset(
         "RandomUniformLike",
     }
 )
-_SHORT_NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 
 
 def to_fp16(
@@ -139,17 +137,6 @@ def _convert(
             f"The {target.name.upper()} graph is not valid ONNX: {error}. Please report this graph."
         ) from error
     return converted
-
-
-def precision_share(model: ModelProto) -> dict[str, int]:
-    """Return the number of stored weight elements by type, for example {"fp16": 94500000, "fp32": 4096, "int64": 12}."""
-    from onnx import TensorProto
-
-    share: dict[str, int] = defaultdict(int)
-    for tensor in model.graph.initializer:
-        name = TensorProto.DataType.Name(tensor.data_type)
-        share[_SHORT_NAMES.get(name, name.lower())] += math.prod(tensor.dims)
-    return dict(share)
 
 
 class _Conversion:
@@ -332,10 +319,10 @@ def _convert_weight(
     if outside.any():
         worst = values[outside][0]
         raise ParityError(
-            f"Weight {name!r} has {int(outside.sum())} of {values.size} values that {target.numpy_name} cannot represent "
-            f"(the first is {worst:g}, the limit {target.largest:g}), read by node {readers[0].name!r} "
+            f"Weight {name!r} has {int(outside.sum())} of {values.size} values that {target.numpy_name} cannot "
+            f"represent (the first is {worst:g}, the limit {target.largest:g}), read by node {readers[0].name!r} "
             f"({readers[0].op_type}). "
-            f"Keep that node in FP32 (fp32_nodes=[{readers[0].name!r}]) or scale the weight."
+            f"Leave that node in FP32 (fp32_nodes=[{readers[0].name!r}]) or scale the weight."
         )
     converted: np.ndarray[Any, Any] = values.astype(kind)
     lost = (converted == 0) & (values != 0)

@@ -16,7 +16,7 @@ _LARGE = 1024
 
 
 def varying_tensors(model: ModelProto, integers_only: bool = False) -> set[str]:
-    """Return the names of the tensors that depend on a graph input; with `integers_only`, on an integer input (tokens)."""
+    """Return the names of the tensors that depend on a graph input; with `integers_only`, on an integer input."""
     stored = {tensor.name for tensor in model.graph.initializer}
     found = {
         value.name

@@ -19,7 +19,10 @@ SHORTEST_BLOCK = 7
 
 
 def bilinear_matrix(size: int, scale: int) -> Tensor:
-    """Return PyTorch's bilinear upsampling of one axis (align_corners=False) as a float64 matrix (scale * size, size)."""
+    """Return PyTorch's bilinear upsampling of one axis as a float64 matrix (scale * size, size), align_corners=False.
+
+    Each output is a weighted sum of its two nearest inputs.
+    """
     position = ((torch.arange(scale * size, dtype=torch.float64) + 0.5) / scale - 0.5).clamp(min=0)
     low = position.floor().long().clamp(max=size - 1)
     fraction = position - low

@@ -50,8 +50,8 @@ def check_engine(entry: EngineEntry, binding: ModuleType, facts: GpuFacts) -> No
         raise EnvironmentIssue(f"The bundle does not record for which GPU {entry.file} was built. {remedy}")
     if not _fits(entry.runs_on, facts):
         raise EnvironmentIssue(
-            f"{entry.file} runs on {_target_label(entry.runs_on)}; this machine has a {facts.name} of compute capability "
-            f"{facts.compute_capability}. {remedy}"
+            f"{entry.file} runs on {_target_label(entry.runs_on)}; this machine has a {facts.name} of compute "
+            f"capability {facts.compute_capability}. {remedy}"
         )
 
 

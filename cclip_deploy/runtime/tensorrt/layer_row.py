@@ -82,7 +82,7 @@ class LayerRow:
 
     @property
     def role(self) -> Role:
-        """`product` for a convolution or matrix product, `other` for a kind known to be neither, otherwise `unknown`."""
+        """`product` for a convolution or matrix product, `other` for a kind known to be neither, else `unknown`."""
         kind = self.kind.lower()
         if kind in PRODUCT_KINDS:
             return "product"

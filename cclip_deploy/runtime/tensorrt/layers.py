@@ -152,8 +152,8 @@ def prove_precision(
         raise ParityError("The graph has no convolution or matrix product, so its precision cannot be checked.")
     if len(names) - len(high) <= LEAST_FRACTION * len(names):
         raise ParityError(
-            f"{requested.upper()} was requested, but {len(high)} of {len(names)} convolutions and matrix products stay in "
-            f"{rest_type(requested).upper()}. Give fewer --keep, or build in {rest_type(requested)}."
+            f"{requested.upper()} was requested, but {len(high)} of {len(names)} convolutions and matrix products stay "
+            f"in {rest_type(requested).upper()}. Give fewer --keep, or build in {rest_type(requested)}."
         )
     expected = {node: rest_type(requested) if node in high else product_type(requested) for node in names}
     faults = [fault for node, kind in expected.items() if (fault := _fault_of(node, table.rows_of(node), kind))]

@@ -131,16 +131,16 @@ class TensorRtBackend:
             self._loaded.pop(graph, None)
 
     def run(self, graph: str, inputs: TensorsOrArrays) -> dict[str, NDArray[np.float32]]:
-        with self._stream(graph) as stream:
+        with self.reserve_stream(graph) as stream:
             return stream.run(graph, inputs)[0]
 
     def run_on_device(self, graph: str, inputs: TensorsOrArrays, names: Sequence[str]) -> dict[str, DeviceTensor]:
-        with self._stream(graph) as stream:
+        with self.reserve_stream(graph) as stream:
             return stream.run(graph, inputs, names)[1]
 
     def device_times_ms(self, graph: str, inputs: TensorsOrArrays, runs: int) -> list[float]:
         """Return the device time of each of `runs` consecutive runs on one stream, without copies."""
-        with self._stream(graph) as stream:
+        with self.reserve_stream(graph) as stream:
             return stream.device_times_ms(graph, inputs, runs)
 
     def close(self) -> None:
@@ -185,7 +185,7 @@ class TensorRtBackend:
             return self._loaded[graph]
 
     @contextmanager
-    def _stream(self, graph: str) -> Iterator[ExecutionStream]:
+    def reserve_stream(self, graph: str) -> Iterator[ExecutionStream]:
         """Reserve a stream that has a context of the graph's engine; waits until one is free."""
         self._require_open()
         self.gpu.enter_thread()

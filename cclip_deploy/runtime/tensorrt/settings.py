@@ -124,7 +124,7 @@ class TimingCache:
         """
         if is_rtx(binding) or not hasattr(config, "create_timing_cache"):
             raise UsageError(
-                f"{' '.join(binding_label(binding))} has no timing cache, because it measures nothing at build. Leave it out."
+                f"{' '.join(binding_label(binding))} has no timing cache: it measures nothing at build. Leave it out."
             )
         try:
             content = path.read_bytes() if path.exists() else b""

@@ -188,8 +188,8 @@ class ExecutionStream:
                     raise UsageError(f"Input {name} was freed before it was used. Compute it again.")
                 if value.dtype != context.types.get(name, value.dtype):
                     raise UsageError(
-                        f"Input {name} is {value.dtype} on the device, the engine takes {context.types[name]}. Build both "
-                        "engines with the same --io."
+                        f"Input {name} is {value.dtype} on the device, the engine takes {context.types[name]}. Build "
+                        "both engines with the same --io."
                     )
                 prepared[name] = value
             else:
