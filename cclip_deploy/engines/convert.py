@@ -93,12 +93,7 @@ class _Work:
         self.found: set[str] = set()
 
     def add(self, name: str) -> None:
-        from cclip_deploy.graph.precision.convert import (
-            convert_graph,
-            matching_names,
-            products_named,
-            tensors_to_calibrate,
-        )
+        from cclip_deploy.graph.precision.convert import convert_graph, matching, products_named, tensors_to_calibrate
 
         model = load_model(self.bundle, name)
         precision = self.options.precision
@@ -107,7 +102,7 @@ class _Work:
         self.precisions[name] = precision
         if precision == "fp32":
             return
-        keep = matching_names(model, self.options.keep)
+        keep = matching(model, self.options.keep)
         self.found |= keep
         ranges, calibration = self._calibrated(name, model) if is_quantized(precision) else (None, None)
         self.on_progress(f"Converting {name} to {precision}")

@@ -107,9 +107,7 @@ class DeployForm(nn.Module):
 
 
 def sum_shifted(taps: Tensor) -> Tensor:
-    """Sum the nine taps of a 3x3 convolution, (N, 9, H, W) -> (N, H, W); tap (k_y, k_x) reads from offset (k_y - 1, k_x
-    - 1), zero outside.
-    """
+    """Sum the taps of a 3x3 convolution, (N, 9, H, W) -> (N, H, W); tap 3 k_y + k_x reads at (k_y - 1, k_x - 1)."""
     _, _, height, width = taps.shape
     padded = functional.pad(taps, (1, 1, 1, 1))
     total = padded[:, 0, :height, :width]

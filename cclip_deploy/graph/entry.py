@@ -23,9 +23,7 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 
 def graph_entry(graph: onnx.ModelProto, file: str, folder: Path, made_from_sha256: str, precision: str) -> GraphEntry:
-    """Return the manifest entry of a graph written to `folder / file`; multiply-adds are those of one image and one
-    prompt.
-    """
+    """Return the manifest entry of the graph in `folder / file`; its multiply-adds are for one image and prompt."""
     return GraphEntry(
         file=file,
         sha256=sha256_file(folder / file),

@@ -14,9 +14,7 @@ def fuse(
     """Join three traced graphs into `fused`: image (B, 3, H, W) and tokens (B, L) -> logits (B, 1, H, W)."""
     from onnx import compose
 
-    text = _one_prompt_per_image(
-        compose.add_prefix(prompt_encoder, "prompt_encoder/", rename_inputs=False, rename_outputs=False)
-    )
+    text = _per_image(compose.add_prefix(prompt_encoder, "prompt_encoder/", rename_inputs=False, rename_outputs=False))
     image = compose.add_prefix(image_encoder, "image_encoder/", rename_inputs=False, rename_outputs=False)
     decoder = compose.add_prefix(row_decoder, "row_decoder/", rename_inputs=True, rename_outputs=False)
     kernel = ("kernel", "tap_bias", "bias")
@@ -33,7 +31,7 @@ def fuse(
     return fused
 
 
-def _one_prompt_per_image(prompt_encoder: onnx.ModelProto) -> onnx.ModelProto:
+def _per_image(prompt_encoder: onnx.ModelProto) -> onnx.ModelProto:
     """Rename the symbolic dimension `prompts` to `batch`: the fused graph takes one prompt per image."""
     graph = prompt_encoder.graph
     for value in (*graph.input, *graph.output, *graph.value_info):

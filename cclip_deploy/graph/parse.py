@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 def parse_graph(content: bytes, path: Path) -> ModelProto:
-    """Parse the bytes of an ONNX file.
-
-    Raises:
-        BundleError: the bytes are not an ONNX graph; the message names `path`.
-    """
+    """Parse the bytes of an ONNX file; raise BundleError, which names `path`, if they are not a graph."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 

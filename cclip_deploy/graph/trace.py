@@ -29,9 +29,7 @@ TRACED_BATCH, TRACED_PROMPTS = 2, 3
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """What to trace: a module, example inputs by name, the names of its outputs and of the dimensions that stay
-    dynamic.
-    """
+    """A module to trace, with example inputs by name, dynamic dimensions and output names."""
 
     name: str
     module: nn.Module

@@ -17,7 +17,7 @@ from cclip_deploy.imaging.reading import read_picture
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import mask_dices
 from cclip_deploy.parity.reference import PICTURE_PROMPTS
-from cclip_deploy.quantization.calibrate import CalibrationOptions, Progress, read_evaluation_set, readable_images
+from cclip_deploy.quantization.calibrate import CalibrationOptions, Progress, read_evaluation_set, readable
 from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
 
 LEAST_MEAN_DICE, LEAST_DICE = 0.99, 0.95
@@ -113,11 +113,11 @@ def with_prompts(found: ImageSet) -> ImageSet:
 
 
 def evaluation_images(options: CalibrationOptions, on_progress: Progress = lambda _: None) -> ImageSet:
-    """Return the readable images of the evaluation set, at most `evaluation_limit`, from as many patients as possible.
+    """Return the readable evaluation images, at most `evaluation_limit`, from as many patients as possible.
 
-    `on_progress` receives the reason for each unreadable image. Raises ImageError if no image is readable.
+    Unreadable ones are reported to `on_progress`. Raise ImageError if none is readable.
     """
-    return with_prompts(readable_images(read_evaluation_set(options).limited(options.evaluation_limit), on_progress))
+    return with_prompts(readable(read_evaluation_set(options).limited(options.evaluation_limit), on_progress))
 
 
 def check_mask_agreement(bundle: Bundle, precision: str, images: ImageSet, threads: int | None = None) -> MaskAgreement:

@@ -14,9 +14,7 @@ FORMAT = 1
 
 
 def read_entry(cache: Path, key: str, on_progress: Callable[[str], None]) -> dict[str, float] | None:
-    """Return the cached ranges of a key, or None if there is no intact entry; an altered one is reported to
-    `on_progress`.
-    """
+    """Return the cached ranges of a key; None if there is no entry, or an altered one, which is reported."""
     path = _path(cache, key)
     if not path.is_file():
         return None
@@ -32,11 +30,7 @@ def read_entry(cache: Path, key: str, on_progress: Callable[[str], None]) -> dic
 
 
 def write_entry(cache: Path, key: str, ranges: dict[str, float]) -> None:
-    """Write the ranges of a key atomically.
-
-    Raises:
-        EnvironmentIssue: the disk is full or the folder is not writable.
-    """
+    """Write the ranges of a key atomically; raise EnvironmentIssue if the folder cannot be written."""
     with whole_file(_path(cache, key)) as unfinished:
         unfinished.write_text(json.dumps({"sha256": _digest(key, ranges), "ranges": ranges}), encoding="utf-8")
 

@@ -44,8 +44,7 @@ class CalibrationOptions:
         method: how a range is chosen from the values of a tensor.
         percentile: percentage of the values that the method `percentile` represents.
         limit: maximum number of images; of more, those with the lowest hashes are used.
-        evaluation_set: images that must share neither files nor patients with the calibration; of a data set the test
-            split.
+        evaluation_set: images or data sets' test splits, which must share neither files nor patients with `pictures`.
         evaluation_limit: maximum number of evaluation images on which masks are compared.
         data_sets: how data-set folders are read.
         allow_few: accept fewer than FEWEST_PICTURES images.
@@ -118,17 +117,15 @@ def read_evaluation_set(options: CalibrationOptions) -> ImageSet:
     return read_image_set(options.evaluation_set, "test", options.data_sets)
 
 
-def readable_images(images: ImageSet, on_progress: Progress) -> ImageSet:
-    """Return the readable images; `on_progress` receives the reason for each other one. Raises ImageError if none is
-    readable.
-    """
+def readable(images: ImageSet, on_progress: Progress) -> ImageSet:
+    """Return the readable images; report the others to `on_progress`. Raise ImageError if none is readable."""
     failed: dict[Path, str] = {}
-    readable = tuple(image for image in images.images if _pixel_hash(image.path, failed) is not None)
+    usable = tuple(image for image in images.images if _pixel_hash(image.path, failed) is not None)
     for reason in failed.values():
         on_progress(f"Left out: {reason}")
-    if failed and not readable:
+    if failed and not usable:
         raise ImageError(next(iter(failed.values())))
-    return replace(images, images=readable)
+    return replace(images, images=usable)
 
 
 def calibrate(
@@ -200,9 +197,8 @@ def _statistics(
     session = make_session(load_onnxruntime("cpu"), with_outputs(model, tensors).SerializeToString(), threads=threads)
     given = {value.name for value in model.graph.input}
     computed = [name for name in tensors if name not in given]
-    tokens = seeded_inputs(manifest.image_hw, manifest.prompt_length)[1][
-        :1
-    ]  # no quantized tensor depends on the tokens
+    # No quantized tensor depends on the tokens.
+    tokens = seeded_inputs(manifest.image_hw, manifest.prompt_length)[1][:1]
     statistics = {name: TensorStatistics() for name in tensors}
     for number, path in enumerate(paths, start=1):
         on_progress(f"Calibrating {graph}, image {number} of {len(paths)}")

@@ -41,8 +41,7 @@ def measure_curve(
     threads: int | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[CalibrationCurvePoint]:
-    """Quantize the image encoder with increasing numbers of calibration images, and compare its masks on the evaluation
-    set.
+    """Compare masks on the evaluation set for image encoders quantized with increasing numbers of images.
 
     Smaller sets are subsets of larger ones. The bundle is not changed; its other graphs must exist in the precision of
     the unquantized rest.

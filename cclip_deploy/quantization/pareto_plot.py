@@ -30,9 +30,8 @@ def draw_pareto_front(profile: TunedProfile, path: Path) -> None:
     axes = figure.subplots()
     for name, color in (("mean", BLUE), ("worst", VERMILION)):
         label = "mean" if name == "mean" else "worst image"
-        axes.plot(
-            percentages, [getattr(p.held_out, name) for p in points], "o-", color=color, label=label, markersize=5
-        )
+        values = [getattr(point.held_out, name) for point in points]
+        axes.plot(percentages, values, "o-", color=color, label=label, markersize=5)
         axes.axhline(getattr(tuned.budget, name), color=color, linestyle=":", linewidth=1.2)
         axes.plot(100 * tuned.share, getattr(tuned.held_out, name), "o", color=color, markersize=12, fillstyle="none")
     axes.annotate(

@@ -80,9 +80,7 @@ class Tuning(StrictModel):
     front: tuple[ParetoPoint, ...]
 
     def cheaper_equivalent(self) -> ParetoPoint | None:
-        """Return the point with the fewest high-precision blocks, fewer than chosen, that is as good on the held-out
-        images.
-        """
+        """Return the cheapest point that is as good on the held-out images, if it is cheaper than the chosen one."""
         cheaper = (point for point in self.front if point.share > self.share)
         return next((point for point in cheaper if point.held_out.as_good_as(self.held_out)), None)
 

@@ -24,13 +24,7 @@ from cclip_deploy.bundle.precision import REST, Precision, is_quantized
 from cclip_deploy.datasets.image_sets import DataSetOptions, read_image_set
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.quantization.agreement import LEAST_DICE, LEAST_MEAN_DICE, with_prompts
-from cclip_deploy.quantization.calibrate import (
-    CalibrationOptions,
-    CalibrationSet,
-    calibrate,
-    choose_pictures,
-    readable_images,
-)
+from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures, readable
 from cclip_deploy.quantization.halves import Halves, hashes, split_by_patient
 from cclip_deploy.quantization.profile import Agreement, CalibrationUsed, ParetoPoint, TunedProfile, Tuning
 from cclip_deploy.quantization.sensitivity import SensitivityEvaluator
@@ -84,7 +78,7 @@ def tune_precision(bundle: Bundle, options: TuneOptions, on_progress: Progress =
     _check(options)
     calibration = None if options.calibration is None else choose_pictures(options.calibration)
     evaluation = with_prompts(read_image_set(options.evaluation_set, "test", options.data_sets))
-    halves = split_by_patient(readable_images(evaluation.limited(options.limit), on_progress))
+    halves = split_by_patient(readable(evaluation.limited(options.limit), on_progress))
     for line in (*(calibration.describe()[:1] if calibration else ()), *halves.describe()):
         on_progress(line)
     search = _Search(bundle, options, calibration, halves, on_progress)
@@ -114,9 +108,8 @@ class _Search:
         self.ranges: dict[str, float] | None = None
         self.calibration: CalibrationUsed | None = None
         if calibration is not None and options.calibration is not None:
-            record = calibrate(
-                bundle, IMAGE, self.model, calibration, options.calibration, options.threads, on_progress
-            )
+            given = options.calibration
+            record = calibrate(bundle, IMAGE, self.model, calibration, given, options.threads, on_progress)
             pictures = tuple(picture.sha256 for picture in record.pictures)
             self.ranges = record.ranges
             self.calibration = CalibrationUsed(
@@ -156,8 +149,8 @@ class _Search:
         return found
 
     def pareto_front(self, damage: Mapping[str, float]) -> tuple[list[ParetoPoint], ParetoPoint | None]:
-        """Return points with increasingly many high-precision blocks, and the first that meets the budget and beats all
-        before.
+        """Return points with ever more high-precision blocks, and the first that meets the budget and beats its
+        precursors.
         """
         order = sorted(self.blocks, key=lambda block: damage[block] / max(1, self.costs[block]), reverse=True)
         points: list[ParetoPoint] = []

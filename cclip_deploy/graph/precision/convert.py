@@ -42,8 +42,7 @@ def convert_graph(
         io: type of the graph's float inputs and outputs.
 
     Raises:
-        UsageError: nothing of the graph can be quantized, ranges are missing, or a name in `high_precision` matches
-            nothing.
+        UsageError: nothing can be quantized, ranges are missing, or a name in `high_precision` matches nothing.
         ParityError: the graph cannot be converted faithfully.
     """
     from cclip_deploy.graph.precision.float16 import to_bf16, to_fp16
@@ -70,12 +69,8 @@ def tensors_to_calibrate(model: ModelProto) -> tuple[str, ...]:
 
 
 def products_named(model: ModelProto, names: Collection[str]) -> frozenset[str]:
-    """Return the products that match the given names, by node name or by the block that their weights belong to.
-
-    Raises:
-        UsageError: a name matches nothing.
-    """
-    if unknown := sorted(set(names) - matching_names(model, names)):
+    """Return the products with these node names or block names; raise UsageError if a name matches nothing."""
+    if unknown := sorted(set(names) - matching(model, names)):
         raise UsageError(
             f"The graph has no convolution, matrix product or block of them named {', '.join(map(repr, unknown))}, so "
             "it cannot stay in a higher precision."
@@ -83,7 +78,7 @@ def products_named(model: ModelProto, names: Collection[str]) -> frozenset[str]:
     return frozenset(node.name for node in _products(model) if any(_matches(name, node) for name in names))
 
 
-def matching_names(model: ModelProto, names: Collection[str]) -> set[str]:
+def matching(model: ModelProto, names: Collection[str]) -> set[str]:
     """Return those of the names that match a product or a block of this graph."""
     products = _products(model)
     return {name for name in names if any(_matches(name, node) for node in products)}
@@ -140,6 +135,6 @@ def _quantized(
         )
     kind = product_type(precision)
     quantized = quantize(model, plan, ranges, kind)  # type: ignore[arg-type]  # int8 or fp8
-    return ConvertedGraph(
-        to_fp16(quantized) if REST[precision] == "fp16" else quantized, frozenset(plan.high_precision)
-    )
+    if REST[precision] == "fp16":
+        quantized = to_fp16(quantized)
+    return ConvertedGraph(quantized, frozenset(plan.high_precision))

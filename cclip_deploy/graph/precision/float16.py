@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-FP32_OPERATORS = frozenset(
+FP32_OPS = frozenset(
     {
         "CumSum",
         "GroupNormalization",
@@ -56,9 +56,7 @@ _FLOAT = 1  # TensorProto.FLOAT
 
 @dataclass(frozen=True)
 class _Float16Type:
-    """A 16-bit float type: its names, its ONNX element type, the largest value, the smallest nonzero one, the least
-    opset.
-    """
+    """A 16-bit float type and its limits; `opset` is the first that supports it."""
 
     name: str
     kind: int
@@ -86,9 +84,7 @@ _TYPED_BY_ATTRIBUTE = frozenset(
 )
 
 
-def to_fp16(
-    model: ModelProto, fp32_operators: Collection[str] = FP32_OPERATORS, fp32_nodes: Collection[str] = ()
-) -> ModelProto:
+def to_fp16(model: ModelProto, fp32_ops: Collection[str] = FP32_OPS, fp32_nodes: Collection[str] = ()) -> ModelProto:
     """Convert a graph to compute in float16; `model` is not changed.
 
     Graph inputs and outputs keep name and type (images and logits float32, tokens int64). Float weights become float16,
@@ -97,7 +93,7 @@ def to_fp16(
 
     Args:
         model: FP32 graph without subgraphs, weights loaded.
-        fp32_operators: operator types that stay FP32.
+        fp32_ops: operator types that stay FP32.
         fp32_nodes: names of further nodes that stay FP32.
 
     Raises:
@@ -105,21 +101,19 @@ def to_fp16(
             converted faithfully.
         UsageError: a name in `fp32_nodes` that the graph does not have.
     """
-    return _convert(model, _HALF, fp32_operators, fp32_nodes)
+    return _convert(model, _HALF, fp32_ops, fp32_nodes)
 
 
-def to_bf16(
-    model: ModelProto, fp32_operators: Collection[str] = FP32_OPERATORS, fp32_nodes: Collection[str] = ()
-) -> ModelProto:
+def to_bf16(model: ModelProto, fp32_ops: Collection[str] = FP32_OPS, fp32_nodes: Collection[str] = ()) -> ModelProto:
     """Convert a graph to compute in bfloat16, in opset 22 or newer; see `to_fp16` for arguments, masks and errors.
 
     bfloat16 has the range of float32, so only weights that are not finite are rejected.
     """
-    return _convert(model, _BFLOAT, fp32_operators, fp32_nodes)
+    return _convert(model, _BFLOAT, fp32_ops, fp32_nodes)
 
 
 def _convert(
-    model: ModelProto, target: _Float16Type, fp32_operators: Collection[str], fp32_nodes: Collection[str]
+    model: ModelProto, target: _Float16Type, fp32_ops: Collection[str], fp32_nodes: Collection[str]
 ) -> ModelProto:
     import onnx
 
@@ -129,7 +123,7 @@ def _convert(
         raise UsageError(f"The graph has no node named {', '.join(map(repr, unknown))}; it cannot stay FP32.")
     if target.opset > 1:
         model = raise_opset(model, target.opset)
-    converted = _Conversion(model, target, frozenset(fp32_operators), frozenset(fp32_nodes)).convert()
+    converted = _Conversion(model, target, frozenset(fp32_ops), frozenset(fp32_nodes)).convert()
     try:
         onnx.checker.check_model(converted, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -143,7 +137,7 @@ class _Conversion:
     """Converts the nodes in order; casts are inserted before their first reader, so the order stays topological."""
 
     def __init__(
-        self, model: ModelProto, target: _Float16Type, fp32_operators: frozenset[str], fp32_nodes: frozenset[str]
+        self, model: ModelProto, target: _Float16Type, fp32_ops: frozenset[str], fp32_nodes: frozenset[str]
     ) -> None:
         self.model = model
         self.target = target
@@ -155,7 +149,7 @@ class _Conversion:
         self.inputs = [value for value in model.graph.input if value.name not in weights]
         self.held = {value.name: _FLOAT for value in self.inputs if self._is_float(value.name)}
         self.names: dict[tuple[str, int], str] = {(name, _FLOAT): name for name in self.held}
-        self.runs_in = [self._run_type(node, fp32_operators, fp32_nodes) for node in self.nodes]
+        self.runs_in = [self._run_type(node, fp32_ops, fp32_nodes) for node in self.nodes]
         self.readers = self._constant_readers()
         self.outputs = {value.name for value in model.graph.output}
         self.taken = set(self.types)
@@ -189,9 +183,9 @@ class _Conversion:
     def _is_float(self, name: str) -> bool:
         return self.types.get(name) == _FLOAT
 
-    def _run_type(self, node: NodeProto, fp32_operators: frozenset[str], fp32_nodes: frozenset[str]) -> int:
+    def _run_type(self, node: NodeProto, fp32_ops: frozenset[str], fp32_nodes: frozenset[str]) -> int:
         """Return the 16-bit type, unless the node has to stay FP32 or has no schema that allows 16 bits."""
-        if node.op_type in fp32_operators or node.name in fp32_nodes or node.op_type in _TYPED_BY_ATTRIBUTE:
+        if node.op_type in fp32_ops or node.name in fp32_nodes or node.op_type in _TYPED_BY_ATTRIBUTE:
             return _FLOAT
         schema = self._schema(node)
         if schema is None:
@@ -313,9 +307,7 @@ def _convert_weight(
     if masked.any() and not values[~masked].any() and {node.op_type for node in readers} <= {"Add", "Where"}:
         mask: np.ndarray[Any, Any] = np.where(masked, kind.type(MASKED), kind.type(0))
         return mask
-    outside = ~(
-        np.abs(values) < target.rounds_to_largest
-    )  # NaN too; smaller values round to the largest representable one
+    outside = ~(np.abs(values) < target.rounds_to_largest)  # NaN too
     if outside.any():
         worst = values[outside][0]
         raise ParityError(
@@ -340,7 +332,5 @@ def _types_by_schema(formals: Any, count: int, run: int) -> list[int]:
 
 
 def _formal(formals: Any, index: int) -> Any:
-    """Return the formal parameter of an input or output; the last one of a variadic operator also describes all that
-    follow.
-    """
+    """Return the formal parameter of an input or output; a variadic operator's last one describes all that follow."""
     return formals[min(index, len(formals) - 1)]

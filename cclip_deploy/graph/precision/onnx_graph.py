@@ -143,6 +143,4 @@ def check_convertible(model: ModelProto) -> None:
         raise ParityError("The graph has local functions or sparse weights. Inline or densify them first.")
     for tensor in model.graph.initializer:
         if tensor.data_location == tensor.EXTERNAL:
-            raise ParityError(
-                f"Weight {tensor.name!r} is stored in another file. Load the graph with its external data."
-            )
+            raise ParityError(f"Weight {tensor.name!r} is in another file. Load the graph with its external data.")

@@ -104,8 +104,7 @@ def plan_quantization(model: ModelProto, high_precision: Collection[str] = ()) -
 def _skips(model: ModelProto, quantized: set[str]) -> tuple[tuple[str, int], ...]:
     """Return the skips of sums whose main branch is a quantized product.
 
-    Which branch is the skip is decided as if no product were excluded, so that one calibration serves every choice of
-    high-precision nodes.
+    Skips are found as if no product were excluded, so that one calibration serves every choice of high-precision nodes.
     """
     possible, _ = _sort_products(model, frozenset())
     found = find_residual_skips(model, {product.node for product in possible})
@@ -166,7 +165,7 @@ def weight_codes(values: Array, axis: int, kind: Quantized) -> tuple[Array, Arra
     return np.clip(scaled, -limit, limit).astype(ml_dtypes.float8_e4m3fn), scales
 
 
-def _sort_products(model: ModelProto, excluded: frozenset[str]) -> tuple[tuple[QuantizedProduct, ...], tuple[str, ...]]:
+def _sort_products(model: ModelProto, high: frozenset[str]) -> tuple[tuple[QuantizedProduct, ...], tuple[str, ...]]:
     """Return the products to quantize, and the names of those to leave in high precision."""
     constants = dict(float_constants(model.graph))
     varying, of_prompt = varying_tensors(model), varying_tensors(model, integers_only=True)
@@ -175,12 +174,8 @@ def _sort_products(model: ModelProto, excluded: frozenset[str]) -> tuple[tuple[Q
         if node.op_type not in PRODUCTS or varying.isdisjoint(node.input):
             continue
         if not node.name:
-            raise ParityError(
-                f"The {node.op_type} that computes {node.output[0]!r} has no name. Export the graph again."
-            )
-        product = (
-            None if node.name in excluded or not of_prompt.isdisjoint(node.input) else _as_product(node, constants)
-        )
+            raise ParityError(f"The {node.op_type} of output {node.output[0]!r} has no name. Export the graph again.")
+        product = None if node.name in high or not of_prompt.isdisjoint(node.input) else _as_product(node, constants)
         if product is None:
             unquantized.append(node.name)
         else:
@@ -253,9 +248,7 @@ class _Quantization:
             node.input[0] = _dequantized(node.input[0])
 
     def _pair(self, name: str, branches: Sequence[str] = ()) -> None:
-        """Add Q/DQ of a tensor; for a concatenation, whose inputs are `branches`, quantize each input and join the
-        codes.
-        """
+        """Add Q/DQ of a tensor; for a concatenation of `branches`, quantize each branch and join the codes."""
         import onnx
         from onnx import helper
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def find_residual_skips(model: ModelProto, products: Collection[str]) -> tuple[tuple[str, int, str], ...]:
-    """Return sum, input index of its skip, and the product of its main branch, for each sum of two activations of which
-    a product computes at least one.
+    """Return sum, input index of its skip, and product of its main branch, for each residual sum.
 
-    The skip is the input with fewer products behind it (an identity, or the block's downsampling); if both have as
-    many, the second. An Add of a product and a constant bias counts as part of the product.
+    A residual sum adds two activations of which a product computes at least one. The skip is the input with fewer
+    products behind it (an identity, or the block's downsampling); if both have as many, the second. An Add of a product
+    and a constant bias counts as part of the product.
     """
     varying = varying_tensors(model)
     depth: dict[str, int] = {}
@@ -38,9 +38,7 @@ def find_residual_skips(model: ModelProto, products: Collection[str]) -> tuple[t
 
 
 def _skip_of(node: NodeProto, direct: Collection[str], depth: dict[str, int]) -> int:
-    """Return the input that no product computes directly; if products compute both, the one with fewer products behind
-    it.
-    """
+    """Return the input that no product computes directly; of two computed by products, the one with fewer behind it."""
     first, second = node.input
     if (first in direct) != (second in direct):
         return 1 if first in direct else 0

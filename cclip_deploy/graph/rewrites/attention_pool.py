@@ -40,9 +40,7 @@ class FixedAttentionPool(nn.Module):
 
 
 class FixAttentionPool(Rewrite[DenseAttentionPool]):
-    """DenseAttentionPool -> FixedAttentionPool for maps of one size; the scale of the queries is folded into their
-    weight.
-    """
+    """DenseAttentionPool -> FixedAttentionPool for maps of one size; the queries' scale is folded into their weight."""
 
     def __init__(self, map_hw: tuple[int, int]) -> None:
         self.map_hw = map_hw

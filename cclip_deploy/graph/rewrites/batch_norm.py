@@ -37,9 +37,7 @@ def norm_refusal(norm: nn.Module) -> str | None:
 
 
 def convolution_refusal(convolution: nn.Module, size: int) -> str | None:
-    """Return why a module is not a dense, unstrided convolution of this kernel size with zero padding, or None if it is
-    one.
-    """
+    """Return why a module is not a dense, unstrided, zero-padded convolution of this kernel size, or None if it is."""
     if not isinstance(convolution, nn.Conv2d) or convolution.kernel_size != (size, size):
         return f"it has no {size}x{size} convolution where one is expected"
     if (convolution.stride, convolution.dilation, convolution.groups) != ((1, 1), (1, 1), 1):

@@ -12,8 +12,7 @@ from cclip_deploy.model.neck import Carafe
 
 
 class CarafeProduct(nn.Module):
-    """CARAFE as a product of (4 outputs x 9 weights) and (9 neighbors x C) at each input pixel, followed by a pixel
-    shuffle.
+    """CARAFE as (4 outputs x 9 weights) times (9 neighbors x C) at each input pixel, followed by a pixel shuffle.
 
     The final 1x1 convolution is linear at each pixel, and the nine weights are the same for all channels, so it runs
     before the upsampling, at a quarter of the cost. Its bias is added after the sum, because border pixels have fewer

@@ -19,10 +19,7 @@ SHORTEST_BLOCK = 7
 
 
 def bilinear_matrix(size: int, scale: int) -> Tensor:
-    """Return PyTorch's bilinear upsampling of one axis as a float64 matrix (scale * size, size), align_corners=False.
-
-    Each output is a weighted sum of its two nearest inputs.
-    """
+    """Return PyTorch's bilinear upsampling of one axis as a float64 matrix (scale * size, size)."""
     position = ((torch.arange(scale * size, dtype=torch.float64) + 0.5) / scale - 0.5).clamp(min=0)
     low = position.floor().long().clamp(max=size - 1)
     fraction = position - low
@@ -59,9 +56,7 @@ class Bands:
 
 
 def block_size(size: int) -> int:
-    """Return the smallest divisor of an axis that is at least 7; with shorter blocks, overlapping reads cost more than
-    is saved.
-    """
+    """Return the smallest divisor of an axis that is at least 7: windows of shorter blocks overlap too much."""
     return next(divisor for divisor in range(min(size, SHORTEST_BLOCK), size + 1) if size % divisor == 0)
 
 
@@ -109,8 +104,7 @@ class MixThenUpsample(nn.Module):
 
 
 class MixBeforeInterpolation(Rewrite[nn.Sequential]):
-    """Sequential(3x3 convolution, batch norm, ReLU) after a bilinear upsampling -> MixThenUpsample, upsampling
-    included.
+    """Sequential(3x3 convolution, batch norm, ReLU) after a bilinear upsampling -> MixThenUpsample for both.
 
     The replacement takes the low-resolution map. Input and output have channels last.
     """

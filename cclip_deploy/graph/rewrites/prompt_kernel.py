@@ -21,9 +21,7 @@ class FoldedKernel(NamedTuple):
 
 
 class KernelFromState(nn.Module):
-    """Map a prompt's state to its folded kernel: K W1 and K b1 are linear in the state, so one linear layer computes
-    both.
-    """
+    """One linear layer from a prompt's state to its folded kernel, because K W1 and K b1 are linear in the state."""
 
     def __init__(self, weight: Tensor, bias: Tensor, feature_width: int) -> None:
         super().__init__()

@@ -29,9 +29,7 @@ class PlainAttention(nn.Module):
         self.out = attention.out_proj
 
     def forward(self, queried: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        """Queries from (P, R, 512), keys and values from x (P, L, 512), additive mask for (P, heads, R, L) -> (P, R,
-        512).
-        """
+        """Queries from (P, R, 512), keys and values from x (P, L, 512), mask for (P, heads, R, L) -> (P, R, 512)."""
         _, rows, width = queried.shape
         _, length, _ = x.shape
         per_head = width // self.heads
@@ -95,7 +93,7 @@ class FixPromptLength(Rewrite[TextTower]):
         self.length = length
         if length < 2:
             raise PromptError(
-                f"A prompt length of {length} leaves no room for the start and end tokens. Use 32, for example."
+                f"A prompt length of {length} leaves no room for start and end tokens. Use 32, for example."
             )
 
     def refusal(self, module: TextTower) -> str | None:

@@ -40,6 +40,16 @@ def load_binding(name: BindingName) -> ModuleType:
         raise EnvironmentIssue(f"{name} is installed but does not load: {error}. Reinstall it: {remedy}") from error
 
 
+def capability_numbers(capability: str) -> tuple[int, ...]:
+    """Return a compute capability as numbers that can be ordered: "8.9" -> (8, 9)."""
+    return tuple(int(part) for part in capability.split("."))
+
+
+def join_errors(messages: Sequence[str]) -> str:
+    """Return the last error messages of a binding in one line."""
+    return " | ".join(messages[-5:]) or "no message"
+
+
 def binding_label(binding: ModuleType) -> tuple[str, str]:
     """Return name, as `load_binding` takes it, and version of an imported binding: ("tensorrt-rtx", "1.7.1.116")."""
     names = {module: name for name, module in _MODULES.items()}
@@ -66,7 +76,7 @@ def check_targets(precision: Precision, compute_capabilities: Sequence[str]) -> 
     least = next((needed for part, needed in _LEAST_CAPABILITY.items() if part in precision.split("-")), (0, 0))
     for capability in compute_capabilities:
         try:
-            major, minor = (int(part) for part in capability.split("."))
+            major, minor = capability_numbers(capability)
         except ValueError:
             raise UsageError(f"Compute capability {capability!r} is not a version such as 8.9.") from None
         if (major, minor) < least:

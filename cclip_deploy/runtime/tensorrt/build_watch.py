@@ -8,6 +8,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cclip_deploy.runtime.tensorrt.binding import join_errors
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
@@ -57,8 +59,8 @@ class BuildWatch:
         return (f"[{severity}] {text}" for severity, text in zip(self.severities, self.messages, strict=True))
 
     def errors(self) -> str:
-        errors = [m for s, m in zip(self.severities, self.messages, strict=True) if s in ("ERROR", "INTERNAL_ERROR")]
-        return " | ".join(errors[-5:]) or "no message"
+        pairs = zip(self.severities, self.messages, strict=True)
+        return join_errors([message for severity, message in pairs if severity in ("ERROR", "INTERNAL_ERROR")])
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cclip_deploy.errors import EnvironmentIssue, UsageError
-from cclip_deploy.runtime.tensorrt.binding import create_context, numpy_type
+from cclip_deploy.runtime.tensorrt.binding import create_context, join_errors, numpy_type
 from cclip_deploy.runtime.tensorrt.device import Bytes, Gpu, Handle
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class LoadedEngine:
 
     def last_errors(self) -> str:
         """Return TensorRT's last error messages in one line."""
-        return " | ".join(self.errors[-3:]) or "no message"
+        return join_errors(self.errors)
 
 
 @dataclass

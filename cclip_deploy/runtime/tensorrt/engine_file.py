@@ -13,7 +13,13 @@ from cclip_deploy.bundle.precision import build_command, precision_of
 from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.backend import check_tensors
 from cclip_deploy.runtime.graph_check import read_checked
-from cclip_deploy.runtime.tensorrt.binding import binding_label, callback_logger, numpy_type
+from cclip_deploy.runtime.tensorrt.binding import (
+    binding_label,
+    callback_logger,
+    capability_numbers,
+    join_errors,
+    numpy_type,
+)
 from cclip_deploy.runtime.tensorrt.context import LoadedEngine
 from cclip_deploy.runtime.tensorrt.device import GpuFacts
 
@@ -73,8 +79,7 @@ def load_engine(bundle: Bundle, entry: EngineEntry, binding: ModuleType, facts: 
     runtime = binding.Runtime(callback_logger(binding, on_message))
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
-        reason = " | ".join(errors[-3:]) or "no message"
-        raise EnvironmentIssue(f"{' '.join(binding_label(binding))} does not load {entry.file}: {reason}")
+        raise EnvironmentIssue(f"{' '.join(binding_label(binding))} does not load {entry.file}: {join_errors(errors)}")
     if entry.stripped:
         _refit(bundle, entry, engine, binding, callback_logger(binding, on_message), errors)
     graph = _graph_of(bundle, entry)
@@ -98,8 +103,9 @@ def _refit(bundle: Bundle, entry: EngineEntry, engine: Any, binding: Any, logger
     refitter = binding.Refitter(engine, logger)
     parser = binding.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_bytes(read_checked(bundle, graph)) or not refitter.refit_cuda_engine():
-        reason = " | ".join(errors[-3:]) or "no message"
-        raise EnvironmentIssue(f"{entry.file} cannot be refitted with the weights of {graph.file}. TensorRT: {reason}")
+        raise EnvironmentIssue(
+            f"{entry.file} cannot be refitted with the weights of {graph.file}. TensorRT: {join_errors(errors)}"
+        )
 
 
 def _specs(engine: Any, graph: GraphEntry, binding: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -115,20 +121,16 @@ def _specs(engine: Any, graph: GraphEntry, binding: Any) -> tuple[list[TensorSpe
 
 
 def _fits(target: EngineTarget, facts: GpuFacts) -> bool:
-    present = _numbers(facts.compute_capability)
+    present = capability_numbers(facts.compute_capability)
     fits = facts.compute_capability in target.compute_capabilities
     if target.and_later:
-        fits = present >= min(_numbers(name) for name in target.compute_capabilities)
+        fits = present >= min(capability_numbers(name) for name in target.compute_capabilities)
     return fits and target.gpu in (None, facts.name)
 
 
 def _target_label(target: EngineTarget) -> str:
     capabilities = ", ".join(target.compute_capabilities) + (" or later" if target.and_later else "")
     return f"GPUs of compute capability {capabilities}" if target.gpu is None else f"a {target.gpu} ({capabilities})"
-
-
-def _numbers(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))
 
 
 def _remedy(backend: str, precision: str) -> str:

@@ -136,14 +136,13 @@ def prove_precision(
     Each product must appear in a layer of a known product kind whose activations and weights all have the requested
     type; for high-precision nodes, the type of the unquantized rest. A layer of an unknown kind is rejected if it
     processes floating-point or quantized data, because it could contain a product. For FP32 no layer may have a
-    narrower type at all (TF32 inside an FP32 kernel is not visible in the table).
+    narrower type at all (the table does not show TF32).
 
     Args:
         table: the engine's layers.
         requested: the precision.
         products: node names, from `product_nodes`.
-        high_precision_nodes: products that deliberately stay in the precision of the rest; fewer than two thirds of
-            all.
+        high_precision_nodes: products that must run in the precision of the rest; fewer than two thirds of all.
     """
     check_precision(requested)
     names = sorted(products)
@@ -172,9 +171,7 @@ def _fault_of(node: str, rows: tuple[LayerRow, ...], expected: str) -> str | Non
         return f"{node} (in no layer)"
     for row in rows:
         if not row.is_product and not row.is_unrolled_product:
-            return (
-                f"{node} ({row.kind}, {row.precision}) appears only in {row.name}, which is not known to be a product"
-            )
+            return f"{node} ({row.kind}, {row.precision}) appears only in {row.name}, not known to be a product"
         if row.precision != expected:
             return f"{node} ({row.kind}, {row.precision})"
     return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cclip_deploy.bundle.manifest import EngineTarget
 from cclip_deploy.common.files import reading_problem, whole_file
 from cclip_deploy.errors import EnvironmentIssue, UsageError
-from cclip_deploy.runtime.tensorrt.binding import binding_label
+from cclip_deploy.runtime.tensorrt.binding import binding_label, capability_numbers
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -100,7 +100,7 @@ def engine_target(settings: EngineSettings, binding: ModuleType, gpu: tuple[str,
         gpu: name and compute capability of this machine's GPU, if it has one.
     """
     if is_rtx(binding):
-        portable = [name for name in rtx_targets(binding) if _numbers(name) >= LEAST_PORTABLE]
+        portable = [name for name in rtx_targets(binding) if capability_numbers(name) >= LEAST_PORTABLE]
         return EngineTarget(compute_capabilities=settings.compute_capabilities or tuple(portable))
     if settings.compatibility == "ampere-plus":
         return EngineTarget(compute_capabilities=("8.0",), and_later=True)
@@ -168,9 +168,7 @@ def _set_compatibility(config: Any, compatibility: Compatibility, binding: Modul
         return
     label, member = " ".join(binding_label(binding)), compatibility.replace("-", "_").upper()
     if is_rtx(binding):
-        raise UsageError(
-            f"{label} is portable by default. Name compute capabilities instead of hardware compatibility."
-        )
+        raise UsageError(f"{label} is portable by default. Name compute capabilities instead of a compatibility.")
     levels = binding.HardwareCompatibilityLevel
     if not hasattr(levels, member):
         raise UsageError(f"{label} has no hardware compatibility {compatibility}. Use ampere-plus, or none.")
@@ -183,7 +181,3 @@ def _flag(binding: ModuleType, name: str) -> Any:
             f"{' '.join(binding_label(binding))} has no {name}. Leave it out, or use TensorRT 10 or later."
         )
     return getattr(binding.BuilderFlag, name)
-
-
-def _numbers(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))

@@ -101,11 +101,7 @@ class ExecutionStream:
     def run(
         self, graph: str, inputs: TensorsOrArrays, on_device: Sequence[str] | None = None
     ) -> tuple[dict[str, Floats], dict[str, DeviceTensor]]:
-        """Run an engine once.
-
-        Without `on_device` all outputs are copied to the host; with it, only the named outputs are returned, on the
-        device.
-        """
+        """Run once; copy all outputs to the host, or leave those named in `on_device` there and return no others."""
         context = self._contexts[graph]
         if context.is_busy:
             self.wait()
@@ -178,9 +174,7 @@ class ExecutionStream:
             self._owned.close()
 
     def _prepare(self, context: EngineContext, inputs: TensorsOrArrays) -> dict[str, NDArray[Any] | DeviceArray]:
-        """Convert host inputs to the engine's types; device inputs stay on the device, and their computation has
-        finished.
-        """
+        """Convert host inputs to the engine's types, and wait for device inputs of other streams."""
         prepared: dict[str, NDArray[Any] | DeviceArray] = {}
         for name, value in inputs.items():
             if isinstance(value, DeviceArray):

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.graph.precision.float16 import FP32_OPERATORS, to_fp16
+from cclip_deploy.graph.precision.float16 import FP32_OPS, to_fp16
 
 HALF_STEP = 2.0**-10
 NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
@@ -139,7 +139,7 @@ def test_fp32_operators_read_and_write_float32() -> None:
 
 
 def test_a_sum_of_squares_that_overflows_float16_stays_float32() -> None:
-    assert "ReduceL2" in FP32_OPERATORS
+    assert "ReduceL2" in FP32_OPS
     nodes = [helper.make_node("ReduceL2", ["x", "axes"], ["y"], keepdims=1)]
     model = make_model(nodes, {"axes": np.array([1])}, {"x": (1, 512)}, {"y": (1, 1)})
     (got,) = run(to_fp16(model), x=np.full((1, 512), 20, np.float32))
