@@ -224,7 +224,7 @@ def test_nothing_is_built_into_an_altered_bundle(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (BuildOptions(graphs=("image",)), "no graph 'image'; it has"),
         (BuildOptions(graphs=()), "No graph was named"),
@@ -246,9 +246,9 @@ def test_nothing_is_built_into_an_altered_bundle(copy: Path, name: str) -> None:
         (BuildOptions("fp32", graphs=("mask_decoder",), workspace_bytes=0), "workspace_bytes must be positive"),
     ],
 )
-def test_invalid_options_are_refused(copy: Path, options: BuildOptions, said: str) -> None:
+def test_invalid_options_are_refused(copy: Path, options: BuildOptions, message: str) -> None:
     before = digests(copy)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         build_engines(Bundle.open(copy), options)
     assert digests(copy) == before
 

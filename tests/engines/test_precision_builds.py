@@ -115,9 +115,9 @@ def test_a_record_with_more_high_precision_products_than_its_graph_is_refused(
 def test_predict_reports_the_precision_of_each_graph(int8_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     image = next((films / "images").iterdir())
     arguments = ("predict", int8_bundle_path, image, "--prompt", "lung", "--threads", THREADS, "-o", tmp_path / "out")
-    told = json.loads(invoke(*arguments, "--precision", "int8-fp16", "--json").stdout)["ran"]
-    assert told["graphs"] == {"image_encoder": "int8-fp16", "prompt_encoder": "fp16", "mask_decoder": "fp16"}
-    assert any("in FP32 arithmetic" in note for note in told["notes"])
+    report = json.loads(invoke(*arguments, "--precision", "int8-fp16", "--json").stdout)["ran"]
+    assert report["graphs"] == {"image_encoder": "int8-fp16", "prompt_encoder": "fp16", "mask_decoder": "fp16"}
+    assert any("in FP32 arithmetic" in note for note in report["notes"])
     done = invoke(*arguments, "--precision", "fp16")
     assert done.exit_code == 2
     assert "has no graph 'image_encoder.fp16'" in " ".join(done.stderr.split())
@@ -136,12 +136,14 @@ def test_graphs_that_openvino_cannot_run_are_refused_and_not_verified(
     assert "it cannot run int8-fp16 graphs" in " ".join(done.stderr.split())
     done = invoke("verify", int8_bundle_path, *openvino, "--json")
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert [(row["graph"], row["backend"]) for row in told["not_verified"]] == [("image_encoder.int8-fp16", "openvino")]
-    assert "int8-fp16" not in {check["precision"] for check in told["checks"] if check["backend"] == "openvino"}
-    assert {row["precision"] for row in told["ran"]} == {"fp32", "fp16"}
-    said = " ".join(invoke("verify", int8_bundle_path, *openvino).stdout.split())
-    assert "Not verified: image_encoder.int8-fp16 on openvino: OpenVINO does not compile convolutions" in said
+    report = json.loads(done.stdout)
+    assert [(row["graph"], row["backend"]) for row in report["not_verified"]] == [
+        ("image_encoder.int8-fp16", "openvino")
+    ]
+    assert "int8-fp16" not in {check["precision"] for check in report["checks"] if check["backend"] == "openvino"}
+    assert {row["precision"] for row in report["ran"]} == {"fp32", "fp16"}
+    message = " ".join(invoke("verify", int8_bundle_path, *openvino).stdout.split())
+    assert "Not verified: image_encoder.int8-fp16 on openvino: OpenVINO does not compile convolutions" in message
 
 
 def test_int8_weights_make_the_file_smaller(int8_bundle_path: Path) -> None:
@@ -152,13 +154,15 @@ def test_int8_weights_make_the_file_smaller(int8_bundle_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda record: record.update(graph_sha256="0" * 64), "made with another graph"),
         (lambda record: record.pop("pictures"), "not a calibration record"),
     ],
 )
-def test_a_record_of_another_graph_is_refused(change: Any, said: str, int8_bundle_path: Path, tmp_path: Path) -> None:
+def test_a_record_of_another_graph_is_refused(
+    change: Any, message: str, int8_bundle_path: Path, tmp_path: Path
+) -> None:
     copy = copy_of(int8_bundle_path, tmp_path)
     path = copy / "calibration/image_encoder.int8-fp16.json"
     record = json.loads(path.read_text())
@@ -171,7 +175,7 @@ def test_a_record_of_another_graph_is_refused(change: Any, said: str, int8_bundl
         "sha256": digests(copy)[path.relative_to(copy).as_posix()],
     }
     reseal(copy, lambda m: m["graphs"]["image_encoder.int8-fp16"].update(calibration=entry))
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=message):
         verify_bundle(Bundle.open(copy), VerifyOptions(threads=THREADS))
 
 
@@ -244,9 +248,9 @@ def test_engines_with_inaccurate_masks_on_the_evaluation_set_are_not_published(
     monkeypatch.setattr(mask_agreement, "LEAST_MEAN_DICE", 0.5)
     monkeypatch.setattr(mask_agreement, "LEAST_DICE", 0.5)
     build_engines(Bundle.open(copy), wanted)
-    told = json.loads((copy / "reports/int8.masks.json").read_text())
-    assert (told["pictures"], told["precision"]) == (2, "int8")
-    assert 0.5 < told["worst"] <= told["mean"] < 0.9999
+    report = json.loads((copy / "reports/int8.masks.json").read_text())
+    assert (report["pictures"], report["precision"]) == (2, "int8")
+    assert 0.5 < report["worst"] <= report["mean"] < 0.9999
 
 
 def test_a_layer_that_overflows_in_fp16_is_named(copy: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +284,7 @@ def test_graphs_without_products_and_overlapping_images_are_refused(copy: Path, 
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "message"),
     [
         (("--int8",), 2, "give --calibration DIR"),
         (("--bf16", "--fp16"), 2, "name no precision together"),
@@ -292,11 +296,11 @@ def test_graphs_without_products_and_overlapping_images_are_refused(copy: Path, 
     ],
 )
 def test_invalid_flags_end_with_their_exit_code(
-    flags: tuple[str, ...], code: int, said: str, copy: Path, films: Path
+    flags: tuple[str, ...], code: int, message: str, copy: Path, films: Path
 ) -> None:
     done = invoke("build-engine", copy, "--no-calibration-cache", *(flag.format(films=films) for flag in flags))
     assert done.exit_code == code, done.stderr
-    assert said in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())
 
 
 def test_the_command_builds_int8_and_reports_calibration_and_evaluation_images(
@@ -313,20 +317,20 @@ def test_the_command_builds_int8_and_reports_calibration_and_evaluation_images(
         "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert [engine["precision"] for engine in told["engines"]] == ["int8-fp16", "fp16", "fp16"]
+    report = json.loads(done.stdout)
+    assert [engine["precision"] for engine in report["engines"]] == ["int8-fp16", "fp16", "fp16"]
     assert list((tmp_path / "cache").rglob("*.json"))
     train, test = (
         {"name": "set", "layout": "lvit", "split": split, "images": count, "patients": count,
          "images_without_patient": 0}
         for split, count in (("train", 8), ("test", 3))
     )  # fmt: skip
-    assert told["calibration"] == {
+    assert report["calibration"] == {
         "pictures": 8, "patients": 8, "sources": [train], "evaluation_pictures": 3, "evaluation_sources": [test],
         "failed": [],
     }  # fmt: skip
-    judged = told["mask_agreement"]
-    assert (judged["pictures"], judged["patients"], judged["sources"]) == (2, 2, [test])
+    agreement = report["mask_agreement"]
+    assert (agreement["pictures"], agreement["patients"], agreement["sources"]) == (2, 2, [test])
 
 
 def test_an_unreadable_calibration_image_is_named_instead_of_the_bundle(
@@ -345,9 +349,9 @@ def test_an_unreadable_calibration_image_is_named_instead_of_the_bundle(
     before = digests(copy)
     done = invoke("build-engine", copy, "--int8", "--calibration", tmp_path / "films", "--no-calibration-cache")
     assert done.exit_code == 6, done.stderr
-    said = " ".join(done.stderr.split())
-    assert "train-00003.png cannot be read: Permission denied" in said
-    assert "could not be written" not in said
+    message = " ".join(done.stderr.split())
+    assert "train-00003.png cannot be read: Permission denied" in message
+    assert "could not be written" not in message
     assert digests(copy) == before
 
 

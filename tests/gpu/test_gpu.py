@@ -81,16 +81,16 @@ def test_cuda_graphs_give_the_same_outputs(
     bundle = build_once(binding, precision)
     for graph, arrays in inputs_of(bundle).items():
         with TensorRtBackend(bundle, precision, binding) as plain:
-            truth = plain.run(graph, arrays)
+            expected = plain.run(graph, arrays)
         with TensorRtBackend(bundle, precision, binding, GpuOptions(cuda_graphs=True)) as captured:
             for _ in range(4):
-                answer = captured.run(graph, arrays)
-                for name, value in answer.items():
-                    np.testing.assert_array_equal(value, truth[name])
+                output = captured.run(graph, arrays)
+                for name, value in output.items():
+                    np.testing.assert_array_equal(value, expected[name])
             twice = {name: np.concatenate([value, value]) for name, value in arrays.items()}
             assert all(len(value) == 2 for value in captured.run(graph, twice).values() if graph != "mask_decoder")
             for name, value in captured.run(graph, arrays).items():
-                np.testing.assert_array_equal(value, truth[name])
+                np.testing.assert_array_equal(value, expected[name])
 
 
 @on_every_binding
@@ -109,7 +109,7 @@ def test_memory_does_not_grow_over_a_thousand_runs(
         for _ in range(RUNS):
             segmenter.decode(segmenter.encode_image(pixels), kernels)
         grown = free - gpu.free_bytes()
-        results.add("Memory after 1,000 pictures", binding=binding, cuda_graphs=graphs, grown_bytes=grown)
+        results.add("Memory after 1,000 images", binding=binding, cuda_graphs=graphs, grown_bytes=grown)
         assert backend.device_bytes == held
         assert grown < ROOM_BYTES
     assert open_gpu().free_bytes() >= free
@@ -135,11 +135,11 @@ def test_pycuda_and_cuda_python_give_the_same_outputs(binding: BindingName, buil
     pytest.importorskip("pycuda", reason="pycuda is not installed")
     bundle = build_once(binding, "fp16")
     arrays = inputs_of(bundle)["image_encoder"]
-    answers = []
+    outputs = []
     for interface in ("cuda-python", "pycuda"):
         with TensorRtBackend(bundle, "fp16", binding, GpuOptions(interface)) as backend:  # type: ignore[arg-type]
-            answers.append(backend.run("image_encoder", arrays)["features"])
-    np.testing.assert_array_equal(*answers)
+            outputs.append(backend.run("image_encoder", arrays)["features"])
+    np.testing.assert_array_equal(*outputs)
 
 
 @on_every_binding
@@ -166,9 +166,9 @@ def test_a_stripped_engine_takes_its_weights_from_the_graph(
     build_engines(Bundle.open(copy), BuildOptions("fp16", binding, ("mask_decoder",), threads=1, settings=settings))
     arrays = inputs_of(Bundle.open(copy))["mask_decoder"]
     with TensorRtBackend(Bundle.open(copy), "fp16", binding) as stripped:
-        answer = stripped.run("mask_decoder", arrays)["logits"]
+        output = stripped.run("mask_decoder", arrays)["logits"]
     with TensorRtBackend(build_once(binding, "fp16"), "fp16", binding) as whole:
-        np.testing.assert_allclose(answer, whole.run("mask_decoder", arrays)["logits"], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(output, whole.run("mask_decoder", arrays)["logits"], rtol=1e-3, atol=1e-3)
 
 
 def test_a_timing_cache_is_written_and_its_hash_recorded(
@@ -246,7 +246,7 @@ def time_engines(bundle: Bundle, binding: BindingName, precision: str, results: 
                     whole.append((time.perf_counter() - started) * 1e3)
                 with_copies = summarize(whole)
                 results.add(
-                    "Latency, one picture or prompt, ms", network=bundle.manifest.model["name"],
+                    "Latency, one image or prompt, ms", network=bundle.manifest.model["name"],
                     size="×".join(map(str, bundle.manifest.image_hw)), binding=binding, precision=precision,
                     graph=graph, cuda_graphs=graphs, device_p50=device.p50_ms, device_p99=device.p99_ms,
                     with_copies_p50=with_copies.p50_ms, with_copies_p99=with_copies.p99_ms, first_run=first_ms, n=runs,

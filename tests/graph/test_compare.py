@@ -45,7 +45,7 @@ def test_names_and_documentation_are_not_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda m: stored(m, "w", -np.arange(8, dtype=np.float32).reshape(2, 4, 1, 1)),
          "node 'conv' (Conv): weight 'w': 7 of 8 values differ, first at 1: -1 instead of 1"),
@@ -65,8 +65,8 @@ def test_names_and_documentation_are_not_compared() -> None:
         (lambda m: setattr(m.opset_import[0], "version", 20), "operator sets: {'': 20} instead of {'': 19}"),
     ],
 )  # fmt: skip
-def test_each_kind_of_difference_is_named(change: Callable[[onnx.ModelProto], object], said: str) -> None:
+def test_each_kind_of_difference_is_named(change: Callable[[onnx.ModelProto], object], message: str) -> None:
     other = graph()
     change(other)
     first = next(differences(other, graph()), "")
-    assert said in first
+    assert message in first

@@ -260,7 +260,7 @@ def test_a_16_bit_precision_is_tuned_without_calibration(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"precision": "fp32"}, "FP32 is the reference of the search"),
         ({"calibration": None}, "needs --calibration"),
@@ -270,9 +270,9 @@ def test_a_16_bit_precision_is_tuned_without_calibration(
     ],
 )
 def test_invalid_options_are_refused(
-    change: dict[str, object], said: str, tiny_bundle_path: Path, wanted: TuneOptions
+    change: dict[str, object], message: str, tiny_bundle_path: Path, wanted: TuneOptions
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         tune_precision(Bundle.open(tiny_bundle_path), replace(wanted, **change))  # type: ignore[arg-type]
 
 
@@ -282,14 +282,14 @@ def test_a_profile_round_trips(profile: TunedProfile, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [("extra = 1", "extra: extra inputs are not permitted"), ("=", "is not a TOML file"), ('io = "fp16"', "io: extra")],
 )
-def test_a_profile_with_unknown_keys_is_refused(line: str, said: str, profile: TunedProfile, tmp_path: Path) -> None:
+def test_a_profile_with_unknown_keys_is_refused(line: str, message: str, profile: TunedProfile, tmp_path: Path) -> None:
     path = tmp_path / "p.toml"
     write_tuned_profile(profile, path)
     path.write_text(f"{line}\n{path.read_text()}")
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         read_tuned_profile(path)
 
 

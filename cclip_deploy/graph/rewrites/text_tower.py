@@ -93,7 +93,7 @@ class FixPromptLength(Rewrite[TextTower]):
         self.length = length
         if length < 2:
             raise PromptError(
-                f"A prompt length of {length} leaves no room for start and end tokens. Use 32, for example."
+                f"The prompt length must be at least 2, for start and end token, got {length}. 32 is usual."
             )
 
     def refusal(self, module: TextTower) -> str | None:

@@ -251,17 +251,17 @@ def test_the_unquantized_rest_is_in_float16_if_requested(model: onnx.ModelProto)
 
 
 @pytest.mark.parametrize(
-    ("ranges", "error", "said"),
+    ("ranges", "error", "message"),
     [
         ({"image": 1.0}, UsageError, "tensors have no range"),
         (None, ParityError, r"range of tensor 'image' is nan"),
     ],
 )
 def test_ranges_that_are_missing_or_nan_are_refused(
-    ranges: Ranges | None, error: type[Exception], said: str, model: onnx.ModelProto
+    ranges: Ranges | None, error: type[Exception], message: str, model: onnx.ModelProto
 ) -> None:
     given: Any = ranges if ranges is not None else {**unit_ranges(model), "image": float("nan")}
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         quantize(model, plan_quantization(model), given, "int8")
 
 

@@ -82,7 +82,7 @@ def test_both_runtimes_agree_with_float64_rounding(tmp_path: Path) -> None:
     session = make_session(load_onnxruntime("cpu"), path.read_bytes(), "cpu", 1, "int8")
     core = load_openvino().Core()
     compiled = compile_graph(core, read_graph(core, path.read_bytes(), path), "int8", 1)
-    answers = [session.run(["y"], {"image": IMAGE})[0], compiled.create_infer_request().infer({"image": IMAGE})["y"]]
+    outputs = [session.run(["y"], {"image": IMAGE})[0], compiled.create_infer_request().infer({"image": IMAGE})["y"]]
 
     def rounded(values: np.ndarray, largest: np.ndarray | float) -> np.ndarray:
         return np.clip(np.rint(values / largest * 127), -127, 127) * largest / 127
@@ -98,6 +98,6 @@ def test_both_runtimes_agree_with_float64_rounding(tmp_path: Path) -> None:
     first = product(image, "a") + stored["place"]
     gate = 1 / (1 + np.exp(-first))
     joined = np.concatenate([first * gate, product(image, "b") * gate], axis=1)
-    truth = product(rounded(joined, ranges["cat"]), "c")
-    for answer in answers:
-        assert np.linalg.norm(answer - truth) <= 0.02 * np.linalg.norm(truth)
+    expected = product(rounded(joined, ranges["cat"]), "c")
+    for output in outputs:
+        assert np.linalg.norm(output - expected) <= 0.02 * np.linalg.norm(expected)

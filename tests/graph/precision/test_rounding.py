@@ -32,14 +32,14 @@ def two_products() -> onnx.ModelProto:
 
 
 def test_a_bf16_graph_has_fp32_inputs_outputs_and_fp32_operators() -> None:
-    narrow = to_bf16(two_products())
-    types = types_of(narrow)
+    converted = to_bf16(two_products())
+    types = types_of(converted)
     assert (types["a"], types["r"], types["w1"]) == (TensorProto.BFLOAT16,) * 3
     assert (types["x"], types["y"]) == (TensorProto.FLOAT, TensorProto.FLOAT)
-    softmax = next(node for node in narrow.graph.node if node.op_type == "Softmax")
+    softmax = next(node for node in converted.graph.node if node.op_type == "Softmax")
     assert types[softmax.input[0]] == TensorProto.FLOAT
-    assert elements_by_type(narrow) == {"bf16": 128}
-    assert has_16_bit_types(narrow)
+    assert elements_by_type(converted) == {"bf16": 128}
+    assert has_16_bit_types(converted)
     assert has_16_bit_types(to_fp16(two_products()))
     assert not has_16_bit_types(two_products())
 
@@ -92,10 +92,10 @@ def test_a_mask_of_minus_infinity_becomes_finite_in_bf16_too() -> None:
         helper.make_node("Add", ["x", "mask"], ["s"], name="add"),
         helper.make_node("Softmax", ["s"], ["y"], name="softmax"),
     ]
-    narrow = to_bf16(make_model(nodes, {"mask": mask}, {"x": (4, 4)}, {"y": (4, 4)}))
-    values = onnx.numpy_helper.to_array(narrow.graph.initializer[0]).astype(np.float32)
+    converted = to_bf16(make_model(nodes, {"mask": mask}, {"x": (4, 4)}, {"y": (4, 4)}))
+    values = onnx.numpy_helper.to_array(converted.graph.initializer[0]).astype(np.float32)
     assert np.isfinite(values).all()
-    (got,) = run(emulate_rounding(narrow), x=np.zeros((4, 4), np.float32))
+    (got,) = run(emulate_rounding(converted), x=np.zeros((4, 4), np.float32))
     np.testing.assert_allclose(got, np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None], rtol=1e-2)
 
 
@@ -112,9 +112,9 @@ def test_a_raised_opset_keeps_nodes_weights_and_outputs() -> None:
         np.testing.assert_array_equal(run(raised, x=given)[0], run(source, x=given)[0])
 
 
-@pytest.mark.parametrize("narrow", [to_fp16, lambda model: model])
-def test_inputs_and_outputs_become_fp16_on_request_with_no_cast_to_spare(narrow: object) -> None:
-    model, x = narrow(two_products()), normal(4, 8)  # type: ignore[operator]
+@pytest.mark.parametrize("convert", [to_fp16, lambda model: model])
+def test_inputs_and_outputs_become_fp16_without_redundant_casts(convert: object) -> None:
+    model, x = convert(two_products()), normal(4, 8)  # type: ignore[operator]
     halved = io_to_fp16(model)
     types = types_of(halved)
     assert (types["x"], types["y"]) == (TensorProto.FLOAT16, TensorProto.FLOAT16)
@@ -125,5 +125,5 @@ def test_inputs_and_outputs_become_fp16_on_request_with_no_cast_to_spare(narrow:
     casts = [(types[n.input[0]], types[n.output[0]]) for n in halved.graph.node if n.op_type == "Cast"]
     readers = {name for node in halved.graph.node for name in node.input}
     assert all(n.output[0] in readers | {"y"} for n in halved.graph.node)
-    if narrow is to_fp16:
+    if convert is to_fp16:
         assert casts == [(10, 1), (1, 10)]  # into the FP32 softmax, and at the graph's output

@@ -131,7 +131,7 @@ def test_every_product_of_the_graph_is_found_in_the_engine(
 
 
 @pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
     """Product names of each precision check."""
     checked: list[frozenset[str]] = []
 
@@ -143,13 +143,13 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
 
 
 def test_products_of_the_network_are_those_of_the_graph(
-    fp32_graph: bytes, rtx: ModuleType, judged: list[frozenset[str]]
+    fp32_graph: bytes, rtx: ModuleType, checked: list[frozenset[str]]
 ) -> None:
     build_engine(fp32_graph, EngineOptions(SHAPES), rtx)
-    assert judged == [PRODUCTS]
+    assert checked == [PRODUCTS]
 
 
-def test_products_of_constants_are_not_checked(rtx: ModuleType, judged: list[frozenset[str]]) -> None:
+def test_products_of_constants_are_not_checked(rtx: ModuleType, checked: list[frozenset[str]]) -> None:
     nodes = [
         helper.make_node("MatMul", ["w", "w"], ["ww"], name="constant"),
         helper.make_node("MatMul", ["image", "ww"], ["y"], name="only"),
@@ -159,7 +159,7 @@ def test_products_of_constants_are_not_checked(rtx: ModuleType, judged: list[fro
     graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     build_engine(model.SerializeToString(), EngineOptions(), rtx)
-    assert judged == [product_nodes(model)] == [{"only"}]
+    assert checked == [product_nodes(model)] == [{"only"}]
 
 
 def test_build_refuses_an_engine_that_is_not_fp16(fp32_graph: bytes, rtx: ModuleType) -> None:
@@ -227,7 +227,7 @@ def test_a_static_graph_needs_no_shapes(rtx: ModuleType) -> None:
     ("shapes", "message"),
     [
         ({}, r"'image' has shape \(-1, 3, 16, 16\) with dynamic sizes"),
-        ({**SHAPES, "picture": SHAPES["image"]}, "given for picture, but the inputs are image"),
+        ({**SHAPES, "photo": SHAPES["image"]}, "given for photo, but the inputs are image"),
         ({"image": ((1, 3, 16), (1, 3, 16), (1, 3, 16))}, r"\(1, 3, 16\) does not fit input 'image'"),
         ({"image": ((1, 1, 16, 16), (1, 3, 16, 16), (1, 3, 16, 16))}, r"\(1, 1, 16, 16\) does not fit"),
     ],

@@ -55,38 +55,38 @@ def inputs(bundle: Bundle) -> dict[str, dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def truths(bundle: Bundle, inputs: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+def expected(bundle: Bundle, inputs: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
     """Outputs of ONNX Runtime for these inputs."""
     plain = OnnxRuntimeBackend(bundle, threads=2)
     return {graph: plain.run(graph, arrays) for graph, arrays in inputs.items()}
 
 
-def agree(outputs: dict[str, np.ndarray], truths: dict[str, np.ndarray]) -> None:
-    assert outputs.keys() == truths.keys()
+def agree(outputs: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert outputs.keys() == expected.keys()
     for name, output in outputs.items():
         assert output.dtype == np.float32
-        np.testing.assert_allclose(output, truths[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(output, expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["plain", "CUDA graphs"])
 def test_every_engine_agrees_with_its_graph_in_every_run(
-    bundle: Bundle, inputs: Any, truths: Any, graphs: bool
+    bundle: Bundle, inputs: Any, expected: Any, graphs: bool
 ) -> None:
     setup = Setup(bundle, graphs)
     with setup.open() as backend:
         for _ in range(4):
             for graph, arrays in inputs.items():
-                agree(backend.run(graph, arrays), truths[graph])
+                agree(backend.run(graph, arrays), expected[graph])
         assert len(setup.binding.contexts) == len(inputs)
     assert setup.gpu.leaks() == {}
     assert setup.gpu.is_closed
 
 
-def test_outputs_are_not_overwritten_by_the_next_run(bundle: Bundle, inputs: Any, truths: Any) -> None:
+def test_outputs_are_not_overwritten_by_the_next_run(bundle: Bundle, inputs: Any, expected: Any) -> None:
     with Setup(bundle).open() as backend:
         first = backend.run("prompt_encoder", inputs["prompt_encoder"])
         backend.run("prompt_encoder", {"tokens": inputs["prompt_encoder"]["tokens"][::-1]})
-        agree(first, truths["prompt_encoder"])
+        agree(first, expected["prompt_encoder"])
 
 
 def test_memory_stops_growing_after_the_largest_run(bundle: Bundle, inputs: Any) -> None:
@@ -135,14 +135,14 @@ def test_memory_of_device_outputs_is_reused_only_after_they_are_freed(bundle: Bu
     with setup.open() as backend:
         one = backend.run_on_device("image_encoder", {"image": image[:1]}, ["features"])["features"]
         two = backend.run_on_device("image_encoder", {"image": image[1:]}, ["features"])["features"]
-        truth = backend.run("image_encoder", {"image": image})["features"]
-        np.testing.assert_allclose(one.numpy(), truth[:1], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(two.numpy(), truth[1:], rtol=1e-5, atol=1e-5)
+        expected = backend.run("image_encoder", {"image": image})["features"]
+        np.testing.assert_allclose(one.numpy(), expected[:1], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(two.numpy(), expected[1:], rtol=1e-5, atol=1e-5)
         held = backend.device_bytes
         one.close()
         for _ in range(3):
             three = backend.run_on_device("image_encoder", {"image": image[:1]}, ["features"])["features"]
-            np.testing.assert_allclose(three.numpy(), truth[:1], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(three.numpy(), expected[:1], rtol=1e-5, atol=1e-5)
             del three
             gc.collect()
         assert backend.device_bytes == held
@@ -186,13 +186,13 @@ def test_an_engine_that_cannot_be_captured_is_reported(bundle: Bundle, inputs: A
     assert setup.gpu.leaks() == {}
 
 
-def test_the_stream_works_after_a_failed_capture(bundle: Bundle, inputs: Any, truths: Any) -> None:
+def test_the_stream_works_after_a_failed_capture(bundle: Bundle, inputs: Any, expected: Any) -> None:
     setup = Setup(bundle, graphs=True, fail=("end_capture", 1))
     with setup.open() as backend:
         backend.run("prompt_encoder", inputs["prompt_encoder"])
         with pytest.raises(EnvironmentIssue, match=r"prompt_encoder cannot be captured .* injected fault"):
             backend.run("prompt_encoder", inputs["prompt_encoder"])
-        agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), truths["prompt_encoder"])
+        agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), expected["prompt_encoder"])
     assert setup.gpu.leaks() == {}
 
 
@@ -240,12 +240,12 @@ def check_leaks(gpu: FakeGpu, call: str) -> None:
     assert gpu.is_closed
 
 
-def test_the_message_of_a_failed_run_is_reported(bundle: Bundle, inputs: Any, truths: Any) -> None:
+def test_the_message_of_a_failed_run_is_reported(bundle: Bundle, inputs: Any, expected: Any) -> None:
     setup = Setup(bundle, fail_at_run=1)
     with setup.open() as backend:
         with pytest.raises(EnvironmentIssue, match=r"prompt_encoder could not run\. TensorRT: injected fault"):
             backend.run("prompt_encoder", inputs["prompt_encoder"])
-        agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), truths["prompt_encoder"])
+        agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), expected["prompt_encoder"])
     assert setup.gpu.leaks() == {}
 
 
@@ -266,13 +266,13 @@ def test_shapes_outside_every_profile_are_refused_with_the_range(bundle: Bundle,
             backend.run("prompt_encoder", {"words": rows})
 
 
-def test_several_threads_run_concurrently_on_their_own_streams(bundle: Bundle, inputs: Any, truths: Any) -> None:
+def test_several_threads_run_concurrently_on_their_own_streams(bundle: Bundle, inputs: Any, expected: Any) -> None:
     setup, failures = Setup(bundle, graphs=True, streams=2), []
 
     def work() -> None:
         try:
             for _ in range(5):
-                agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), truths["prompt_encoder"])
+                agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), expected["prompt_encoder"])
         except BaseException as error:
             failures.append(error)
 
@@ -298,11 +298,11 @@ def test_features_of_one_stream_are_computed_before_another_reads_them(bundle: B
         with backend.reserve_stream("image_encoder"):  # the stream that computed the features is in use
             logits = backend.run("mask_decoder", {**decoder, "features": features})["logits"]
         plain = OnnxRuntimeBackend(bundle, threads=2)
-        truth = plain.run("mask_decoder", {**decoder, "features": plain.run("image_encoder", image)["features"]})
-        np.testing.assert_allclose(logits, truth["logits"], rtol=1e-4, atol=1e-4)
+        expected = plain.run("mask_decoder", {**decoder, "features": plain.run("image_encoder", image)["features"]})
+        np.testing.assert_allclose(logits, expected["logits"], rtol=1e-4, atol=1e-4)
 
 
-def test_unloading_frees_an_engine_and_a_later_run_loads_it_again(bundle: Bundle, inputs: Any, truths: Any) -> None:
+def test_unloading_frees_an_engine_and_a_later_run_loads_it_again(bundle: Bundle, inputs: Any, expected: Any) -> None:
     setup = Setup(bundle)
     with setup.open() as backend:
         backend.run("mask_decoder", inputs["mask_decoder"])
@@ -311,7 +311,7 @@ def test_unloading_frees_an_engine_and_a_later_run_loads_it_again(bundle: Bundle
         backend.unload("prompt_encoder")
         assert backend.device_bytes == before - SCRATCH["mask_decoder"] + SCRATCH["prompt_encoder"]
         backend.unload("prompt_encoder")
-        agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), truths["prompt_encoder"])
+        agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), expected["prompt_encoder"])
 
 
 def test_device_times_exclude_copies(bundle: Bundle, inputs: Any) -> None:
