@@ -145,6 +145,6 @@ class CudaPythonGpu:
                 f"pip install 'cuda-python=={driver // 1000}.*'"
             )
         if int(status) in (0, TOO_OLD, NO_DEVICE):
-            what = "There is a driver, but no NVIDIA GPU" if driver else "There is no NVIDIA driver"
+            what = "There is a driver, but no NVIDIA GPU" if driver else "There is no NVIDIA driver here"
             raise EnvironmentIssue(f"{what}, which engines require. {DRIVER_REMEDY}")
         raise EnvironmentIssue(f"The GPU cannot be used: {self._message(status)}. Run cclip-deploy doctor.")
