@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from cclip_deploy.engines.convert import ConvertedGraphs, ConvertOptions, conver
 from cclip_deploy.errors import UsageError
 from cclip_deploy.graph.precision.convert import InputsAndOutputs
 from cclip_deploy.quantization.agreement import check_mask_agreement, evaluation_images, write_agreement
-from cclip_deploy.quantization.calibrate import CalibrationOptions
+from cclip_deploy.quantization.calibrate import CalibrationOptions, Progress
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.tensorrt.binding import BindingName, check_targets, load_binding
 from cclip_deploy.runtime.tensorrt.builder import BuiltEngine, EngineOptions, build_engine
@@ -26,7 +26,6 @@ from cclip_deploy.runtime.tensorrt.open_device import open_gpu
 from cclip_deploy.runtime.tensorrt.settings import EngineSettings, engine_target, is_rtx
 from cclip_deploy.verify.engine_proof import proof_record
 
-Progress = Callable[[str], None]
 SERVED = CHAIN
 
 

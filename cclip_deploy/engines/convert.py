@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from cclip_deploy.bundle.manifest import CalibrationEntry, GraphEntry, Manifest,
 from cclip_deploy.bundle.precision import REST, Precision, is_quantized, precision_of, product_type
 from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.graph.precision.convert import ConvertedGraph, InputsAndOutputs
-from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
+from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, Progress, calibrate, choose_pictures
 from cclip_deploy.quantization.record import write_record
 from cclip_deploy.runtime.graph_model import load_model
 from cclip_deploy.verify.derivation import layer_checks
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from cclip_deploy.parity.compare import Check
     from cclip_deploy.parity.reference import Reference
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cclip_deploy.common.names import printable
 from cclip_deploy.datasets.image_sets import DataSetOptions, ImageSet, SetImage, counted, read_image_set
 from cclip_deploy.datasets.sample import name_some
 from cclip_deploy.errors import DataError, ImageError, ParityError, UsageError
-from cclip_deploy.graph.precision.ranges import METHODS, Method, TensorStatistics, ranges_of, with_outputs
+from cclip_deploy.graph.precision.ranges import Method, TensorStatistics, check_method, ranges_of, with_outputs
 from cclip_deploy.imaging.preprocess import to_input
 from cclip_deploy.imaging.reading import failure_of, read_picture
 from cclip_deploy.quantization.cache import read_entry, write_entry
@@ -221,11 +221,8 @@ def _count(statistics: TensorStatistics, values: NDArray[np.float32], name: str,
 
 def _check_options(options: CalibrationOptions) -> None:
     if not options.pictures:
-        raise UsageError("A quantized precision needs images to calibrate with: give --calibration DIR.")
-    if options.method not in METHODS:
-        raise UsageError(f"There is no calibration method {options.method!r}. Use {', '.join(METHODS)}.")
-    if not 50 < options.percentile <= 100:
-        raise UsageError(f"A percentile of {options.percentile} is out of range. Use one above 50, up to 100.")
+        raise UsageError("A quantized precision needs calibration images: give --calibration DIR.")
+    check_method(options.method, options.percentile)
     if options.limit < 1:
         raise UsageError(f"A limit of {options.limit} calibration images is out of range. Use 1 or more.")
 

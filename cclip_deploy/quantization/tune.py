@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Progress = Callable[[str], None]
-
 IMAGE = "image_encoder"
 STANDARD_ERRORS = 2
 """Margin by which the mean on the tuning half must meet the budget, so that other images meet it too."""

@@ -189,7 +189,7 @@ def test_an_unreadable_image_is_left_out_and_named(films: Path, tmp_path: Path) 
     [
         (CalibrationOptions(()), "give --calibration DIR"),
         (CalibrationOptions((Path("."),), "median"), "no calibration method 'median'"),  # type: ignore[arg-type]
-        (CalibrationOptions((Path("."),), percentile=0.999), "percentile of 0.999 is out of range"),
+        (CalibrationOptions((Path("."),), percentile=0.999), "must be above 50 and at most 100, got 0.999"),
         (CalibrationOptions((Path("."),), limit=0), "limit of 0"),
     ],
 )

@@ -83,11 +83,16 @@ def ranges_of(
     Raises:
         UsageError: an unknown method, or a percentile outside (50, 100].
     """
+    check_method(method, percentile)
+    return {name: _range(found, method, percentile) for name, found in statistics.items()}
+
+
+def check_method(method: str, percentile: float) -> None:
+    """Raise UsageError for an unknown method or a percentile outside (50, 100]."""
     if method not in METHODS:
         raise UsageError(f"There is no calibration method {method!r}. Use {', '.join(METHODS)}.")
     if not 50 < percentile <= 100:
         raise UsageError(f"The percentile must be above 50 and at most 100, got {percentile}. 99.99 is usual.")
-    return {name: _range(found, method, percentile) for name, found in statistics.items()}
 
 
 def _range(found: TensorStatistics, method: Method, percentile: float) -> float:

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from cclip_deploy.errors import EnvironmentIssue
-from cclip_deploy.runtime.tensorrt.device import Bytes, GpuFacts, GpuInterface, Handle
+from cclip_deploy.runtime.tensorrt.device import DRIVER_REMEDY, Bytes, GpuFacts, GpuInterface, Handle, version_text
 
 INSTALL = "pip install cuda-python"
-DRIVER_REMEDY = "Install the NVIDIA driver; in a container, start it with: docker run --gpus all"
 NO_DEVICE, TOO_OLD = 100, 35
 
 
@@ -22,11 +21,6 @@ def load_cuda_runtime() -> Any:
     except ImportError as error:
         raise EnvironmentIssue(f"cuda-python cannot be imported ({error}). Install it: {INSTALL}") from error
     return runtime
-
-
-def version_text(number: int) -> str:
-    """Format CUDA's version number: 13010 -> "13.1"."""
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 class CudaPythonGpu:

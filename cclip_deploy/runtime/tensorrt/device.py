@@ -11,15 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 GpuInterface = Literal["cuda-python", "pycuda"]
+DRIVER_REMEDY = "Install the NVIDIA driver; in a container, start it with: docker run --gpus all"
 Handle = Any
 """A stream, an event or a captured graph, as an object of the underlying package."""
 
 Bytes = NDArray[np.uint8]
 
 
+def version_text(number: int) -> str:
+    """Format CUDA's version number: 13010 -> "13.1"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 @dataclass(frozen=True)
 class GpuFacts:
-    """The device that is used: its compute capability as "8.9", the CUDA version of its driver as "13.0"."""
+    """The device: its compute capability as "8.9", the CUDA version of its driver as "13.0"."""
 
     name: str
     compute_capability: str

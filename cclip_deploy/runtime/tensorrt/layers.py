@@ -156,11 +156,11 @@ def prove_precision(
         )
     expected = {node: rest_type(requested) if node in high else product_type(requested) for node in names}
     faults = [fault for node, kind in expected.items() if (fault := _fault_of(node, table.rows_of(node), kind))]
-    strays = [stray for row in table.rows if (stray := _stray_of(row, requested, products))]
-    if faults or strays:
+    others = [reason for row in table.rows if (reason := _violation_of(row, requested, products))]
+    if faults or others:
         raise ParityError(
             f"{requested.upper()} was requested, but the engine does not run in it: {len(faults)} of {len(expected)} "
-            f"convolutions and matrix products{_first_few(faults)} and {len(strays)} other layers{_first_few(strays)}. "
+            f"convolutions and matrix products{_first_few(faults)} and {len(others)} other layers{_first_few(others)}. "
             f"Convert the graph to {requested.upper()} first; builder flags do not change its types."
         )
 
@@ -177,7 +177,7 @@ def _fault_of(node: str, rows: tuple[LayerRow, ...], expected: str) -> str | Non
     return None
 
 
-def _stray_of(row: LayerRow, requested: Precision, products: Collection[str]) -> str | None:
+def _violation_of(row: LayerRow, requested: Precision, products: Collection[str]) -> str | None:
     """Return why a layer that is none of the named products violates the precision, or None if it does not."""
     label = f"{row.name} ({row.kind}, {'+'.join(sorted(row.types))})"
     if requested == "fp32" and row.types - {"fp32"}:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from cclip_deploy.errors import EnvironmentIssue
-from cclip_deploy.runtime.tensorrt.device import Bytes, GpuFacts, GpuInterface, Handle
+from cclip_deploy.runtime.tensorrt.device import DRIVER_REMEDY, Bytes, GpuFacts, GpuInterface, Handle, version_text
 
-DRIVER_REMEDY = "Install the NVIDIA driver; in a container, start it with: docker run --gpus all"
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with the default stream, which other libraries use
 
 
@@ -45,12 +44,11 @@ class PyCudaGpu:
         except self._driver.Error as error:
             raise EnvironmentIssue(f"pycuda cannot use the GPU: {error}. {DRIVER_REMEDY}") from error
         major, minor = self._device.compute_capability()
-        number = self._driver.get_driver_version()
         self.facts = GpuFacts(
             name=self._device.name(),
             compute_capability=f"{major}.{minor}",
             memory_bytes=int(self._device.total_memory()),
-            driver_cuda=f"{number // 1000}.{number % 1000 // 10}",
+            driver_cuda=version_text(self._driver.get_driver_version()),
         )
         self._blocks: dict[int, Any] = {}
         self._entered = threading.local()
