@@ -34,18 +34,11 @@ class BuildOptions:
     """Which engines to build, and how.
 
     Attributes:
-        precision: of the graphs and engines.
-        backend: binding that builds the engines.
-        graphs: names of the FP32 graphs.
-        max_batch, max_prompts: upper bounds of the dynamic dimensions.
-        usual_batch, usual_prompts: sizes that kernels are tuned for.
+        max_batch, max_prompts: upper bounds of the dynamic dimensions; kernels are tuned for the usual sizes.
         one_alone: add an optimization profile for one image and one prompt; it doubles an engine's size.
         workspace_bytes: upper limit of scratch memory; None uses the binding's default.
-        threads: of ONNX Runtime on the CPU.
         calibration: required for a quantized precision.
         keep: nodes and blocks that stay in a higher precision.
-        io: type of the graphs' float inputs and outputs.
-        settings: targets, flags and caches.
         gpu_interface: package through which this machine's GPU is identified.
     """
 

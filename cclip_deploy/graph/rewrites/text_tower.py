@@ -92,9 +92,7 @@ class FixPromptLength(Rewrite[TextTower]):
     def __init__(self, length: int) -> None:
         self.length = length
         if length < 2:
-            raise PromptError(
-                f"The prompt length must be at least 2, for start and end token, got {length}. 32 is usual."
-            )
+            raise PromptError(f"The prompt length must be at least 2, got {length}; 32 is usual.")
 
     def refusal(self, module: TextTower) -> str | None:
         longest = module.positional_embedding.shape[0]

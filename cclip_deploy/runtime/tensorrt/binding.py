@@ -86,7 +86,7 @@ def check_targets(precision: Precision, compute_capabilities: Sequence[str]) -> 
             )
 
 
-def callback_logger(binding: Any, on_message: Callable[[str, str], None]) -> Any:
+def make_logger(binding: Any, on_message: Callable[[str, str], None]) -> Any:
     """Return a logger that calls `on_message` with severity ("ERROR", "VERBOSE", ...) and text of every message."""
 
     class CallbackLogger(binding.ILogger):  # type: ignore[misc]
@@ -99,7 +99,7 @@ def callback_logger(binding: Any, on_message: Callable[[str, str], None]) -> Any
     return CallbackLogger()
 
 
-def callback_monitor(
+def make_monitor(
     binding: Any, on_phase: Callable[[str, str | None, int], None], should_continue: Callable[[], bool]
 ) -> Any:
     """Return a progress monitor that reports each phase (name, parent's name, steps) and may cancel at each step."""

@@ -16,9 +16,9 @@ from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.tensorrt.binding import (
     binding_label,
-    callback_logger,
-    callback_monitor,
     check_targets,
+    make_logger,
+    make_monitor,
     network_flags,
 )
 from cclip_deploy.runtime.tensorrt.build_watch import BuildWatch, signals_cancel
@@ -140,7 +140,7 @@ def _build(
     graph: Path | bytes, options: EngineOptions, binding: ModuleType, watch: BuildWatch
 ) -> tuple[Any, frozenset[str], TimingCacheUse | None]:
     """Return the serialized engine, the names of its products, and the use of the timing cache."""
-    logger = callback_logger(binding, watch.note)
+    logger = make_logger(binding, watch.note)
     builder = _start_builder(binding, logger)
     network = builder.create_network(network_flags(binding))
     watch.report("Parsing the graph")
@@ -150,7 +150,7 @@ def _build(
     config = _configure(builder, network, options, binding)
     cache_file = options.settings.timing_cache
     cache = None if cache_file is None else TimingCache(cache_file, config, binding)
-    config.progress_monitor = callback_monitor(binding, watch.phase_starts, watch.should_continue)
+    config.progress_monitor = make_monitor(binding, watch.phase_starts, watch.should_continue)
     memory = builder.build_serialized_network(network, config)
     watch.raise_if_cancelled()
     if memory is None:

@@ -15,9 +15,9 @@ from cclip_deploy.runtime.backend import check_tensors
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.tensorrt.binding import (
     binding_label,
-    callback_logger,
     capability_numbers,
     join_errors,
+    make_logger,
     numpy_type,
 )
 from cclip_deploy.runtime.tensorrt.context import LoadedEngine
@@ -76,12 +76,12 @@ def load_engine(bundle: Bundle, entry: EngineEntry, binding: ModuleType, facts: 
         if severity in ("ERROR", "INTERNAL_ERROR"):
             errors.append(message)
 
-    runtime = binding.Runtime(callback_logger(binding, on_message))
+    runtime = binding.Runtime(make_logger(binding, on_message))
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise EnvironmentIssue(f"{' '.join(binding_label(binding))} does not load {entry.file}: {join_errors(errors)}")
     if entry.stripped:
-        _refit(bundle, entry, engine, binding, callback_logger(binding, on_message), errors)
+        _refit(bundle, entry, engine, binding, make_logger(binding, on_message), errors)
     graph = _graph_of(bundle, entry)
     check_tensors(bundle.path / entry.file, graph, *_specs(engine, graph, binding))
     return LoadedEngine(entry.graph, runtime, engine, errors)
