@@ -1,4 +1,4 @@
-"""Build a bundle's engines in every precision, the quantized ones if there are images to calibrate with."""
+"""Build a bundle's engines in every precision; the quantized ones only if calibration images are given."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx")
-    parser.add_argument("--graph", action="append", help="may be repeated; the three that serve unless given")
-    parser.add_argument("--calibration", type=Path, help="images, or a data set: for the quantized precisions")
+    parser.add_argument("--graph", action="append", help="may be repeated; default: the three graphs that are served")
+    parser.add_argument("--calibration", type=Path, help="images or a data set, for the quantized precisions")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
-    pictures = arguments.calibration
-    calibration = CalibrationOptions((pictures,), cache=default_cache()) if pictures else None
+    images = arguments.calibration
+    calibration = CalibrationOptions((images,), cache=default_cache()) if images else None
     for precision in Precision:
-        if precision.is_quantized and not pictures:
+        if precision.is_quantized and not images:
             continue
         options = BuildOptions(
             precision, arguments.backend, tuple(arguments.graph or SERVED), threads=arguments.threads,

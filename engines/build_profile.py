@@ -1,4 +1,4 @@
-"""Build the engines of a bundle as a profile says, and print how they are to be run.
+"""Build the engines that a profile describes, and print the command that runs them.
 
 python engines/build_profile.py engines/profiles/workstation.toml BUNDLE
 """
@@ -19,8 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", type=Path)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--calibration", type=Path, nargs="+", help="images, or a data set: for a quantized precision")
-    parser.add_argument("--graph", action="append", help="may be repeated; the profile's own unless given")
+    parser.add_argument("--calibration", type=Path, nargs="+", help="images or a data set, for a quantized precision")
+    parser.add_argument("--graph", action="append", help="may be repeated; default: the profile's graphs")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
 
@@ -33,7 +33,7 @@ def main() -> None:
         print(f"{engine.file}: {size / 1e6:.1f} MB for {engine.target}, {engine.build_seconds:.1f} s")
     graphs = " --cuda-graphs" if profile.run.cuda_graphs else ""
     print(
-        f"Run them: cclip-deploy predict {given.bundle} IMAGES --prompt TEXT --precision {profile.precision} "
+        f"Run the engines: cclip-deploy predict {given.bundle} IMAGES --prompt TEXT --precision {profile.precision} "
         f"--backend {profile.backend} --gpu-interface {profile.run.gpu_interface}{graphs}"
     )
 

@@ -1,4 +1,4 @@
-"""Build a bundle's engines in every low precision; write what each costs and does to the masks: docs/precision.md.
+"""Build a bundle's engines in every low precision; measure their size and their masks (docs/precision.md).
 
 python engines/precision_table.py BUNDLE --calibration DATA_SET --evaluation-set DATA_SET --json precision.json
 """
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--evaluation-set", type=Path, required=True, help="images, or a data set's test split")
     parser.add_argument("--precision", action="append", choices=[*Precision][1:], help="may be repeated; all but fp32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="where to write every number")
+    parser.add_argument("--json", type=Path, help="file for all results")
     given = parser.parse_args()
 
     precisions = [Precision(name) for name in given.precision or [*Precision][1:]]

@@ -1,6 +1,6 @@
-"""Trace a checkpoint's graphs to bare ONNX files, without a bundle: the shortest way through the library.
+"""Trace a checkpoint to ONNX files, without a bundle.
 
-For a folder that is compared with PyTorch, hashed and ready to serve, use `cclip-deploy export`.
+`cclip-deploy export` also compares the graphs with PyTorch and writes a bundle that is ready to serve.
 """
 
 from __future__ import annotations

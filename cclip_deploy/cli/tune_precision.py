@@ -85,7 +85,7 @@ def _show(profile: TunedProfile) -> None:
     for source in profile.tuned.sources:
         stdout.print(f"Evaluation set: {source.describe()}", markup=False)
     stdout.print(profile.why, markup=False)
-    if better := profile.tuned.cheaper_as_good_when_judged():
+    if better := profile.tuned.cheaper_equivalent():
         stdout.print(
             f"{len(better.kept)} high-precision blocks give the same agreement on the held-out images (mean "
             f"{better.held_out.mean:.4f}, worst {better.held_out.worst:.4f}). Use more evaluation images to separate "

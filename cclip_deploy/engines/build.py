@@ -1,10 +1,10 @@
-"""Build: a bundle's graphs become engines in a precision that is written into the graph and proved in the engine."""
+"""Build TensorRT engines for a bundle's graphs in one precision, check them, and add them to the bundle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,8 @@ from cclip_deploy.bundle.precision import Precision, parse_precision
 from cclip_deploy.engines.convert import ConvertedGraphs, ConvertOptions, convert_graphs
 from cclip_deploy.errors import UsageError
 from cclip_deploy.graph.precision.convert import InputsAndOutputs
-from cclip_deploy.quantization.agreement import evaluation_images, hold_masks_to_fp32, write_agreement
-from cclip_deploy.quantization.calibrate import CalibrationOptions
+from cclip_deploy.quantization.agreement import check_mask_agreement, evaluation_images, write_agreement
+from cclip_deploy.quantization.calibrate import CalibrationOptions, Progress
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.tensorrt.binding import BindingName, check_targets, load_binding
 from cclip_deploy.runtime.tensorrt.builder import BuiltEngine, EngineOptions, build_engine
@@ -25,16 +25,20 @@ from cclip_deploy.runtime.tensorrt.open_device import open_gpu
 from cclip_deploy.runtime.tensorrt.settings import EngineSettings, engine_target, is_rtx
 from cclip_deploy.verify.engine_proof import proof_record
 
-Progress = Callable[[str], None]
 SERVED = CHAIN
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Which engines. The maxima bound the dynamic dimensions; engines are tuned for the usual numbers.
+    """Which engines to build, and how.
 
-    `one_alone` adds a second optimization profile, of one picture and one prompt alone, which doubles an engine's size.
-    `calibration` belongs to the quantized precisions, `keep` names nodes and blocks that stay in a higher one.
+    Attributes:
+        max_batch, max_prompts: upper bounds of the dynamic dimensions; kernels are tuned for the usual sizes.
+        one_alone: add an optimization profile for one image and one prompt; it doubles an engine's size.
+        workspace_bytes: upper limit of scratch memory; None uses the binding's default.
+        calibration: required for a quantized precision.
+        keep: nodes and blocks that stay in a higher precision.
+        gpu_interface: package through which this machine's GPU is identified.
     """
 
     precision: Precision = Precision.FP16
@@ -55,16 +59,16 @@ class BuildOptions:
 
 
 def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress = lambda _: None) -> list[EngineEntry]:
-    """Make the precision's graphs, hold them to the parity limits, build engines from them, and add all to the bundle.
+    """Convert the graphs to the precision, check their parity, build engines, and add everything to the bundle.
 
-    Either everything is added or the bundle stays as it was.
+    Either everything is added or the bundle stays unchanged.
 
     Raises:
-        UsageError: a graph that the bundle does not have, a precision that is none or that the target does not have, or
-            a calibration that cannot be.
-        DataError: a calibration picture cannot be read or belongs to the evaluation set.
+        UsageError: a graph that the bundle does not have, an unknown precision or one the target does not support, or
+            an invalid calibration.
+        DataError: a calibration image cannot be read or is also in the evaluation set.
         EnvironmentIssue: the binding or the onnx package is missing.
-        ParityError: a graph of this precision strays from the reference, or an engine does not run in the precision.
+        ParityError: a converted graph differs too much from the reference, or an engine does not run in the precision.
     """
     parse_precision(options.precision)
     check_targets(options.precision, options.settings.compute_capabilities)
@@ -75,40 +79,40 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
         options.precision, options.graphs, options.calibration, options.keep, options.io, options.threads
     )
     with edited_bundle(bundle) as folder:
-        derived = convert_graphs(bundle, wanted, folder, on_progress)
-        manifest = derived.manifest
+        converted = convert_graphs(bundle, wanted, folder, on_progress)
+        manifest = converted.manifest
         unsealed = Bundle.unsealed(folder, manifest, bundle.sums)
         if Precision(options.precision).is_quantized and options.calibration and options.calibration.evaluation_set:
             on_progress(f"Comparing {options.precision} masks with FP32's on the evaluation set")
             images = evaluation_images(options.calibration, on_progress)
-            agreement = hold_masks_to_fp32(unsealed, options.precision, images, options.threads)
+            agreement = check_mask_agreement(unsealed, options.precision, images, options.threads)
             write_agreement(agreement, folder)
         entries = []
         for graph in options.graphs:
-            source = manifest.graphs[graph_key(graph, derived.precisions[graph])]
+            source = manifest.graphs[graph_key(graph, converted.precisions[graph])]
             on_progress(f"Building {graph} {source.precision} for {options.backend}")
-            chosen = _engine_options(graph, source, derived, options)
+            chosen = _engine_options(graph, source, converted, options)
             content = read_checked(unsealed, source)
-            built = build_engine(content, chosen, binding, partial(_tell, on_progress, graph))
+            built = build_engine(content, chosen, binding, partial(_report_phase, on_progress, graph))
             runs_on = engine_target(options.settings, binding, own_gpu)
             entries.append(_write_engine(folder, graph, source, built, chosen, runs_on))
         names = {(entry.graph, entry.precision, entry.backend) for entry in entries}
-        kept = [e for e in manifest.engines if (e.graph, e.precision, e.backend) not in names]
-        write_manifest(folder, manifest.model_copy(update={"engines": (*kept, *entries)}))
+        others = [e for e in manifest.engines if (e.graph, e.precision, e.backend) not in names]
+        write_manifest(folder, manifest.model_copy(update={"engines": (*others, *entries)}))
     return entries
 
 
-def _tell(on_progress: Progress, graph: str, phase: str) -> None:
+def _report_phase(on_progress: Progress, graph: str, phase: str) -> None:
     on_progress(f"{graph}: {phase}")
 
 
-def _engine_options(graph: str, source: GraphEntry, derived: ConvertedGraphs, options: BuildOptions) -> EngineOptions:
+def _engine_options(graph: str, source: GraphEntry, converted: ConvertedGraphs, options: BuildOptions) -> EngineOptions:
     one = _shapes(source.inputs, replace(options, max_batch=1, max_prompts=1, usual_batch=1, usual_prompts=1))
     return EngineOptions(
         _shapes(source.inputs, options),
         options.workspace_bytes,
         source.precision,
-        derived.kept.get(graph, frozenset()),
+        converted.high_precision.get(graph, frozenset()),
         (one,) if options.one_alone else (),
         options.settings,
     )
@@ -116,18 +120,18 @@ def _engine_options(graph: str, source: GraphEntry, derived: ConvertedGraphs, op
 
 def _check_plan(bundle: Bundle, options: BuildOptions) -> None:
     if not options.graphs:
-        raise UsageError("No graph was named. Leave --graph out for the three that serve.")
+        raise UsageError("No graph was named. Leave --graph out to build the three graphs that are served.")
     for graph in options.graphs:
         if bundle.graph(graph).precision != "fp32":
             raise UsageError(
-                f"{graph} is a derived graph. Name the FP32 graph, {graph.split('.')[0]}, and a precision."
+                f"{graph} is a converted graph. Name the FP32 graph, {graph.split('.')[0]}, and a precision."
             )
     if len(set(options.graphs)) < len(options.graphs):
         raise UsageError(f"A graph is named twice: {', '.join(options.graphs)}. Name each once.")
     if options.max_batch < 1 or options.max_prompts < 1:
         raise UsageError("The largest batch and the largest number of prompts must be 1 or more.")
     if not (1 <= options.usual_batch <= options.max_batch and 1 <= options.usual_prompts <= options.max_prompts):
-        raise UsageError("The usual batch and number of prompts must be 1 or more, and no more than the largest.")
+        raise UsageError("The usual batch and number of prompts must be at least 1 and at most the largest.")
 
 
 def _shapes(
@@ -176,7 +180,7 @@ def _write_engine(
         graph_sha256=source.sha256,
         layers=layers,
         shapes=dict(options.shapes),
-        target=_told(runs_on, options.settings),
+        target=_target_label(runs_on, options.settings),
         build_seconds=round(built.build_seconds, 3),
         runs_on=runs_on,
         stripped=options.settings.strip_weights,
@@ -185,7 +189,7 @@ def _write_engine(
 
 
 def _own_gpu(options: BuildOptions) -> tuple[str, str]:
-    """Name and compute capability of this machine's GPU, for which plain TensorRT builds."""
+    """Return name and compute capability of this machine's GPU, the target of plain TensorRT."""
     gpu = open_gpu(options.gpu_interface)
     try:
         return gpu.facts.name, gpu.facts.compute_capability
@@ -193,7 +197,7 @@ def _own_gpu(options: BuildOptions) -> tuple[str, str]:
         gpu.close()
 
 
-def _told(target: EngineTarget | None, settings: EngineSettings) -> str:
+def _target_label(target: EngineTarget | None, settings: EngineSettings) -> str:
     if target is None:
         return "unknown"
     if target.gpu is not None:

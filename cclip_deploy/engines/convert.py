@@ -1,8 +1,8 @@
-"""Derive: a bundle's FP32 graphs in another precision, compared with PyTorch's answers before anybody sees them."""
+"""Convert a bundle's FP32 graphs to another precision and compare them with the reference outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from cclip_deploy.bundle.manifest import CalibrationEntry, GraphEntry, Manifest,
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.graph.precision.convert import ConvertedGraph, InputsAndOutputs
-from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
+from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, Progress, calibrate, choose_pictures
 from cclip_deploy.quantization.record import write_record
 from cclip_deploy.runtime.graph_model import load_model
 from cclip_deploy.verify.derivation import layer_checks
@@ -25,12 +25,10 @@ if TYPE_CHECKING:
     from cclip_deploy.parity.compare import Check
     from cclip_deploy.parity.reference import Reference
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Which graphs, in which precision, and how; `keep` and `io` are those of `graph.lower.lower`."""
+    """Which graphs to convert, and how; `keep` and `io` are passed to `graph.precision.convert.convert_graph`."""
 
     precision: Precision
     graphs: tuple[str, ...]
@@ -42,22 +40,22 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class ConvertedGraphs:
-    """A manifest with the new graphs, the precision that each graph came in, and what each keeps out of it."""
+    """A manifest with the converted graphs, the precision of each, and the products that stay in a higher precision."""
 
     manifest: Manifest
     precisions: Mapping[str, Precision]
-    kept: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    high_precision: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def convert_graphs(bundle: Bundle, options: ConvertOptions, folder: Path, on_progress: Progress) -> ConvertedGraphs:
-    """Write the precision's graphs, and their calibration, into a folder that `edited_bundle` gave, and compare them.
+    """Write the graphs of a precision, and their calibration, to the folder of `edited_bundle`, and compare them.
 
-    The FP32 graphs are the bundle's own. In a quantized precision, a graph of which nothing can be quantized (the
-    prompt encoder, the mask decoder) comes in what the rest of the network runs in.
+    FP32 graphs are those of the bundle. In a quantized precision, a graph without anything to quantize (prompt encoder,
+    mask decoder) is converted to the precision of the unquantized rest.
 
     Raises:
-        UsageError: no calibration for a quantized precision or one for another; `keep` names nothing.
-        ParityError: a graph strays from the reference, or gives values that are not finite (the layer is named).
+        UsageError: a quantized precision without calibration, or another one with it; a name in `keep` matches nothing.
+        ParityError: a graph differs too much from the reference, or has non-finite values (the layer is named).
     """
     _check_options(options)
     for name in options.graphs:
@@ -65,19 +63,19 @@ def convert_graphs(bundle: Bundle, options: ConvertOptions, folder: Path, on_pro
     if options.precision == "fp32" and options.io == "fp32":
         return ConvertedGraphs(bundle.manifest, dict.fromkeys(options.graphs, Precision.FP32))
     if options.precision == "fp32":
-        raise UsageError("FP32 graphs keep FP32 inputs and outputs; --io fp16 belongs to a lower precision.")
+        raise UsageError("FP32 graphs have FP32 inputs and outputs; --io fp16 requires a lower precision.")
     _require_onnx(options.precision)
     work = _Work(bundle, options, folder, on_progress)
     for name in options.graphs:
         work.add(name)
-    work.refuse_what_was_not_found()
+    work.check_all_found()
     manifest = bundle.manifest.model_copy(update={"graphs": {**bundle.manifest.graphs, **work.entries}})
     _compare(bundle, folder, manifest, work, on_progress)
-    return ConvertedGraphs(manifest, work.precisions, work.kept)
+    return ConvertedGraphs(manifest, work.precisions, work.high_precision)
 
 
 class _Work:
-    """The graphs derived so far."""
+    """Converts graphs one by one and collects their manifest entries."""
 
     def __init__(self, bundle: Bundle, options: ConvertOptions, folder: Path, on_progress: Progress) -> None:
         self.bundle, self.options, self.folder, self.on_progress = bundle, options, folder, on_progress
@@ -89,11 +87,11 @@ class _Work:
                 on_progress(line)
         self.entries: dict[str, GraphEntry] = {}
         self.precisions: dict[str, Precision] = {}
-        self.kept: dict[str, frozenset[str]] = {}
+        self.high_precision: dict[str, frozenset[str]] = {}
         self.found: set[str] = set()
 
     def add(self, name: str) -> None:
-        from cclip_deploy.graph.precision.convert import lower, matching, named_products, tensors_to_calibrate
+        from cclip_deploy.graph.precision.convert import convert_graph, matching, products_named, tensors_to_calibrate
 
         model = load_model(self.bundle, name)
         precision = self.options.precision
@@ -106,62 +104,62 @@ class _Work:
         self.found |= keep
         ranges, calibration = self._calibrated(name, model) if Precision(precision).is_quantized else (None, None)
         self.on_progress(f"Converting {name} to {precision}")
-        lowered = lower(model, precision, ranges, keep, self.options.io)
-        self.kept[name] = lowered.kept
-        high = tuple(sorted(named_products(model, keep)))
+        converted = convert_graph(model, precision, ranges, keep, self.options.io)
+        self.high_precision[name] = converted.high_precision
+        high = tuple(sorted(products_named(model, keep)))
         if Precision(precision).is_quantized:
-            self._tell_share(name, precision, model, lowered.kept)
-        entry = self._write(name, precision, lowered, calibration)
+            self._report_fraction(name, precision, model, converted.high_precision)
+        entry = self._write(name, precision, converted, calibration)
         self.entries[graph_key(name, precision)] = entry.model_copy(update={"high_precision_nodes": high})
 
-    def _tell_share(self, name: str, precision: str, model: onnx.ModelProto, kept: frozenset[str]) -> None:
-        from cclip_deploy.graph.cost import share_of
+    def _report_fraction(self, name: str, precision: str, model: onnx.ModelProto, high: frozenset[str]) -> None:
+        from cclip_deploy.graph.cost import multiply_add_fraction
         from cclip_deploy.graph.precision.convert import product_names
 
-        share = share_of(model, product_names(model) - kept, {"batch": 1, "prompts": 1})
-        self.on_progress(f"{name}: {share:.1%} of the multiply-adds in {Precision(precision).product_type}")
+        fraction = multiply_add_fraction(model, product_names(model) - high, {"batch": 1, "prompts": 1})
+        self.on_progress(f"{name}: {fraction:.1%} of the multiply-adds in {Precision(precision).product_type}")
 
     def _calibrated(self, name: str, model: onnx.ModelProto) -> tuple[dict[str, float], CalibrationEntry]:
         options = self.options.calibration
         if options is None or self.chosen is None:
-            raise UsageError(f"{self.options.precision} needs pictures to calibrate with: give --calibration DIR.")
+            raise UsageError(f"{self.options.precision} needs calibration images: give --calibration DIR.")
         record = calibrate(self.bundle, name, model, self.chosen, options, self.options.threads, self.on_progress)
         entry = write_record(record, f"calibration/{graph_key(name, self.options.precision)}.json", self.folder)
         return record.ranges, entry
 
     def _write(
-        self, name: str, precision: Precision, lowered: ConvertedGraph, calibration: CalibrationEntry | None
+        self, name: str, precision: Precision, converted: ConvertedGraph, calibration: CalibrationEntry | None
     ) -> GraphEntry:
         from cclip_deploy.graph.entry import graph_entry, save_graph
 
         file = f"graphs/{graph_key(name, precision)}.onnx"
         (self.folder / file).unlink(missing_ok=True)
-        save_graph(lowered.model, self.folder / file)
+        save_graph(converted.model, self.folder / file)
         source = self.bundle.graph(name).sha256
-        entry = graph_entry(lowered.model, file, self.folder, source, precision)
+        entry = graph_entry(converted.model, file, self.folder, source, precision)
         return entry.model_copy(update={"calibration": calibration})
 
-    def refuse_what_was_not_found(self) -> None:
+    def check_all_found(self) -> None:
         precision = self.options.precision
         if Precision(precision).is_quantized and not any(
             Precision(given).is_quantized for given in self.precisions.values()
         ):
             raise UsageError(
-                f"Nothing of {', '.join(self.precisions)} can be quantized. Name image_encoder too, or build in "
+                f"Nothing in {', '.join(self.precisions)} can be quantized. Name image_encoder too, or build in "
                 f"{Precision(precision).rest}."
             )
         if unknown := sorted(set(self.options.keep) - self.found):
             raise UsageError(
                 f"No graph that is converted has a convolution, product or block named {', '.join(map(repr, unknown))},"
-                " so it cannot be kept in a higher precision."
+                " so it cannot stay in a higher precision."
             )
 
 
 def _check_options(options: ConvertOptions) -> None:
     if Precision(options.precision).is_quantized and options.calibration is None:
-        raise UsageError(f"{options.precision} needs pictures to calibrate with: give --calibration DIR.")
+        raise UsageError(f"{options.precision} needs calibration images: give --calibration DIR.")
     if options.calibration is not None and not Precision(options.precision).is_quantized:
-        raise UsageError(f"{options.precision} has no scales to calibrate. Leave --calibration out, or ask for --int8.")
+        raise UsageError(f"{options.precision} has no scales to calibrate. Leave --calibration out, or give --int8.")
 
 
 def _require_onnx(precision: str) -> None:
@@ -182,19 +180,19 @@ def _compare(bundle: Bundle, folder: Path, manifest: Manifest, work: _Work, on_p
     unsealed = Bundle.unsealed(folder, manifest, bundle.sums)
     checks: list[Check] = []
     for precision in dict.fromkeys(given for given in work.precisions.values() if given != "fp32"):
-        on_progress(f"Comparing the {precision} graphs with PyTorch's answers")
+        on_progress(f"Comparing the {precision} graphs with PyTorch's outputs")
         graphs = [name for name, given in work.precisions.items() if given == precision]
         with_chain = precision == work.options.precision and can_chain(manifest, precision)
         backend = OnnxRuntimeBackend(unsealed, precision, "cpu", work.options.threads, rounds_as_written=True)
         for name in graphs:
             checks += layer_checks(unsealed, graph_key(name, precision), references)
         checks += check_graphs(backend, graphs, references, with_chain=with_chain)
-    _name_what_is_not_finite(unsealed, checks, references)
+    _check_finite(unsealed, checks, references)
     refuse_failures(checks)
 
 
-def _name_what_is_not_finite(bundle: Bundle, checks: list[Check], references: list[Reference]) -> None:
-    """ParityError that names the first layer with a NaN or an overflow, where a graph gave such values."""
+def _check_finite(bundle: Bundle, checks: list[Check], references: list[Reference]) -> None:
+    """Raise ParityError naming the first layer with NaN or overflow, if a graph has non-finite outputs."""
     from cclip_deploy.parity.nan_check import require_finite
 
     for check in checks:

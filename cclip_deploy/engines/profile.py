@@ -1,4 +1,4 @@
-"""Engine profiles: a file that says how the engines of a machine are built and run, read strictly."""
+"""Engine profiles: TOML files that describe how the engines of a target are built and run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cclip_deploy.graph.precision.convert import InputsAndOutputs
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from cclip_deploy.runtime.tensorrt.binding import BindingName
 from cclip_deploy.runtime.tensorrt.device import GpuInterface
-from cclip_deploy.runtime.tensorrt.runner import MOST_LANES, GpuOptions
+from cclip_deploy.runtime.tensorrt.runner import MAX_STREAMS
 from cclip_deploy.runtime.tensorrt.settings import Compatibility, EngineSettings
 
 
 class Shapes(StrictModel):
-    """How many pictures and prompts at once: at most, and usually, which is what kernels are tuned for."""
+    """Maximum and usual numbers of images and prompts; kernels are tuned for the usual ones."""
 
     max_batch: PositiveInt = 8
     max_prompts: PositiveInt = 16
@@ -29,7 +29,7 @@ class Shapes(StrictModel):
 
 
 class Builder(StrictModel):
-    """See `EngineSettings`; `workspace_mib` is the most scratch memory that a layer may take."""
+    """Settings of the builder, see `EngineSettings`; `workspace_mib` limits the scratch memory of a layer."""
 
     workspace_mib: PositiveInt | None = None
     compute_capabilities: tuple[str, ...] = ()
@@ -42,15 +42,15 @@ class Builder(StrictModel):
 
 
 class Run(StrictModel):
-    """See `GpuOptions`."""
+    """How engines are run, see `GpuOptions` of the runner; `lanes` is the number of execution streams."""
 
     gpu_interface: GpuInterface = "cuda-python"
     cuda_graphs: bool = False
-    lanes: Annotated[int, Field(ge=1, le=MOST_LANES)] = 1
+    lanes: Annotated[int, Field(ge=1, le=MAX_STREAMS)] = 1
 
 
 class EngineProfile(StrictModel):
-    """One target: which engines, in what, for which sizes, and how they are to be run there."""
+    """Engines for one target: backend, precision, graphs, sizes, and how they are built and run."""
 
     name: str
     why: str
@@ -66,7 +66,7 @@ class EngineProfile(StrictModel):
     def build_options(
         self, threads: int | None = None, calibration: CalibrationOptions | None = None, graphs: tuple[str, ...] = ()
     ) -> BuildOptions:
-        """What `build_engines` takes; `graphs` stand in for the profile's own."""
+        """Return the options of `build_engines`; `graphs`, if given, replace the profile's."""
         builder = self.builder
         return BuildOptions(
             precision=self.precision,
@@ -90,12 +90,8 @@ class EngineProfile(StrictModel):
             **self.shapes.model_dump(),
         )
 
-    def gpu_options(self) -> GpuOptions:
-        """What the runner takes."""
-        return GpuOptions(self.run.gpu_interface, self.run.cuda_graphs, self.run.lanes)
-
 
 def read_profile(path: Path) -> EngineProfile:
-    """Read a profile; UsageError names the key that is unknown, missing or wrong."""
-    absent = f"There is no engine profile {path}. Those that come along are in engines/profiles/."
+    """Read a profile; raise UsageError that names an unknown, missing or invalid key."""
+    absent = f"There is no engine profile {path}. Examples are in engines/profiles/."
     return read_toml(path, EngineProfile, absent)

@@ -16,16 +16,16 @@ _QUANTIZED_INPUTS = {1: "scale", 2: "zero point"}
 
 
 def differences(found: ModelProto, expected: ModelProto) -> Iterator[str]:
-    """Describe, in the graph's order, each node of `found` that is not as in `expected`; nothing where all agree.
+    """Yield a description of every node of `found` that differs from `expected`; nothing if the graphs are equal.
 
-    Nodes are compared by operator, name, inputs, outputs, attributes and the stored tensors that they read, bit by bit.
-    After the first node that is missing, unexpected or of another operator, places no longer correspond, so the
-    comparison ends there. Names of graphs, documentation and inferred shapes do not count.
+    Nodes are compared in graph order by operator, name, inputs, outputs, attributes and the bits of the stored tensors
+    that they read. The comparison ends at the first node that is missing, unexpected or of another operator. Names of
+    graphs, documentation strings and inferred shapes are ignored.
     """
     for kind in ("input", "output"):
-        mine, theirs = (_signatures(getattr(model.graph, kind)) for model in (found, expected))
-        if mine != theirs:
-            yield f"graph {kind}s: {mine} instead of {theirs}"
+        actual, wanted_ends = (_signatures(getattr(model.graph, kind)) for model in (found, expected))
+        if actual != wanted_ends:
+            yield f"graph {kind}s: {actual} instead of {wanted_ends}"
     if _opsets(found) != _opsets(expected):
         yield f"operator sets: {_opsets(found)} instead of {_opsets(expected)}"
     stored, wanted = ({t.name: t for t in model.graph.initializer} for model in (found, expected))
@@ -38,8 +38,8 @@ def differences(found: ModelProto, expected: ModelProto) -> Iterator[str]:
             instead = f", instead of {other.name!r} ({other.op_type})" if other is not None else ""
             yield f"node {node.name!r} ({node.op_type}): unexpected{instead}"
             return
-        for fault in (*_structure(node, other), *_tensors(node, stored, wanted, seen)):
-            yield f"node {other.name!r} ({other.op_type}): {fault}"
+        for difference in (*_structure(node, other), *_tensors(node, stored, wanted, seen)):
+            yield f"node {other.name!r} ({other.op_type}): {difference}"
     unread = (stored.keys() ^ wanted.keys()) - seen
     if unread:
         yield f"stored tensors: {', '.join(sorted(unread)[:3])} in one of the graphs only"
@@ -49,9 +49,9 @@ def _structure(node: NodeProto, expected: NodeProto) -> Iterator[str]:
     if node.name != expected.name:
         yield f"name is {node.name!r}"
     for kind in ("input", "output"):
-        mine, theirs = list(getattr(node, kind)), list(getattr(expected, kind))
-        if mine != theirs:
-            yield f"{kind}s are {mine} instead of {theirs}"
+        actual, wanted_names = list(getattr(node, kind)), list(getattr(expected, kind))
+        if actual != wanted_names:
+            yield f"{kind}s are {actual} instead of {wanted_names}"
     given, wanted = ({a.name: a.SerializeToString(deterministic=True) for a in n.attribute} for n in (node, expected))
     changed = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
     if changed:
@@ -61,7 +61,7 @@ def _structure(node: NodeProto, expected: NodeProto) -> Iterator[str]:
 def _tensors(
     node: NodeProto, stored: dict[str, TensorProto], wanted: dict[str, TensorProto], seen: set[str]
 ) -> Iterator[str]:
-    """Faults of the stored tensors that a node reads, each reported at its first reader."""
+    """Yield the differences of the stored tensors that a node reads, each at its first reader."""
     quantizes = node.op_type in ("QuantizeLinear", "DequantizeLinear")
     for place, name in enumerate(node.input):
         if name in seen or (name not in stored and name not in wanted):
@@ -70,29 +70,29 @@ def _tensors(
         role = _QUANTIZED_INPUTS.get(place, "codes") if quantizes else "weight"
         if name not in stored or name not in wanted:
             yield f"{role} {name!r} is stored in one of the graphs only"
-        elif fault := _tensor_fault(stored[name], wanted[name]):
-            yield f"{role} {name!r}: {fault}"
+        elif difference := _tensor_difference(stored[name], wanted[name]):
+            yield f"{role} {name!r}: {difference}"
 
 
-def _tensor_fault(found: TensorProto, expected: TensorProto) -> str | None:
+def _tensor_difference(found: TensorProto, expected: TensorProto) -> str | None:
     import numpy as np
     from onnx import TensorProto as Types
     from onnx import numpy_helper
 
     if found.data_type != expected.data_type or found.dims != expected.dims:
-        mine, theirs = (f"{Types.DataType.Name(t.data_type)} {tuple(t.dims)}" for t in (found, expected))
-        return f"{mine} instead of {theirs}"
-    mine_values, their_values = numpy_helper.to_array(found), numpy_helper.to_array(expected)
-    if mine_values.tobytes() == their_values.tobytes():
+        actual, wanted = (f"{Types.DataType.Name(t.data_type)} {tuple(t.dims)}" for t in (found, expected))
+        return f"{actual} instead of {wanted}"
+    actual_values, expected_values = numpy_helper.to_array(found), numpy_helper.to_array(expected)
+    if actual_values.tobytes() == expected_values.tobytes():
         return None
-    first, second = (values.astype(np.float64).ravel() for values in (mine_values, their_values))
-    apart = np.flatnonzero(first != second)
-    if not apart.size:  # zeros of another sign, or NaN
+    first, second = (values.astype(np.float64).ravel() for values in (actual_values, expected_values))
+    differing = np.flatnonzero(first != second)
+    if not differing.size:  # zeros of opposite sign, or NaN
         return "the bits of some values differ"
-    place = apart[0]
+    index = differing[0]
     return (
-        f"{apart.size} of {first.size} values differ, first at {place}: {first[place]:.6g} instead of "
-        f"{second[place]:.6g}"
+        f"{differing.size} of {first.size} values differ, first at {index}: {first[index]:.6g} instead of "
+        f"{second[index]:.6g}"
     )
 
 

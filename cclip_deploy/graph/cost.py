@@ -1,4 +1,4 @@
-"""Multiply-adds of an ONNX graph, counted from its shapes: deterministic, so a test can hold it."""
+"""Count the multiply-adds of an ONNX graph from its shapes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOP_NODES = 20
 
 @dataclass(frozen=True)
 class NodeCost:
-    """One counted node."""
+    """Multiply-adds of one node."""
 
     name: str
     op: str
@@ -31,51 +31,51 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of a graph: all of them, by operator, and its dearest nodes first."""
+    """Multiply-adds of a graph: the total, the sum by operator, and the TOP_NODES most expensive nodes first."""
 
     total: int
     by_op: dict[str, int]
     by_node: tuple[NodeCost, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
+        """Return the plain JSON form."""
         return {"total": self.total, "by_op": self.by_op, "by_node": [asdict(node) for node in self.by_node]}
 
 
 def count_multiply_adds(model: onnx.ModelProto, sizes: Mapping[str, int]) -> Cost:
-    """Count the multiply-adds of every product and convolution in the graph, float or quantized.
+    """Count the multiply-adds of every matrix product and convolution in the graph, float or quantized.
 
-    Counted by the usual convention: a product of (M, K) and (K, N) is M·K·N, a convolution is its output elements times
-    its kernel's elements a group, a transposed one its input elements times them; products with padding count, adding a
-    bias does not. Elementwise operators, reductions, gathers, resizes, pools and normalizations count nothing.
+    A product of (M, K) and (K, N) counts M·K·N. A convolution counts its output elements times the kernel elements of a
+    group; a transposed convolution counts its input elements times them. Products with padding count; adding a bias
+    does not. Elementwise operators, reductions, gathers, resizes, pools and normalizations count 0.
 
     Args:
         model: any opset; its weights are neither copied nor read.
-        sizes: a value for each symbolic dimension of the inputs, for example {"batch": 1, "prompts": 1}; names that the
-            graph does not have are ignored, so one mapping serves all graphs of a bundle.
+        sizes: a value for each symbolic dimension of the inputs, for example {"batch": 1, "prompts": 1}. Names that the
+            graph does not have are ignored, so that one mapping serves all graphs of a bundle.
 
     Raises:
-        UsageError: a symbolic dimension has no value, or one below 1.
-        DataError: shapes or types contradict each other, a counted node's shape cannot be inferred, or the graph does
-            arithmetic that has no rule here. Each names the node.
+        UsageError: a symbolic dimension has no value, or a value below 1.
+        DataError: shapes or types contradict each other, the shape of a counted node cannot be inferred, or an operator
+            has no counting rule. The message names the node.
     """
     counted = cost_of_nodes(model, sizes)
     by_op: Counter[str] = Counter()
     for cost in counted:
         by_op[cost.op] += cost.multiply_adds
-    dearest = sorted(counted, key=lambda cost: cost.multiply_adds, reverse=True)
-    return Cost(sum(by_op.values()), dict(by_op.most_common()), tuple(dearest[:TOP_NODES]))
+    most_expensive = sorted(counted, key=lambda cost: cost.multiply_adds, reverse=True)
+    return Cost(sum(by_op.values()), dict(by_op.most_common()), tuple(most_expensive[:TOP_NODES]))
 
 
 def cost_of_nodes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> list[NodeCost]:
-    """Every counted node in the graph's order; arguments, rules and errors are those of `count_multiply_adds`."""
+    """Return the cost of every counted node in graph order; arguments and errors are those of `count_multiply_adds`."""
     skeleton = _inline_functions(_without_weights(model, sizes))
     shapes = _infer_shapes(skeleton)
     return [cost for node in skeleton.graph.node if (cost := _cost_of(_Node(node, shapes))) is not None]
 
 
-def share_of(model: onnx.ModelProto, nodes: Collection[str], sizes: Mapping[str, int]) -> float:
-    """The part of a graph's multiply-adds that the named nodes do, 0 to 1."""
+def multiply_add_fraction(model: onnx.ModelProto, nodes: Collection[str], sizes: Mapping[str, int]) -> float:
+    """Return the fraction, 0 to 1, of a graph's multiply-adds that the named nodes perform."""
     counted = cost_of_nodes(model, sizes)
     named = sum(cost.multiply_adds for cost in counted if cost.name in nodes)
     return named / max(1, sum(cost.multiply_adds for cost in counted))
@@ -83,7 +83,7 @@ def share_of(model: onnx.ModelProto, nodes: Collection[str], sizes: Mapping[str,
 
 @dataclass(frozen=True)
 class _Node:
-    """A node and the shapes around it."""
+    """A node with the shapes of the graph's tensors."""
 
     proto: onnx.NodeProto
     shapes: Mapping[str, Shape]
@@ -106,8 +106,8 @@ class _Node:
     def _shape(self, tensor: str) -> Shape:
         if tensor not in self.shapes:
             raise DataError(
-                f"Cannot count the multiply-adds of {self}: the shape of {tensor!r} does not follow from the graph's "
-                "inputs. Fold the graph's constants, or export it with fixed sizes, and count again."
+                f"Cannot count the multiply-adds of {self}: the shape of {tensor!r} cannot be "
+                "inferred from the graph's inputs. Fold the graph's constants, or export it with fixed sizes."
             )
         return self.shapes[tensor]
 
@@ -163,10 +163,10 @@ def _cost_of(node: _Node) -> NodeCost | None:
     proto = node.proto
     hidden = sorted(set(_operators_inside(proto)) & (RULES.keys() | WITHOUT_RULE))
     if proto.op_type in WITHOUT_RULE or proto.domain not in STANDARD_DOMAINS or hidden:
-        what = (
-            f"it has {', '.join(hidden)} in a subgraph" if hidden else f"no rule for {proto.domain or 'its'} operator"
+        reason = (
+            f"it has {', '.join(hidden)} in a subgraph" if hidden else f"no rule for {proto.domain or 'this'} operator"
         )
-        raise DataError(f"Cannot count {node}: {what}. Export the graph without it, or add a rule to graph/cost.py.")
+        raise DataError(f"Cannot count {node}: {reason}. Export the graph without it, or add a rule to graph/cost.py.")
     if proto.op_type not in RULES:
         return None
     return NodeCost(proto.name or proto.output[0], proto.op_type, node.output(), RULES[proto.op_type](node))
@@ -179,7 +179,7 @@ def _operators_inside(proto: onnx.NodeProto) -> list[str]:
 
 
 def _without_weights(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """A copy with the input sizes bound, whose large weights are inputs of their shape: all that inference needs."""
+    """Copy a graph with its input sizes bound and its large weights replaced by inputs of the same shape."""
     import onnx
 
     graph = onnx.GraphProto(name=model.graph.name)
@@ -210,11 +210,11 @@ def _bind(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> onnx.ValueInf
         symbol = dim.dim_param
         if not symbol:
             raise DataError(
-                f"Input {value.name!r} has no size and no name for axis {axis}. Export it with a named one."
+                f"Axis {axis} of input {value.name!r} has neither a size nor a name. Export it with a named dimension."
             )
         if sizes.get(symbol, 0) < 1:
             raise UsageError(
-                f"Input {value.name!r} has the symbolic size {symbol!r} on axis {axis}, and the sizes given are "
+                f"Input {value.name!r} has the symbolic size {symbol!r} on axis {axis}; the given sizes are "
                 f"{dict(sizes)}. Give {symbol!r} a value of 1 or more."
             )
         dim.dim_value = sizes[symbol]
@@ -239,7 +239,7 @@ def _infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     try:
         graph = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     except shape_inference.InferenceError as error:
-        raise DataError(f"Shape inference refuses the graph at these sizes: {error}") from error
+        raise DataError(f"Shape inference failed for these sizes: {error}") from error
     known = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):
         kind = value.type.tensor_type

@@ -1,4 +1,4 @@
-"""The deploy form: the network's inference path by exact rewrites, cut where picture and prompt meet."""
+"""Deploy form of the network: the inference path after exact rewrites, split into image encoder and prompt encoder."""
 
 from __future__ import annotations
 
@@ -39,11 +39,14 @@ class PromptEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Image (B, 3, H, W) -> features (B, H, W, 256), and on request the causal masks and the confounding features."""
+    """Image (B, 3, H, W) -> features (B, H, W, 256); optionally also the causal masks and the confounding features."""
 
-    def __init__(self, tower: ImageTower, neck: CausalNeck, rise: nn.Module, masks: bool, confounding: bool) -> None:
+    def __init__(
+        self, tower: ImageTower, neck: CausalNeck, upsample: nn.Module, masks: bool, confounding: bool
+    ) -> None:
         super().__init__()
-        self.tower, self.neck, self.rise = tower, neck, rise
+        self.tower, self.neck = tower, neck
+        self.rise = upsample  # part of the weights' names in the graph, by which --keep selects blocks
         self.with_masks, self.with_confounding = masks, confounding
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -63,29 +66,29 @@ class ImageEncoder(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Features (B, H, W, 256) x kernels of P prompts -> logits (B, P, H, W): one product and nine shifted sums."""
+    """Features (B, H, W, 256) and kernels of P prompts -> logits (B, P, H, W), as one product and nine shifted sums."""
 
     def forward(self, features: Tensor, kernel: Tensor, tap_bias: Tensor, bias: Tensor) -> Tensor:
-        batch, height, breadth, width = features.shape
-        taps = features.reshape(-1, height * breadth, width) @ kernel.reshape(-1, width).T  # (B, H W, 9 P)
+        batch, height, width, channels = features.shape
+        taps = features.reshape(-1, height * width, channels) @ kernel.reshape(-1, channels).T  # (B, H W, 9 P)
         taps = taps.transpose(1, 2) + tap_bias.reshape(-1, 1)
-        logits = sum_shifted(taps.reshape(-1, TAPS, height, breadth))  # (B P, H, W)
-        return logits.reshape(batch, -1, height, breadth) + bias.reshape(1, -1, 1, 1)
+        logits = sum_shifted(taps.reshape(-1, TAPS, height, width))  # (B P, H, W)
+        return logits.reshape(batch, -1, height, width) + bias.reshape(1, -1, 1, 1)
 
 
 class RowDecoder(nn.Module):
-    """The mask decoder for one prompt a picture: features (B, H, W, 256), B kernels -> logits (B, 1, H, W)."""
+    """Mask decoder for one prompt per image: features (B, H, W, 256) and B kernels -> logits (B, 1, H, W)."""
 
     def forward(self, features: Tensor, kernel: Tensor, tap_bias: Tensor, bias: Tensor) -> Tensor:
-        _, height, breadth, width = features.shape
-        taps = features.reshape(-1, height * breadth, width) @ kernel.transpose(1, 2)  # (B, H W, 9)
+        _, height, width, channels = features.shape
+        taps = features.reshape(-1, height * width, channels) @ kernel.transpose(1, 2)  # (B, H W, 9)
         taps = taps.transpose(1, 2) + tap_bias.unsqueeze(2)
-        logits = sum_shifted(taps.reshape(-1, TAPS, height, breadth))
+        logits = sum_shifted(taps.reshape(-1, TAPS, height, width))
         return logits.unsqueeze(1) + bias.reshape(-1, 1, 1, 1)
 
 
 class DeployForm(nn.Module):
-    """The parts of a network for one image size and one prompt length, ready to trace."""
+    """Modules to trace, for one image size and one prompt length."""
 
     def __init__(self, image_encoder: ImageEncoder, prompt_encoder: PromptEncoder) -> None:
         super().__init__()
@@ -93,24 +96,24 @@ class DeployForm(nn.Module):
         self.mask_decoder, self.row_decoder = MaskDecoder(), RowDecoder()
 
     def fused(self, image: Tensor, tokens: Tensor) -> Tensor:
-        """Image (B, 3, H, W) and tokens (B, L), row by row -> logits (B, 1, H, W)."""
+        """Image (B, 3, H, W) and tokens (B, L), one prompt per image -> logits (B, 1, H, W)."""
         logits: Tensor = self.row_decoder(self.image_encoder(image)[0], *self.prompt_encoder(tokens))
         return logits
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
-        """Image (B, 3, H, W) and tokens (P, L): every prompt on every picture -> logits (B, P, H, W)."""
+        """Image (B, 3, H, W) and tokens (P, L), every prompt on every image -> logits (B, P, H, W)."""
         logits: Tensor = self.mask_decoder(self.image_encoder(image)[0], *self.prompt_encoder(tokens))
         return logits
 
 
 def sum_shifted(taps: Tensor) -> Tensor:
-    """(N, 9, H, W) -> (N, H, W): tap (k_y, k_x) counts at the pixel k_y - 1, k_x - 1 before it, zero outside."""
-    _, _, height, breadth = taps.shape
+    """Sum the taps of a 3x3 convolution, (N, 9, H, W) -> (N, H, W); tap 3 k_y + k_x reads at (k_y - 1, k_x - 1)."""
+    _, _, height, width = taps.shape
     padded = functional.pad(taps, (1, 1, 1, 1))
-    total = padded[:, 0, :height, :breadth]
+    total = padded[:, 0, :height, :width]
     for tap in range(1, TAPS):
         y, x = divmod(tap, 3)
-        total = total + padded[:, tap, y : y + height, x : x + breadth]
+        total = total + padded[:, tap, y : y + height, x : x + width]
     return total
 
 
@@ -121,11 +124,11 @@ def to_deploy_form(
     with_masks: bool = False,
     with_confounding: bool = False,
 ) -> DeployForm:
-    """Rewrite the causal inference path exactly; the given model is left as it is.
+    """Return the causal inference path of a network after all exact rewrites; the network itself is not changed.
 
     Raises:
-        UsageError: an image size that is no multiple of 32, or a prompt length that does not fit.
-        RewriteRefused: the model is in training mode, or not built as the rewrites expect.
+        UsageError: the image size is not a multiple of 32, or the prompt length is out of range.
+        RewriteRefused: the model is in training mode, or a module has a structure that a rewrite does not support.
     """
     check_image_hw(image_hw)
     if not 3 <= prompt_length <= CONTEXT_LENGTH:
@@ -137,18 +140,18 @@ def to_deploy_form(
     height, width = image_hw
     kernel = FoldLastConvolution()(model.head)
     prompt_encoder = PromptEncoder(FixPromptLength(prompt_length)(model.text_tower), kernel)
-    rise = nn.Sequential(
+    upsample = nn.Sequential(
         MixBeforeInterpolation((height // 16, width // 16))(model.head.block1),
         MixBeforeInterpolation((height // 4, width // 4))(model.head.block2),
     )
     tower, neck = copy_for_rewriting(model.image_tower), copy_for_rewriting(model.neck)
     _rewrite_tower(tower, (height // 32, width // 32))
     _rewrite_neck(neck, (height // 16, width // 16))
-    return DeployForm(ImageEncoder(tower, neck, rise, with_masks, with_confounding), prompt_encoder).eval()
+    return DeployForm(ImageEncoder(tower, neck, upsample, with_masks, with_confounding), prompt_encoder).eval()
 
 
 def copy_for_rewriting(module: Rewritten) -> Rewritten:
-    """A copy whose modules can be replaced while it shares the original's tensors."""
+    """Copy a module so that submodules can be replaced; the copy shares the original's tensors."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo=shared)
 

@@ -1,4 +1,4 @@
-"""A graph as the manifest describes it: inputs, outputs, cost, hashes."""
+"""Write graphs to files and describe them as manifest entries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Save a graph as one file and check it with onnx's checker, shapes included."""
+    """Save a graph as one file and run onnx's checker on it, with shape inference."""
     import onnx
 
     onnx.save(model, path)
@@ -23,7 +23,7 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 
 def graph_entry(graph: onnx.ModelProto, file: str, folder: Path, made_from_sha256: str, precision: str) -> GraphEntry:
-    """The manifest's entry of a graph that was written to `file`; multiply-adds are of one picture and one prompt."""
+    """Return the manifest entry of the graph in `folder / file`; its multiply-adds are for one image and prompt."""
     return GraphEntry(
         file=file,
         sha256=sha256_file(folder / file),

@@ -1,4 +1,4 @@
-"""The fused graph: both encoders and the row decoder, already traced, joined into one file."""
+"""Join the traced encoders and the row decoder into the `fused` graph."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def fuse(
     """Join three traced graphs into `fused`: image (B, 3, H, W) and tokens (B, L) -> logits (B, 1, H, W)."""
     from onnx import compose
 
-    text = _of_rows(compose.add_prefix(prompt_encoder, "prompt_encoder/", rename_inputs=False, rename_outputs=False))
-    picture = compose.add_prefix(image_encoder, "image_encoder/", rename_inputs=False, rename_outputs=False)
+    text = _per_image(compose.add_prefix(prompt_encoder, "prompt_encoder/", rename_inputs=False, rename_outputs=False))
+    image = compose.add_prefix(image_encoder, "image_encoder/", rename_inputs=False, rename_outputs=False)
     decoder = compose.add_prefix(row_decoder, "row_decoder/", rename_inputs=True, rename_outputs=False)
     kernel = ("kernel", "tap_bias", "bias")
     joined = compose.merge_models(
-        picture, decoder, [("features", "row_decoder/features")], outputs=["logits"],
+        image, decoder, [("features", "row_decoder/features")], outputs=["logits"],
     )  # fmt: skip
     fused: onnx.ModelProto = compose.merge_models(
         text, joined, [(name, f"row_decoder/{name}") for name in kernel], outputs=["logits"]
@@ -27,12 +27,12 @@ def fuse(
     _order_inputs(fused, ("image", "tokens"))
     fused.graph.name = "fused"
     fused.producer_name, fused.producer_version = image_encoder.producer_name, image_encoder.producer_version
-    del fused.opset_import[1:]  # merging repeats it for every part
+    del fused.opset_import[1:]  # merge_models adds one entry per part
     return fused
 
 
-def _of_rows(prompt_encoder: onnx.ModelProto) -> onnx.ModelProto:
-    """One prompt a picture: the prompt count is the batch."""
+def _per_image(prompt_encoder: onnx.ModelProto) -> onnx.ModelProto:
+    """Rename the symbolic dimension `prompts` to `batch`: the fused graph takes one prompt per image."""
     graph = prompt_encoder.graph
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dimension in value.type.tensor_type.shape.dim:

@@ -1,4 +1,4 @@
-"""ONNX graphs from bytes that were checked."""
+"""Parse ONNX graphs whose bytes have been verified."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def parse_graph(content: bytes, path: Path) -> ModelProto:
-    """The model of an ONNX file's bytes; BundleError, which names `path`, where they are none."""
+    """Parse the bytes of an ONNX file; raise BundleError, which names `path`, if they are not a graph."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         return onnx.load_model_from_string(content)
     except DecodeError as error:
-        raise BundleError(f"{path} is no ONNX graph ({error}). Export the bundle again.") from error
+        raise BundleError(f"{path} is not an ONNX graph ({error}). Export the bundle again.") from error

@@ -1,4 +1,4 @@
-"""Tracing modules to ONNX: names, dynamic dimensions, and a check of what comes out."""
+"""Trace modules to ONNX graphs with named inputs, outputs and dynamic dimensions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 18
-# Traced with sizes above one, because a size of one would be taken for a constant.
+# Example sizes are above one, because the exporter treats a size of one as a constant.
 TRACED_BATCH, TRACED_PROMPTS = 2, 3
 
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """One graph to trace: the module, example inputs by name, which dimensions stay dynamic, output names."""
+    """A module to trace, with example inputs by name, dynamic dimensions and output names."""
 
     name: str
     module: nn.Module
@@ -40,7 +40,7 @@ class GraphPlan:
 
 
 class _CausalPath(nn.Module):
-    """The published order of operations, without the branch whose logits nobody reads."""
+    """The published order of operations, without the branch whose logits are unused at inference."""
 
     def __init__(self, model: CausalCLIPSeg) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _CausalPath(nn.Module):
 def plan_deploy_graphs(
     form: DeployForm, config: ModelConfig, image_hw: tuple[int, int], prompt_length: int
 ) -> list[GraphPlan]:
-    """What is traced of a deploy form: both encoders, the mask decoder, and the row decoder that `fuse` needs."""
+    """Return the plans of a deploy form: both encoders, the mask decoder, and the row decoder that `fuse` needs."""
     image = _examples(image_hw, prompt_length, TRACED_BATCH)[0]
     prompts = _examples(image_hw, prompt_length, TRACED_PROMPTS)[1]
     width = config.feature_width
@@ -91,13 +91,16 @@ def plan_deploy_graphs(
 
 
 def plan_plain_graph(model: CausalCLIPSeg, image_hw: tuple[int, int], prompt_length: int, batch: int) -> GraphPlan:
-    """The published order of operations, one graph; a static batch, as its last convolution has run-time weights."""
+    """Return the plan of the network in the published order of operations, as one graph.
+
+    Its batch is static, because the weights of its last convolution are computed at run time.
+    """
     image, tokens = _examples(image_hw, prompt_length, batch)
     return GraphPlan("plain", _CausalPath(model).eval(), {"image": image, "tokens": tokens}, {}, ("logits",))
 
 
 def trace(plan: GraphPlan) -> onnx.ModelProto:
-    """Export one graph with PyTorch's dynamo exporter, name its dimensions, and run onnx's checker on it."""
+    """Export one graph with PyTorch's dynamo exporter and name its output dimensions."""
 
     dims = {name: torch.export.Dim(name, min=1, max=65536) for name in _symbols(plan)}
     shapes = {name: {axis: dims[s] for axis, s in plan.dynamic.get(name, {}).items()} for name in plan.inputs}
@@ -114,7 +117,7 @@ def trace(plan: GraphPlan) -> onnx.ModelProto:
             verbose=False,
         )
     if program is None:
-        raise ParityError(f"PyTorch's exporter gave no graph for {plan.name}. Is this torch version supported?")
+        raise ParityError(f"PyTorch's exporter returned no graph for {plan.name}. Is this torch version supported?")
     model: onnx.ModelProto = program.model_proto
     _name_output_dimensions(model, plan)
     del model.metadata_props[:]
@@ -137,7 +140,7 @@ def _symbols(plan: GraphPlan) -> Sequence[str]:
 
 
 def _name_output_dimensions(model: onnx.ModelProto, plan: GraphPlan) -> None:
-    """The exporter derives odd expressions for some outputs; say what they are."""
+    """Replace the expressions that the exporter derives for output dimensions by their names."""
     for output in model.graph.output:
         for axis, symbol in plan.output_dimensions.get(output.name, {}).items():
             dimension = output.type.tensor_type.shape.dim[axis]
@@ -147,7 +150,7 @@ def _name_output_dimensions(model: onnx.ModelProto, plan: GraphPlan) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports its own deprecations; none of them is the user's to mend."""
+    """Silence warnings and logs of the exporter about its own deprecations."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -50,11 +50,11 @@ def layer_errors(
     """
     import onnx
 
-    from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
+    from cclip_deploy.graph.precision.rounding import emulate_rounding, has_16_bit_types
     from cclip_deploy.runtime.graph_model import run_on_cpu
 
     shown = onnx.ModelProto()
-    shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)
+    shown.CopyFrom(emulate_rounding(model) if has_16_bit_types(model) else model)
     layers = _add_fp32_layers(shown, full)
     if not layers:
         return []

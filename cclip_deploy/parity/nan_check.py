@@ -71,11 +71,11 @@ def _run(
     import onnx
 
     from cclip_deploy.graph.precision.onnx_graph import tensor_types
-    from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
+    from cclip_deploy.graph.precision.rounding import emulate_rounding, has_16_bit_types
     from cclip_deploy.runtime.graph_model import run_on_cpu
 
     shown = onnx.ModelProto()
-    shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)
+    shown.CopyFrom(emulate_rounding(model) if has_16_bit_types(model) else model)
     types = tensor_types(shown, {})
     known = {value.name for value in shown.graph.output}
     shown.graph.output.extend(onnx.helper.make_tensor_value_info(n, types[n], None) for n in tensors if n not in known)

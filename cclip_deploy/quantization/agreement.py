@@ -1,4 +1,4 @@
-"""How far the masks of a lower precision are from FP32's, on images that nothing was fitted to."""
+"""Agreement of a low precision's masks with FP32's, on evaluation images."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from cclip_deploy.imaging.reading import read_picture
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import mask_dices
 from cclip_deploy.parity.reference import PICTURE_PROMPTS
-from cclip_deploy.quantization.calibrate import CalibrationOptions, Progress, read_evaluation_set, usable
+from cclip_deploy.quantization.calibrate import CalibrationOptions, Progress, read_evaluation_set, readable
 from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
 
 LEAST_MEAN_DICE, LEAST_DICE = 0.99, 0.95
-"""What masks of a quantized network are held to on an evaluation set: the mean, and the worst image's mean."""
+"""Least mean Dice of a quantized network over all masks, and least mean of an image, on an evaluation set."""
 
 
 class MaskAgreement(StrictModel):
     """Dice of a precision's masks to FP32's.
 
     Attributes:
-        precision: that was compared with FP32.
+        precision: compared with FP32.
         pictures: number of images.
-        masks: number of images times their prompts.
-        patients: how many of the images' patients are known.
-        cut_prompts: prompts that were longer than the bundle has room for, and were cut as in `evaluate`.
-        sources: the data sets and folders that the images were taken from.
+        masks: number of masks, one per image and prompt.
+        patients: number of known patients of the images.
+        cut_prompts: prompts longer than the bundle's prompt length, truncated as in `evaluate`.
+        sources: data sets and folders of the images.
         mean: over all masks.
-        worst: the mean over the prompts of the worst image.
-        worst_mask: the lowest Dice.
-        worst_picture: name of the worst image.
+        worst: lowest mean over the prompts of one image.
+        worst_mask: lowest Dice of one mask.
+        worst_picture: name of the image with the lowest mean.
     """
 
     precision: str
@@ -58,8 +58,8 @@ def measure_mask_agreement(
     """Compare the masks of a deploy bundle in a precision with those of its FP32 graphs, image by image.
 
     Args:
-        bundle: holds the chain of graphs in both precisions.
-        precision: what is compared with FP32.
+        bundle: has the graphs in both precisions.
+        precision: compared with FP32.
         images: with their prompts.
         threads: of ONNX Runtime on the CPU.
     """
@@ -94,7 +94,7 @@ def measure_mask_agreement(
 
 
 def write_agreement(found: MaskAgreement, folder: Path) -> None:
-    """Write what was measured into a bundle that is being made."""
+    """Write an agreement into the folder of a bundle under construction."""
     path = folder / report_name(found.precision)
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
@@ -102,32 +102,32 @@ def write_agreement(found: MaskAgreement, folder: Path) -> None:
 
 
 def report_name(precision: str) -> str:
-    """Where a bundle keeps how far a precision's masks are from FP32's."""
+    """Return the path, inside a bundle, of the agreement of a precision's masks with FP32's."""
     return f"reports/{precision}.masks.json"
 
 
 def with_prompts(found: ImageSet) -> ImageSet:
-    """The same images; those without prompts of a data set get the prompts of the reference answers."""
+    """Return the image set with default prompts, those of the reference outputs, for images that have none."""
     images = tuple(image if image.prompts else replace(image, prompts=PICTURE_PROMPTS) for image in found.images)
     return replace(found, images=images)
 
 
 def evaluation_images(options: CalibrationOptions, on_progress: Progress = lambda _: None) -> ImageSet:
-    """The images that masks are judged on, at most `evaluation_limit`, of as many patients as possible.
+    """Return the readable evaluation images, at most `evaluation_limit`, from as many patients as possible.
 
-    Those that cannot be read are left out; `on_progress` gets the reasons. ImageError if none is left.
+    Unreadable ones are reported to `on_progress`. Raise ImageError if none is readable.
     """
-    return with_prompts(usable(read_evaluation_set(options).limited(options.evaluation_limit), on_progress))
+    return with_prompts(readable(read_evaluation_set(options).limited(options.evaluation_limit), on_progress))
 
 
-def hold_masks_to_fp32(bundle: Bundle, precision: str, images: ImageSet, threads: int | None = None) -> MaskAgreement:
-    """Measure on an evaluation set; ParityError where the masks differ from FP32's by more than is allowed."""
+def check_mask_agreement(bundle: Bundle, precision: str, images: ImageSet, threads: int | None = None) -> MaskAgreement:
+    """Measure the agreement on an evaluation set; raise ParityError if it is below LEAST_MEAN_DICE or LEAST_DICE."""
     found = measure_mask_agreement(bundle, precision, images, threads)
     if not (found.mean >= LEAST_MEAN_DICE and found.worst >= LEAST_DICE):
         raise ParityError(
-            f"{precision} masks stray from FP32's on the evaluation set: mean Dice {found.mean:.4f} (at least "
-            f"{LEAST_MEAN_DICE}), worst image {found.worst:.4f} ({found.worst_picture}; at least {LEAST_DICE}). Keep "
-            "sensitive blocks in a higher precision (--keep), or calibrate with more or other images. Nothing was "
-            "published."
+            f"{precision} masks differ too much from FP32's on the evaluation set: mean Dice "
+            f"{found.mean:.4f} (at least {LEAST_MEAN_DICE}), worst image {found.worst:.4f} ({found.worst_picture}; "
+            f"at least {LEAST_DICE}). Leave sensitive blocks in a higher precision (--keep), or calibrate with more or "
+            "other images. Nothing was published."
         )
     return found

@@ -1,4 +1,4 @@
-"""Calibrations of earlier runs, one checksummed file each; one that was altered is computed again, and said so."""
+"""Cache of calibration ranges between runs: one checksummed JSON file per calibration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 def read_entry(cache: Path, key: str, on_progress: Callable[[str], None]) -> dict[str, float] | None:
-    """The ranges kept under a key, or None where there are none that can be trusted."""
+    """Return the cached ranges of a key; None if there is no entry, or an altered one, which is reported."""
     path = _path(cache, key)
     if not path.is_file():
         return None
@@ -30,11 +30,7 @@ def read_entry(cache: Path, key: str, on_progress: Callable[[str], None]) -> dic
 
 
 def write_entry(cache: Path, key: str, ranges: dict[str, float]) -> None:
-    """Keep the ranges under a key, whole or not at all.
-
-    Raises:
-        EnvironmentIssue: the disk is full or the folder cannot be written.
-    """
+    """Write the ranges of a key atomically; raise EnvironmentIssue if the folder cannot be written."""
     with whole_file(_path(cache, key)) as unfinished:
         unfinished.write_text(json.dumps({"sha256": _digest(key, ranges), "ranges": ranges}), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Calibrate: run a bundle's FP32 graph over pictures and keep the range of every tensor that is to be quantized."""
+"""Calibrate a graph: run its FP32 form on images and record the range of every tensor to be quantized."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cclip_deploy.common.names import printable
 from cclip_deploy.datasets.image_sets import DataSetOptions, ImageSet, SetImage, counted, read_image_set
 from cclip_deploy.datasets.sample import name_some
 from cclip_deploy.errors import DataError, ImageError, ParityError, UsageError
-from cclip_deploy.graph.precision.ranges import METHODS, Method, TensorStatistics, ranges_of, with_outputs
+from cclip_deploy.graph.precision.ranges import Method, TensorStatistics, check_method, ranges_of, with_outputs
 from cclip_deploy.imaging.preprocess import to_input
 from cclip_deploy.imaging.reading import failure_of, read_picture
 from cclip_deploy.quantization.cache import read_entry, write_entry
@@ -37,18 +37,18 @@ USUAL_PICTURES = 64
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What to calibrate with.
+    """Images, method and limits of a calibration.
 
     Attributes:
-        pictures: images, folders of images, or data sets, of which the training split is taken.
+        pictures: images, folders of images, or data sets, of which the training split is used.
         method: how a range is chosen from the values of a tensor.
-        percentile: share of the values, in per cent, that the method `percentile` represents.
-        limit: how many images to use at most; of more, those whose hashes come first.
-        evaluation_set: images that must not be among them, nor others of their patients; of a data set the test split.
-        evaluation_limit: on how many of those the masks are judged at most.
+        percentile: percentage of the values that the method `percentile` represents.
+        limit: maximum number of images; of more, those with the lowest hashes are used.
+        evaluation_set: images or data sets' test splits, which must share neither files nor patients with `pictures`.
+        evaluation_limit: maximum number of evaluation images on which masks are compared.
         data_sets: how data-set folders are read.
-        allow_few: take fewer than FEWEST_PICTURES.
-        cache: folder of earlier results; None keeps none.
+        allow_few: accept fewer than FEWEST_PICTURES images.
+        cache: folder of earlier results; None disables the cache.
     """
 
     pictures: tuple[Path, ...]
@@ -63,24 +63,24 @@ class CalibrationOptions:
 
 
 class CalibrationSet(CalibrationImages):
-    """The images of a calibration with their paths, in the same order."""
+    """The images of a calibration, with their paths in the same order."""
 
     paths: tuple[Path, ...]
 
 
 def default_cache() -> Path:
-    """Return the folder in which calibrations are kept between runs, below the user's cache folder."""
+    """Return the folder of cached calibrations, below the user's cache folder."""
     return user_cache_path("cclip-deploy") / "calibration"
 
 
 def choose_pictures(options: CalibrationOptions) -> CalibrationSet:
-    """Find, hash, choose and compare the images of a calibration; an image that lies there twice counts once.
+    """Choose the images of a calibration and check them against the evaluation set; duplicate files count once.
 
     Raises:
-        UsageError: no image was named, an option is out of range, or there are too few images.
+        UsageError: no image was given, an option is out of range, or there are too few images.
         ImageError: an image cannot be read.
-        DataError: a data set is broken or lacks the split, a folder holds masks, or an image or its patient is in the
-            evaluation set too.
+        DataError: a data set is invalid or lacks the split, a folder holds masks, or an image or its patient is also in
+            the evaluation set.
     """
     _check_options(options)
     found = read_image_set(options.pictures, "train", options.data_sets)
@@ -96,8 +96,8 @@ def choose_pictures(options: CalibrationOptions) -> CalibrationSet:
     different = len(by_hash) - len(failed)
     if not chosen or (different < FEWEST_PICTURES and not options.allow_few):
         raise UsageError(
-            f"{counted(different, 'different image')} to calibrate with; below {FEWEST_PICTURES} the ranges are those "
-            f"of single images. Give more, or --allow-few to take these. {' '.join(failed.values())}".strip()
+            f"Calibration has {counted(different, 'different image')}; with fewer than {FEWEST_PICTURES} the ranges "
+            f"are those of single images. Give more, or pass --allow-few. {' '.join(failed.values())}".strip()
         )
     pictures = tuple(picture for _, picture in chosen)
     evaluation = read_evaluation_set(options) if options.evaluation_set else ImageSet((), ())
@@ -113,19 +113,19 @@ def choose_pictures(options: CalibrationOptions) -> CalibrationSet:
 
 
 def read_evaluation_set(options: CalibrationOptions) -> ImageSet:
-    """Every image of the evaluation set, with the prompts that data sets have; raises as `read_image_set`."""
+    """Return every image of the evaluation set with its prompts; raises the errors of `read_image_set`."""
     return read_image_set(options.evaluation_set, "test", options.data_sets)
 
 
-def usable(images: ImageSet, on_progress: Progress) -> ImageSet:
-    """The images that can be read; of each other one `on_progress` gets the reason. ImageError if none is left."""
+def readable(images: ImageSet, on_progress: Progress) -> ImageSet:
+    """Return the readable images; report the others to `on_progress`. Raise ImageError if none is readable."""
     failed: dict[Path, str] = {}
-    kept = tuple(image for image in images.images if _pixel_hash(image.path, failed) is not None)
+    usable = tuple(image for image in images.images if _pixel_hash(image.path, failed) is not None)
     for reason in failed.values():
         on_progress(f"Left out: {reason}")
-    if failed and not kept:
+    if failed and not usable:
         raise ImageError(next(iter(failed.values())))
-    return replace(images, images=kept)
+    return replace(images, images=usable)
 
 
 def calibrate(
@@ -137,12 +137,12 @@ def calibrate(
     threads: int | None = None,
     on_progress: Progress = lambda _: None,
 ) -> CalibrationRecord:
-    """The ranges of a graph's tensors over these pictures, from the cache where they are known already.
+    """Return the ranges of a graph's tensors over the given images, from the cache if they are there.
 
-    `model` is that FP32 graph, loaded from the bundle.
+    `model` is the FP32 graph named `graph`, loaded from the bundle.
 
     Raises:
-        ParityError: a tensor is not finite on a picture; both are named.
+        ParityError: a tensor is not finite for an image; the message names both.
     """
     from cclip_deploy.graph.precision.convert import tensors_to_calibrate
 
@@ -174,7 +174,7 @@ def calibrate(
 def collect_statistics(
     bundle: Bundle, graph: str, paths: Sequence[Path], threads: int | None = None
 ) -> dict[str, TensorStatistics]:
-    """What each tensor of a graph that is to be quantized held over the pictures; for the documentation's curve."""
+    """Return the histogram over the given images of each tensor that is to be quantized."""
     from cclip_deploy.graph.precision.convert import tensors_to_calibrate
 
     model = load_model(bundle, graph)
@@ -197,7 +197,8 @@ def _statistics(
     session = make_session(load_onnxruntime("cpu"), with_outputs(model, tensors).SerializeToString(), threads=threads)
     given = {value.name for value in model.graph.input}
     computed = [name for name in tensors if name not in given]
-    tokens = seeded_inputs(manifest.image_hw, manifest.prompt_length)[1][:1]  # what is quantized depends on no token
+    # No quantized tensor depends on the tokens.
+    tokens = seeded_inputs(manifest.image_hw, manifest.prompt_length)[1][:1]
     statistics = {name: TensorStatistics() for name in tensors}
     for number, path in enumerate(paths, start=1):
         on_progress(f"Calibrating {graph}, image {number} of {len(paths)}")
@@ -214,26 +215,23 @@ def _count(statistics: TensorStatistics, values: NDArray[np.float32], name: str,
         statistics.add(values)
     except ParityError as error:
         raise ParityError(
-            f"Tensor {name!r} of the FP32 {graph} is not finite on {path}: {error}. Check picture and checkpoint."
+            f"Tensor {name!r} of the FP32 {graph} is not finite for {path}: {error}. Check image and checkpoint."
         ) from error
 
 
 def _check_options(options: CalibrationOptions) -> None:
     if not options.pictures:
-        raise UsageError("A quantized precision needs images to calibrate with: give --calibration DIR.")
-    if options.method not in METHODS:
-        raise UsageError(f"There is no calibration method {options.method!r}. Use {', '.join(METHODS)}.")
-    if not 50 < options.percentile <= 100:
-        raise UsageError(f"A percentile of {options.percentile} is out of range. Use one above 50, up to 100.")
+        raise UsageError("A quantized precision needs calibration images: give --calibration DIR.")
+    check_method(options.method, options.percentile)
     if options.limit < 1:
         raise UsageError(f"A limit of {options.limit} calibration images is out of range. Use 1 or more.")
 
 
 def _pixel_hash(path: Path, failed: dict[Path, str]) -> str | None:
-    """None where the picture cannot be used, and the reason in `failed`."""
+    """Return the SHA-256 of an image's pixels; None, with the reason in `failed`, if the image cannot be read."""
     try:
         pixels = read_picture(path).pixels
-    except Exception as error:  # whatever a decoder raises on a stranger's bytes
+    except Exception as error:  # decoders raise many types for invalid files
         failed[path] = failure_of(path, error)
         return None
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
@@ -248,15 +246,15 @@ def _refuse_overlap(
     if shared:
         raise DataError(
             f"{len(shared)} of {len(pictures)} calibration images are in the evaluation set too (first {shared[0]}). "
-            "The masks would be judged on images that the ranges were fitted to: calibrate with others."
+            "Calibrate with other images: masks must not be judged on images that ranges were fitted to."
         )
-    judged = {image.patient for image in evaluation} - {None}
-    of_judged = [picture for picture in pictures if picture.patient in judged]
-    if of_judged:
-        patients = dict.fromkeys(str(picture.patient) for picture in of_judged)
+    evaluated = {image.patient for image in evaluation} - {None}
+    overlapping = [picture for picture in pictures if picture.patient in evaluated]
+    if overlapping:
+        patients = dict.fromkeys(str(picture.patient) for picture in overlapping)
         raise DataError(
-            f"{len(of_judged)} of {len(pictures)} calibration images are of {counted(len(patients), 'patient')} in the "
-            f"evaluation set too (first {name_some(patients)}). Calibrate with images of other patients."
+            f"{len(overlapping)} of {len(pictures)} calibration images are of {counted(len(patients), 'patient')} in "
+            f"the evaluation set too (first {name_some(patients)}). Calibrate with images of other patients."
         )
 
 

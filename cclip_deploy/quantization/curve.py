@@ -1,4 +1,4 @@
-"""How many calibration pictures are enough: damage to the masks against their number, for each method."""
+"""Agreement of the masks with FP32's as a function of the number of calibration images, for each method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cclip_deploy.bundle.manifest import graph_key
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.common.files import link_or_copy, scratch_folder
 from cclip_deploy.datasets.image_sets import ImageSet
-from cclip_deploy.graph.precision.convert import lower
+from cclip_deploy.graph.precision.convert import convert_graph
 from cclip_deploy.graph.precision.ranges import METHODS, Method, ranges_of
 from cclip_deploy.quantization.agreement import MaskAgreement, evaluation_images, measure_mask_agreement
 from cclip_deploy.quantization.calibrate import CalibrationOptions, choose_pictures, collect_statistics
@@ -21,14 +21,14 @@ IMAGE = "image_encoder"
 
 @dataclass(frozen=True)
 class CalibrationCurvePoint:
-    """The masks of one calibration, beside FP32's."""
+    """Mask agreement of one calibration."""
 
     method: Method
     pictures: int
     agreement: MaskAgreement
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON form."""
+        """Return the plain JSON form."""
         return {"method": self.method, "calibration_pictures": self.pictures, **self.agreement.model_dump(mode="json")}
 
 
@@ -41,10 +41,10 @@ def measure_curve(
     threads: int | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[CalibrationCurvePoint]:
-    """Quantize the image encoder with the first pictures of a calibration set, and judge it on the evaluation set.
+    """Compare masks on the evaluation set for image encoders quantized with increasing numbers of images.
 
-    The smaller sets are parts of the larger ones. The bundle is not changed; its other graphs have to exist in what the
-    rest of the precision runs in.
+    Smaller sets are subsets of larger ones. The bundle is not changed; its other graphs must exist in the precision of
+    the unquantized rest.
 
     Raises:
         UsageError, ImageError, DataError: as `choose_pictures`.
@@ -55,7 +55,7 @@ def measure_curve(
     for count in sorted({min(count, len(chosen.paths)) for count in counts}):
         statistics = collect_statistics(bundle, IMAGE, chosen.paths[:count], threads)
         for method in methods:
-            on_progress(f"{method}, {count} pictures")
+            on_progress(f"{method}, {count} images")
             ranges = ranges_of(statistics, method, options.percentile)
             points.append(CalibrationCurvePoint(method, count, _judge(bundle, precision, ranges, evaluation, threads)))
     return points
@@ -68,7 +68,7 @@ def _judge(
     evaluation: ImageSet,
     threads: int | None,
 ) -> MaskAgreement:
-    """Masks of the bundle with an image encoder of these ranges, in a copy that is thrown away."""
+    """Measure the masks with an image encoder quantized with these ranges, in a temporary copy of the bundle."""
     from cclip_deploy.graph.entry import graph_entry, save_graph
 
     source = bundle.graph(IMAGE)
@@ -78,9 +78,9 @@ def _judge(
             link_or_copy(bundle.path / file, folder / file)
         file, model = f"graphs/{graph_key(IMAGE, precision)}.onnx", load_model(bundle, IMAGE)
         (folder / file).unlink(missing_ok=True)
-        lowered = lower(model, precision, ranges).model
-        save_graph(lowered, folder / file)
-        entry = graph_entry(lowered, file, folder, source.sha256, precision)
+        converted = convert_graph(model, precision, ranges).model
+        save_graph(converted, folder / file)
+        entry = graph_entry(converted, file, folder, source.sha256, precision)
         graphs = {**bundle.manifest.graphs, graph_key(IMAGE, precision): entry}
         unsealed = Bundle.unsealed(folder, bundle.manifest.model_copy(update={"graphs": graphs}), bundle.sums)
         return measure_mask_agreement(unsealed, precision, evaluation, threads)

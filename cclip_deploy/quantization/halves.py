@@ -1,4 +1,4 @@
-"""The two halves of an evaluation set in a sensitivity search: one decides, the other judges, no patient is in both."""
+"""Split an evaluation set into a tuning half and a held-out half that share no patient."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ FEWEST_EACH = 2
 
 @dataclass(frozen=True)
 class Halves:
-    """The images that decide what is kept, and those that the result is judged on."""
+    """Images on which a sensitivity search decides, and images on which its result is evaluated."""
 
     tuning: ImageSet
     held_out: ImageSet
 
     @property
     def images(self) -> list[SetImage]:
-        """Those that decide, then those that judge."""
+        """The tuning images, then the held-out images."""
         return [*self.tuning.images, *self.held_out.images]
 
     def describe(self) -> list[str]:
-        """What was taken from where, and how it was dealt, line by line."""
+        """Return lines that describe the sources and the split."""
         shown = [
             counted(len(half.images), "image")
             + (f" of {counted(len(half.patients), 'patient')}" if half.patients else "")
@@ -33,23 +33,23 @@ class Halves:
         ]
         lines = [
             f"Evaluation set: {'; '.join(source.describe() for source in self.tuning.sources)}",
-            f"Tuning on {shown[0]}, judging on {shown[1]}; no patient is in both",
+            f"Tuning on {shown[0]}, evaluating on {shown[1]}; no patient is in both",
         ]
         if any(image.patient is None for image in self.images):
             lines.append(
-                "Images without a known patient count as patients of their own. Give --subject, or a subject column."
+                "Images without a known patient count as separate patients. Give --subject, or a subject column."
             )
         return lines
 
 
-def deal_out(evaluation: ImageSet) -> Halves:
-    """Two parts that share no patient; an image without a known patient counts as one of its own.
+def split_by_patient(evaluation: ImageSet) -> Halves:
+    """Split an evaluation set by patient; an image without a known patient counts as its own patient.
 
-    Patients are dealt from the one with the most images, each to the smaller part, equal ones in the order of their
-    files' hashes.
+    Patients are assigned from the one with the most images on, each to the smaller half, in the order of file hashes
+    among equals.
 
     Raises:
-        UsageError: a part has fewer than FEWEST_EACH images.
+        UsageError: a half has fewer than FEWEST_EACH images.
     """
     of_patient: dict[str, list[SetImage]] = defaultdict(list)
     for sha256, image in evaluation.by_hash().items():
@@ -60,8 +60,8 @@ def deal_out(evaluation: ImageSet) -> Halves:
     if min(map(len, parts)) < FEWEST_EACH:
         found = f"{counted(sum(map(len, parts)), 'different image')} of {counted(len(of_patient), 'patient')}"
         raise UsageError(
-            f"The evaluation set has {found}; one half "
-            f"decides and the other judges, without a patient in both, so each needs {FEWEST_EACH} images or more. "
+            f"The evaluation set has {found}. It is split into a tuning half and a held-out half that share no "
+            f"patient, and each half needs {FEWEST_EACH} images or more. "
             "Give images of more patients, or a higher --pictures."
         )
     tuning, held_out = (replace(evaluation, images=tuple(part)) for part in parts)
@@ -69,5 +69,5 @@ def deal_out(evaluation: ImageSet) -> Halves:
 
 
 def hashes(half: ImageSet) -> tuple[str, ...]:
-    """SHA-256 of each image's file."""
+    """Return the SHA-256 of each image's file."""
     return tuple(sha256_input(image.path) for image in half.images)

@@ -1,6 +1,6 @@
-"""The profile that a sensitivity search writes: what stays in a higher precision, and all that this was found from.
+"""Tuned precision profiles: the result of a sensitivity search, stored as TOML.
 
-Its first keys are those of the profiles in engines/profiles/; the section `tuned` is the search's own.
+The top-level keys are those of the profiles in engines/profiles/; the section `tuned` describes the search.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from cclip_deploy.runtime.tensorrt.binding import BindingName
 
 
 class Agreement(StrictModel):
-    """Dice to FP32's masks: the mean over all masks, its standard error by picture, and the worst picture's mean."""
+    """Dice to FP32's masks: mean over all masks, its standard error over images, and lowest mean of an image."""
 
     mean: float
     worst: float
     standard_error: float = 0.0
 
     def as_good_as(self, other: Agreement) -> bool:
-        """Whether neither the mean nor the worst image is lower."""
+        """Return whether neither the mean nor the worst image is lower than in `other`."""
         return self.mean >= other.mean and self.worst >= other.worst
 
 
-class FrontPoint(StrictModel):
-    """One form of the network: its blocks in the higher precision, and what is left in the low one.
+class ParetoPoint(StrictModel):
+    """A point of the Pareto front: an image encoder with some blocks in the higher precision.
 
     Attributes:
         kept: blocks in the higher precision.
-        share: of the image encoder's multiply-adds, in the low precision.
-        tuning: on the pictures that decided.
-        held_out: on pictures that decided nothing.
+        share: fraction of the image encoder's multiply-adds in the low precision.
+        tuning: agreement on the tuning images.
+        held_out: agreement on the held-out images.
     """
 
     kept: tuple[str, ...]
@@ -50,7 +50,7 @@ class FrontPoint(StrictModel):
 
 
 class CalibrationUsed(StrictModel):
-    """What the ranges came from; images by the SHA-256 of their files."""
+    """The calibration of a search; images by the SHA-256 of their files."""
 
     method: Method
     percentile: float | None = None
@@ -59,10 +59,10 @@ class CalibrationUsed(StrictModel):
 
 
 class Tuning(StrictModel):
-    """The search: the graph that it was made for, the pictures, the budget, and the front.
+    """The search: its graph, images, budget and Pareto front.
 
-    `damage` is what each block costs when it alone is in the low precision: 1 minus the mean Dice on the tuning part.
-    `tuning_patients` and `held_out_patients` count the known patients of each part, none of whom is in both.
+    `damage` is 1 minus the mean Dice on the tuning images with that block alone in the low precision. `tuning_patients`
+    and `held_out_patients` count the known patients of each half.
     """
 
     graph_sha256: str
@@ -77,16 +77,16 @@ class Tuning(StrictModel):
     sources: tuple[ImageSource, ...] = ()
     calibration: CalibrationUsed | None = None
     damage: dict[str, float]
-    front: tuple[FrontPoint, ...]
+    front: tuple[ParetoPoint, ...]
 
-    def cheaper_as_good_when_judged(self) -> FrontPoint | None:
-        """The form with the fewest blocks that is as good on the held-out part, if it has fewer than the chosen one."""
+    def cheaper_equivalent(self) -> ParetoPoint | None:
+        """Return the cheapest point that is as good on the held-out images, if it is cheaper than the chosen one."""
         cheaper = (point for point in self.front if point.share > self.share)
         return next((point for point in cheaper if point.held_out.as_good_as(self.held_out)), None)
 
 
 class TunedProfile(StrictModel):
-    """What `build-engine --tuned` takes: the precision, the blocks kept out of it, and how they were found."""
+    """Input of `build-engine --tuned`: the precision, the blocks in a higher one, and how they were found."""
 
     name: str
     why: str
@@ -96,19 +96,19 @@ class TunedProfile(StrictModel):
     tuned: Tuning
 
     def check_bundle(self, bundle: Bundle) -> None:
-        """UsageError where the bundle's image encoder is not the graph that was tuned."""
+        """Raise UsageError unless the profile was tuned for this bundle's image encoder."""
         found = bundle.graph("image_encoder").sha256
         if found != self.tuned.graph_sha256:
             raise UsageError(
-                f"The profile was found for another image encoder (SHA-256 {self.tuned.graph_sha256[:12]}…, this "
+                f"The profile was tuned for another image encoder (SHA-256 {self.tuned.graph_sha256[:12]}…, this "
                 f"bundle's is {found[:12]}…). Run tune-precision on this bundle."
             )
 
     def calibration_options(self, given: CalibrationOptions | None) -> CalibrationOptions | None:
-        """The calibration that the profile was found with, on the pictures given.
+        """Return options that repeat the calibration of the search on the given images.
 
         Raises:
-            UsageError: none were given, or others than the search was made with.
+            UsageError: the given images differ from those of the search.
         """
         used = self.tuned.calibration
         if used is None or given is None:
@@ -119,19 +119,19 @@ class TunedProfile(StrictModel):
         chosen = tuple(picture.sha256 for picture in choose_pictures(wanted).pictures)
         if chosen != used.pictures:
             raise UsageError(
-                f"The profile was found with other calibration images ({len(set(chosen) & set(used.pictures))} of "
-                f"{len(used.pictures)} are the same). Give --calibration as tune-precision had it, or run it again."
+                f"The profile was tuned with other calibration images ({len(set(chosen) & set(used.pictures))} of "
+                f"{len(used.pictures)} are the same). Give the --calibration of tune-precision, or run it again."
             )
         return wanted
 
 
 def read_tuned_profile(path: Path) -> TunedProfile:
-    """Read a profile; UsageError names the key that is unknown, missing or wrong."""
+    """Read a profile; raise UsageError that names an unknown, missing or invalid key."""
     absent = f"There is no profile {path}. Make one: cclip-deploy tune-precision BUNDLE -o {path}"
     return read_toml(path, TunedProfile, absent, " Run tune-precision again.")
 
 
 def write_tuned_profile(profile: TunedProfile, path: Path) -> None:
-    """Write a profile as TOML, completely or not at all; EnvironmentIssue where the disk does not take it."""
+    """Write a profile as TOML, atomically; raise EnvironmentIssue if it cannot be written."""
     with whole_file(path) as unfinished:
         unfinished.write_text(tomli_w.dumps(profile.model_dump(mode="json", exclude_none=True)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The calibration record: which pictures, which method, what ranges; a link in a bundle's chain of hashes."""
+"""Calibration record: images, method and ranges, as one link in a bundle's chain of hashes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cclip_deploy.graph.precision.ranges import Method
 
 
 class CalibrationPicture(StrictModel):
-    """An image by name, by the hash of its file, by that of its decoded pixels, and its patient where known."""
+    """An image: its name, the hashes of its file and of its decoded pixels, and its patient if known."""
 
     name: str
     sha256: str
@@ -25,14 +25,14 @@ class CalibrationPicture(StrictModel):
 
 
 class CalibrationImages(StrictModel):
-    """The images that a calibration ran on, and what they were compared with.
+    """The images of a calibration, and the evaluation images they were checked against.
 
     Attributes:
         pictures: in the order of their hashes.
-        sources: the data sets and folders that they were taken from; empty in records of earlier versions.
-        evaluation_pictures: number of evaluation images that were compared with them; none is shared.
-        evaluation_sources: the data sets and folders of those.
-        failed: why images of either were left out, a sentence each, which names the file.
+        sources: data sets and folders of the images; empty in records of earlier versions.
+        evaluation_pictures: number of evaluation images in the comparison, none of which is shared.
+        evaluation_sources: data sets and folders of those.
+        failed: one sentence for each unreadable image of either set, with the reason.
     """
 
     pictures: tuple[CalibrationPicture, ...]
@@ -43,11 +43,11 @@ class CalibrationImages(StrictModel):
 
     @property
     def patients(self) -> int:
-        """How many of the patients are known."""
+        """Number of known patients."""
         return len({picture.patient for picture in self.pictures} - {None})
 
     def describe(self) -> list[str]:
-        """What was taken, from where, and whether patients could be compared, line by line."""
+        """Return lines that describe the images, their sources, and whether patients could be compared."""
         taken = counted(len(self.pictures), "image") + (
             f" of {counted(self.patients, 'patient')}" if self.patients else ""
         )
@@ -57,13 +57,13 @@ class CalibrationImages(StrictModel):
             unknown = sum(source.images_without_patient for source in (*self.sources, *self.evaluation_sources))
             if unknown:
                 lines.append(
-                    f"{unknown:,} of these images have no known patient, so they were compared by file and pixels "
-                    "alone. Give --subject, or a subject column."
+                    f"{unknown:,} of these images have no known patient, so only their files and pixels were "
+                    "compared. Give --subject, or a subject column."
                 )
         return lines + [f"Left out: {reason}" for reason in self.failed]
 
     def facts(self) -> dict[str, Any]:
-        """Counts and sources in plain JSON form."""
+        """Return counts and sources in plain JSON form."""
         sources = self.model_dump(
             mode="json", include={"sources", "evaluation_pictures", "evaluation_sources", "failed"}
         )
@@ -71,10 +71,10 @@ class CalibrationImages(StrictModel):
 
 
 class CalibrationRecord(CalibrationImages):
-    """All that the scales of a quantized graph came from.
+    """Everything from which the scales of a quantized graph follow.
 
-    `graph_sha256` is that of the FP32 graph that ran. A range is the largest absolute value that a tensor's codes stand
-    for.
+    `graph_sha256` is the hash of the FP32 graph that ran. A range is the largest absolute value that a tensor's codes
+    represent.
     """
 
     schema_version: int = 1
@@ -86,7 +86,7 @@ class CalibrationRecord(CalibrationImages):
 
 
 def write_record(record: CalibrationRecord, file: str, folder: Path) -> CalibrationEntry:
-    """Write a record into a bundle that is being made."""
+    """Write a record into the folder of a bundle under construction."""
     from cclip_deploy.common.files import sha256_file
 
     (folder / file).parent.mkdir(exist_ok=True)
@@ -96,18 +96,18 @@ def write_record(record: CalibrationRecord, file: str, folder: Path) -> Calibrat
 
 
 def read_record(bundle: Bundle, graph: GraphEntry) -> CalibrationRecord:
-    """The record of a quantized graph, its checksum verified.
+    """Return the calibration record of a quantized graph, after checking its hash.
 
     Raises:
-        BundleError: it is no record, or one of another graph.
+        BundleError: there is no valid record, or it belongs to another graph.
     """
     if graph.calibration is None:
-        raise BundleError(f"{graph.file} does not say what it was calibrated with. Build it again.")
+        raise BundleError(f"{graph.file} has no calibration record. Build it again.")
     path, content = bundle.path / graph.calibration.file, bundle.read(graph.calibration.file, RECORD_BYTES)
     try:
         record = CalibrationRecord.model_validate_json(content)
     except ValidationError as error:
-        raise BundleError(f"{path} is no calibration record: {error.errors()[0]['msg']}. Build it again.") from error
+        raise BundleError(f"{path} is not a calibration record: {error.errors()[0]['msg']}. Build it again.") from error
     if record.graph_sha256 != graph.made_from_sha256:
         raise BundleError(f"{path} was made with another graph than {graph.file} was made from. Build it again.")
     return record

@@ -1,6 +1,6 @@
-"""Evaluate many forms of a bundle's image encoder by how far their masks are from FP32's on the same images.
+"""Evaluate variants of a bundle's image encoder by the agreement of their masks with FP32's on the same images.
 
-All that the forms share is computed once: the inputs, FP32's logits, the prompts' kernels, the decoder's session.
+Everything the variants share is computed once: inputs, FP32 logits, prompt kernels and the decoder's session.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 MOST_PROMPTS = 8
-"""Of each picture; one image pass serves them all, but each costs memory for FP32's logits."""
+"""Per image; they share one image pass, but each needs memory for FP32 logits."""
 
 
 @dataclass(frozen=True)
 class _Case:
     image: Floats  # (1, 3, H, W)
-    kernels: tuple[PromptKernels, PromptKernels]  # FP32's, and those of what is judged
+    kernels: tuple[PromptKernels, PromptKernels]  # FP32's, and those of the evaluated precision
     logits: Floats  # FP32's, (1, P, H, W)
 
 
 class SensitivityEvaluator:
-    """Images with FP32's logits, on which forms of the image encoder are judged."""
+    """Images with FP32 logits, on which variants of the image encoder are evaluated."""
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class SensitivityEvaluator:
         threads: int | None = None,
         on_progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Compute FP32's logits, and the prompts' kernels in the precision's rest.
+        """Compute the FP32 logits, and the prompt kernels in the precision of the unquantized rest.
 
         Args:
             bundle: a deploy bundle.
-            precision: of the forms that will be judged; prompt encoder and decoder come in its rest.
-            images: with their prompts, of which the first MOST_PROMPTS are used; long ones are cut.
+            precision: of the variants; prompt encoder and mask decoder run in the precision of the unquantized rest.
+            images: with their prompts, of which the first MOST_PROMPTS are used; long prompts are truncated.
             threads: of ONNX Runtime on the CPU.
             on_progress: called with a line for each image.
         """
@@ -64,7 +64,7 @@ class SensitivityEvaluator:
         self._runtime = load_onnxruntime("cpu")
         full = Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", threads))
         rest = Precision(precision).rest
-        self._parts = {} if rest == "fp32" else self._lowered_parts(bundle, rest)
+        self._parts = {} if rest == "fp32" else self._converted_parts(bundle, rest)
         self._full = full
         self.cases: list[_Case] = []
         for number, image in enumerate(images, start=1):
@@ -73,8 +73,8 @@ class SensitivityEvaluator:
         full.backend.unload("image_encoder")
         full.backend.unload("prompt_encoder")
 
-    def judge(self, model: ModelProto, cases: Sequence[int]) -> dict[int, NDArray[np.float64]]:
-        """Dice to FP32's masks of each prompt, (P,), by the number of the image; `model` is the image encoder."""
+    def evaluate(self, model: ModelProto, cases: Sequence[int]) -> dict[int, NDArray[np.float64]]:
+        """Return Dice to FP32's masks for each prompt, (P,), by image number, with `model` as the image encoder."""
         session = self._session(model)
         found = {}
         for number in cases:
@@ -102,16 +102,16 @@ class SensitivityEvaluator:
         logits: Floats = self._parts["mask_decoder"].run(["logits"], given)[0]
         return logits
 
-    def _lowered_parts(self, bundle: Bundle, rest: str) -> Mapping[str, Any]:
+    def _converted_parts(self, bundle: Bundle, rest: str) -> Mapping[str, Any]:
         from cclip_deploy.graph.precision.float16 import to_bf16, to_fp16
 
-        narrow = to_bf16 if rest == "bf16" else to_fp16
+        to_16_bits = to_bf16 if rest == "bf16" else to_fp16
         names = ("prompt_encoder", "mask_decoder")
-        return {name: self._session(narrow(load_model(bundle, name))) for name in names}
+        return {name: self._session(to_16_bits(load_model(bundle, name))) for name in names}
 
     def _session(self, model: ModelProto) -> Any:
-        """A session that rounds where the graph says so, as `verify` runs it."""
-        from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
+        """Return a session that rounds where the graph does, as in `verify`."""
+        from cclip_deploy.graph.precision.rounding import emulate_rounding, has_16_bit_types
 
-        shown = emulate_rounding(model) if is_narrow(model) else model
-        return make_session(self._runtime, shown.SerializeToString(), "cpu", self.threads, self.precision)
+        emulated = emulate_rounding(model) if has_16_bit_types(model) else model
+        return make_session(self._runtime, emulated.SerializeToString(), "cpu", self.threads, self.precision)

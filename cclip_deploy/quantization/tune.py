@@ -1,9 +1,9 @@
-"""Tune: which blocks of the image encoder have to stay in a higher precision for the masks to hold, and no more.
+"""Sensitivity search: find the smallest set of image-encoder blocks that must stay in a higher precision.
 
-Everything starts in the low precision. Each block's damage is what the masks lose when it alone is low; blocks are
-moved up in the order of damage for their multiply-adds, until the budget holds on the tuning part of the evaluation
-set, by two standard errors of its mean, with a form that no form with fewer blocks equals. The result is judged on the
-other part, which shares no patient with the first.
+The search starts with everything in the low precision. A block's damage is the loss of mean Dice when it alone is low.
+Blocks move to the higher precision in the order of damage per multiply-add, until the budget holds on the tuning half
+of the evaluation set by two standard errors of the mean, with a variant that no variant with fewer high-precision
+blocks matches. The result is evaluated on the held-out half, which shares no patient with the tuning half.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.image_sets import DataSetOptions, read_image_set
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.quantization.agreement import LEAST_DICE, LEAST_MEAN_DICE, with_prompts
-from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures, usable
-from cclip_deploy.quantization.halves import Halves, deal_out, hashes
-from cclip_deploy.quantization.profile import Agreement, CalibrationUsed, FrontPoint, TunedProfile, Tuning
+from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures, readable
+from cclip_deploy.quantization.halves import Halves, hashes, split_by_patient
+from cclip_deploy.quantization.profile import Agreement, CalibrationUsed, ParetoPoint, TunedProfile, Tuning
 from cclip_deploy.quantization.sensitivity import SensitivityEvaluator
 from cclip_deploy.runtime.graph_model import load_model
 
@@ -34,25 +34,24 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Progress = Callable[[str], None]
-
 IMAGE = "image_encoder"
 STANDARD_ERRORS = 2
-"""By which the tuning part's mean has to hold, so that other pictures hold it too."""
+"""Margin by which the mean on the tuning half must meet the budget, so that other images meet it too."""
 BUDGET = Agreement(mean=LEAST_MEAN_DICE, worst=LEAST_DICE)
 POINTS_BEYOND = 6
-"""Forms judged after the budget holds, for the front's sake."""
+"""Number of variants evaluated after the budget holds, to complete the Pareto front."""
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What to tune, on what, and what the masks are to keep.
+    """Precision, images and accuracy budget of a search.
 
     Attributes:
-        precision: the low one.
-        evaluation_set: images, or data sets' test splits; one half decides, the other judges.
+        precision: the low precision.
+        evaluation_set: images, or data sets' test splits; split into a tuning half and a held-out half.
         calibration: for a quantized precision; its evaluation set is the one above.
-        budget: least mean Dice to FP32's masks, and least mean of a picture.
-        limit: how many evaluation images to use at most, of as many patients as possible.
+        budget: least mean Dice to FP32's masks, and least mean of an image.
+        limit: maximum number of evaluation images, from as many patients as possible.
         data_sets: how data-set folders are read.
         threads: of ONNX Runtime on the CPU.
     """
@@ -67,30 +66,31 @@ class TuneOptions:
 
 
 def tune_precision(bundle: Bundle, options: TuneOptions, on_progress: Progress = lambda _: None) -> TunedProfile:
-    """Search, judge, and say what was found.
+    """Run the search and return its result as a profile.
 
     Raises:
-        UsageError: nothing can be tuned, a calibration that cannot be, or too few evaluation images or patients.
-        DataError: an image or a patient is in both sets, or a data set is not what it should be.
-        ParityError: the budget does not hold, on the tuning part whatever is kept, or on the held-out part.
+        UsageError: nothing can be tuned, the calibration is invalid, or there are too few evaluation images or
+            patients.
+        DataError: an image or a patient is in both sets, or a data set is invalid.
+        ParityError: the budget does not hold on the tuning half with any variant, or not on the held-out half.
     """
     _check(options)
     calibration = None if options.calibration is None else choose_pictures(options.calibration)
     evaluation = with_prompts(read_image_set(options.evaluation_set, "test", options.data_sets))
-    halves = deal_out(usable(evaluation.limited(options.limit), on_progress))
+    halves = split_by_patient(readable(evaluation.limited(options.limit), on_progress))
     for line in (*(calibration.describe()[:1] if calibration else ()), *halves.describe()):
         on_progress(line)
     search = _Search(bundle, options, calibration, halves, on_progress)
-    search.refuse_what_no_block_mends()
+    search.check_budget_is_reachable()
     damage = search.damages()
-    front, chosen = search.front(damage)
-    profile = _profile(bundle, options, search, damage, front, chosen)
-    _hold(profile.tuned)
+    points, chosen = search.pareto_front(damage)
+    profile = _profile(bundle, options, search, damage, points, chosen)
+    _check_held_out(profile.tuned)
     return profile
 
 
 class _Search:
-    """The forms that have been judged so far, and how long one takes."""
+    """State of the search: the blocks, their costs, the evaluator and the time per step."""
 
     def __init__(
         self,
@@ -98,63 +98,65 @@ class _Search:
         options: TuneOptions,
         calibration: CalibrationSet | None,
         halves: Halves,
-        tell: Progress,
+        on_progress: Progress,
     ) -> None:
-        self.options, self.tell = options, tell
+        self.options, self.on_progress = options, on_progress
         self.model = load_model(bundle, IMAGE)
         self.blocks = blocks_of(self.model, options.precision)
         self.costs, self.total = _multiply_adds(self.model, self.blocks)
         self.ranges: dict[str, float] | None = None
         self.calibration: CalibrationUsed | None = None
         if calibration is not None and options.calibration is not None:
-            record = calibrate(bundle, IMAGE, self.model, calibration, options.calibration, options.threads, tell)
+            given = options.calibration
+            record = calibrate(bundle, IMAGE, self.model, calibration, given, options.threads, on_progress)
             pictures = tuple(picture.sha256 for picture in record.pictures)
             self.ranges = record.ranges
             self.calibration = CalibrationUsed(
                 method=record.method, percentile=record.percentile, pictures=pictures, sources=record.sources
             )
         self.halves = halves
-        self.trial = SensitivityEvaluator(bundle, options.precision, halves.images, options.threads, tell)
+        self.evaluator = SensitivityEvaluator(bundle, options.precision, halves.images, options.threads, on_progress)
         self.tuning, self.every = range(len(halves.tuning.images)), range(len(halves.images))
         self.started, self.steps = time.monotonic(), 0
 
-    def refuse_what_no_block_mends(self) -> None:
-        """ParityError where the budget breaks with every block kept: what is left is not the blocks' to mend."""
+    def check_budget_is_reachable(self) -> None:
+        """Raise ParityError if the budget does not hold even with every block in the higher precision."""
         rest = Precision(self.options.precision).rest
-        self._tell_step("Masks with every block kept", 2 * len(self.blocks))
-        best = _agreement(self.trial.judge(self._all_kept(rest), self.tuning))
+        self._report_step("Masks with every block in the higher precision", 2 * len(self.blocks))
+        best = _agreement(self.evaluator.evaluate(self._all_high(rest), self.tuning))
         if not _holds(best, self.options.budget):
             raise ParityError(
                 f"The budget (mean Dice {self.options.budget.mean}, worst image {self.options.budget.worst}) does "
-                f"not hold with every block of the image encoder kept ({best.mean:.5f}, {best.worst:.5f}): prompt "
-                f"encoder, mask decoder and what stands between the blocks, in {rest}, cost more. Lower the budget, or "
-                "take a higher precision."
+                f"not hold even with every block of the image encoder in the higher precision ({best.mean:.5f}, "
+                f"{best.worst:.5f}), because prompt encoder, mask decoder and the operators between the blocks run in "
+                f"{rest}. Lower the budget, or choose a higher precision."
             )
 
-    def _all_kept(self, rest: Precision) -> ModelProto:
-        from cclip_deploy.graph.precision.convert import lower
+    def _all_high(self, rest: Precision) -> ModelProto:
+        from cclip_deploy.graph.precision.convert import convert_graph
 
-        return lower(
-            self.model, rest, keep=() if Precision(self.options.precision).is_quantized else tuple(self.blocks)
-        ).model
+        nodes = () if Precision(self.options.precision).is_quantized else tuple(self.blocks)
+        return convert_graph(self.model, rest, high_precision=nodes).model
 
     def damages(self) -> dict[str, float]:
-        """For each block: 1 - mean Dice on the tuning part with that block alone in the low precision."""
+        """Return for each block 1 - mean Dice on the tuning half with that block alone in the low precision."""
         found = {}
         for block in self.blocks:
-            self._tell_step(f"Damage of {block}", 2 * len(self.blocks) - self.steps)
+            self._report_step(f"Damage of {block}", 2 * len(self.blocks) - self.steps)
             others = [other for other in self.blocks if other != block]
-            found[block] = 1 - _agreement(self.trial.judge(self._lowered(others), self.tuning)).mean
+            found[block] = 1 - _agreement(self.evaluator.evaluate(self._converted(others), self.tuning)).mean
         return found
 
-    def front(self, damage: Mapping[str, float]) -> tuple[list[FrontPoint], FrontPoint | None]:
-        """Forms with ever more blocks kept, and the first that holds the budget and is better than those before it."""
+    def pareto_front(self, damage: Mapping[str, float]) -> tuple[list[ParetoPoint], ParetoPoint | None]:
+        """Return points with ever more high-precision blocks, and the first that meets the budget and beats its
+        precursors.
+        """
         order = sorted(self.blocks, key=lambda block: damage[block] / max(1, self.costs[block]), reverse=True)
-        points: list[FrontPoint] = []
-        chosen: FrontPoint | None = None
+        points: list[ParetoPoint] = []
+        chosen: ParetoPoint | None = None
         count = 0
         while count < len(order):
-            self._tell_step(f"{count} of {len(order)} blocks kept", len(order) - count)
+            self._report_step(f"{count} of {len(order)} blocks in the higher precision", len(order) - count)
             point = self._point(order[:count])
             holds = _holds(point.tuning, self.options.budget, STANDARD_ERRORS)
             if chosen is None and holds and not any(cheaper.tuning.as_good_as(point.tuning) for cheaper in points):
@@ -163,32 +165,32 @@ class _Search:
             count += 1 if chosen is None else max(1, (len(order) - len(chosen.kept)) // POINTS_BEYOND)
         return points, chosen
 
-    def _point(self, kept: Sequence[str]) -> FrontPoint:
-        dices = self.trial.judge(self._lowered(kept), self.every)
-        return FrontPoint(
-            kept=tuple(kept),
-            share=(sum(self.costs.values()) - sum(self.costs[block] for block in kept)) / self.total,
+    def _point(self, blocks: Sequence[str]) -> ParetoPoint:
+        dices = self.evaluator.evaluate(self._converted(blocks), self.every)
+        return ParetoPoint(
+            kept=tuple(blocks),
+            share=(sum(self.costs.values()) - sum(self.costs[block] for block in blocks)) / self.total,
             tuning=_agreement({number: dices[number] for number in self.tuning}),
             held_out=_agreement({number: dices[number] for number in self.every if number not in self.tuning}),
         )
 
-    def _lowered(self, kept: Sequence[str]) -> ModelProto:
-        from cclip_deploy.graph.precision.convert import lower
+    def _converted(self, blocks: Sequence[str]) -> ModelProto:
+        from cclip_deploy.graph.precision.convert import convert_graph
 
-        return lower(self.model, self.options.precision, self.ranges, kept).model
+        return convert_graph(self.model, self.options.precision, self.ranges, blocks).model
 
-    def _tell_step(self, what: str, most_left: int) -> None:
+    def _report_step(self, what: str, most_left: int) -> None:
         left = (time.monotonic() - self.started) / self.steps * most_left if self.steps else None
-        told = f", at most {timedelta(seconds=round(left))} left" if left is not None else ""
-        self.tell(f"{what}{told}")
+        estimate = f", at most {timedelta(seconds=round(left))} left" if left is not None else ""
+        self.on_progress(f"{what}{estimate}")
         self.steps += 1
 
 
 def blocks_of(model: ModelProto, precision: Precision) -> dict[str, tuple[str, ...]]:
-    """The parts of a graph that can be kept: names that `lower` takes, each with its products, in the graph's order.
+    """Return the blocks of a graph that can stay in a higher precision, each with its products, in graph order.
 
-    A block is a bottleneck (`tower.layer1.0`), a masker, or a layer that belongs to none; a product whose weight has
-    no module's name stands for itself.
+    A block is a bottleneck (`tower.layer1.0`), a masker, or a layer that belongs to neither. A product whose weight has
+    no module name is a block of its own.
     """
     from cclip_deploy.graph.precision.onnx_graph import varying_tensors
     from cclip_deploy.graph.precision.quantize import PRODUCTS, plan_quantization
@@ -215,7 +217,7 @@ def _block(weight: str) -> str | None:
 
 
 def _multiply_adds(model: ModelProto, blocks: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], int]:
-    """Those of each block, and those of the graph."""
+    """Return the multiply-adds of each block, and of the graph."""
     from cclip_deploy.graph.cost import cost_of_nodes
 
     counted = {cost.name: cost.multiply_adds for cost in cost_of_nodes(model, {"batch": 1})}
@@ -225,12 +227,12 @@ def _multiply_adds(model: ModelProto, blocks: Mapping[str, Sequence[str]]) -> tu
 
 def _check(options: TuneOptions) -> None:
     if options.precision == "fp32":
-        raise UsageError("FP32 is what is tuned against. Name a lower precision.")
+        raise UsageError("FP32 is the reference of the search. Name a lower precision.")
     if Precision(options.precision).is_quantized != (options.calibration is not None):
         wants = "needs" if Precision(options.precision).is_quantized else "takes no"
         raise UsageError(f"{options.precision} {wants} --calibration.")
     if not all(0 < least <= 1 for least in (options.budget.mean, options.budget.worst)):
-        raise UsageError(f"A budget is a Dice above 0, up to 1, not {options.budget.mean}, {options.budget.worst}.")
+        raise UsageError(f"Budgets must be above 0, up to 1; got {options.budget.mean} and {options.budget.worst}.")
 
 
 def _agreement(dices: Mapping[int, NDArray[np.float64]]) -> Agreement:
@@ -249,16 +251,16 @@ def _profile(
     options: TuneOptions,
     search: _Search,
     damage: dict[str, float],
-    front: Sequence[FrontPoint],
-    chosen: FrontPoint | None,
+    points: Sequence[ParetoPoint],
+    chosen: ParetoPoint | None,
 ) -> TunedProfile:
     if chosen is None:
-        best = max(front, key=lambda point: point.tuning.mean)
+        best = max(points, key=lambda point: point.tuning.mean)
         raise ParityError(
             f"The budget (mean Dice {options.budget.mean}, worst image {options.budget.worst}) does not hold on the "
-            f"tuning part whatever is kept, in a form that none with fewer blocks equals; the best has "
+            "tuning half for any set of high-precision blocks that no smaller set matches; the best has "
             f"{best.tuning.mean:.4f} and {best.tuning.worst:.4f}. Lower the budget, calibrate with other images, or "
-            "take a higher precision."
+            "choose a higher precision."
         )
     rest = Precision(options.precision).high_precision
     halves = search.halves
@@ -282,15 +284,15 @@ def _profile(
             sources=halves.tuning.sources,
             calibration=search.calibration,
             damage=damage,
-            front=tuple(front),
+            front=tuple(points),
         ),
     )
 
 
-def _hold(tuned: Tuning) -> None:
+def _check_held_out(tuned: Tuning) -> None:
     if not _holds(tuned.held_out, tuned.budget):
         raise ParityError(
-            f"The budget holds on the tuning part (mean Dice {tuned.tuning.mean:.4f}, worst picture "
+            f"The budget holds on the tuning half (mean Dice {tuned.tuning.mean:.4f}, worst image "
             f"{tuned.tuning.worst:.4f}) but not on the held-out one ({tuned.held_out.mean:.4f}, "
             f"{tuned.held_out.worst:.4f}). Give more evaluation images, or set a higher budget than you need. No "
             "profile was written."

@@ -99,7 +99,7 @@ def _models(bundle: Bundle, name: str) -> tuple[ModelProto, ModelProto]:
 
 def _derivation_check(bundle: Bundle, name: str, found: ModelProto, full: ModelProto) -> Check:
     from cclip_deploy.graph.compare import differences
-    from cclip_deploy.graph.precision.convert import high_precision_products, lower
+    from cclip_deploy.graph.precision.convert import convert_graph, high_precision_products
 
     entry, graph = bundle.graph(name), name.split(".")[0]
     keep = entry.high_precision_nodes
@@ -107,7 +107,7 @@ def _derivation_check(bundle: Bundle, name: str, found: ModelProto, full: ModelP
         keep = tuple(sorted(high_precision_products(found, full, entry.precision)))
     ranges = read_record(bundle, entry).ranges if entry.calibration else None
     try:
-        expected = lower(full, entry.precision, ranges, keep, _io_of(entry)).model
+        expected = convert_graph(full, entry.precision, ranges, keep, _io_of(entry)).model
         faults = list(islice(differences(found, expected), DIFFERENCES_COUNTED))
     except CclipError as error:
         faults = [f"FP32 cannot be converted to {entry.precision} with the recorded ranges: {error}"]

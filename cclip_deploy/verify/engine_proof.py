@@ -36,7 +36,7 @@ def proof_record(built: BuiltEngine, precision: Precision, engine_sha256: str, g
         "engine_sha256": engine_sha256,
         "graph_sha256": graph_sha256,
         "products": sorted(built.products),
-        "kept": sorted(built.kept),
+        "kept": sorted(built.high_precision_nodes),
         **built.layers.to_dict(),
     }
 

@@ -1,4 +1,4 @@
-"""Engines are added to a bundle whole, proved and traceable, or the bundle stays as it was to the byte."""
+"""Engines are added to a bundle completely, with their proofs and hashes, or the bundle stays unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def copy(tiny_bundle_path: Path, tmp_path: Path) -> Path:
     return copy_of(tiny_bundle_path, tmp_path / "here")
 
 
-def test_fp16_adds_a_graph_and_an_engine_of_each_that_serves(engine_bundle_path: Path, tiny_bundle_path: Path) -> None:
+def test_fp16_adds_a_graph_and_an_engine_for_each_served_graph(
+    engine_bundle_path: Path, tiny_bundle_path: Path
+) -> None:
     added = digests(engine_bundle_path).keys() - digests(tiny_bundle_path).keys()
     assert added == {
         name
@@ -72,7 +74,7 @@ def test_graphs_of_another_precision_keep_the_same_inputs_and_outputs(engine_bun
         assert (half.inputs, half.outputs, half.multiply_adds) == (full.inputs, full.outputs, full.multiply_adds)
 
 
-def test_dynamic_sizes_are_bounded_as_asked_and_tuned_for_one(engine_bundle_path: Path) -> None:
+def test_dynamic_sizes_have_the_requested_bounds_and_are_tuned_for_one(engine_bundle_path: Path) -> None:
     shapes = {engine.graph: engine.shapes for engine in Bundle.open(engine_bundle_path).manifest.engines}
     one, most = (1, 3, 64, 96), (8, 3, 64, 96)
     assert shapes["image_encoder"] == {"image": (one, one, most)}
@@ -85,7 +87,7 @@ def test_dynamic_sizes_are_bounded_as_asked_and_tuned_for_one(engine_bundle_path
     }
 
 
-def test_the_layer_table_beside_an_engine_is_the_proof_of_its_precision(engine_bundle_path: Path) -> None:
+def test_the_layer_table_of_an_engine_proves_its_precision(engine_bundle_path: Path) -> None:
     for engine in Bundle.open(engine_bundle_path).manifest.engines:
         proof = json.loads((engine_bundle_path / engine.layers).read_text())
         table = LayerTable.from_dict(proof)
@@ -112,7 +114,7 @@ def test_a_second_precision_is_added_beside_the_first_and_a_second_build_replace
 
 
 def test_products_of_a_single_row_are_proved_where_they_are_fused_with_casts(copy: Path) -> None:
-    """For one prompt alone, TensorRT-RTX fuses products with the layer norms, in FP32, before them."""
+    """For a single prompt, TensorRT-RTX fuses products with the preceding FP32 layer norms."""
     (engine,) = build_engines(
         Bundle.open(copy), BuildOptions(graphs=("prompt_encoder",), one_alone=True, threads=THREADS)
     )
@@ -126,13 +128,15 @@ def test_products_of_a_single_row_are_proved_where_they_are_fused_with_casts(cop
 
 @pytest.mark.parametrize("stage", ["Building prompt_encoder", "Comparing the fp16", "Converting mask_decoder"])
 def test_an_interrupted_build_changes_no_byte_of_the_bundle(copy: Path, stage: str) -> None:
-    def tell(message: str) -> None:
+    def interrupt(message: str) -> None:
         if message.startswith(stage):
             raise KeyboardInterrupt
 
     before, inode = digests(copy), (copy / "graphs" / "fused.onnx").stat().st_ino
     with pytest.raises(KeyboardInterrupt):
-        build_engines(Bundle.open(copy), BuildOptions(graphs=("prompt_encoder", "mask_decoder"), threads=THREADS), tell)
+        build_engines(
+            Bundle.open(copy), BuildOptions(graphs=("prompt_encoder", "mask_decoder"), threads=THREADS), interrupt
+        )
     assert digests(copy) == before
     assert (copy / "graphs" / "fused.onnx").stat().st_ino == inode
     assert os.listdir(copy.parent) == [copy.name]
@@ -141,17 +145,17 @@ def test_an_interrupted_build_changes_no_byte_of_the_bundle(copy: Path, stage: s
 def test_an_interrupted_second_build_changes_no_byte_of_the_first_engines(
     engine_bundle_path: Path, tmp_path: Path
 ) -> None:
-    """The old files are linked into the copy that is being made, so writing into one would change both."""
+    """Unchanged files are hard links into the copy under construction; writing into one would change both."""
     copy = copy_of(engine_bundle_path, tmp_path)
     before = digests(copy)
 
-    def tell(message: str) -> None:
+    def interrupt(message: str) -> None:
         if message.startswith("Building mask_decoder"):
             raise KeyboardInterrupt
 
     larger = BuildOptions(graphs=("prompt_encoder", "mask_decoder"), max_prompts=32, threads=THREADS)
     with pytest.raises(KeyboardInterrupt):
-        build_engines(Bundle.open(copy), larger, tell)
+        build_engines(Bundle.open(copy), larger, interrupt)
     assert digests(copy) == before
     build_engines(Bundle.open(copy), larger)
     after = digests(copy)
@@ -163,30 +167,30 @@ def test_an_interrupted_second_build_changes_no_byte_of_the_first_engines(
 def test_ctrl_c_inside_the_builder_changes_no_byte_of_the_bundle(copy: Path) -> None:
     seen: list[str] = []
 
-    def tell(message: str) -> None:
+    def interrupt(message: str) -> None:
         seen.append(message)
         if message.startswith("mask_decoder: "):
             raise KeyboardInterrupt
 
     before = digests(copy)
     with pytest.raises(KeyboardInterrupt):
-        build_engines(Bundle.open(copy), DECODER_FP32, tell)
+        build_engines(Bundle.open(copy), DECODER_FP32, interrupt)
     assert seen[-1].startswith("mask_decoder: ")
     assert digests(copy) == before
     assert os.listdir(copy.parent) == [copy.name]
 
 
 def test_an_engine_that_is_not_in_the_precision_is_not_added(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An FP32 graph, passed off as an FP16 one, makes an engine that the real proof refuses."""
+    """If the conversion returns the FP32 graph, the check of the built engine fails."""
     monkeypatch.setattr(graph_precision, "to_fp16", lambda model, fp32_nodes: model)
     before = digests(copy)
-    with pytest.raises(ParityError, match="FP16 was asked for"):
+    with pytest.raises(ParityError, match="FP16 was requested"):
         build_engines(Bundle.open(copy), BuildOptions(graphs=("mask_decoder",), threads=THREADS))
     assert digests(copy) == before
     assert os.listdir(copy.parent) == [copy.name]
 
 
-def test_a_precision_that_strays_from_the_reference_is_not_built(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_differs_from_the_reference_is_not_built(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = graph_precision.to_fp16
 
     def coarse(model: onnx.ModelProto, fp32_nodes: frozenset[str]) -> onnx.ModelProto:
@@ -220,7 +224,7 @@ def test_nothing_is_built_into_an_altered_bundle(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (BuildOptions(graphs=("image",)), "no graph 'image'; it has"),
         (BuildOptions(graphs=()), "No graph was named"),
@@ -231,30 +235,30 @@ def test_nothing_is_built_into_an_altered_bundle(copy: Path, name: str) -> None:
         (BuildOptions("int8"), "give --calibration DIR"),
         (BuildOptions("fp8", settings=EngineSettings(("8.0",))), r"FP8 needs a GPU of compute capability 8\.9"),
         (BuildOptions("bf16", settings=EngineSettings(("7.5",))), r"BF16 needs a GPU of compute capability 8\.0"),
-        (BuildOptions("fp16", settings=EngineSettings(("ada",))), "'ada' is not a number such as 8.9"),
+        (BuildOptions("fp16", settings=EngineSettings(("ada",))), "'ada' is not a version such as 8.9"),
         (
             BuildOptions("fp32", graphs=("mask_decoder",), settings=EngineSettings(("9.0",))),
             r"does not build for .* 9\.0",
         ),
-        (BuildOptions("fp32", io="fp16"), "--io fp16 belongs to a lower precision"),
+        (BuildOptions("fp32", io="fp16"), "--io fp16 requires a lower precision"),
         (BuildOptions("fp16", calibration=CalibrationOptions((Path("x"),))), "fp16 has no scales to calibrate"),
         (BuildOptions("fp16", graphs=("mask_decoder",), keep=("neck",)), "block named 'neck'"),
-        (BuildOptions("fp32", graphs=("mask_decoder",), workspace_bytes=0), "workspace_bytes is 0"),
+        (BuildOptions("fp32", graphs=("mask_decoder",), workspace_bytes=0), "workspace_bytes must be positive"),
     ],
 )
-def test_options_that_cannot_be_are_refused(copy: Path, options: BuildOptions, said: str) -> None:
+def test_invalid_options_are_refused(copy: Path, options: BuildOptions, message: str) -> None:
     before = digests(copy)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         build_engines(Bundle.open(copy), options)
     assert digests(copy) == before
 
 
-def test_a_derived_graph_is_not_derived_again(engine_bundle_path: Path) -> None:
+def test_a_converted_graph_is_not_converted_again(engine_bundle_path: Path) -> None:
     with pytest.raises(UsageError, match="Name the FP32 graph, mask_decoder"):
         build_engines(Bundle.open(engine_bundle_path), BuildOptions(graphs=("mask_decoder.fp16",)))
 
 
-def test_a_missing_binding_is_told_before_anything_is_touched(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_binding_is_reported_before_anything_changes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise EnvironmentIssue("not installed")
 
@@ -265,6 +269,6 @@ def test_a_missing_binding_is_told_before_anything_is_touched(copy: Path, monkey
     assert digests(copy) == before
 
 
-def test_a_plain_bundle_has_none_of_the_graphs_that_serve(plain_bundle_path: Path) -> None:
+def test_a_plain_bundle_has_none_of_the_served_graphs(plain_bundle_path: Path) -> None:
     with pytest.raises(UsageError, match="no graph 'image_encoder'; it has plain"):
         build_engines(Bundle.open(plain_bundle_path), BuildOptions())

@@ -1,4 +1,4 @@
-"""Engines in verify and bench: compared, timed, named; on a GPU and a binding that are none."""
+"""Engines in verify and bench, on a fake GPU and binding."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_verify_runs_every_engine_and_their_chain(bundle: Bundle, gpus: list[Fak
     assert gpus[0].leaks() == {}
 
 
-def test_verify_says_which_engines_did_not_run(bundle: Bundle) -> None:
+def test_verify_notes_which_engines_did_not_run(bundle: Bundle) -> None:
     notes = verify_bundle(bundle, VerifyOptions(threads=THREADS)).notes
     assert sum("not run: that needs a GPU and --backend tensorrt-rtx" in note for note in notes) == 3
 
 
-def test_bench_times_engines_with_features_kept_on_the_device(bundle: Bundle, gpus: list[FakeGpu]) -> None:
+def test_bench_times_engines_with_features_on_the_device(bundle: Bundle, gpus: list[FakeGpu]) -> None:
     options = BenchOptions(rounds=3, warmup_rounds=0, backend="tensorrt-rtx", choice=ENGINES)
     result = bench_bundle(bundle, options)
     rows = {row["name"]: row for row in result["results"]}
@@ -82,7 +82,7 @@ def test_bench_times_engines_with_features_kept_on_the_device(bundle: Bundle, gp
     assert gpus[0].leaks() == {}
 
 
-def test_an_engine_says_which_gpus_it_runs_on(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_an_engine_entry_names_its_target_gpus(tiny_bundle_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     copy = copy_of(tiny_bundle_path, tmp_path)
     decoder = ("mask_decoder",)
@@ -90,10 +90,10 @@ def test_an_engine_says_which_gpus_it_runs_on(tiny_bundle_path: Path, tmp_path: 
     assert portable.target == "portable (Ampere and later)"
     assert portable.runs_on is not None
     assert portable.runs_on.compute_capabilities == ("8.0", "8.6", "8.9", "12.0", "12.1")
-    aimed = BuildOptions(
+    targeted = BuildOptions(
         "fp32", graphs=decoder, threads=THREADS, usual_prompts=4, settings=EngineSettings(("8.6", "8.9"))
     )
-    (chosen,) = build_engines(Bundle.open(copy), aimed)
+    (chosen,) = build_engines(Bundle.open(copy), targeted)
     assert chosen.target == "compute capability 8.6, 8.9"
     assert chosen.shapes["bias"] == ((1,), (4,), (16,))
     assert Bundle.open(copy).manifest.engines == (chosen,)

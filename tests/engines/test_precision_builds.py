@@ -1,4 +1,4 @@
-"""Engines of every precision, really built by TensorRT-RTX, proved, chained to their calibration, or not published."""
+"""Engines of every precision, built by TensorRT-RTX: proofs, calibration hashes, and builds that are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IMAGE = ("image_encoder",)
 
 @pytest.fixture(scope="session")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of 16 training films and two test films, in the tiny bundle's size."""
+    """A data set of 16 training images and two test images, in the tiny bundle's size."""
     folder = tmp_path_factory.mktemp("films") / "data"
     write_dataset(folder, {"train": 16, "test": 2}, TINY_HW, 6)
     return folder
@@ -45,7 +45,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def int8_bundle_path(tiny_bundle_path: Path, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with INT8 engines whose rest is FP16."""
+    """The tiny bundle with INT8 engines and an FP16 rest."""
     path = copy_of(tiny_bundle_path, tmp_path_factory.mktemp("int8"), "int8.cclip")
     build_engines(Bundle.open(path), options(films, "int8-fp16", SERVED))
     return path
@@ -69,7 +69,7 @@ def test_int8_engines_are_proved_product_by_product(int8_bundle_path: Path) -> N
     proof = json.loads((int8_bundle_path / bundle.manifest.engines[0].layers).read_text())
     table, kept = LayerTable.from_dict(proof), set(proof["kept"])
     plan = quantize.plan_quantization(onnx.load(int8_bundle_path / "graphs/image_encoder.onnx"))
-    assert kept == set(plan.kept)
+    assert kept == set(plan.high_precision)
     assert set(proof["products"]) - kept == {product.node for product in plan.products}
     for node in set(proof["products"]) - kept:
         assert {row.precision for row in table.rows_of(node)} == {"int8"}, node
@@ -98,7 +98,9 @@ def test_an_int8_bundle_verifies_graphs_chain_and_engines(int8_bundle_path: Path
     assert any("calibrated on 16 pictures (min-max)" in note for note in found.notes)
 
 
-def test_a_record_that_keeps_more_than_its_graph_does_is_not_proved(int8_bundle_path: Path, tmp_path: Path) -> None:
+def test_a_record_with_more_high_precision_products_than_its_graph_is_refused(
+    int8_bundle_path: Path, tmp_path: Path
+) -> None:
     copy = copy_of(int8_bundle_path, tmp_path)
     record = copy / Bundle.open(copy).manifest.engines[0].layers
     proof = json.loads(record.read_text())
@@ -110,18 +112,18 @@ def test_a_record_that_keeps_more_than_its_graph_does_is_not_proved(int8_bundle_
     assert any(f"differ in the products in a higher precision; first: {first}" in note for note in notes)
 
 
-def test_predict_says_what_each_graph_ran_in(int8_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+def test_predict_reports_the_precision_of_each_graph(int8_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     image = next((films / "images").iterdir())
     arguments = ("predict", int8_bundle_path, image, "--prompt", "lung", "--threads", THREADS, "-o", tmp_path / "out")
-    told = json.loads(invoke(*arguments, "--precision", "int8-fp16", "--json").stdout)["ran"]
-    assert told["graphs"] == {"image_encoder": "int8-fp16", "prompt_encoder": "fp16", "mask_decoder": "fp16"}
-    assert any("in FP32 arithmetic" in note for note in told["notes"])
+    report = json.loads(invoke(*arguments, "--precision", "int8-fp16", "--json").stdout)["ran"]
+    assert report["graphs"] == {"image_encoder": "int8-fp16", "prompt_encoder": "fp16", "mask_decoder": "fp16"}
+    assert any("in FP32 arithmetic" in note for note in report["notes"])
     done = invoke(*arguments, "--precision", "fp16")
     assert done.exit_code == 2
     assert "has no graph 'image_encoder.fp16'" in " ".join(done.stderr.split())
 
 
-def test_what_openvino_cannot_run_is_refused_and_not_verified(
+def test_graphs_that_openvino_cannot_run_are_refused_and_not_verified(
     int8_bundle_path: Path, films: Path, tmp_path: Path
 ) -> None:
     image = next((films / "images").iterdir())
@@ -134,15 +136,17 @@ def test_what_openvino_cannot_run_is_refused_and_not_verified(
     assert "it cannot run int8-fp16 graphs" in " ".join(done.stderr.split())
     done = invoke("verify", int8_bundle_path, *openvino, "--json")
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert [(row["graph"], row["backend"]) for row in told["not_verified"]] == [("image_encoder.int8-fp16", "openvino")]
-    assert "int8-fp16" not in {check["precision"] for check in told["checks"] if check["backend"] == "openvino"}
-    assert {row["precision"] for row in told["ran"]} == {"fp32", "fp16"}
-    said = " ".join(invoke("verify", int8_bundle_path, *openvino).stdout.split())
-    assert "Not verified: image_encoder.int8-fp16 on openvino: OpenVINO does not compile convolutions" in said
+    report = json.loads(done.stdout)
+    assert [(row["graph"], row["backend"]) for row in report["not_verified"]] == [
+        ("image_encoder.int8-fp16", "openvino")
+    ]
+    assert "int8-fp16" not in {check["precision"] for check in report["checks"] if check["backend"] == "openvino"}
+    assert {row["precision"] for row in report["ran"]} == {"fp32", "fp16"}
+    message = " ".join(invoke("verify", int8_bundle_path, *openvino).stdout.split())
+    assert "Not verified: image_encoder.int8-fp16 on openvino: OpenVINO does not compile convolutions" in message
 
 
-def test_int8_weights_are_what_makes_the_file_small(int8_bundle_path: Path) -> None:
+def test_int8_weights_make_the_file_smaller(int8_bundle_path: Path) -> None:
     sizes = {
         n: (int8_bundle_path / f"graphs/{n}.onnx").stat().st_size for n in ("image_encoder", "image_encoder.int8-fp16")
     }
@@ -150,14 +154,14 @@ def test_int8_weights_are_what_makes_the_file_small(int8_bundle_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda record: record.update(graph_sha256="0" * 64), "made with another graph"),
-        (lambda record: record.pop("pictures"), "no calibration record"),
+        (lambda record: record.pop("pictures"), "not a calibration record"),
     ],
 )
-def test_a_record_that_is_not_the_graphs_own_is_refused(
-    change: Any, said: str, int8_bundle_path: Path, tmp_path: Path
+def test_a_record_of_another_graph_is_refused(
+    change: Any, message: str, int8_bundle_path: Path, tmp_path: Path
 ) -> None:
     copy = copy_of(int8_bundle_path, tmp_path)
     path = copy / "calibration/image_encoder.int8-fp16.json"
@@ -171,7 +175,7 @@ def test_a_record_that_is_not_the_graphs_own_is_refused(
         "sha256": digests(copy)[path.relative_to(copy).as_posix()],
     }
     reseal(copy, lambda m: m["graphs"]["image_encoder.int8-fp16"].update(calibration=entry))
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=message):
         verify_bundle(Bundle.open(copy), VerifyOptions(threads=THREADS))
 
 
@@ -194,7 +198,7 @@ def test_other_precisions_are_built_and_proved_too(precision: Precision, copy: P
     assert found.passed
 
 
-def test_a_kept_block_is_proved_to_run_in_the_rests_type(copy: Path, films: Path) -> None:
+def test_a_high_precision_block_is_proved_to_run_in_the_type_of_the_rest(copy: Path, films: Path) -> None:
     (entry,) = build_engines(Bundle.open(copy), options(films, "int8", keep=("neck.masker3",)))
     proof = json.loads((copy / entry.layers).read_text())
     table = LayerTable.from_dict(proof)
@@ -207,7 +211,7 @@ def test_a_kept_block_is_proved_to_run_in_the_rests_type(copy: Path, films: Path
     assert {row.precision for node in kept for row in table.rows_of(node)} == {"fp32"}
 
 
-def test_fp16_inputs_and_outputs_are_made_on_request(copy: Path, films: Path) -> None:
+def test_fp16_inputs_and_outputs_are_optional(copy: Path, films: Path) -> None:
     (entry,) = build_engines(Bundle.open(copy), options(films, "fp16", ("mask_decoder",), io="fp16"))
     graph = Bundle.open(copy).graph("mask_decoder.fp16")
     assert {tensor.dtype for tensor in (*graph.inputs, *graph.outputs)} == {"float16"}
@@ -218,35 +222,35 @@ def test_fp16_inputs_and_outputs_are_made_on_request(copy: Path, films: Path) ->
 
 
 def test_an_engine_that_is_not_int8_is_not_published(copy: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The FP32 graph, passed off as a quantized one, is found by the proof of the real engine; exit code 4."""
+    """If quantization returns the FP32 graph, the check of the built engine fails, with exit code 4."""
     monkeypatch.setattr(quantize, "quantize", lambda model, *rest: model)
     before = digests(copy)
-    with pytest.raises(ParityError, match="INT8 was asked for, but the engine does not run in it") as caught:
+    with pytest.raises(ParityError, match="INT8 was requested, but the engine does not run in it") as caught:
         build_engines(Bundle.open(copy), options(films, "int8"))
     assert caught.value.exit_code == 4
     assert digests(copy) == before
 
 
-def test_masks_that_stray_on_the_evaluation_set_are_not_published(
+def test_engines_with_inaccurate_masks_on_the_evaluation_set_are_not_published(
     copy: Path, films: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny network is untrained, so its INT8 masks do stray; with a limit that they keep, they are published."""
+    """INT8 masks of the untrained tiny network break the limits; with lower limits the engines are published."""
     wanted = BuildOptions(
         "int8", threads=THREADS, calibration=CalibrationOptions((films,), "min-max", evaluation_set=(films,))
     )
     monkeypatch.setattr(mask_agreement, "LEAST_MEAN_DICE", 0.9999)
     before = digests(copy)
     with pytest.raises(
-        ParityError, match=r"int8 masks stray from FP32's .* mean Dice 0\.\d+ .*Nothing was\s+published"
+        ParityError, match=r"int8 masks differ too much from FP32's .* mean Dice 0\.\d+ .*Nothing was\s+published"
     ):
         build_engines(Bundle.open(copy), wanted)
     assert digests(copy) == before
     monkeypatch.setattr(mask_agreement, "LEAST_MEAN_DICE", 0.5)
     monkeypatch.setattr(mask_agreement, "LEAST_DICE", 0.5)
     build_engines(Bundle.open(copy), wanted)
-    told = json.loads((copy / "reports/int8.masks.json").read_text())
-    assert (told["pictures"], told["precision"]) == (2, "int8")
-    assert 0.5 < told["worst"] <= told["mean"] < 0.9999
+    report = json.loads((copy / "reports/int8.masks.json").read_text())
+    assert (report["pictures"], report["precision"]) == (2, "int8")
+    assert 0.5 < report["worst"] <= report["mean"] < 0.9999
 
 
 def test_a_layer_that_overflows_in_fp16_is_named(copy: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,9 +273,9 @@ def test_a_layer_that_overflows_in_fp16_is_named(copy: Path, films: Path, monkey
     assert digests(copy) == before
 
 
-def test_what_cannot_be_quantized_and_what_is_evaluated_on_is_refused(copy: Path, films: Path) -> None:
+def test_graphs_without_products_and_overlapping_images_are_refused(copy: Path, films: Path) -> None:
     before = digests(copy)
-    with pytest.raises(UsageError, match="Nothing of prompt_encoder, mask_decoder can be quantized"):
+    with pytest.raises(UsageError, match="Nothing in prompt_encoder, mask_decoder can be quantized"):
         build_engines(Bundle.open(copy), options(films, "int8", ("prompt_encoder", "mask_decoder")))
     overlapping = CalibrationOptions((films / "images",), evaluation_set=(films,))
     with pytest.raises(DataError, match="in the evaluation set too"):
@@ -280,7 +284,7 @@ def test_what_cannot_be_quantized_and_what_is_evaluated_on_is_refused(copy: Path
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "message"),
     [
         (("--int8",), 2, "give --calibration DIR"),
         (("--bf16", "--fp16"), 2, "cannot be combined"),
@@ -291,18 +295,18 @@ def test_what_cannot_be_quantized_and_what_is_evaluated_on_is_refused(copy: Path
         (("--int8", "--calibration", "{films}/images", "--evaluation-set", "{films}"), 6, "evaluation set too"),
     ],
 )
-def test_flags_that_cannot_be_end_with_their_code(
-    flags: tuple[str, ...], code: int, said: str, copy: Path, films: Path
+def test_invalid_flags_end_with_their_exit_code(
+    flags: tuple[str, ...], code: int, message: str, copy: Path, films: Path
 ) -> None:
     done = invoke("build-engine", copy, "--no-calibration-cache", *(flag.format(films=films) for flag in flags))
     assert done.exit_code == code, done.stderr
-    assert said in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())
 
 
-def test_the_command_builds_int8_and_says_what_calibrated_and_what_judged(
+def test_the_command_builds_int8_and_reports_calibration_and_evaluation_images(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the layout of QaTa-COV19. The tiny network is untrained, so its limits are lowered."""
+    """In the format of QaTa-COV19. The tiny network is untrained, so its limits are lowered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(mask_agreement, "LEAST_MEAN_DICE", 0.3)
     monkeypatch.setattr(mask_agreement, "LEAST_DICE", 0.3)
@@ -313,26 +317,26 @@ def test_the_command_builds_int8_and_says_what_calibrated_and_what_judged(
         "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert [engine["precision"] for engine in told["engines"]] == ["int8-fp16", "fp16", "fp16"]
+    report = json.loads(done.stdout)
+    assert [engine["precision"] for engine in report["engines"]] == ["int8-fp16", "fp16", "fp16"]
     assert list((tmp_path / "cache").rglob("*.json"))
     train, test = (
         {"name": "set", "layout": "lvit", "split": split, "images": count, "patients": count,
          "images_without_patient": 0}
         for split, count in (("train", 8), ("test", 3))
     )  # fmt: skip
-    assert told["calibration"] == {
+    assert report["calibration"] == {
         "pictures": 8, "patients": 8, "sources": [train], "evaluation_pictures": 3, "evaluation_sources": [test],
         "failed": [],
     }  # fmt: skip
-    judged = told["mask_agreement"]
-    assert (judged["pictures"], judged["patients"], judged["sources"]) == (2, 2, [test])
+    agreement = report["mask_agreement"]
+    assert (agreement["pictures"], agreement["patients"], agreement["sources"]) == (2, 2, [test])
 
 
-def test_a_calibration_image_that_cannot_be_read_is_named_and_not_the_bundle(
+def test_an_unreadable_calibration_image_is_named_instead_of_the_bundle(
     copy: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Permissions do not stop root, so the opening of one file is made to fail."""
+    """Root ignores permissions, so opening one file is made to fail."""
     shutil.copytree(films, tmp_path / "films")
     refused, real = tmp_path / "films" / "images" / "train-00003.png", Path.open
 
@@ -345,9 +349,9 @@ def test_a_calibration_image_that_cannot_be_read_is_named_and_not_the_bundle(
     before = digests(copy)
     done = invoke("build-engine", copy, "--int8", "--calibration", tmp_path / "films", "--no-calibration-cache")
     assert done.exit_code == 6, done.stderr
-    said = " ".join(done.stderr.split())
-    assert "train-00003.png cannot be read: Permission denied" in said
-    assert "could not be written" not in said
+    message = " ".join(done.stderr.split())
+    assert "train-00003.png cannot be read: Permission denied" in message
+    assert "could not be written" not in message
     assert digests(copy) == before
 
 

@@ -1,4 +1,4 @@
-"""Engine profiles say what is built, and a slip of the pen in one is an error."""
+"""Engine profiles become build options, and mistakes in them are errors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ PROFILES = sorted((Path(__file__).parents[2] / "engines" / "profiles").glob("*.t
 BASE = 'name = "x"\nwhy = "y"\nbackend = "tensorrt-rtx"\nprecision = "fp16"\n'
 
 
-def test_the_three_targets_have_one() -> None:
+def test_there_is_a_profile_for_each_of_the_three_targets() -> None:
     assert {"data-centre", "workstation", "jetson"} <= {path.stem for path in PROFILES}
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_every_profile_that_comes_along_can_be_built_and_run(path: Path) -> None:
+def test_every_shipped_profile_can_be_built_and_run(path: Path) -> None:
     profile = read_profile(path)
     assert profile.name == path.stem
-    options, gpu = profile.build_options(threads=1), profile.gpu_options()
+    options = profile.build_options(threads=1)
     assert options.max_prompts >= PROMPTS_AT_ONCE
-    assert options.max_batch >= 2  # what verify sends at once
-    assert gpu.lanes >= 1
+    assert options.max_batch >= 2  # the batch of verify
+    assert profile.run.lanes >= 1
     assert (options.settings.timing_cache is None) == (options.backend == "tensorrt-rtx")
 
 
@@ -40,7 +40,8 @@ def test_a_profile_becomes_options(tmp_path: Path) -> None:
     assert (options.workspace_bytes, options.keep, options.graphs) == (3 << 20, ("tower",), ("mask_decoder",))
     assert (options.settings.compute_capabilities, options.settings.effort) == (("8.9",), 2)
     assert options.settings.tf32
-    assert options.gpu_interface == read_profile(path).gpu_options().interface == "pycuda"
+
+    assert (options.gpu_interface, read_profile(path).run.lanes) == ("pycuda", 3)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_a_profile_becomes_options(tmp_path: Path) -> None:
         ("not toml at all", "is not a TOML file"),
     ],
 )
-def test_a_slip_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_a_mistake_is_named(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
@@ -62,6 +63,6 @@ def test_a_slip_is_named(text: str, message: str, tmp_path: Path) -> None:
         read_profile(tmp_path / "other.toml")
 
 
-def test_a_profile_that_cannot_be_read_is_not_said_to_be_unwritable(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_profile(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a folder, where a TOML file was expected"):
         read_profile(tmp_path)

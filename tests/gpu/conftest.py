@@ -1,4 +1,4 @@
-"""Bundles with engines of every precision, and the file that the results go to."""
+"""Bundles with engines of every precision, and the results file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def facts(gpu: Gpu) -> GpuFacts:
 
 @pytest.fixture(scope="session")
 def results() -> GpuResults:
-    """What the run has found so far."""
+    """Results of this run."""
     RESULTS.machine = fingerprint()
     return RESULTS
 
@@ -51,7 +51,7 @@ def results() -> GpuResults:
 def build_once(
     tiny_bundle_path: Path, facts: GpuFacts, results: GpuResults, tmp_path_factory: pytest.TempPathFactory
 ) -> BuildOnce:
-    """Builds the tiny bundle's engines for a binding in a precision; each combination once."""
+    """Build the tiny bundle's engines for a binding in a precision, once per combination."""
     built: dict[tuple[str, str], Path] = {}
     films = tmp_path_factory.mktemp("films") / "data"
     write_dataset(films, {"train": 16, "test": 2}, TINY_HW, 6)
@@ -78,7 +78,7 @@ def build_once(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Note how each test of this folder ended."""
+    """Record the outcome of each test in this folder."""
     report: Any = yield
     if item.get_closest_marker("gpu") and (report.when == "call" or report.skipped):
         reason = f": {report.longrepr[2]}" if report.skipped and isinstance(report.longrepr, tuple) else ""
@@ -87,7 +87,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the results where they were asked for, if anything was measured."""
+    """Write the results to the folder CCLIP_GPU_RESULTS, if anything was measured."""
     folder = os.environ.get("CCLIP_GPU_RESULTS")
     if folder and RESULTS.tables:
         for path in RESULTS.write(Path(folder)):

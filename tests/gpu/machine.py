@@ -1,15 +1,15 @@
-"""What there is on this machine to run engines with, or why not."""
+"""Availability of a GPU, ONNX Runtime providers and TensorRT bindings on this machine."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 
-RTX_HAS_NONE = ("9.0", "10.0", "10.3")
+NOT_IN_RTX = ("9.0", "10.0", "10.3")
 
 
 def gpu_reason() -> str | None:
-    """Why there is no usable GPU here; None where there is one."""
+    """Return why there is no usable GPU, or None if there is one."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -21,7 +21,7 @@ def gpu_reason() -> str | None:
 
 
 def provider_reason(device: str) -> str | None:
-    """Why this onnxruntime has no such provider; None where it has."""
+    """Return why onnxruntime lacks the provider of a device, or None if it has it."""
     import onnxruntime
 
     from cclip_deploy.runtime.onnxruntime.session import INSTALL, PROVIDERS, RTX_PLUGIN
@@ -34,10 +34,10 @@ def provider_reason(device: str) -> str | None:
 
 
 def binding_reason(name: str, compute_capability: str) -> str | None:
-    """Why engines of a binding cannot be built or run here; None where they can."""
+    """Return why a binding's engines cannot be built or run, or None if they can."""
     module = name.replace("-", "_")
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
-    if name == "tensorrt-rtx" and compute_capability in RTX_HAS_NONE:
+    if name == "tensorrt-rtx" and compute_capability in NOT_IN_RTX:
         return f"TensorRT-RTX has no target for compute capability {compute_capability}"
     return None

@@ -1,4 +1,4 @@
-"""The results of a run on a GPU, as a JSON file and a page of tables, to commit."""
+"""Results of a run on a GPU, written as JSON and as a Markdown page of tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass
 class GpuResults:
-    """Rows by table; `machine` is the fingerprint of where they were measured."""
+    """Rows by table; `machine` is the fingerprint of the machine."""
 
     machine: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -22,7 +22,7 @@ class GpuResults:
         self.tables.setdefault(table, []).append(row)
 
     def write(self, folder: Path) -> list[Path]:
-        """Both files, named after the GPU."""
+        """Write both files, named after the GPU."""
         folder.mkdir(parents=True, exist_ok=True)
         gpus = self.machine.get("gpu") or [{"name": "unknown-gpu"}]
         stem = re.sub(r"[^a-z0-9]+", "-", str(gpus[0]["name"]).lower()).strip("-")
@@ -33,7 +33,7 @@ class GpuResults:
         return files
 
     def page(self) -> str:
-        """Every table, and what did not pass."""
+        """Return a Markdown page of all tables, and of the tests that did not pass."""
         gpus = self.machine.get("gpu") or [{"name": "unknown GPU"}]
         lines = [
             f"# {gpus[0]['name']}",

@@ -1,6 +1,6 @@
-"""What only a machine with an NVIDIA GPU can show; skipped, with the reason, elsewhere. Not yet run anywhere.
+"""Tests that need an NVIDIA GPU; skipped with a reason elsewhere. Not yet run on any machine.
 
-`make test-gpu` runs it and writes a results file; CCLIP_GPU_BUNDLE names a bundle with engines that is timed as well.
+`make test-gpu` runs them and writes a results file. CCLIP_GPU_BUNDLE names a bundle with engines to be timed as well.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int8-fp16"
 BINDINGS: tuple[BindingName, ...] = ("tensorrt-rtx", "tensorrt")
 RUNS = 1000
 ROOM_BYTES = 8 << 20
-"""Free memory may move by this much for reasons that are not ours: other processes, the driver's own pools."""
+"""Free memory may change by this much because of other processes and the driver's memory pools."""
 
 on_every_binding = pytest.mark.parametrize("binding", BINDINGS)
 
 
 def inputs_of(bundle: Bundle) -> dict[str, dict[str, Any]]:
-    """One picture and one prompt for each graph."""
+    """One image and one prompt for each graph."""
     image, tokens = seeded_inputs(bundle.manifest.image_hw, bundle.manifest.prompt_length)
     decoder = expand(load_references(bundle)[0].decoder_inputs)
     one = {name: value[:1] for name, value in decoder.items()}
@@ -75,27 +75,27 @@ def test_engines_agree_with_pytorch(
 
 @on_every_binding
 @pytest.mark.parametrize("precision", ["fp16", "int8-fp16"])
-def test_cuda_graphs_give_the_same_answers(
+def test_cuda_graphs_give_the_same_outputs(
     binding: BindingName, precision: Precision, build_once: BuildOnce, facts: GpuFacts
 ) -> None:
     bundle = build_once(binding, precision)
     for graph, arrays in inputs_of(bundle).items():
         with TensorRtBackend(bundle, precision, binding) as plain:
-            truth = plain.run(graph, arrays)
+            expected = plain.run(graph, arrays)
         with TensorRtBackend(bundle, precision, binding, GpuOptions(cuda_graphs=True)) as captured:
             for _ in range(4):
-                answer = captured.run(graph, arrays)
-                for name, value in answer.items():
-                    np.testing.assert_array_equal(value, truth[name])
+                output = captured.run(graph, arrays)
+                for name, value in output.items():
+                    np.testing.assert_array_equal(value, expected[name])
             twice = {name: np.concatenate([value, value]) for name, value in arrays.items()}
             assert all(len(value) == 2 for value in captured.run(graph, twice).values() if graph != "mask_decoder")
             for name, value in captured.run(graph, arrays).items():
-                np.testing.assert_array_equal(value, truth[name])
+                np.testing.assert_array_equal(value, expected[name])
 
 
 @on_every_binding
 @pytest.mark.parametrize("graphs", [False, True], ids=["plain", "CUDA graphs"])
-def test_a_thousand_runs_take_no_more_memory(
+def test_memory_does_not_grow_over_a_thousand_runs(
     binding: BindingName, graphs: bool, build_once: BuildOnce, gpu: Gpu, results: GpuResults
 ) -> None:
     bundle = build_once(binding, "fp16")
@@ -105,39 +105,41 @@ def test_a_thousand_runs_take_no_more_memory(
         kernels = segmenter.encode_prompts(["left lung", "both lungs"])
         for _ in range(10):
             segmenter.decode(segmenter.encode_image(pixels), kernels)
-        free, ours = gpu.free_bytes(), backend.device_bytes
+        free, held = gpu.free_bytes(), backend.device_bytes
         for _ in range(RUNS):
             segmenter.decode(segmenter.encode_image(pixels), kernels)
         grown = free - gpu.free_bytes()
-        results.add("Memory after 1,000 pictures", binding=binding, cuda_graphs=graphs, grown_bytes=grown)
-        assert backend.device_bytes == ours
+        results.add("Memory after 1,000 images", binding=binding, cuda_graphs=graphs, grown_bytes=grown)
+        assert backend.device_bytes == held
         assert grown < ROOM_BYTES
     assert open_gpu().free_bytes() >= free
 
 
 @on_every_binding
-def test_features_kept_on_the_device_give_the_same_masks(binding: BindingName, build_once: BuildOnce) -> None:
+def test_features_on_the_device_give_the_same_masks(binding: BindingName, build_once: BuildOnce) -> None:
     bundle = build_once(binding, "fp16")
     arrays = inputs_of(bundle)
     prompt = {name: value for name, value in arrays["mask_decoder"].items() if name != "features"}
-    with TensorRtBackend(bundle, "fp16", binding, GpuOptions(lanes=2)) as backend:
+    with TensorRtBackend(bundle, "fp16", binding, GpuOptions(streams=2)) as backend:
         copied = backend.run("image_encoder", arrays["image_encoder"])["features"]
-        kept = backend.run_on_device("image_encoder", arrays["image_encoder"], ["features"])["features"]
-        np.testing.assert_array_equal(kept.numpy(), copied)
+        on_device = backend.run_on_device("image_encoder", arrays["image_encoder"], ["features"])["features"]
+        np.testing.assert_array_equal(on_device.numpy(), copied)
         through_host = backend.run("mask_decoder", {"features": copied, **prompt})["logits"]
-        np.testing.assert_array_equal(backend.run("mask_decoder", {"features": kept, **prompt})["logits"], through_host)
+        np.testing.assert_array_equal(
+            backend.run("mask_decoder", {"features": on_device, **prompt})["logits"], through_host
+        )
 
 
 @on_every_binding
-def test_pycuda_and_cuda_python_give_the_same_answers(binding: BindingName, build_once: BuildOnce) -> None:
+def test_pycuda_and_cuda_python_give_the_same_outputs(binding: BindingName, build_once: BuildOnce) -> None:
     pytest.importorskip("pycuda", reason="pycuda is not installed")
     bundle = build_once(binding, "fp16")
     arrays = inputs_of(bundle)["image_encoder"]
-    answers = []
+    outputs = []
     for interface in ("cuda-python", "pycuda"):
         with TensorRtBackend(bundle, "fp16", binding, GpuOptions(interface)) as backend:  # type: ignore[arg-type]
-            answers.append(backend.run("image_encoder", arrays)["features"])
-    np.testing.assert_array_equal(*answers)
+            outputs.append(backend.run("image_encoder", arrays)["features"])
+    np.testing.assert_array_equal(*outputs)
 
 
 @on_every_binding
@@ -164,12 +166,14 @@ def test_a_stripped_engine_takes_its_weights_from_the_graph(
     build_engines(Bundle.open(copy), BuildOptions("fp16", binding, ("mask_decoder",), threads=1, settings=settings))
     arrays = inputs_of(Bundle.open(copy))["mask_decoder"]
     with TensorRtBackend(Bundle.open(copy), "fp16", binding) as stripped:
-        answer = stripped.run("mask_decoder", arrays)["logits"]
+        output = stripped.run("mask_decoder", arrays)["logits"]
     with TensorRtBackend(build_once(binding, "fp16"), "fp16", binding) as whole:
-        np.testing.assert_allclose(answer, whole.run("mask_decoder", arrays)["logits"], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(output, whole.run("mask_decoder", arrays)["logits"], rtol=1e-3, atol=1e-3)
 
 
-def test_a_timing_cache_is_written_and_its_hash_kept(facts: GpuFacts, tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_a_timing_cache_is_written_and_its_hash_recorded(
+    facts: GpuFacts, tiny_bundle_path: Path, tmp_path: Path
+) -> None:
     if reason := binding_reason("tensorrt", facts.compute_capability):
         pytest.skip(reason)
     settings = EngineSettings(timing_cache=tmp_path / "timing.cache")
@@ -194,7 +198,7 @@ def test_onnxruntime_provider_agrees_with_pytorch(
     for check in checks:
         if check.metric == "relative_error":
             results.add("ONNX Runtime", device=device, check=check.name, value=check.value, limit=check.limit)
-    # Providers of TensorRT may use TF32, so the FP16 limit is the one that must hold; for CUDA it is switched off.
+    # TensorRT's providers may use TF32, so the FP16 limit applies to them; for CUDA, TF32 is disabled.
     limit = 2e-5 if device == "cuda" else 2e-2
     assert all(check.value <= limit for check in checks if check.metric == "relative_error")
 
@@ -215,7 +219,7 @@ def test_latency_of_the_tiny_network(
     time_engines(build_once(binding, precision), binding, precision, results)
 
 
-def test_latency_of_a_bundle_of_your_own(build_once: BuildOnce, results: GpuResults) -> None:
+def test_latency_of_the_bundle_in_the_environment(build_once: BuildOnce, results: GpuResults) -> None:
     found = bundles_to_time(build_once)
     if not found:
         pytest.skip("CCLIP_GPU_BUNDLE names no bundle with engines")
@@ -225,7 +229,7 @@ def test_latency_of_a_bundle_of_your_own(build_once: BuildOnce, results: GpuResu
 
 
 def time_engines(bundle: Bundle, binding: BindingName, precision: str, results: GpuResults, runs: int = 100) -> None:
-    """Device time and time with copies, apart; with and without CUDA graphs; the first run, which compiles, apart."""
+    """Time engines on the device and with copies, with and without CUDA graphs, and the first run, which compiles."""
     for graphs in (False, True):
         with TensorRtBackend(bundle, precision, binding, GpuOptions(cuda_graphs=graphs)) as backend:
             for graph, arrays in inputs_of(bundle).items():
@@ -242,7 +246,7 @@ def time_engines(bundle: Bundle, binding: BindingName, precision: str, results: 
                     whole.append((time.perf_counter() - started) * 1e3)
                 with_copies = summarize(whole)
                 results.add(
-                    "Latency, one picture or prompt, ms", network=bundle.manifest.model["name"],
+                    "Latency, one image or prompt, ms", network=bundle.manifest.model["name"],
                     size="×".join(map(str, bundle.manifest.image_hw)), binding=binding, precision=precision,
                     graph=graph, cuda_graphs=graphs, device_p50=device.p50_ms, device_p99=device.p99_ms,
                     with_copies_p50=with_copies.p50_ms, with_copies_p99=with_copies.p99_ms, first_run=first_ms, n=runs,

@@ -1,4 +1,4 @@
-"""The results file of a run on a GPU, made on any machine."""
+"""The results file of a run on a GPU, tested without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two graphs are compared node by node, and the first difference names the node and its kind."""
+"""Two graphs are compared node by node, and each difference names the node and the kind of difference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cclip_deploy.graph.compare import differences
 
 
 def graph() -> onnx.ModelProto:
-    """Conv, Relu, and a quantized pair."""
+    """Conv, Relu, QuantizeLinear and DequantizeLinear."""
     nodes = [
         helper.make_node("Conv", ["x", "w", "b"], ["c"], name="conv", pads=[0, 0, 0, 0]),
         helper.make_node("Relu", ["c"], ["r"], name="relu"),
@@ -38,14 +38,14 @@ def stored(model: onnx.ModelProto, name: str, values: np.ndarray) -> None:
     tensor.CopyFrom(numpy_helper.from_array(values, name))
 
 
-def test_a_graph_is_as_itself_whatever_it_is_called() -> None:
+def test_names_and_documentation_are_not_compared() -> None:
     other = graph()
     other.graph.name, other.doc_string = "another", "text"
     assert list(differences(other, graph())) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda m: stored(m, "w", -np.arange(8, dtype=np.float32).reshape(2, 4, 1, 1)),
          "node 'conv' (Conv): weight 'w': 7 of 8 values differ, first at 1: -1 instead of 1"),
@@ -65,8 +65,8 @@ def test_a_graph_is_as_itself_whatever_it_is_called() -> None:
         (lambda m: setattr(m.opset_import[0], "version", 20), "operator sets: {'': 20} instead of {'': 19}"),
     ],
 )  # fmt: skip
-def test_each_kind_of_difference_is_named(change: Callable[[onnx.ModelProto], object], said: str) -> None:
+def test_each_kind_of_difference_is_named(change: Callable[[onnx.ModelProto], object], message: str) -> None:
     other = graph()
     change(other)
     first = next(differences(other, graph()), "")
-    assert said in first
+    assert message in first

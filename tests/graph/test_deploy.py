@@ -52,17 +52,17 @@ def test_fused_path_equals_the_published_order(
     assert relative_error(form.fused(image, tokens), network.causal_logits(image, tokens)) <= 1e-12
 
 
-def test_every_prompt_is_answered_on_every_picture(network: CausalCLIPSeg, form: DeployForm) -> None:
+def test_every_prompt_is_decoded_on_every_image(network: CausalCLIPSeg, form: DeployForm) -> None:
     image, tokens = random_map(2, 3, *HW), prompts(3)
     logits = form(image, tokens)
     assert logits.shape == (2, 3, *HW)
-    for picture in range(2):
+    for number in range(2):
         for prompt in range(3):
-            alone = network.causal_logits(image[picture : picture + 1], tokens[prompt : prompt + 1])
-            assert relative_error(logits[picture, prompt], alone[0, 0]) <= 1e-12
+            alone = network.causal_logits(image[number : number + 1], tokens[prompt : prompt + 1])
+            assert relative_error(logits[number, prompt], alone[0, 0]) <= 1e-12
 
 
-def test_masks_and_confounding_features_are_the_network_s(network: CausalCLIPSeg, form: DeployForm) -> None:
+def test_masks_and_confounding_features_equal_the_network_s(network: CausalCLIPSeg, form: DeployForm) -> None:
     image = random_map(2, 3, *HW)
     neck = network.neck(network.image_tower(image))
     features, *masks, confounding = form.image_encoder(image)
@@ -113,27 +113,27 @@ def test_shifted_sum_takes_each_tap_from_its_own_neighbor(hw: tuple[int, int]) -
     assert relative_error(sum_shifted(taps), expected) <= 1e-12
 
 
-def test_nothing_that_a_rewrite_replaces_is_left(form: DeployForm) -> None:
+def test_all_rewritten_modules_are_replaced(form: DeployForm) -> None:
     left = [module for module in form.modules() if isinstance(module, nn.BatchNorm2d | CoordinateBlock | Carafe)]
     assert left == []
     assert not any(module.training for module in form.modules())
 
 
-def test_the_network_is_left_as_it_was_and_still_works(network: CausalCLIPSeg) -> None:
+def test_the_network_is_unchanged_and_still_works(network: CausalCLIPSeg) -> None:
     before, image, tokens = copy.deepcopy(network.state_dict()), random_map(1, 3, 32, 32), prompts(1)
-    structure, answer = str(network), network(image, tokens)
+    structure, expected = str(network), network(image, tokens)
     to_deploy_form(network, (32, 32), LENGTH)
     assert str(network) == structure
     assert network.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in before.items())
     again = network(image, tokens)
-    assert torch.equal(again.causal, answer.causal)
-    assert torch.equal(again.confounding, answer.confounding)
+    assert torch.equal(again.causal, expected.causal)
+    assert torch.equal(again.confounding, expected.confounding)
 
 
 def test_weights_that_no_rewrite_changes_are_shared(network: CausalCLIPSeg, form: DeployForm) -> None:
-    ours = {tensor.data_ptr() for tensor in network.state_dict().values()}
-    shared = sum(t.numel() for t in form.state_dict().values() if t.data_ptr() in ours)
+    original = {tensor.data_ptr() for tensor in network.state_dict().values()}
+    shared = sum(t.numel() for t in form.state_dict().values() if t.data_ptr() in original)
     assert shared > network.text_tower.token_embedding.weight.numel()
     projection = form.state_dict()["image_encoder.neck.carafe.compress.weight"]
     assert projection.data_ptr() == network.neck.carafe.compress.weight.data_ptr()
@@ -146,7 +146,7 @@ def test_form_of_a_trainable_network_holds_constants() -> None:
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_network_in_training_mode_is_refused_and_stays_in_it() -> None:
+def test_network_in_training_mode_is_refused_and_unchanged() -> None:
     network = CausalCLIPSeg(TINY).train()
     with pytest.raises(RewriteRefused, match=r"training mode.*Call eval\(\) first"):
         to_deploy_form(network, HW, LENGTH)
@@ -169,9 +169,7 @@ def test_one_norm_in_training_mode_is_enough_to_refuse(network: CausalCLIPSeg) -
         (HW, 78, "A prompt length of 78 is out of range. Use 3 to 77"),
     ],
 )
-def test_sizes_that_no_graph_can_have_are_refused(
-    network: CausalCLIPSeg, hw: tuple[int, int], length: int, reason: str
-) -> None:
+def test_invalid_sizes_are_refused(network: CausalCLIPSeg, hw: tuple[int, int], length: int, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         to_deploy_form(network, hw, length)
 
@@ -181,7 +179,7 @@ def test_sizes_that_no_graph_can_have_are_refused(
     ("name", "seed", "example_sizes"),
     [("224", 0, (0, 2, 224, 32)), ("256x320", 1, (1, 1, 256, 20, 320))],
 )
-def test_deploy_form_computes_what_the_published_network_computes(
+def test_deploy_form_agrees_with_the_published_network(
     name: str,
     seed: int,
     example_sizes: tuple[int, ...],

@@ -1,4 +1,4 @@
-"""A graph's entry in the manifest, from the file and from nothing else."""
+"""A graph's manifest entry, from its file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def product(inner: int = 3) -> onnx.ModelProto:
     )
 
 
-def test_entry_tells_names_types_dimensions_hash_and_cost(tmp_path: Path) -> None:
+def test_entry_has_names_types_dimensions_hash_and_cost(tmp_path: Path) -> None:
     save_graph(product(), tmp_path / "product.onnx")
     entry = graph_entry(product(), "product.onnx", tmp_path, "0" * 64, "fp16")
     assert entry.inputs == (TensorSpec(name="rows", dtype="float16", shape=("batch", 3)),)
@@ -46,6 +46,6 @@ def test_saved_graph_is_one_file_that_onnx_reads_back(tmp_path: Path) -> None:
     assert onnx.load(tmp_path / "product.onnx") == product()
 
 
-def test_graph_whose_shapes_contradict_each_other_does_not_pass(tmp_path: Path) -> None:
+def test_graph_with_contradicting_shapes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(onnx.shape_inference.InferenceError):
         save_graph(product(inner=4), tmp_path / "product.onnx")

@@ -1,4 +1,4 @@
-"""Traced graphs of a tiny network: checked by onnx, run by ONNX Runtime at other sizes than they were traced with."""
+"""Traced graphs of a tiny network: validated by onnx, run by ONNX Runtime at sizes other than those traced."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(graphs: dict[str, onnx.ModelProto]) -> Run:
     return compute
 
 
-def pictures(batch: int) -> NDArray[np.float32]:
+def images(batch: int) -> NDArray[np.float32]:
     return np.random.default_rng(batch).normal(size=(batch, 3, *HW)).astype(np.float32)
 
 
@@ -123,7 +123,7 @@ def test_no_convolution_has_weights_made_at_run_time(name: str, graphs: dict[str
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_constants_are_folded_and_nothing_is_computed_for_nobody(name: str, graphs: dict[str, onnx.ModelProto]) -> None:
+def test_constants_are_folded_and_no_result_is_unused(name: str, graphs: dict[str, onnx.ModelProto]) -> None:
     graph, stored = graphs[name].graph, constants(graphs[name])
     foldable = [n.name for n in graph.node if n.op_type != "Constant" and n.input and set(n.input) <= stored | {""}]
     assert foldable == []
@@ -133,13 +133,13 @@ def test_constants_are_folded_and_nothing_is_computed_for_nobody(name: str, grap
 
 
 def constants(model: onnx.ModelProto) -> set[str]:
-    """Names of the graph's stored tensors."""
+    """Return the names of the graph's stored tensors."""
     held = {tensor.name for tensor in model.graph.initializer}
     return held | {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_prompt_encoder_answers_any_number_of_prompts(rows: int, network: CausalCLIPSeg, run: Run) -> None:
+def test_prompt_encoder_takes_any_number_of_prompts(rows: int, network: CausalCLIPSeg, run: Run) -> None:
     tokens = prompts(rows)
     out = run("prompt_encoder", {"tokens": tokens})
     state = network.text_tower(torch.from_numpy(tokens))
@@ -151,8 +151,8 @@ def test_prompt_encoder_answers_any_number_of_prompts(rows: int, network: Causal
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_image_encoder_answers_any_number_of_pictures(batch: int, network: CausalCLIPSeg, run: Run) -> None:
-    image = pictures(batch)
+def test_image_encoder_takes_any_number_of_images(batch: int, network: CausalCLIPSeg, run: Run) -> None:
+    image = images(batch)
     out = run("image_encoder", {"image": image})
     neck = network.neck(network.image_tower(torch.from_numpy(image)))
     expected = (network.head.rise(neck.causal).permute(0, 2, 3, 1), *neck.masks, neck.confounding)
@@ -161,24 +161,24 @@ def test_image_encoder_answers_any_number_of_pictures(batch: int, network: Causa
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (1, 5), (4, 1), (2, 2)])
-def test_mask_decoder_answers_every_prompt_on_every_picture(
+def test_mask_decoder_decodes_every_prompt_on_every_image(
     batch: int, rows: int, network: CausalCLIPSeg, run: Run
 ) -> None:
-    image, tokens = pictures(batch), prompts(rows)
+    image, tokens = images(batch), prompts(rows)
     kernels = run("prompt_encoder", {"tokens": tokens})
     features = run("image_encoder", {"image": image})["features"]
     logits = run("mask_decoder", {"features": features, **kernels})["logits"]
     assert logits.shape == (batch, rows, *HW)
     state = network.text_tower(torch.from_numpy(tokens))
-    risen = network.head.rise(network.neck.causal_features(network.image_tower(torch.from_numpy(image))))
-    for picture in range(batch):
-        alone = network.head.answer(risen[picture : picture + 1].expand(rows, -1, -1, -1), state)
-        assert error(logits[picture], alone[:, 0]) <= LIMIT
+    upsampled = network.head.rise(network.neck.causal_features(network.image_tower(torch.from_numpy(image))))
+    for number in range(batch):
+        alone = network.head.answer(upsampled[number : number + 1].expand(rows, -1, -1, -1), state)
+        assert error(logits[number], alone[:, 0]) <= LIMIT
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_fused_graph_equals_the_network_and_the_chain_of_graphs(batch: int, network: CausalCLIPSeg, run: Run) -> None:
-    image, tokens = pictures(batch), prompts(batch)
+    image, tokens = images(batch), prompts(batch)
     logits = run("fused", {"image": image, "tokens": tokens})["logits"]
     assert logits.shape == (batch, 1, *HW)
     assert error(logits, network.causal_logits(torch.from_numpy(image), torch.from_numpy(tokens))) <= LIMIT
@@ -188,9 +188,9 @@ def test_fused_graph_equals_the_network_and_the_chain_of_graphs(batch: int, netw
     assert error(logits[:, 0], torch.from_numpy(chain).diagonal().permute(2, 0, 1)) <= 1e-6
 
 
-def test_the_picture_matters_to_these_comparisons(run: Run) -> None:
-    """Logits that hardly depend on the picture would agree whatever the image encoder computes."""
-    image, tokens = pictures(2), prompts(1).repeat(2, axis=0)
+def test_the_logits_depend_on_the_image(run: Run) -> None:
+    """Otherwise the comparisons above would pass whatever the image encoder computes."""
+    image, tokens = images(2), prompts(1).repeat(2, axis=0)
     first, second = run("fused", {"image": image, "tokens": tokens})["logits"]
     assert error(first, torch.from_numpy(second)) > 1000 * LIMIT
 
@@ -213,7 +213,7 @@ def test_plain_graph_has_a_static_batch_and_the_network_s_logits(
     onnx.checker.check_model(plain, full_check=True)
     assert dimensions(plain.graph.input) == {"image": [2, 3, *HW], "tokens": [2, LENGTH]}
     assert dimensions(plain.graph.output) == {"logits": [2, 1, *HW]}
-    image, tokens = pictures(2), prompts(2)
+    image, tokens = images(2), prompts(2)
     [logits] = session_of(plain).run(["logits"], {"image": image, "tokens": tokens})
     assert error(logits, network.causal_logits(torch.from_numpy(image), torch.from_numpy(tokens))) <= LIMIT
 
@@ -238,7 +238,7 @@ def test_tracing_leaves_loggers_and_the_module_as_they_were() -> None:
     assert (dimensions(graph.graph.input), dimensions(graph.graph.output)) == ({"x": ["rows", 3]}, {"y": ["rows", 2]})
 
 
-def test_graphs_carry_no_paths_of_the_machine_that_traced_them(graphs: dict[str, onnx.ModelProto]) -> None:
+def test_graphs_contain_no_paths_of_the_tracing_machine(graphs: dict[str, onnx.ModelProto]) -> None:
     for graph in graphs.values():
         without_weights = onnx.ModelProto()
         without_weights.CopyFrom(graph)

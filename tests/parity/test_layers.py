@@ -17,7 +17,7 @@ from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.engines.convert import ConvertOptions, convert_graphs
 from cclip_deploy.errors import ParityError
 from cclip_deploy.graph.precision import quantize as quantize
-from cclip_deploy.graph.precision.convert import lower
+from cclip_deploy.graph.precision.convert import convert_graph
 from cclip_deploy.parity.layers import layer_errors, layer_limit
 from cclip_deploy.parity.reference import load_references
 from cclip_deploy.quantization.calibrate import CalibrationOptions
@@ -81,7 +81,7 @@ def test_one_wrong_layer_of_a_network_stands_out(tiny_bundle: Bundle, precision:
     tensor.CopyFrom(numpy_helper.from_array(CHANGES[name](numpy_helper.to_array(tensor)), tensor.name))
     inputs = {"image": load_references(tiny_bundle)[1].image[:1]}
     limit = layer_limit(precision)
-    found = layer_errors(lower(wrong, precision).model, full, precision, inputs)
+    found = layer_errors(convert_graph(wrong, precision).model, full, precision, inputs)
     assert [layer.node for layer in found if not layer.error <= limit] == [node.name]
 
 

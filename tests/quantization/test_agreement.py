@@ -1,4 +1,4 @@
-"""Which images and prompts the masks of a lower precision are judged on, and what is reported of them."""
+"""Images and prompts of the mask comparison, and its report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import THREADS, TINY_HW
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_in_every_layout_the_test_images_judge_with_their_own_prompts(layout: str, tmp_path: Path) -> None:
+def test_in_every_format_the_test_images_are_evaluated_with_their_prompts(layout: str, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     write_dataset(folder, {"train": 8, "val": 2, "test": 3}, (32, 48), 5, layout=layout)
     found = evaluation_images(CalibrationOptions((), evaluation_set=(folder,)))
@@ -29,7 +29,7 @@ def test_in_every_layout_the_test_images_judge_with_their_own_prompts(layout: st
     assert len(found.images) == 3
 
 
-def test_plain_images_judge_with_the_reference_prompts_and_the_limit_is_honored(tmp_path: Path) -> None:
+def test_plain_images_get_the_reference_prompts_and_the_limit_applies(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", {"test": 5}, (32, 48), 5)
     images = tmp_path / "data" / "images"
     found = evaluation_images(CalibrationOptions((), evaluation_set=(images,), evaluation_limit=3))
@@ -37,15 +37,15 @@ def test_plain_images_judge_with_the_reference_prompts_and_the_limit_is_honored(
     assert found.sources[0].images == 5
 
 
-def test_every_image_and_prompt_counts_whatever_its_name_and_length(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """Two images of one name in different folders, one of them with a prompt longer than the bundle's 24 tokens."""
+def test_images_of_one_name_and_long_prompts_count(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Two images of one name in different folders; one has a prompt longer than the bundle's 24 tokens."""
     rows = []
-    write_dataset(tmp_path / "films", {"test": 2}, TINY_HW, 8)
+    write_dataset(tmp_path / "source", {"test": 2}, TINY_HW, 8)
     for number in range(2):
         place = tmp_path / "set" / f"study{number}"
         place.mkdir(parents=True)
-        shutil.copy(tmp_path / "films" / "images" / f"test-0000{number}.png", place / "image.png")
-        shutil.copy(next((tmp_path / "films" / "masks").glob(f"test-0000{number}-*")), place / "target.png")
+        shutil.copy(tmp_path / "source" / "images" / f"test-0000{number}.png", place / "image.png")
+        shutil.copy(next((tmp_path / "source" / "masks").glob(f"test-0000{number}-*")), place / "target.png")
         row = {"image": f"study{number}/image.png", "mask": f"study{number}/target.png", "split": "test"}
         rows += [row | {"text": "lower left lung"}, row | {"text": "opacity near the hilum and " * 10}][: number + 1]
     (tmp_path / "set" / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))

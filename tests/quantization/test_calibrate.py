@@ -1,4 +1,4 @@
-"""Calibration: which pictures are taken or refused, what the record says, and a cache that is not believed blindly."""
+"""Calibration: choice of images, overlap with the evaluation set, records and the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.datasets.writing import WRITERS
 from cclip_deploy.errors import DataError, ImageError, UsageError
 from cclip_deploy.imaging.preprocess import to_input
-from cclip_deploy.quantization import calibrate as calibrating
 from cclip_deploy.quantization.calibrate import CalibrationOptions, calibrate, choose_pictures, default_cache
 from cclip_deploy.quantization.record import CalibrationRecord
 from tests.conftest import THREADS, TINY_HW
@@ -28,19 +27,19 @@ from tests.conftest import THREADS, TINY_HW
 
 @pytest.fixture(scope="session")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of ten training films and three test films."""
-    folder = tmp_path_factory.mktemp("films") / "data"
+    """A data set of ten training images and three test images."""
+    folder = tmp_path_factory.mktemp("data-set") / "data"
     write_dataset(folder, {"train": 10, "test": 3}, TINY_HW, 5)
     return folder
 
 
-def calibrated(bundle: Bundle, options: CalibrationOptions, said: list[str] | None = None) -> CalibrationRecord:
+def calibrated(bundle: Bundle, options: CalibrationOptions, lines: list[str] | None = None) -> CalibrationRecord:
     model = onnx.load(bundle.path / "graphs/image_encoder.onnx")
-    tell = (lambda line: None) if said is None else said.append
-    return calibrate(bundle, "image_encoder", model, choose_pictures(options), options, THREADS, tell)
+    on_progress = (lambda line: None) if lines is None else lines.append
+    return calibrate(bundle, "image_encoder", model, choose_pictures(options), options, THREADS, on_progress)
 
 
-def test_a_data_set_gives_its_training_split_and_keeps_its_test_split_apart(films: Path) -> None:
+def test_a_data_set_is_calibrated_on_its_training_split(films: Path) -> None:
     chosen = choose_pictures(CalibrationOptions((films,), evaluation_set=(films,)))
     assert sorted(path.name for path in chosen.paths) == [f"train-{n:05d}.png" for n in range(10)]
     assert chosen.evaluation_pictures == 3
@@ -49,7 +48,7 @@ def test_a_data_set_gives_its_training_split_and_keeps_its_test_split_apart(film
         assert picture.name == path.name
 
 
-def test_a_limit_takes_the_same_pictures_whatever_they_are_called(films: Path, tmp_path: Path) -> None:
+def test_a_limit_takes_the_same_images_under_other_names(films: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "renamed"
     renamed.mkdir()
     for number, path in enumerate(sorted((films / "images").glob("train-*"), reverse=True)):
@@ -61,7 +60,7 @@ def test_a_limit_takes_the_same_pictures_whatever_they_are_called(films: Path, t
 
 
 @pytest.mark.parametrize("copies", [0, 1, 20])
-def test_one_picture_is_too_few_however_often_it_lies_there(copies: int, films: Path, tmp_path: Path) -> None:
+def test_copies_of_one_image_count_once(copies: int, films: Path, tmp_path: Path) -> None:
     folder = tmp_path / "few"
     folder.mkdir()
     for number in range(copies):
@@ -71,27 +70,25 @@ def test_one_picture_is_too_few_however_often_it_lies_there(copies: int, films: 
         with pytest.raises(ImageError, match="has no picture"):
             choose_pictures(options)
         return
-    with pytest.raises(UsageError, match="1 different image to calibrate with; below 8"):
+    with pytest.raises(UsageError, match="1 different image; with fewer than 8"):
         choose_pictures(options)
     assert len(choose_pictures(replace(options, allow_few=True)).paths) == 1
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp"])
-def test_a_picture_of_the_evaluation_set_is_found_by_its_bytes_and_by_its_pixels(
+def test_an_image_of_the_evaluation_set_is_found_by_bytes_and_by_pixels(
     suffix: str, films: Path, tmp_path: Path
 ) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(films / "images", mixed, ignore=shutil.ignore_patterns("test-*"))
-    Image.open(films / "images" / "test-00001.png").save(mixed / f"innocent.{suffix}")
-    with pytest.raises(DataError, match=r"1 of 11 calibration images are in the evaluation set too .first innocent"):
+    Image.open(films / "images" / "test-00001.png").save(mixed / f"renamed.{suffix}")
+    with pytest.raises(DataError, match=r"1 of 11 calibration images are in the evaluation set too .first renamed"):
         choose_pictures(CalibrationOptions((mixed,), evaluation_set=(films,)))
     assert choose_pictures(CalibrationOptions((mixed,))).evaluation_pictures == 0
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_in_every_layout_the_training_images_calibrate_and_the_test_images_are_kept_apart(
-    layout: str, tmp_path: Path
-) -> None:
+def test_in_every_format_the_training_images_are_used_and_the_test_images_are_not(layout: str, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     write_dataset(folder, {"train": 8, "val": 2, "test": 3}, (32, 48), 5, layout=layout)
     chosen = choose_pictures(CalibrationOptions((folder,), evaluation_set=(folder,)))
@@ -106,7 +103,7 @@ def test_in_every_layout_the_training_images_calibrate_and_the_test_images_are_k
 def test_a_patient_of_the_evaluation_set_is_found_in_other_images(
     as_plain_images: bool, films: Path, tmp_path: Path
 ) -> None:
-    """The rows of ten films are shared out anew: two training films are of a patient with a test film."""
+    """Two training images get the patient of a test image."""
     copy = tmp_path / "copy"
     shutil.copytree(films, copy)
     moved = {"train-00002": "sub-S07", "train-00005": "sub-S07", "test-00001": "sub-S07", "test-00000": "sub-S08"}
@@ -114,21 +111,21 @@ def test_a_patient_of_the_evaluation_set_is_found_in_other_images(
     for name, patient in moved.items():
         text = text.replace(f"synthetic-{name}", patient)
     (copy / "table.csv").write_text(text)
-    judged = copy
+    evaluated = copy
     if as_plain_images:
-        judged = tmp_path / "judged"
-        judged.mkdir()
-        shutil.copy(films / "images" / "test-00001.png", judged / "sub-S07_run-9.png")
+        evaluated = tmp_path / "evaluated"
+        evaluated.mkdir()
+        shutil.copy(films / "images" / "test-00001.png", evaluated / "sub-S07_run-9.png")
     with pytest.raises(
         DataError,
         match=r"2 of 10 calibration images are of 1 patient in the evaluation set too .first sub-S07",
     ):
-        choose_pictures(CalibrationOptions((copy,), evaluation_set=(judged,)))
+        choose_pictures(CalibrationOptions((copy,), evaluation_set=(evaluated,)))
     assert choose_pictures(CalibrationOptions((copy,))).patients == 9
 
 
-def test_equal_file_names_do_not_make_a_patient(films: Path, tmp_path: Path) -> None:
-    """Two folders number their images alike: nothing says that the patients are the same, and this is said."""
+def test_equal_file_names_do_not_imply_one_patient(films: Path, tmp_path: Path) -> None:
+    """Two folders number their images alike; the report states that their patients are unknown."""
     for folder, kind in (("one", "train"), ("other", "test")):
         (tmp_path / folder).mkdir()
         for number, path in enumerate(sorted((films / "images").glob(f"{kind}-*"))):
@@ -137,12 +134,12 @@ def test_equal_file_names_do_not_make_a_patient(films: Path, tmp_path: Path) -> 
     assert chosen.describe() == [
         "Calibration: 10 images, from one (images without a layout): 10 images of unknown patients",
         "Evaluation set: other (images without a layout): 3 images of unknown patients",
-        "13 of these images have no known patient, so they were compared by file and pixels alone. Give --subject, or "
-        "a subject column.",
+        "13 of these images have no known patient, so only their files and pixels were compared. Give --subject, or a "
+        "subject column.",
     ]
 
 
-def test_a_set_with_one_split_never_calibrates_and_judges_with_the_same_rows(films: Path, tmp_path: Path) -> None:
+def test_a_set_with_one_split_cannot_be_both_calibration_and_evaluation_set(films: Path, tmp_path: Path) -> None:
     shutil.copytree(films, tmp_path / "set")
     table = tmp_path / "set" / "table.csv"
     table.write_text("".join(line for line in table.read_text().splitlines(True) if ",test," not in line))
@@ -150,9 +147,9 @@ def test_a_set_with_one_split_never_calibrates_and_judges_with_the_same_rows(fil
         choose_pictures(CalibrationOptions((tmp_path / "set",), evaluation_set=(tmp_path / "set",)))
 
 
-def test_the_record_names_layout_split_and_patients(tiny_bundle: Bundle, films: Path) -> None:
+def test_the_record_has_format_split_and_patients(tiny_bundle: Bundle, films: Path) -> None:
     record = calibrated(tiny_bundle, CalibrationOptions((films,), "min-max", evaluation_set=(films,)))
-    (source,), (judged,) = record.sources, record.evaluation_sources
+    (source,), (evaluated,) = record.sources, record.evaluation_sources
     assert (source.name, source.layout, source.split, source.images, source.patients) == (
         "data",
         "flat",
@@ -160,7 +157,7 @@ def test_the_record_names_layout_split_and_patients(tiny_bundle: Bundle, films: 
         10,
         10,
     )
-    assert (judged.split, judged.images, judged.patients) == ("test", 3, 3)
+    assert (evaluated.split, evaluated.images, evaluated.patients) == ("test", 3, 3)
     assert {picture.patient for picture in record.pictures} == {f"synthetic-train-{n:05d}" for n in range(10)}
     assert CalibrationRecord.model_validate_json(record.model_dump_json()) == record
 
@@ -176,7 +173,7 @@ def test_a_record_of_an_earlier_version_still_loads() -> None:
     assert record.describe() == ["Calibration: 1 image, from a version that did not record it"]
 
 
-def test_an_unreadable_picture_is_left_out_and_named(films: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_left_out_and_named(films: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(films / "images", folder)
     (folder / "torn.png").write_bytes((films / "images" / "train-00000.png").read_bytes()[:200])
@@ -188,20 +185,20 @@ def test_an_unreadable_picture_is_left_out_and_named(films: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (CalibrationOptions(()), "give --calibration DIR"),
         (CalibrationOptions((Path("."),), "median"), "no calibration method 'median'"),  # type: ignore[arg-type]
-        (CalibrationOptions((Path("."),), percentile=0.999), "percentile of 0.999 is out of range"),
+        (CalibrationOptions((Path("."),), percentile=0.999), "must be above 50 and at most 100, got 0.999"),
         (CalibrationOptions((Path("."),), limit=0), "limit of 0"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options: CalibrationOptions, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_invalid_options_are_refused(options: CalibrationOptions, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         choose_pictures(options)
 
 
-def test_min_max_ranges_are_the_largest_values_that_the_graph_gives(tiny_bundle: Bundle, films: Path) -> None:
+def test_min_max_ranges_are_the_largest_values_of_the_graph(tiny_bundle: Bundle, films: Path) -> None:
     record = calibrated(tiny_bundle, CalibrationOptions((films,), "min-max"))
     assert record.graph_sha256 == tiny_bundle.graph("image_encoder").sha256
     assert (record.method, record.percentile, len(record.pictures)) == ("min-max", None, 10)
@@ -216,23 +213,26 @@ def test_min_max_ranges_are_the_largest_values_that_the_graph_gives(tiny_bundle:
     assert record.ranges["image"] == pytest.approx(max(np.abs(i).max() for i in inputs), rel=1e-6)
 
 
-def test_the_cache_answers_for_the_same_pictures_and_method_only(
-    tiny_bundle: Bundle, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_cache_is_used_only_for_the_same_images_and_method(
+    tiny_bundle: Bundle, films: Path, tmp_path: Path
 ) -> None:
+    def is_cached(options: CalibrationOptions) -> bool:
+        lines: list[str] = []
+        records.append(calibrated(tiny_bundle, options, lines))
+        return any("are in" in line for line in lines)
+
+    records: list[CalibrationRecord] = []
     options = CalibrationOptions((films,), "min-max", cache=tmp_path / "cache")
-    first = calibrated(tiny_bundle, options)
-    real, asked = calibrating._statistics, []
-    monkeypatch.setattr(calibrating, "_statistics", lambda *a: asked.append(1) or real(*a))
-    assert calibrated(tiny_bundle, options) == first
-    assert not asked
-    calibrated(tiny_bundle, replace(options, method="percentile"))
-    calibrated(tiny_bundle, replace(options, limit=9))
-    assert len(asked) == 2
+    assert not is_cached(options)
+    assert is_cached(options)
+    assert records[0] == records[1]
+    assert not is_cached(replace(options, method="percentile"))
+    assert not is_cached(replace(options, limit=9))
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 @pytest.mark.parametrize("damage", ["range", "bytes", "shape"])
-def test_an_altered_cache_entry_is_computed_again_and_said_so(
+def test_an_altered_cache_entry_is_reported_and_recomputed(
     damage: str, tiny_bundle: Bundle, films: Path, tmp_path: Path
 ) -> None:
     options = CalibrationOptions((films,), "min-max", cache=tmp_path)
@@ -241,12 +241,12 @@ def test_an_altered_cache_entry_is_computed_again_and_said_so(
     content = json.loads(entry.read_text())
     content["ranges"]["image"] = 99.0
     entry.write_text({"range": json.dumps(content), "bytes": "{torn", "shape": "[1]"}[damage])
-    said: list[str] = []
-    assert calibrated(tiny_bundle, options, said) == first
-    assert any("was altered; calibrating again" in line for line in said)
+    lines: list[str] = []
+    assert calibrated(tiny_bundle, options, lines) == first
+    assert any("was altered; calibrating again" in line for line in lines)
     assert calibrated(tiny_bundle, options) == first
 
 
-def test_the_cache_lies_where_the_desktop_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_below_xdg_cache_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert default_cache() == Path("/somewhere/cclip-deploy/calibration")

@@ -1,4 +1,4 @@
-"""The curve's points are those of the calibration that build-engine makes, and the bundle is left as it was."""
+"""Curve points equal the calibrations of build-engine, and the bundle is not changed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.bundles import copy_of, digests
 from tests.conftest import THREADS, TINY_HW
 
 
-def test_a_smaller_set_is_part_of_a_larger_one_and_no_byte_changes(tiny_bundle_path: Path, tmp_path: Path) -> None:
-    films = tmp_path / "films"
-    write_dataset(films, {"train": 3, "test": 2}, TINY_HW, 7)
+def test_points_use_growing_subsets_and_no_byte_of_the_bundle_changes(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    data_set = tmp_path / "data-set"
+    write_dataset(data_set, {"train": 3, "test": 2}, TINY_HW, 7)
     copy = copy_of(tiny_bundle_path, tmp_path / "here")
     before = digests(copy)
-    options = CalibrationOptions((films,), evaluation_set=(films,))
+    options = CalibrationOptions((data_set,), evaluation_set=(data_set,))
     points = measure_curve(Bundle.open(copy), options, [1, 50], "int8", ["min-max"], THREADS)
     assert [(point.method, point.pictures) for point in points] == [("min-max", 1), ("min-max", 3)]
     assert all(0.5 < point.agreement.worst <= point.agreement.mean < 1 for point in points)

@@ -1,7 +1,7 @@
-"""A GPU that is none: it keeps books on every call, and does what was put on a stream only when somebody waits for it.
+"""Fake GPU for tests: it records calls, and executes the work of a stream only at a synchronization.
 
-So whatever relies on an order that CUDA does not promise goes wrong here, and so does a leak, a double free, a copy
-beyond a buffer, a wait inside a capture.
+Code that relies on an order that CUDA does not guarantee therefore fails here, as do leaks, double frees, copies beyond
+a buffer, and waits inside a capture.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import numpy as np
 from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.runtime.tensorrt.device import Bytes, GpuFacts, GpuInterface
 
-FACTS = GpuFacts("Imaginary GPU", "8.9", 24 << 30, "13.0")
+FACTS = GpuFacts("Fake GPU", "8.9", 24 << 30, "13.0")
 Work = Callable[[], None]
 
 
 @dataclass(eq=False)
 class FakeStream:
     number: int
-    waiting: list[Work] = field(default_factory=list)
+    pending: list[Work] = field(default_factory=list)
     capturing: list[Work] | None = None
     is_open: bool = True
 
     def put(self, work: Work) -> None:
         assert self.is_open, "work on a closed stream"
-        (self.waiting if self.capturing is None else self.capturing).append(work)
+        (self.pending if self.capturing is None else self.capturing).append(work)
 
 
 @dataclass(eq=False)
@@ -38,7 +38,9 @@ class FakeGraph:
 
 
 class FakeGpu:
-    """`calls` names every call in order; `fail_at` makes the nth call of a name fail as CUDA would."""
+    """Fake device. `calls` lists the calls in order; `fail_at` makes the nth call of a name fail, which sets
+    `has_failed`.
+    """
 
     interface: GpuInterface = "cuda-python"
 
@@ -46,6 +48,7 @@ class FakeGpu:
         self.facts = facts
         self.calls: list[str] = []
         self.fail_at = fail_at
+        self.has_failed = False
         self.blocks: dict[int, Bytes] = {}
         self.pinned: list[Bytes] = []
         self.streams: dict[int, FakeStream] = {}
@@ -58,7 +61,8 @@ class FakeGpu:
         assert not self.is_closed, f"{name} after close"
         self.calls.append(name)
         if self.fail_at == (name, self.calls.count(name)):
-            raise EnvironmentIssue(f"{name} failed: out of luck (CUDA error 2).")
+            self.has_failed = True
+            raise EnvironmentIssue(f"{name} failed: injected fault (CUDA error 2).")
 
     def allocate(self, n_bytes: int) -> int:
         self._not_capturing("allocate")
@@ -118,7 +122,7 @@ class FakeGpu:
     def synchronize(self, stream: FakeStream) -> None:
         assert stream.capturing is None, "a wait inside a capture"
         self.note("synchronize")
-        work, stream.waiting = stream.waiting, []
+        work, stream.pending = stream.pending, []
         for do in work:
             do()
 
@@ -170,7 +174,7 @@ class FakeGpu:
         self.is_closed = True
 
     def leaks(self) -> dict[str, int]:
-        """What is still held, by kind."""
+        """Return the number of unreleased resources by kind."""
         held = {
             "device memory": len(self.blocks),
             "pinned memory": len(self.pinned),

@@ -1,7 +1,7 @@
-"""A TensorRT binding that is none: its engines compute a bundle's ONNX graphs in ONNX Runtime, on a FakeGpu's streams.
+"""Fake TensorRT binding for tests: engines run a bundle's ONNX graphs in ONNX Runtime, on the streams of a FakeGpu.
 
-It holds the runner to what the real one asks: shapes within the profile, an address for every tensor, scratch memory of
-the right size, streams that exist.
+It asserts what TensorRT requires of the runner: shapes within the profile, an address for every tensor, scratch memory
+of the right size, existing streams.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCRATCH = {"image_encoder": 4096, "prompt_encoder": 8192, "mask_decoder": 512}
 
 
 def engine_bundle(bundle: Path, folder: Path, **changes: Any) -> Bundle:
-    """A copy with an engine entry of each graph that serves; the engine's bytes name the graph."""
+    """Copy a bundle and add an engine entry for each served graph; the engine's bytes name the graph."""
     path = copy_of(bundle, folder)
     manifest = json.loads((path / "manifest.json").read_bytes())
     (path / "engines").mkdir()
@@ -132,7 +132,7 @@ class FakeContext:
         assert self.profile >= 0, "no optimization profile"
         binding.runs.append(self.engine.graph)
         if len(binding.runs) == binding.fail_at_run:
-            binding.logger.log("ILogger.Severity.ERROR", "no luck")
+            binding.logger.log("ILogger.Severity.ERROR", "injected fault")
             return False
         assert self.scratch is not None, "no scratch memory"
         assert gpu.blocks[self.scratch[0]].nbytes == self.scratch[1] >= SCRATCH[self.engine.graph]
@@ -160,7 +160,9 @@ class FakeContext:
 
 
 class FakeTensorRt:
-    """Passes for the module tensorrt_rtx. `most` is the largest size of each profile's dynamic sides."""
+    """Stands for the module tensorrt_rtx. `most` is the largest dynamic size of each profile; run number `fail_at_run`
+    fails.
+    """
 
     __name__ = "tensorrt_rtx"
     __version__ = VERSION
@@ -193,7 +195,7 @@ class FakeTensorRt:
         def deserialize(content: bytes) -> FakeEngine | None:
             self.deserialized.append(content)
             if not content.startswith(b"engine of "):
-                logger.log("ILogger.Severity.ERROR", "this is no engine")
+                logger.log("ILogger.Severity.ERROR", "this is not an engine")
                 return None
             return FakeEngine(self, content.decode().removeprefix("engine of "))
 

@@ -14,7 +14,7 @@ from onnx import shape_inference
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry
 from cclip_deploy.bundle.precision import Precision
-from cclip_deploy.graph.precision.convert import InputsAndOutputs, lower, product_names, tensors_to_calibrate
+from cclip_deploy.graph.precision.convert import InputsAndOutputs, convert_graph, product_names, tensors_to_calibrate
 from cclip_deploy.runtime.graph_check import check_graph
 from cclip_deploy.runtime.graph_sizes import tensor_shapes
 from cclip_deploy.runtime.onnx_wire import read_model
@@ -42,7 +42,7 @@ def _lowered(bundle: Bundle) -> Iterator[Made]:
             if ranges != {}:
                 for io in get_args(InputsAndOutputs):
                     keep = (named[-1],) if (named := sorted(product_names(full))) else ()
-                    yield f"{name}.{precision}, {io}", lower(full, precision, ranges, keep, io).model, entry
+                    yield f"{name}.{precision}, {io}", convert_graph(full, precision, ranges, keep, io).model, entry
 
 
 def test_every_graph_that_is_made_passes(made: list[Made]) -> None:

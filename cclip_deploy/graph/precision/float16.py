@@ -1,27 +1,27 @@
-"""An FP32 graph as an FP16 or BF16 one: precision is written into the ONNX file, and engines are built strongly typed.
+"""Convert an FP32 graph to FP16 or BF16.
 
-Every node runs in one type. A node's float inputs are cast where they are held in the other type, and each cast is made
-once and shared; weights are converted, not cast, and a weight that both types read is stored in both. Which inputs may
-be narrow at all is read from the operators' ONNX schemas, so a resize keeps its FP32 scales.
+Types are written into the ONNX file, and engines are built strongly typed. Every node runs in one type. A node's float
+inputs are cast where they have the other type, and each cast is made once and shared. Weights are converted, not cast;
+a weight that nodes of both types read is stored in both. The operators' ONNX schemas say which inputs may have 16 bits,
+so a resize keeps its FP32 scales.
 
-onnxruntime's and onnxconverter_common's converters were tried first: they round a resize's scales (600 rows became 799
-instead of 800), leave `value_float` constants FP32 in a half sum, and append casts out of order, which onnx.checker
-refuses.
+The converters of onnxruntime and onnxconverter_common are not used: they round a resize's scales (600 rows became 799
+instead of 800), leave `value_float` constants FP32 in an FP16 sum, and append casts out of order, which onnx.checker
+rejects.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.graph.precision.onnx_graph import (
+    check_convertible,
     float_constants,
-    is_lifted,
+    is_float_constant,
     raise_opset,
-    refuse_what_has_no_flat_form,
     tensor_types,
 )
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-FP32_ISLANDS = frozenset(
+FP32_OPS = frozenset(
     {
         "CumSum",
         "GroupNormalization",
@@ -43,20 +43,20 @@ FP32_ISLANDS = frozenset(
         "Softmax",
     }
 )
-"""Operators that stay FP32: sums of squares and of exponentials leave float16's range or its eleven bits."""
+"""Operators that stay FP32: their sums of squares and exponentials exceed float16's range or precision."""
 
 LARGEST_HALF = 65504.0
 SMALLEST_HALF = 2.0**-24
 LARGEST_BFLOAT = 3.3895313892515355e38
 MASKED = -30000.0
-"""Stands for minus infinity in an additive mask: exp() of it is 0 beside any unmasked score; two stay finite."""
+"""Replaces minus infinity in an additive mask: exp() of it is 0, and the sum of two is finite in float16."""
 
 _FLOAT = 1  # TensorProto.FLOAT
 
 
 @dataclass(frozen=True)
-class _Narrow:
-    """A type of 16 bits: its ONNX number, its names, the largest value that rounds into it, its smallest step."""
+class _Float16Type:
+    """A 16-bit float type and its limits; `opset` is the first that supports it."""
 
     name: str
     kind: int
@@ -68,9 +68,9 @@ class _Narrow:
     opset: int
 
 
-_HALF = _Narrow("fp16", 10, "float16", "tensor(float16)", LARGEST_HALF, LARGEST_HALF + 16, SMALLEST_HALF, 1)
-# Convolutions and poolings take bfloat16 from opset 22 on.
-_BFLOAT = _Narrow("bf16", 16, "bfloat16", "tensor(bfloat16)", LARGEST_BFLOAT, LARGEST_BFLOAT, 2.0**-133, 22)
+_HALF = _Float16Type("fp16", 10, "float16", "tensor(float16)", LARGEST_HALF, LARGEST_HALF + 16, SMALLEST_HALF, 1)
+# Convolution and pooling accept bfloat16 from opset 22 on.
+_BFLOAT = _Float16Type("bf16", 16, "bfloat16", "tensor(bfloat16)", LARGEST_BFLOAT, LARGEST_BFLOAT, 2.0**-133, 22)
 _TYPED_BY_ATTRIBUTE = frozenset(
     {
         "Bernoulli",
@@ -82,82 +82,74 @@ _TYPED_BY_ATTRIBUTE = frozenset(
         "RandomUniformLike",
     }
 )
-_SHORT_NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 
 
-def to_fp16(model: ModelProto, islands: Collection[str] = FP32_ISLANDS, fp32_nodes: Collection[str] = ()) -> ModelProto:
-    """A new graph that computes in float16; `model` is not changed.
+def to_fp16(model: ModelProto, fp32_ops: Collection[str] = FP32_OPS, fp32_nodes: Collection[str] = ()) -> ModelProto:
+    """Convert a graph to compute in float16; `model` is not changed.
 
     Graph inputs and outputs keep name and type (images and logits float32, tokens int64). Float weights become float16,
-    nonzero ones at least 2**-24. A mask constant (only zeros and values at or below -65504, minus infinity included,
-    read by Add or Where alone) has those values set to -30000.
+    nonzero ones at least 2**-24 in magnitude. A mask constant (only zeros and values at or below -65504, minus infinity
+    included, read by Add or Where alone) has those values set to -30000.
 
     Args:
         model: FP32 graph without subgraphs, weights loaded.
-        islands: operator types that stay FP32.
+        fp32_ops: operator types that stay FP32.
         fp32_nodes: names of further nodes that stay FP32.
 
     Raises:
-        ParityError: a weight that float16 cannot hold (its name and reader are given), or a graph that this pass cannot
-            convert faithfully.
+        ParityError: float16 cannot represent a weight (the message names it and its reader), or the graph cannot be
+            converted faithfully.
         UsageError: a name in `fp32_nodes` that the graph does not have.
     """
-    return _convert(model, _HALF, islands, fp32_nodes)
+    return _convert(model, _HALF, fp32_ops, fp32_nodes)
 
 
-def to_bf16(model: ModelProto, islands: Collection[str] = FP32_ISLANDS, fp32_nodes: Collection[str] = ()) -> ModelProto:
-    """A new graph that computes in bfloat16, of opset 22 or newer; arguments, masks and errors are those of `to_fp16`.
+def to_bf16(model: ModelProto, fp32_ops: Collection[str] = FP32_OPS, fp32_nodes: Collection[str] = ()) -> ModelProto:
+    """Convert a graph to compute in bfloat16, in opset 22 or newer; see `to_fp16` for arguments, masks and errors.
 
-    bfloat16 has float32's range, so only a weight that is not finite is refused.
+    bfloat16 has the range of float32, so only weights that are not finite are rejected.
     """
-    return _convert(model, _BFLOAT, islands, fp32_nodes)
+    return _convert(model, _BFLOAT, fp32_ops, fp32_nodes)
 
 
-def _convert(model: ModelProto, narrow: _Narrow, islands: Collection[str], fp32_nodes: Collection[str]) -> ModelProto:
+def _convert(
+    model: ModelProto, target: _Float16Type, fp32_ops: Collection[str], fp32_nodes: Collection[str]
+) -> ModelProto:
     import onnx
 
-    refuse_what_has_no_flat_form(model)
+    check_convertible(model)
     unknown = sorted(set(fp32_nodes) - {node.name for node in model.graph.node})
     if unknown:
-        raise UsageError(f"The graph has no node named {', '.join(map(repr, unknown))}; it cannot be kept in FP32.")
-    if narrow.opset > 1:
-        model = raise_opset(model, narrow.opset)
-    converted = _Conversion(model, narrow, frozenset(islands), frozenset(fp32_nodes)).convert()
+        raise UsageError(f"The graph has no node named {', '.join(map(repr, unknown))}; it cannot stay FP32.")
+    if target.opset > 1:
+        model = raise_opset(model, target.opset)
+    converted = _Conversion(model, target, frozenset(fp32_ops), frozenset(fp32_nodes)).convert()
     try:
         onnx.checker.check_model(converted, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ParityError(
-            f"The {narrow.name.upper()} graph is not valid ONNX: {error}. Please report this graph."
+            f"The {target.name.upper()} graph is not valid ONNX: {error}. Please report this graph."
         ) from error
     return converted
 
 
-def precision_share(model: ModelProto) -> dict[str, int]:
-    """Elements of the stored weights by type, for example {"fp16": 94500000, "fp32": 4096, "int64": 12}."""
-    from onnx import TensorProto
-
-    share: dict[str, int] = defaultdict(int)
-    for tensor in model.graph.initializer:
-        name = TensorProto.DataType.Name(tensor.data_type)
-        share[_SHORT_NAMES.get(name, name.lower())] += math.prod(tensor.dims)
-    return dict(share)
-
-
 class _Conversion:
-    """One walk over the nodes, in their order; casts are placed before their first reader, so the order stays valid."""
+    """Converts the nodes in order; casts are inserted before their first reader, so the order stays topological."""
 
-    def __init__(self, model: ModelProto, narrow: _Narrow, islands: frozenset[str], fp32_nodes: frozenset[str]) -> None:
+    def __init__(
+        self, model: ModelProto, target: _Float16Type, fp32_ops: frozenset[str], fp32_nodes: frozenset[str]
+    ) -> None:
         self.model = model
-        self.narrow = narrow
+        self.target = target
         self.constants = dict(float_constants(model.graph))
-        self.nodes = [node for node in model.graph.node if not is_lifted(node, self.constants)]
+        self.nodes = [node for node in model.graph.node if not is_float_constant(node, self.constants)]
         self.types = tensor_types(model, self.constants)
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
         weights = {tensor.name for tensor in model.graph.initializer}
         self.inputs = [value for value in model.graph.input if value.name not in weights]
         self.held = {value.name: _FLOAT for value in self.inputs if self._is_float(value.name)}
         self.names: dict[tuple[str, int], str] = {(name, _FLOAT): name for name in self.held}
-        self.runs_in = [self._run_type(node, islands, fp32_nodes) for node in self.nodes]
+        self.runs_in = [self._run_type(node, fp32_ops, fp32_nodes) for node in self.nodes]
         self.readers = self._constant_readers()
         self.outputs = {value.name for value in model.graph.output}
         self.taken = set(self.types)
@@ -165,22 +157,22 @@ class _Conversion:
     def convert(self) -> ModelProto:
         import onnx
 
-        half = onnx.ModelProto()
+        converted = onnx.ModelProto()
         for field in ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"):
-            setattr(half, field, getattr(self.model, field))
-        half.opset_import.extend(self.model.opset_import)
-        half.metadata_props.extend(self.model.metadata_props)
-        half.graph.name = self.model.graph.name
-        half.graph.input.extend(self.inputs)
-        half.graph.output.extend(self.model.graph.output)
-        half.graph.initializer.extend(self._constants_in_their_types())
+            setattr(converted, field, getattr(self.model, field))
+        converted.opset_import.extend(self.model.opset_import)
+        converted.metadata_props.extend(self.model.metadata_props)
+        converted.graph.name = self.model.graph.name
+        converted.graph.input.extend(self.inputs)
+        converted.graph.output.extend(self.model.graph.output)
+        converted.graph.initializer.extend(self._constants_in_their_types())
         for index, (node, run) in enumerate(zip(self.nodes, self.runs_in, strict=True)):
-            self._add_node(half.graph, node, run, index)
-        self._add_value_info(half.graph)
-        return half
+            self._add_node(converted.graph, node, run, index)
+        self._add_value_info(converted.graph)
+        return converted
 
     def _add_value_info(self, graph: GraphProto) -> None:
-        """The shapes that the FP32 graph knew, with the types that the tensors have now."""
+        """Copy the known shapes from the FP32 graph, with the new types."""
         for value in self.model.graph.value_info:
             if value.name in self.constants or value.name in self.outputs:
                 continue
@@ -191,14 +183,14 @@ class _Conversion:
     def _is_float(self, name: str) -> bool:
         return self.types.get(name) == _FLOAT
 
-    def _run_type(self, node: NodeProto, islands: frozenset[str], fp32_nodes: frozenset[str]) -> int:
-        """The narrow type unless the node is an island, or its schema (or the lack of one) forbids it."""
-        if node.op_type in islands or node.name in fp32_nodes or node.op_type in _TYPED_BY_ATTRIBUTE:
+    def _run_type(self, node: NodeProto, fp32_ops: frozenset[str], fp32_nodes: frozenset[str]) -> int:
+        """Return the 16-bit type, unless the node has to stay FP32 or has no schema that allows 16 bits."""
+        if node.op_type in fp32_ops or node.name in fp32_nodes or node.op_type in _TYPED_BY_ATTRIBUTE:
             return _FLOAT
         schema = self._schema(node)
         if schema is None:
             return _FLOAT
-        allowed = self.narrow.schema_type
+        allowed = self.target.schema_type
         without = {c.type_param_str for c in schema.type_constraints if allowed not in c.allowed_type_strs}
         floats = [
             _formal(formals, index).type_str
@@ -206,7 +198,7 @@ class _Conversion:
             for index, name in enumerate(names)
             if self._is_float(name)
         ]
-        return _FLOAT if without.intersection(floats) else self.narrow.kind
+        return _FLOAT if without.intersection(floats) else self.target.kind
 
     def _schema(self, node: NodeProto) -> Any:
         import onnx
@@ -217,7 +209,7 @@ class _Conversion:
             return None
 
     def _input_types(self, node: NodeProto, run: int) -> list[int]:
-        """The type each input is read in; a cast reads what is there."""
+        """Return the type in which each input is read; a cast reads its input as it is."""
         if node.op_type == "Cast":
             return [self.held.get(node.input[0], _FLOAT)]
         schema = self._schema(node)
@@ -228,7 +220,7 @@ class _Conversion:
         return _types_by_schema(schema.outputs if schema else None, len(node.output), run)
 
     def _constant_readers(self) -> dict[str, list[tuple[NodeProto, int]]]:
-        """For each float constant the nodes that read it, with the type they read."""
+        """Return the nodes that read each float constant, with the type in which they read it."""
         readers: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
         for node, run in zip(self.nodes, self.runs_in, strict=True):
             for name, kind in zip(node.input, self._input_types(node, run), strict=True):
@@ -237,7 +229,7 @@ class _Conversion:
         return readers
 
     def _constants_in_their_types(self) -> Iterator[TensorProto]:
-        """Every constant, once a type that reads it; a constant of another type than float as it is."""
+        """Yield every float constant once for each type in which it is read, and all other constants unchanged."""
         from onnx import numpy_helper
 
         for tensor in self.model.graph.initializer:
@@ -248,12 +240,12 @@ class _Conversion:
             if _FLOAT in kinds:
                 self.names[name, _FLOAT] = tensor.name
                 yield tensor
-            if self.narrow.kind in kinds:
-                readers = [node for node, kind in self.readers[name] if kind == self.narrow.kind]
-                narrowed = _narrow_weight(name, numpy_helper.to_array(tensor), readers, self.narrow)
-                stored_as = self._fresh(f"{name}/{self.narrow.name}") if _FLOAT in kinds else name
-                self.names[name, self.narrow.kind] = stored_as
-                yield numpy_helper.from_array(narrowed, stored_as)
+            if self.target.kind in kinds:
+                readers = [node for node, kind in self.readers[name] if kind == self.target.kind]
+                converted = _convert_weight(name, numpy_helper.to_array(tensor), readers, self.target)
+                stored_as = self._fresh(f"{name}/{self.target.name}") if _FLOAT in kinds else name
+                self.names[name, self.target.kind] = stored_as
+                yield numpy_helper.from_array(converted, stored_as)
 
     def _add_node(self, graph: GraphProto, node: NodeProto, run: int, index: int) -> None:
         reads = self._input_types(node, run)
@@ -268,16 +260,16 @@ class _Conversion:
         if node.op_type == "Cast" and self._is_float(node.output[0]):
             next(attribute for attribute in new.attribute if attribute.name == "to").i = run
         for name in node.output:
-            if name in self.outputs and self.held.get(name) == self.narrow.kind:
+            if name in self.outputs and self.held.get(name) == self.target.kind:
                 self._cast(graph, name, _FLOAT, name)
 
     def _read(self, graph: GraphProto, name: str, kind: int) -> str:
-        """The name under which a float tensor is held in `kind`, cast if it is not there yet."""
+        """Return the name of a float tensor in type `kind`; a cast is added if it does not exist yet."""
         if not self._is_float(name):
             return name
         if (name, kind) not in self.names:
             self._cast(
-                graph, name, kind, self._fresh(f"{name}/{self.narrow.name if kind == self.narrow.kind else 'fp32'}")
+                graph, name, kind, self._fresh(f"{name}/{self.target.name if kind == self.target.kind else 'fp32'}")
             )
         return self.names[name, kind]
 
@@ -285,8 +277,8 @@ class _Conversion:
         if not self._is_float(name):
             return name
         self.held[name] = kind
-        renamed = name in self.outputs and kind == self.narrow.kind
-        self.names[name, kind] = self._fresh(f"{name}/{self.narrow.name}") if renamed else name
+        renamed = name in self.outputs and kind == self.target.kind
+        self.names[name, kind] = self._fresh(f"{name}/{self.target.name}") if renamed else name
         return self.names[name, kind]
 
     def _cast(self, graph: GraphProto, name: str, kind: int, target: str) -> None:
@@ -303,36 +295,36 @@ class _Conversion:
         return name
 
 
-def _narrow_weight(
-    name: str, values: np.ndarray[Any, Any], readers: list[NodeProto], narrow: _Narrow
+def _convert_weight(
+    name: str, values: np.ndarray[Any, Any], readers: list[NodeProto], target: _Float16Type
 ) -> np.ndarray[Any, Any]:
-    """The float32 values in the narrow type; see `to_fp16` for masks and for what is refused."""
+    """Convert float32 values to the 16-bit type; `to_fp16` documents masks and errors."""
     import ml_dtypes
     import numpy as np
 
-    kind = np.dtype(ml_dtypes.bfloat16 if narrow.name == "bf16" else np.float16)
+    kind = np.dtype(ml_dtypes.bfloat16 if target.name == "bf16" else np.float16)
     masked = values <= -LARGEST_HALF
     if masked.any() and not values[~masked].any() and {node.op_type for node in readers} <= {"Add", "Where"}:
-        finite: np.ndarray[Any, Any] = np.where(masked, kind.type(MASKED), kind.type(0))
-        return finite
-    outside = ~(np.abs(values) < narrow.rounds_to_largest)  # NaN too; what is nearer rounds to the largest
+        mask: np.ndarray[Any, Any] = np.where(masked, kind.type(MASKED), kind.type(0))
+        return mask
+    outside = ~(np.abs(values) < target.rounds_to_largest)  # NaN too
     if outside.any():
         worst = values[outside][0]
         raise ParityError(
-            f"Weight {name!r} has {int(outside.sum())} of {values.size} values that {narrow.numpy_name} cannot hold "
-            f"(the first is {worst:g}, the limit {narrow.largest:g}), read by node {readers[0].name!r} "
+            f"Weight {name!r} has {int(outside.sum())} of {values.size} values that {target.numpy_name} cannot "
+            f"represent (the first is {worst:g}, the limit {target.largest:g}), read by node {readers[0].name!r} "
             f"({readers[0].op_type}). "
-            f"Keep that node in FP32 (fp32_nodes=[{readers[0].name!r}]) or scale the weight."
+            f"Leave that node in FP32 (fp32_nodes=[{readers[0].name!r}]) or scale the weight."
         )
-    narrowed: np.ndarray[Any, Any] = values.astype(kind)
-    lost = (narrowed == 0) & (values != 0)
+    converted: np.ndarray[Any, Any] = values.astype(kind)
+    lost = (converted == 0) & (values != 0)
     if lost.any():
-        narrowed[lost] = np.copysign(narrow.smallest, values[lost]).astype(kind)
-    return narrowed
+        converted[lost] = np.copysign(target.smallest, values[lost]).astype(kind)
+    return converted
 
 
 def _types_by_schema(formals: Any, count: int, run: int) -> list[int]:
-    """`run` for each of `count` float tensors, but float32 where the schema fixes that, or where there is none."""
+    """Return `run` for each of `count` tensors, but float32 where the schema requires it or there is no schema."""
     if formals is None:
         return [_FLOAT] * count
     fixed = [_formal(formals, index).type_str == "tensor(float)" for index in range(count)]
@@ -340,5 +332,5 @@ def _types_by_schema(formals: Any, count: int, run: int) -> list[int]:
 
 
 def _formal(formals: Any, index: int) -> Any:
-    """The formal parameter of an input or output; the last one of a variadic operator serves all that follow."""
+    """Return the formal parameter of an input or output; a variadic operator's last one describes all that follow."""
     return formals[min(index, len(formals) - 1)]

@@ -1,4 +1,4 @@
-"""A graph's float inputs and outputs as float16, for those who feed it from a GPU and want half the bytes."""
+"""Change a graph's float32 inputs and outputs to float16, for callers that keep float16 tensors on the GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 _FLOAT, _HALF = 1, 10  # TensorProto.FLOAT, TensorProto.FLOAT16
 
 
-def halve_inputs_and_outputs(model: ModelProto) -> ModelProto:
-    """A new graph whose float32 inputs and outputs are float16 of the same names; a cast at each edge, none twice."""
+def io_to_fp16(model: ModelProto) -> ModelProto:
+    """Return a graph whose float32 inputs and outputs are float16 under the same names, without redundant casts."""
     import onnx
     from onnx import helper
 
@@ -45,7 +45,7 @@ def halve_inputs_and_outputs(model: ModelProto) -> ModelProto:
 
 
 def _drop_double_casts(model: ModelProto) -> None:
-    """Take out casts from float16 to float32 and back; both are exact, so nothing changes."""
+    """Remove casts from float16 to float32 and back; the round trip is exact."""
     from onnx import helper
 
     types = tensor_types(model, {})
@@ -53,21 +53,21 @@ def _drop_double_casts(model: ModelProto) -> None:
     casts = [node for node in model.graph.node if _casts_to(node, _FLOAT) and types.get(node.input[0]) == _HALF]
     half_of = {node.output[0]: node.input[0] for node in casts}
     same: dict[str, str] = {}
-    kept: list[NodeProto] = []
+    nodes: list[NodeProto] = []
     for node in model.graph.node:
         is_return = _casts_to(node, _HALF) and node.input[0] in half_of
         if is_return and node.output[0] not in outputs:
             same[node.output[0]] = half_of[node.input[0]]
         elif is_return:
-            kept.append(helper.make_node("Identity", [half_of[node.input[0]]], list(node.output)))
+            nodes.append(helper.make_node("Identity", [half_of[node.input[0]]], list(node.output)))
         else:
-            kept.append(node)
-    for node in kept:
+            nodes.append(node)
+    for node in nodes:
         node.input[:] = [same.get(name, name) for name in node.input]
-    read = {name for node in kept for name in node.input} | outputs
+    read = {name for node in nodes for name in node.input} | outputs
     unread = {name for name in half_of if name not in read}
     del model.graph.node[:]
-    model.graph.node.extend(node for node in kept if unread.isdisjoint(node.output))
+    model.graph.node.extend(node for node in nodes if unread.isdisjoint(node.output))
 
 
 def _casts_to(node: NodeProto, kind: int) -> bool:

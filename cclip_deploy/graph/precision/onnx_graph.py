@@ -1,4 +1,4 @@
-"""What every pass over a graph asks of it first: its float constants, the type of each tensor, and a newer opset."""
+"""Shared queries of ONNX graphs: dependence on inputs, float constants, tensor types, opset conversion."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LARGE = 1024
 
 
 def varying_tensors(model: ModelProto, integers_only: bool = False) -> set[str]:
-    """Names of the tensors that depend on an input of the graph, or on one that is no float (the prompt's tokens)."""
+    """Return the names of the tensors that depend on a graph input; with `integers_only`, on an integer input."""
     stored = {tensor.name for tensor in model.graph.initializer}
     found = {
         value.name
@@ -30,10 +30,10 @@ def varying_tensors(model: ModelProto, integers_only: bool = False) -> set[str]:
 
 
 def raise_opset(model: ModelProto, version: int) -> ModelProto:
-    """The graph in an opset that is `version` or newer, by onnx's own converter; its weights are not copied twice.
+    """Return the graph in opset `version` or newer, by onnx's version converter; large weights are not copied twice.
 
     Raises:
-        ParityError: the converter does not take the graph.
+        ParityError: the version converter rejects the graph.
     """
     import onnx
     from onnx import version_converter
@@ -48,7 +48,7 @@ def raise_opset(model: ModelProto, version: int) -> ModelProto:
         raised = version_converter.convert_version(bare, version)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         raise ParityError(
-            f"The graph of opset {current} cannot be raised to {version}: {error}. Export it again."
+            f"The graph of opset {current} cannot be converted to opset {version}: {error}. Export it again."
         ) from error
     names = {tensor.name for tensor in weights}
     inputs = [value for value in raised.graph.input if value.name not in names]
@@ -59,7 +59,7 @@ def raise_opset(model: ModelProto, version: int) -> ModelProto:
 
 
 def _without_large_weights(model: ModelProto) -> tuple[ModelProto, list[TensorProto]]:
-    """The graph with its large weights as inputs of their type and shape, and these weights."""
+    """Return the graph with its large weights replaced by inputs, and these weights."""
     import math
 
     import onnx
@@ -83,7 +83,7 @@ def _without_large_weights(model: ModelProto) -> tuple[ModelProto, list[TensorPr
 
 
 def float_constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
-    """Name and tensor of every float32 initializer and Constant node."""
+    """Yield name and tensor of every float32 initializer and Constant node."""
     import numpy as np
     from onnx import numpy_helper
 
@@ -102,12 +102,13 @@ def float_constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
             yield node.output[0], numpy_helper.from_array(np.array(attribute.floats, np.float32), node.output[0])
 
 
-def is_lifted(node: NodeProto, constants: dict[str, TensorProto]) -> bool:
+def is_float_constant(node: NodeProto, constants: dict[str, TensorProto]) -> bool:
+    """Return whether a node is a Constant that `float_constants` returned."""
     return node.op_type == "Constant" and node.output[0] in constants
 
 
 def tensor_types(model: ModelProto, constants: dict[str, TensorProto]) -> dict[str, int]:
-    """Element type of every tensor, by ONNX's own inference on the graph without its weights."""
+    """Return the element type of every tensor, by ONNX's type inference on the graph without its weights."""
     import onnx
 
     bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
@@ -126,19 +127,20 @@ def tensor_types(model: ModelProto, constants: dict[str, TensorProto]) -> dict[s
     types = {value.name: value.type.tensor_type.elem_type for value in values} | dict.fromkeys(constants, _FLOAT)
     for name in (name for node in model.graph.node for name in node.output if name):
         if not types.get(name):
-            raise ParityError(f"The type of tensor {name!r} cannot be inferred, so the graph cannot be made FP16.")
+            raise ParityError(f"The type of tensor {name!r} cannot be inferred, so the graph cannot be converted.")
     return types
 
 
-def refuse_what_has_no_flat_form(model: ModelProto) -> None:
+def check_convertible(model: ModelProto) -> None:
+    """Raise ParityError if a graph has subgraphs, functions, sparse weights or weights in other files."""
     for node in model.graph.node:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             raise ParityError(
-                f"Node {node.name!r} ({node.op_type}) has a subgraph, which the FP16 conversion does not follow. "
+                f"Node {node.name!r} ({node.op_type}) has a subgraph, which the conversion does not support. "
                 "Export the graph without control flow."
             )
     if model.functions or model.graph.sparse_initializer:
-        raise ParityError("The graph has local functions or sparse weights. Inline or densify them before FP16.")
+        raise ParityError("The graph has local functions or sparse weights. Inline or densify them first.")
     for tensor in model.graph.initializer:
         if tensor.data_location == tensor.EXTERNAL:
-            raise ParityError(f"Weight {tensor.name!r} lies in another file. Load the graph with its external data.")
+            raise ParityError(f"Weight {tensor.name!r} is in another file. Load the graph with its external data.")

@@ -1,15 +1,16 @@
-"""An FP32 graph as an INT8 or FP8 graph of explicit QuantizeLinear and DequantizeLinear pairs, as TensorRT reads it.
+"""Quantize an FP32 graph to INT8 or FP8 with explicit QuantizeLinear and DequantizeLinear pairs (Q/DQ).
 
-What is quantized is found by structure, never by name: convolutions and matrix products of one activation with one
-learned constant. Left as they are: products of two activations (attention, CARAFE, the prompt's kernel), products with
-an interpolation matrix (a constant whose entries all lie in [0, 1]), and whatever depends on the prompt's tokens.
-Everything is signed and symmetric with zero point 0: activations have one scale a tensor, weights one a channel and lie
-in the file as INT8 or FP8 behind a DequantizeLinear alone; biases stay float. The skip branch of every residual sum
-gets a pair, so that the sum can be fused into the convolution before it. What a concatenation gives is quantized before
-it, branch by branch at one scale, and its codes are joined: the same numbers, and the form that OpenVINO gets right
-(INT8 only: ONNX joins no FP8 codes).
+What is quantized is decided by structure: convolutions and matrix products of one activation with one learned constant.
+Not quantized: products of two activations (attention, CARAFE, the prompt's kernel), products with an interpolation
+matrix (a constant with all entries in [0, 1]), and everything that depends on the prompt's tokens.
 
-onnxruntime's quantizer was tried first: it has no pair for skips, and quantizes biases unless told otherwise.
+All codes are signed and symmetric with zero point 0. Activations have one scale per tensor, weights one per channel;
+weights are stored as INT8 or FP8 with a DequantizeLinear alone, and biases stay float. The skip branch of every
+residual sum gets a pair, so that the sum can be fused into the preceding convolution. The inputs of a concatenation are
+quantized with one scale and their codes are joined: the values are the same, and OpenVINO computes this form correctly
+(INT8 only, because ONNX cannot concatenate FP8).
+
+onnxruntime's quantizer is not used: it adds no pair on skips, and quantizes biases by default.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.graph.precision.onnx_graph import (
+    check_convertible,
     float_constants,
-    is_lifted,
+    is_float_constant,
     raise_opset,
-    refuse_what_has_no_flat_form,
     varying_tensors,
 )
 from cclip_deploy.graph.precision.residuals import find_residual_skips
@@ -36,20 +37,20 @@ if TYPE_CHECKING:
 
 Quantized = Literal["int8", "fp8"]
 LARGEST_CODE: dict[str, float] = {"int8": 127.0, "fp8": 448.0}
-"""The largest absolute value that a code stands for at scale 1; -128 is not used, so that the codes are symmetric."""
+"""The largest absolute value of a code; -128 is not used, so that the codes are symmetric."""
 
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 """Operators that are convolutions or matrix products."""
 
 _PASSING = frozenset({"AveragePool", "MaxPool"})
 _INT8, _FLOAT8E4M3FN = 3, 17  # TensorProto.INT8, TensorProto.FLOAT8E4M3FN
-_OPSET = 19  # the first with FP8, and with scales of the type that the rest of the graph runs in
+_OPSET = 19  # the first with FP8 and with scales in the type of the rest of the graph
 _SMALLEST_NORMAL_HALF, _HALF_STEP = 2.0**-14, 2.0**-24
 
 
 @dataclass(frozen=True)
 class QuantizedProduct:
-    """A convolution or product to quantize: which inputs hold data and weights, and the weights' channel axis."""
+    """A product to quantize: the indices of its data and weight inputs, and the channel axis of the weights."""
 
     node: str
     data_input: int
@@ -62,48 +63,48 @@ class QuantizationPlan:
     """What of a graph is quantized.
 
     Attributes:
-        products: in the graph's order.
-        skips: node name and input index of every residual sum's skip branch.
-        kept: names of the products that stay in the rest's precision.
-        tensors: activations that need a range, in the graph's order.
+        products: in graph order.
+        skips: node name and input index of the skip branch of every residual sum.
+        high_precision: names of the products that are not quantized.
+        tensors: activations that need a range, in graph order.
     """
 
     products: tuple[QuantizedProduct, ...]
     skips: tuple[tuple[str, int], ...]
-    kept: tuple[str, ...]
+    high_precision: tuple[str, ...]
     tensors: tuple[str, ...]
 
 
-def plan_quantization(model: ModelProto, keep: Collection[str] = ()) -> QuantizationPlan:
-    """Decide by structure what is quantized; see the module's docstring.
+def plan_quantization(model: ModelProto, high_precision: Collection[str] = ()) -> QuantizationPlan:
+    """Decide what is quantized, by the rules in the module's docstring.
 
     Args:
         model: FP32 graph without subgraphs; every product has a name.
-        keep: names of products that are to stay in the rest's precision, as a sensitivity search finds them.
+        high_precision: names of further products that are not quantized, for example from a sensitivity search.
 
     Raises:
-        UsageError: a name in `keep` that is no convolution or matrix product of the graph.
+        UsageError: a name in `high_precision` is not a convolution or matrix product of the graph.
     """
-    refuse_what_has_no_flat_form(model)
-    products, kept = _sort_products(model, frozenset(keep))
+    check_convertible(model)
+    products, unquantized = _sort_products(model, frozenset(high_precision))
     by_name = {node.name: node for node in model.graph.node}
-    unknown = sorted(set(keep) - set(kept))
+    unknown = sorted(set(high_precision) - set(unquantized))
     if unknown:
         raise UsageError(
-            f"The graph has no convolution or matrix product named {', '.join(map(repr, unknown))}, so none can be "
-            "kept in a higher precision."
+            f"The graph has no convolution or matrix product named {', '.join(map(repr, unknown))}, so it "
+            "cannot stay in a higher precision."
         )
     skips = _skips(model, {product.node for product in products})
     read = {by_name[product.node].input[product.data_input] for product in products}
     read |= {by_name[name].input[index] for name, index in skips}
     order = [*(value.name for value in model.graph.input), *(o for node in model.graph.node for o in node.output)]
-    return QuantizationPlan(products, skips, kept, tuple(name for name in order if name in read))
+    return QuantizationPlan(products, skips, unquantized, tuple(name for name in order if name in read))
 
 
 def _skips(model: ModelProto, quantized: set[str]) -> tuple[tuple[str, int], ...]:
-    """The skips of sums whose main branch a quantized product gives.
+    """Return the skips of sums whose main branch is a quantized product.
 
-    Which branch is the skip does not depend on what is kept out, so that one calibration serves every choice of that.
+    Skips are found as if no product were excluded, so that one calibration serves every choice of high-precision nodes.
     """
     possible, _ = _sort_products(model, frozenset())
     found = find_residual_skips(model, {product.node for product in possible})
@@ -111,32 +112,32 @@ def _skips(model: ModelProto, quantized: set[str]) -> tuple[tuple[str, int], ...
 
 
 def quantize(model: ModelProto, plan: QuantizationPlan, ranges: Mapping[str, float], kind: Quantized) -> ModelProto:
-    """A new graph with Q/DQ pairs, of opset 19 or newer, whose inputs and outputs are those of `model`.
+    """Return the graph with Q/DQ pairs, in opset 19 or newer, with the inputs and outputs of `model`.
 
-    Scales are numbers that float16 can hold, so that `to_fp16` may follow for the rest of the graph.
+    Scales are representable in float16, so that `to_fp16` can convert the rest of the graph afterwards.
 
     Args:
-        model: the FP32 graph that the plan was made of.
+        model: the FP32 graph of the plan.
         plan: from `plan_quantization`.
         ranges: largest absolute value to represent, for each of `plan.tensors`.
-        kind: the type of the codes.
+        kind: type of the codes.
 
     Raises:
-        UsageError: a tensor without a range.
-        ParityError: a range or a weight that is not finite.
+        UsageError: a tensor has no range.
+        ParityError: a range or a weight is not finite.
     """
     import onnx
 
     missing = [name for name in plan.tensors if name not in ranges]
     if missing:
-        raise UsageError(f"No range is known for {len(missing)} tensors, first {missing[0]!r}. Calibrate this graph.")
+        raise UsageError(f"{len(missing)} tensors have no range, the first is {missing[0]!r}. Calibrate this graph.")
     quantized = _Quantization(raise_opset(model, _OPSET), plan, ranges, kind).convert()
     onnx.checker.check_model(quantized, full_check=True)
     return quantized
 
 
 def scale_of(largest: float, kind: Quantized) -> float:
-    """The scale, a number that float16 holds, at which the largest code stands for `largest` or a little more."""
+    """Return the smallest float16-representable scale at which the largest code represents at least `largest`."""
     import numpy as np
 
     if largest <= 0:
@@ -149,7 +150,7 @@ def scale_of(largest: float, kind: Quantized) -> float:
 
 
 def weight_codes(values: Array, axis: int, kind: Quantized) -> tuple[Array, Array]:
-    """Codes of the weights (int8, or float8_e4m3fn) and one float32 scale for each channel of `axis`."""
+    """Return the codes of weights (int8 or float8_e4m3fn) and one float32 scale for each channel of `axis`."""
     import ml_dtypes
     import numpy as np
 
@@ -164,26 +165,26 @@ def weight_codes(values: Array, axis: int, kind: Quantized) -> tuple[Array, Arra
     return np.clip(scaled, -limit, limit).astype(ml_dtypes.float8_e4m3fn), scales
 
 
-def _sort_products(model: ModelProto, keep: frozenset[str]) -> tuple[tuple[QuantizedProduct, ...], tuple[str, ...]]:
-    """The products to quantize, and the names of those that stay."""
+def _sort_products(model: ModelProto, high: frozenset[str]) -> tuple[tuple[QuantizedProduct, ...], tuple[str, ...]]:
+    """Return the products to quantize, and the names of those to leave in high precision."""
     constants = dict(float_constants(model.graph))
     varying, of_prompt = varying_tensors(model), varying_tensors(model, integers_only=True)
-    quantized, kept = [], []
+    quantized, unquantized = [], []
     for node in model.graph.node:
         if node.op_type not in PRODUCTS or varying.isdisjoint(node.input):
             continue
         if not node.name:
-            raise ParityError(f"A {node.op_type} that gives {node.output[0]!r} has no name. Export the graph again.")
-        product = None if node.name in keep or not of_prompt.isdisjoint(node.input) else _as_product(node, constants)
+            raise ParityError(f"The {node.op_type} of output {node.output[0]!r} has no name. Export the graph again.")
+        product = None if node.name in high or not of_prompt.isdisjoint(node.input) else _as_product(node, constants)
         if product is None:
-            kept.append(node.name)
+            unquantized.append(node.name)
         else:
             quantized.append(product)
-    return tuple(quantized), tuple(kept)
+    return tuple(quantized), tuple(unquantized)
 
 
 def _as_product(node: NodeProto, constants: Mapping[str, TensorProto]) -> QuantizedProduct | None:
-    """How a node can be quantized; None where it has no learned weights, or no form that TensorRT takes."""
+    """Return how a node is quantized, or None if it has no learned weights or TensorRT does not support its form."""
     stored = [index for index, name in enumerate(node.input[:2]) if name in constants]
     if len(stored) != 1 or node.op_type not in ("Conv", "Gemm", "MatMul"):
         return None
@@ -199,7 +200,7 @@ def _as_product(node: NodeProto, constants: Mapping[str, TensorProto]) -> Quanti
 
 
 def _interpolates(weight: TensorProto) -> bool:
-    """Whether a constant matrix is a fixed average rather than learned: no entry below 0 or above 1."""
+    """Return whether a constant matrix is an interpolation rather than learned: all entries lie in [0, 1]."""
     from onnx import numpy_helper
 
     values = numpy_helper.to_array(weight)
@@ -207,7 +208,7 @@ def _interpolates(weight: TensorProto) -> bool:
 
 
 class _Quantization:
-    """One walk over the nodes: a tensor's pair stands right after what gives it, a weight's before its first reader."""
+    """Converts the nodes in order: a tensor's pair follows its producer, a weight's precedes its first reader."""
 
     def __init__(self, model: ModelProto, plan: QuantizationPlan, ranges: Mapping[str, float], kind: Quantized) -> None:
         self.model, self.plan, self.ranges, self.kind = model, plan, ranges, kind
@@ -225,8 +226,8 @@ class _Quantization:
         for value in self.model.graph.input:
             self._pair(value.name)
         for node in self.model.graph.node:
-            if is_lifted(node, self.constants):
-                self._keep_constant(node)
+            if is_float_constant(node, self.constants):
+                self._copy_constant(node)
                 continue
             new = onnx.NodeProto()
             new.CopyFrom(node)
@@ -247,7 +248,7 @@ class _Quantization:
             node.input[0] = _dequantized(node.input[0])
 
     def _pair(self, name: str, branches: Sequence[str] = ()) -> None:
-        """A tensor's codes and their values; of a concatenation, whose branches are given, each branch's codes."""
+        """Add Q/DQ of a tensor; for a concatenation of `branches`, quantize each branch and join the codes."""
         import onnx
         from onnx import helper
 
@@ -256,7 +257,7 @@ class _Quantization:
         largest = self.ranges[name]
         if not 0 <= largest < float("inf"):
             raise ParityError(
-                f"The range of tensor {name!r} is {largest}. Calibrate on pictures that give finite values."
+                f"The range of tensor {name!r} is {largest}. Calibrate with images that give finite values."
             )
         scale, zero, codes = f"{name}/scale", f"{self.kind}/zero_point", f"{name}/{self.kind}"
         self._store(scale, _float32(scale_of(largest, self.kind)))
@@ -275,14 +276,14 @@ class _Quantization:
         )
 
     def _quantized_weight(self, name: str, axis: int) -> str:
-        """The name of a weight's dequantized form, made at its first use."""
+        """Return the name of a weight's dequantized form, which is created at its first use."""
         import numpy as np
         from onnx import helper, numpy_helper
 
         if (name, axis) not in self.weights:
             values = numpy_helper.to_array(self.constants[name])
             if not np.isfinite(values).all():
-                raise ParityError(f"Weight {name!r} holds values that are not finite. Train or export it again.")
+                raise ParityError(f"Weight {name!r} has values that are not finite. Train or export it again.")
             codes, scales = weight_codes(values, axis, self.kind)
             stem = f"{name}/{self.kind}" + (f"/axis{axis}" if any(known == name for known, _ in self.weights) else "")
             self._store(stem, codes)
@@ -305,7 +306,7 @@ class _Quantization:
         zero = np.zeros((), np.int8 if self.kind == "int8" else ml_dtypes.float8_e4m3fn)
         self._store(f"{self.kind}/zero_point", zero)
 
-    def _keep_constant(self, node: NodeProto) -> None:
+    def _copy_constant(self, node: NodeProto) -> None:
         from onnx import NodeProto
 
         new = NodeProto()
@@ -322,7 +323,7 @@ class _Quantization:
 
         source = self.model.graph
         quantized = onnx.ModelProto()
-        quantized.ir_version = max(self.model.ir_version, 9)  # the first that knows FP8
+        quantized.ir_version = max(self.model.ir_version, 9)  # the first with FP8
         quantized.opset_import.extend(self.model.opset_import)
         quantized.metadata_props.extend(self.model.metadata_props)
         graph = quantized.graph

@@ -1,4 +1,4 @@
-"""Residual sums of a graph and which of their two branches is the skip, found by structure."""
+"""Find the residual sums of a graph, and which of their two inputs is the skip, by structure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 
 def find_residual_skips(model: ModelProto, products: Collection[str]) -> tuple[tuple[str, int, str], ...]:
-    """Sum, input index of its skip and main branch's product, for each sum of two activations, one given by a product.
+    """Return sum, input index of its skip, and product of its main branch, for each residual sum.
 
-    The skip is the branch with fewer products behind it (an identity, or the block's downsampling); of two alike the
-    second. A product's own bias, added as a node of its own, belongs to the product.
+    A residual sum adds two activations of which a product computes at least one. The skip is the input with fewer
+    products behind it (an identity, or the block's downsampling); if both have as many, the second. An Add of a product
+    and a constant bias counts as part of the product.
     """
     varying = varying_tensors(model)
     depth: dict[str, int] = {}
@@ -25,19 +26,19 @@ def find_residual_skips(model: ModelProto, products: Collection[str]) -> tuple[t
         behind = max((depth.get(name, 0) for name in node.input), default=0)
         depth.update(dict.fromkeys(node.output, behind + (node.name in products)))
         varies = [name in varying for name in node.input]
-        given_by = [direct[name] for name in node.input if name in direct]
+        producers = [direct[name] for name in node.input if name in direct]
         if node.name in products:
             direct[node.output[0]] = node.name
-        elif node.op_type == "Add" and given_by and all(varies):
+        elif node.op_type == "Add" and producers and all(varies):
             skip = _skip_of(node, direct, depth)
             skips.append((node.name, skip, direct[node.input[1 - skip]]))
-        elif node.op_type == "Add" and given_by:
-            direct[node.output[0]] = given_by[0]
+        elif node.op_type == "Add" and producers:
+            direct[node.output[0]] = producers[0]
     return tuple(skips)
 
 
 def _skip_of(node: NodeProto, direct: Collection[str], depth: dict[str, int]) -> int:
-    """The branch that no product gives directly; where both are given so, the shallower."""
+    """Return the input that no product computes directly; of two computed by products, the one with fewer behind it."""
     first, second = node.input
     if (first in direct) != (second in direct):
         return 1 if first in direct else 0

@@ -1,4 +1,4 @@
-"""The dense attention pool with all its products of x in one, and its positional embedding a constant."""
+"""Dense attention pool as one 1x1 convolution, with a constant positional embedding."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from cclip_deploy.model.towers import DenseAttentionPool
 
 
 class FixedAttentionPool(nn.Module):
-    """Queries, keys, values and the residual are one 1x1 convolution of x plus a constant map: W(x + E) = Wx + WE.
+    """Dense attention pool for maps of one size.
 
-    Channels stay first throughout, so nothing of the map's size is transposed.
+    Queries, keys, values and the residual are one 1x1 convolution of x plus a constant map: W(x + E) = Wx + WE.
+    Channels come first throughout, so no tensor of the map's size is transposed.
     """
 
     place: Tensor
@@ -28,18 +29,18 @@ class FixedAttentionPool(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 2048, h, w) -> (B, 512, h, w)
-        _, width, height, breadth = x.shape
+        _, channels, height, width = x.shape
         product = functional.conv2d(x, self.weight) + self.place
-        query, key, value, residual = torch.split(product, [width, width, width, len(self.out_weight)], dim=1)
-        per_head = (-1, self.heads, width // self.heads, height * breadth)
+        query, key, value, residual = torch.split(product, [channels, channels, channels, len(self.out_weight)], dim=1)
+        per_head = (-1, self.heads, channels // self.heads, height * width)
         scores = query.reshape(per_head).transpose(2, 3) @ key.reshape(per_head)  # (B, heads, hw, hw)
         pooled = value.reshape(per_head) @ scores.softmax(dim=-1).transpose(2, 3)  # (B, heads, 64, hw)
-        out = functional.conv2d(pooled.reshape(-1, width, height, breadth), self.out_weight, self.out_bias)
+        out = functional.conv2d(pooled.reshape(-1, channels, height, width), self.out_weight, self.out_bias)
         return functional.relu(out + residual)
 
 
 class FixAttentionPool(Rewrite[DenseAttentionPool]):
-    """DenseAttentionPool -> FixedAttentionPool for maps of one size; the scale of q is folded into its weight."""
+    """DenseAttentionPool -> FixedAttentionPool for maps of one size; the queries' scale is folded into their weight."""
 
     def __init__(self, map_hw: tuple[int, int]) -> None:
         self.map_hw = map_hw

@@ -1,4 +1,4 @@
-"""Fold a batch norm into the convolution before it."""
+"""Fold a batch norm into the preceding convolution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cclip_deploy.graph.rewrites.rewrite import Rewrite
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """A fixed batch norm as x * scale + shift, per channel, worked out in float64."""
+    """Return scale and shift, float64 (C,), so that a batch norm in eval mode is x * scale + shift."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a batch norm without running statistics is not an affine map")
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
@@ -17,29 +17,29 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias, float64, of the one convolution that equals convolution then norm."""
+    """Return weight and bias, float64, of the convolution that equals `convolution` followed by `norm`."""
     scale, shift = scale_and_shift(norm)
     bias = 0 if convolution.bias is None else convolution.bias.double() * scale
     return convolution.weight.double() * scale[:, None, None, None], shift + bias
 
 
 def norm_refusal(norm: nn.Module) -> str | None:
-    """Why a module is no batch norm that is a fixed affine map, if it is none."""
+    """Return why a module is not a batch norm with fixed statistics, or None if it is one."""
     if not isinstance(norm, nn.BatchNorm2d):
         return "its convolution is not followed by a batch norm"
     if norm.training:
         return "the batch norm is in training mode, so its statistics depend on the batch; call eval() first"
     if norm.running_mean is None or norm.running_var is None:
-        return "the batch norm keeps no running statistics"
+        return "the batch norm has no running statistics"
     if norm.weight is None:
         return "the batch norm has no weight and bias"
     return None
 
 
 def convolution_refusal(convolution: nn.Module, size: int) -> str | None:
-    """Why a module is no convolution of this size that keeps the map's size and sees all channels, if it is none."""
+    """Return why a module is not a dense, unstrided, zero-padded convolution of this kernel size, or None if it is."""
     if not isinstance(convolution, nn.Conv2d) or convolution.kernel_size != (size, size):
-        return f"it has no {size}x{size} convolution where one should be"
+        return f"it has no {size}x{size} convolution where one is expected"
     if (convolution.stride, convolution.dilation, convolution.groups) != ((1, 1), (1, 1), 1):
         return f"its {size}x{size} convolution has a stride, a dilation or groups"
     if convolution.padding != (size // 2, size // 2) or convolution.padding_mode != "zeros":
@@ -63,7 +63,7 @@ class FoldBatchNorm(Rewrite[nn.Sequential]):
 
 
 def folded_convolution(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """The one convolution with bias that equals convolution then norm."""
+    """Return the convolution with bias that equals `convolution` followed by `norm`."""
     weight, bias = fold(convolution, norm)
     folded = nn.Conv2d(
         convolution.in_channels,

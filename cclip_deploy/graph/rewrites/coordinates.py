@@ -1,4 +1,4 @@
-"""Coordinate channels do not depend on the picture: their share of the convolution is a constant map."""
+"""Coordinate channels of a convolution as a constant map, because they do not depend on the image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cclip_deploy.model.neck import CoordinateBlock, coordinate_channels
 
 
 class PlacedConvolution(nn.Module):
-    """A convolution, a constant map (1, C, h, w) that says where each pixel is, and a ReLU."""
+    """Convolution plus a constant map (1, C, h, w), the contribution of the coordinate channels, followed by a ReLU."""
 
     place: Tensor
 

@@ -1,4 +1,4 @@
-"""The head's last 1x1 convolution folded into the prompt's kernel."""
+"""Fold the head's last 1x1 convolution into the kernels that prompts produce."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cclip_deploy.model.head import TAPS, MaskHead
 
 
 class FoldedKernel(NamedTuple):
-    """A prompt's last convolution, applied before the 1x1 layer that it swallowed."""
+    """Kernels of P prompts, which include the preceding 1x1 convolution."""
 
     kernel: Tensor  # (P, 9, 256)
-    tap_bias: Tensor  # (P, 9), counts only where the tap is inside the picture
+    tap_bias: Tensor  # (P, 9), added only where the tap lies inside the image
     bias: Tensor  # (P,)
 
 
 class KernelFromState(nn.Module):
-    """A prompt's state to its folded kernel: K W1 and K b1 are linear in the state, so they are one linear layer."""
+    """One linear layer from a prompt's state to its folded kernel, because K W1 and K b1 are linear in the state."""
 
     def __init__(self, weight: Tensor, bias: Tensor, feature_width: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class KernelFromState(nn.Module):
 
 
 class FoldLastConvolution(Rewrite[MaskHead]):
-    """MaskHead's prompt layer and 1x1 layer -> KernelFromState."""
+    """The prompt layer and the 1x1 layer of a MaskHead -> KernelFromState."""
 
     def refusal(self, module: MaskHead) -> str | None:
         if module.mix.bias is None:

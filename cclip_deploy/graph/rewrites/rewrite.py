@@ -1,4 +1,4 @@
-"""What every exact rewrite has in common."""
+"""Base class of the exact rewrites."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ Matched = TypeVar("Matched", bound=nn.Module)
 
 
 class Rewrite(Generic[Matched]):
-    """Replaces one kind of module by one that computes the same; subclasses say which, when not, and by what."""
+    """Replace one kind of module by another that computes the same values.
+
+    Subclasses implement `refusal` and `replacement`.
+    """
 
     def refusal(self, module: Matched) -> str | None:
-        """Why this rewrite would not be exact here, in words; None where it is."""
+        """Return why the rewrite would not be exact for this module, or None if it is exact."""
         raise NotImplementedError
 
     def replacement(self, module: Matched) -> nn.Module:
-        """The module to put there; called only where nothing was refused."""
+        """Return the replacing module; called only if `refusal` returned None."""
         raise NotImplementedError
 
     def __call__(self, module: Matched) -> nn.Module:
-        """The replacement; RewriteRefused with the reason where it would not be exact."""
+        """Return the replacing module; raise RewriteRefused with the reason if the rewrite would not be exact."""
         reason = self.refusal(module)
         if reason is not None:
             raise RewriteRefused(f"{type(self).__name__} cannot rewrite {type(module).__name__}: {reason}")

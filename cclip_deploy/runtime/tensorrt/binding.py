@@ -1,7 +1,7 @@
-"""The Python bindings of TensorRT and TensorRT-RTX: which one, and the few places where they differ.
+"""Python bindings of TensorRT and TensorRT-RTX: import, and the differences between them.
 
-Both have the same interface, so the imported module is a parameter everywhere else. Neither has usable type stubs; what
-comes out of a binding is `Any`.
+Both have the same interface, so other modules take the imported module as a parameter. Neither has usable type stubs,
+so their objects are typed as `Any`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LEAST_CAPABILITY = {"fp8": (8, 9), "bf16": (8, 0)}
 
 
 def load_binding(name: BindingName) -> ModuleType:
-    """Import a binding; EnvironmentIssue with the command that installs it where it is missing or cannot load."""
+    """Import a binding; raise EnvironmentIssue with the install command if it is missing or does not load."""
     if name not in _MODULES:
         raise UsageError(f"There is no TensorRT binding {name!r}. Use {' or '.join(_MODULES)}.")
     module, remedy = _MODULES[name], f"pip install 'cclip-deploy[{_EXTRAS[name]}]'"
@@ -35,22 +35,32 @@ def load_binding(name: BindingName) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name == module:
             raise EnvironmentIssue(f"The Python package of {name} is not installed. Install it: {remedy}") from error
-        raise EnvironmentIssue(f"{name} lacks the module {error.name!r}. Install it again: {remedy}") from error
+        raise EnvironmentIssue(f"{name} lacks the module {error.name!r}. Reinstall it: {remedy}") from error
     except (ImportError, OSError) as error:
-        raise EnvironmentIssue(f"{name} is installed but does not load: {error}. Install it again: {remedy}") from error
+        raise EnvironmentIssue(f"{name} is installed but does not load: {error}. Reinstall it: {remedy}") from error
+
+
+def capability_numbers(capability: str) -> tuple[int, ...]:
+    """Return a compute capability as numbers that can be ordered: "8.9" -> (8, 9)."""
+    return tuple(int(part) for part in capability.split("."))
+
+
+def join_errors(messages: Sequence[str]) -> str:
+    """Return the last error messages of a binding in one line."""
+    return " | ".join(messages[-5:]) or "no message"
 
 
 def binding_label(binding: ModuleType) -> tuple[str, str]:
-    """Name, as `load_binding` takes it, and version of an imported binding: ("tensorrt-rtx", "1.7.1.116")."""
+    """Return name, as `load_binding` takes it, and version of an imported binding: ("tensorrt-rtx", "1.7.1.116")."""
     names = {module: name for name, module in _MODULES.items()}
     return names.get(binding.__name__, binding.__name__), str(binding.__version__)
 
 
 def network_flags(binding: ModuleType) -> int:
-    """Creation flags of a strongly typed network: asked for on TensorRT 10, accepted and always on in 11 and RTX.
+    """Return the creation flags of a strongly typed network: a flag of TensorRT 10, the default of 11 and RTX.
 
     Raises:
-        EnvironmentIssue: a TensorRT that would choose the types by itself.
+        EnvironmentIssue: the TensorRT version has no strongly typed networks.
     """
     flags = binding.NetworkDefinitionCreationFlag
     if hasattr(flags, "STRONGLY_TYPED"):
@@ -66,67 +76,65 @@ def check_targets(precision: Precision, compute_capabilities: Sequence[str]) -> 
     least = _LEAST_CAPABILITY.get(Precision(precision).product_type, (0, 0))
     for capability in compute_capabilities:
         try:
-            major, minor = (int(part) for part in capability.split("."))
+            major, minor = capability_numbers(capability)
         except ValueError:
-            raise UsageError(
-                f"Compute capability {capability!r} is not a number such as 8.9. Look the GPU's up."
-            ) from None
+            raise UsageError(f"Compute capability {capability!r} is not a version such as 8.9.") from None
         if (major, minor) < least:
             raise UsageError(
                 f"{precision.upper()} needs a GPU of compute capability {least[0]}.{least[1]} or newer; "
-                f"{capability} was asked for. Build in fp16 or int8 for it."
+                f"{capability} was requested. Build in fp16 or int8 for it."
             )
 
 
-def listening_logger(binding: Any, listen: Callable[[str, str], None]) -> Any:
-    """A logger that hands on severity ("ERROR", "VERBOSE", ...) and text of every message."""
+def make_logger(binding: Any, on_message: Callable[[str, str], None]) -> Any:
+    """Return a logger that calls `on_message` with severity ("ERROR", "VERBOSE", ...) and text of every message."""
 
-    class ListeningLogger(binding.ILogger):  # type: ignore[misc]
+    class CallbackLogger(binding.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             binding.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            listen(str(severity).rsplit(".", 1)[-1], message)
+            on_message(str(severity).rsplit(".", 1)[-1], message)
 
-    return ListeningLogger()
+    return CallbackLogger()
 
 
-def listening_monitor(
-    binding: Any, start: Callable[[str, str | None, int], None], may_go_on: Callable[[], bool]
+def make_monitor(
+    binding: Any, on_phase: Callable[[str, str | None, int], None], should_continue: Callable[[], bool]
 ) -> Any:
-    """A progress monitor that reports each phase (name, parent's name, steps) and asks at each step to go on."""
+    """Return a progress monitor that reports each phase (name, parent's name, steps) and may cancel at each step."""
 
-    class ListeningMonitor(binding.IProgressMonitor):  # type: ignore[misc]
+    class CallbackMonitor(binding.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             binding.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            start(phase_name, parent_phase, num_steps)
+            on_phase(phase_name, parent_phase, num_steps)
 
         def phase_finish(self, phase_name: str) -> None:
             pass
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            return may_go_on()
+            return should_continue()
 
-    return ListeningMonitor()
+    return CallbackMonitor()
 
 
 def numpy_type(binding: Any, dtype: Any) -> np.dtype[Any]:
-    """The numpy type of an engine's input or output; UsageError for one that numpy does not have."""
+    """Return the numpy type of an engine's input or output; raise UsageError if numpy has none."""
     names = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "BOOL": "bool"}
     for name, known in names.items():
         if getattr(binding.DataType, name, None) == dtype:
             return np.dtype(known)
-    raise UsageError(f"numpy has no type {dtype} to hand to an engine. Build it with --io fp32.")
+    raise UsageError(f"numpy has no equivalent of the engine type {dtype}. Build the engine with --io fp32.")
 
 
 def create_context(binding: Any, engine: Any, for_graphs: bool) -> tuple[Any, int]:
-    """An execution context, and how many bytes of activation memory it has to be given.
+    """Create an execution context; return it and the size in bytes of the activation memory to pass to it.
 
-    0 bytes where the binding is too old to take them from the caller: the context then has its own. `for_graphs`:
-    TensorRT-RTX compiles kernels for a new shape in the background and changes over to them later, which a captured
-    graph would not notice, so for one it compiles at once.
+    The size is 0 if the binding is too old to take activation memory from the caller. `for_graphs`: TensorRT-RTX
+    compiles kernels for a new shape in the background and switches to them later, which a captured graph would not
+    notice; for graphs it compiles immediately.
     """
     strategies = getattr(binding, "ExecutionContextAllocationStrategy", None)
     managed = getattr(strategies, "USER_MANAGED", None) if hasattr(engine, "device_memory_size_v2") else None

@@ -1,4 +1,4 @@
-"""Messages, progress and cancellation of an engine build; SIGINT and SIGTERM inside the binding."""
+"""Messages, progress and cancellation of an engine build, including signals that arrive inside the binding."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cclip_deploy.runtime.tensorrt.binding import join_errors
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
 
 class BuildWatch:
-    """Keeps a build's messages, reports its progress, and cancels it.
+    """Collects a build's messages, reports its progress, and cancels it.
 
-    The bindings discard what is raised inside a callback, so it is kept in `cause`, the next step of the progress
-    monitor ends the build, and `raise_if_cancelled` raises it when the build has returned.
+    The bindings discard exceptions raised inside callbacks. `cancel` therefore stores the exception in `cause`, the
+    next step of the progress monitor ends the build, and `raise_if_cancelled` raises it after the build has returned.
     """
 
     def __init__(self, on_progress: Callable[[str], None] | None, started: float) -> None:
@@ -46,7 +48,7 @@ class BuildWatch:
     def cancel(self, cause: BaseException) -> None:
         self.cause = self.cause or cause
 
-    def may_go_on(self) -> bool:
+    def should_continue(self) -> bool:
         return self.cause is None
 
     def raise_if_cancelled(self) -> None:
@@ -56,17 +58,17 @@ class BuildWatch:
     def lines(self) -> Iterator[str]:
         return (f"[{severity}] {text}" for severity, text in zip(self.severities, self.messages, strict=True))
 
-    def complaints(self) -> str:
-        said = [m for s, m in zip(self.severities, self.messages, strict=True) if s in ("ERROR", "INTERNAL_ERROR")]
-        return " | ".join(said[-5:]) or "nothing"
+    def errors(self) -> str:
+        pairs = zip(self.severities, self.messages, strict=True)
+        return join_errors([message for severity, message in pairs if severity in ("ERROR", "INTERNAL_ERROR")])
 
 
 @contextmanager
 def signals_cancel(watch: BuildWatch) -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP cancel the build, and raise what their handlers raised when it has returned.
+    """Let SIGINT, SIGTERM and SIGHUP cancel the build; exceptions of their handlers are raised after it has returned.
 
-    A handler runs wherever Python code does, also in the logger that the binding calls, and the binding discards what
-    is raised there.
+    A handler runs wherever Python code runs, also in the logger that the binding calls, where the binding would discard
+    its exception.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -75,14 +77,14 @@ def signals_cancel(watch: BuildWatch) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in numbers}
     callables = {number: handler for number, handler in handlers.items() if callable(handler)}
 
-    def hear(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         try:
             callables[signal.Signals(number)](number, frame)
         except BaseException as error:
             watch.cancel(error)
 
     for number in callables:
-        signal.signal(number, hear)
+        signal.signal(number, handle)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""An ONNX graph becomes a TensorRT or TensorRT-RTX engine, strongly typed, and the engine proves its precision.
+"""Build strongly typed TensorRT or TensorRT-RTX engines from ONNX graphs, and check their precision.
 
-The types are the graph's own: no builder flag names a precision, on any version. So one code serves TensorRT 10 and 11
-and TensorRT-RTX, and an engine whose layers do not run in what was asked for is never returned.
+The types are those of the graph; no builder flag sets a precision. The same code therefore serves TensorRT 10, 11 and
+TensorRT-RTX. An engine whose layers do not run in the requested precision is never returned.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.tensorrt.binding import (
     binding_label,
     check_targets,
-    listening_logger,
-    listening_monitor,
+    make_logger,
+    make_monitor,
     network_flags,
 )
 from cclip_deploy.runtime.tensorrt.build_watch import BuildWatch, signals_cancel
@@ -46,18 +46,18 @@ class EngineOptions:
     """How an engine is built.
 
     Attributes:
-        shapes: for each input with dynamic sizes the smallest, the usual and the largest shape.
-        workspace_bytes: upper limit of scratch memory; None leaves it to the binding.
-        precision: what the graph is in, and what the engine must prove to run in.
-        kept_nodes: names of products that the graph keeps out of the precision on purpose; they must run in the rest's.
-        further_shapes: one more optimization profile each, for shapes that are to be tuned by themselves.
-        settings: targets, caches and the like.
+        shapes: smallest, usual and largest shape of each input with dynamic sizes.
+        workspace_bytes: upper limit of scratch memory; None uses the binding's default.
+        precision: of the graph, and required of the engine.
+        high_precision_nodes: names of products that must run in the precision of the unquantized rest.
+        further_shapes: further optimization profiles, each tuned for its own shapes.
+        settings: targets, flags and caches.
     """
 
     shapes: ShapeRanges = field(default_factory=dict)
     workspace_bytes: int | None = None
     precision: Precision = Precision.FP32
-    kept_nodes: frozenset[str] = frozenset()
+    high_precision_nodes: frozenset[str] = frozenset()
     further_shapes: tuple[ShapeRanges, ...] = ()
     settings: EngineSettings = field(default_factory=EngineSettings)
 
@@ -65,7 +65,7 @@ class EngineOptions:
         parse_precision(self.precision)
         check_targets(self.precision, self.settings.compute_capabilities)
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
-            raise UsageError(f"workspace_bytes is {self.workspace_bytes}; give a positive number of bytes, or None.")
+            raise UsageError(f"workspace_bytes must be positive or None, got {self.workspace_bytes}.")
         for name, (least, usual, most) in (pair for shapes in self.profiles() for pair in shapes.items()):
             if not len(least) == len(usual) == len(most):
                 raise UsageError(f"Shapes of input {name!r} differ in length: {least}, {usual}, {most}.")
@@ -76,18 +76,18 @@ class EngineOptions:
                 )
 
     def profiles(self) -> tuple[ShapeRanges, ...]:
-        """The shapes of every optimization profile; a graph without dynamic sizes needs none."""
+        """Return the shapes of every optimization profile; empty for a graph without dynamic sizes."""
         return tuple(shapes for shapes in (self.shapes, *self.further_shapes) if shapes)
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """A serialized engine whose precision was proved on its products, with what its build said."""
+    """A serialized engine whose precision was checked, with facts about its build."""
 
     engine: bytes = field(repr=False)
     layers: LayerTable = field(repr=False)
     products: frozenset[str] = field(repr=False)
-    kept: frozenset[str] = field(repr=False)
+    high_precision_nodes: frozenset[str] = field(repr=False)
     build_seconds: float
     binding: str
     binding_version: str
@@ -101,33 +101,33 @@ def build_engine(
     binding: ModuleType,
     on_progress: Callable[[str], None] | None = None,
 ) -> BuiltEngine:
-    """Build an engine and prove that it runs in `options.precision`.
+    """Build an engine and check that it runs in `options.precision`.
 
     Args:
         graph: ONNX file, read by the parser itself, or its bytes.
         options: shapes, workspace and precision.
-        binding: what `load_binding` returned.
-        on_progress: called with a phase and the seconds so far. What it raises cancels the build, and so does what the
-            handlers of SIGINT and SIGTERM raise.
+        binding: from `load_binding`.
+        on_progress: called with a phase and the seconds so far. An exception raised by it, or by a handler of SIGINT or
+            SIGTERM, cancels the build.
 
     Raises:
-        DataError: the graph is missing or the parser does not take it; every complaint with its node is in the message.
-        UsageError: shapes that do not fit the graph's inputs.
-        EnvironmentIssue: the build itself failed.
-        ParityError: the engine does not run in the precision asked for, or does not show it.
+        DataError: the graph is missing or the parser rejects it; the message has every error with its node.
+        UsageError: shapes do not fit the graph's inputs.
+        EnvironmentIssue: the build failed.
+        ParityError: the engine does not run in the requested precision, or the build log does not show it.
     """
     started = time.perf_counter()
     watch = BuildWatch(on_progress, started)
     with signals_cancel(watch):
         memory, products, cache_use = _build(graph, options, binding, watch)
     layers = read_layer_table(watch.messages)
-    prove_precision(layers, options.precision, products, options.kept_nodes)
+    prove_precision(layers, options.precision, products, options.high_precision_nodes)
     name, version = binding_label(binding)
     return BuiltEngine(
         engine=bytes(memory),
         layers=layers,
         products=products,
-        kept=products & options.kept_nodes,
+        high_precision_nodes=products & options.high_precision_nodes,
         build_seconds=time.perf_counter() - started,
         binding=name,
         binding_version=version,
@@ -139,24 +139,24 @@ def build_engine(
 def _build(
     graph: Path | bytes, options: EngineOptions, binding: ModuleType, watch: BuildWatch
 ) -> tuple[Any, frozenset[str], TimingCacheUse | None]:
-    """The serialized engine, the names of its products, and what the timing cache did."""
-    logger = listening_logger(binding, watch.note)
+    """Return the serialized engine, the names of its products, and the use of the timing cache."""
+    logger = make_logger(binding, watch.note)
     builder = _start_builder(binding, logger)
     network = builder.create_network(network_flags(binding))
     watch.report("Parsing the graph")
-    parser = _parse(graph, network, binding, logger)  # owns the weights, so it has to outlive the build
+    parser = _parse(graph, network, binding, logger)  # owns the weights, so it must outlive the build
     watch.raise_if_cancelled()
     products = _product_names(network, binding)
     config = _configure(builder, network, options, binding)
     cache_file = options.settings.timing_cache
     cache = None if cache_file is None else TimingCache(cache_file, config, binding)
-    config.progress_monitor = listening_monitor(binding, watch.phase_starts, watch.may_go_on)
+    config.progress_monitor = make_monitor(binding, watch.phase_starts, watch.should_continue)
     memory = builder.build_serialized_network(network, config)
     watch.raise_if_cancelled()
     if memory is None:
         hint = needs_gpu_to_build(options.settings, binding)
         raise EnvironmentIssue(
-            f"{' '.join(binding_label(binding))} built no engine. {hint}It says: {watch.complaints()}"
+            f"{' '.join(binding_label(binding))} built no engine. {hint}Its messages: {watch.errors()}"
         )
     cache_use = None if cache is None else cache.write()
     del network, cache, config, builder, parser
@@ -166,10 +166,10 @@ def _build(
 def _start_builder(binding: ModuleType, logger: Any) -> Any:
     try:
         return binding.Builder(logger)
-    except (TypeError, RuntimeError) as error:  # how pybind11 says that the library gave no builder
+    except (TypeError, RuntimeError) as error:  # raised by pybind11 if the library returns no builder
         raise EnvironmentIssue(
             f"{' '.join(binding_label(binding))} does not start: {error}. It may need a GPU and its driver on this "
-            "machine; TensorRT-RTX builds without."
+            "machine; TensorRT-RTX builds without a GPU."
         ) from error
 
 
@@ -183,13 +183,13 @@ def _parse(graph: Path | bytes, network: Any, binding: ModuleType, logger: Any) 
         parsed = parser.parse(graph)
     if parsed and network.num_outputs:
         return parser
-    complaints = [_complaint(parser.get_error(index)) for index in range(parser.num_errors)]
+    errors = [_error_text(parser.get_error(index)) for index in range(parser.num_errors)]
     source = str(graph) if isinstance(graph, Path) else f"The ONNX graph ({len(graph)} bytes)"
-    reasons = "; ".join(complaints) or "it has no output"
+    reasons = "; ".join(errors) or "it has no output"
     raise DataError(f"{source} cannot be parsed by {' '.join(binding_label(binding))}: {reasons}.")
 
 
-def _complaint(error: Any) -> str:
+def _error_text(error: Any) -> str:
     where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
     return f"{where}{error.desc().strip()}"
 
@@ -226,9 +226,9 @@ def _check_shapes(inputs: Mapping[str, Dims], shapes: ShapeRanges) -> None:
 
 
 def _product_names(network: Any, binding: ModuleType) -> frozenset[str]:
-    """ONNX names of the convolutions and matrix products that depend on an input, from the parsed network.
+    """Return the ONNX names of the convolutions and matrix products that depend on an input, from the parsed network.
 
-    The same set as `product_nodes` reads from the graph, without a second copy of the weights or the onnx package.
+    The same set as that of `product_nodes`, without a second copy of the weights and without the onnx package.
     """
     kinds = {getattr(binding.LayerType, kind) for kind in _PRODUCT_LAYERS}
     varying = {network.get_input(index).name for index in range(network.num_inputs)}

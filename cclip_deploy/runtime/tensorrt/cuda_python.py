@@ -1,4 +1,4 @@
-"""The GPU through cuda-python, NVIDIA's own bindings of the CUDA runtime. Not yet run on a GPU."""
+"""GPU access through cuda-python, NVIDIA's bindings of the CUDA runtime. Not tested on a GPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 
 from cclip_deploy.errors import EnvironmentIssue
-from cclip_deploy.runtime.tensorrt.device import Bytes, GpuFacts, GpuInterface, Handle
+from cclip_deploy.runtime.tensorrt.device import DRIVER_REMEDY, Bytes, GpuFacts, GpuInterface, Handle, version_text
 
 INSTALL = "pip install cuda-python"
-DRIVER_REMEDY = "Install the NVIDIA driver; in a container, start it with: docker run --gpus all"
 NO_DEVICE, TOO_OLD = 100, 35
 
 
 def load_cuda_runtime() -> Any:
-    """The module cuda.bindings.runtime; EnvironmentIssue where it is missing."""
+    """Import cuda.bindings.runtime; raise EnvironmentIssue if it is missing."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
@@ -24,13 +23,8 @@ def load_cuda_runtime() -> Any:
     return runtime
 
 
-def version_text(number: int) -> str:
-    """CUDA's version number, 13010, as 13.1."""
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
 class CudaPythonGpu:
-    """Device 0 through the CUDA runtime; its context is the process's own, shared with TensorRT and ONNX Runtime."""
+    """Device 0 through the CUDA runtime, in the process's context, which TensorRT and ONNX Runtime share."""
 
     interface: GpuInterface = "cuda-python"
 
@@ -69,7 +63,7 @@ class CudaPythonGpu:
         self._call("cudaMemcpyAsync", target.ctypes.data, address, target.nbytes, kind, stream)
 
     def open_stream(self) -> Handle:
-        # Not ordered with the default stream, on which other libraries of the process work.
+        # Not ordered with the default stream, which other libraries of the process use.
         return self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
 
     def close_stream(self, stream: Handle) -> None:
@@ -95,7 +89,7 @@ class CudaPythonGpu:
         return float(self._call("cudaEventElapsedTime", start, end))
 
     def begin_capture(self, stream: Handle) -> None:
-        # Other threads may go on allocating; what this thread does outside the stream is an error.
+        # Other threads may allocate during a capture; in this thread, work outside the stream is an error.
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", stream, mode)
 
@@ -119,16 +113,16 @@ class CudaPythonGpu:
         self._call("cudaSetDevice", 0)
 
     def close(self) -> None:
-        """Nothing to do: the runtime's context belongs to the process."""
+        """Do nothing: the runtime's context belongs to the process."""
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """A function of the CUDA runtime; what it returns beside its status, alone where that is one value."""
+        """Call a function of the CUDA runtime; return its one value, or a tuple if it has several."""
         status, *values = getattr(self._runtime, function)(*arguments)
         if int(status):
-            raise EnvironmentIssue(f"{function} failed: {self._say(status)}. Run cclip-deploy doctor.")
+            raise EnvironmentIssue(f"{function} failed: {self._message(status)}. Run cclip-deploy doctor.")
         return values[0] if len(values) == 1 else tuple(values)
 
-    def _say(self, status: Any) -> str:
+    def _message(self, status: Any) -> str:
         _, text = self._runtime.cudaGetErrorString(status)
         return f"{text.decode() if isinstance(text, bytes) else text} (CUDA error {int(status)})"
 
@@ -146,5 +140,5 @@ class CudaPythonGpu:
             )
         if int(status) in (0, TOO_OLD, NO_DEVICE):
             what = "There is a driver, but no NVIDIA GPU" if driver else "There is no NVIDIA driver here"
-            raise EnvironmentIssue(f"{what}, and engines run on one only. {DRIVER_REMEDY}")
-        raise EnvironmentIssue(f"The GPU cannot be used: {self._say(status)}. Run cclip-deploy doctor.")
+            raise EnvironmentIssue(f"{what}, which engines require. {DRIVER_REMEDY}")
+        raise EnvironmentIssue(f"The GPU cannot be used: {self._message(status)}. Run cclip-deploy doctor.")

@@ -11,15 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 GpuInterface = Literal["cuda-python", "pycuda"]
+DRIVER_REMEDY = "Install the NVIDIA driver; in a container, start it with: docker run --gpus all"
 Handle = Any
-"""A stream, an event or a captured graph: whatever the package behind the interface makes of it."""
+"""A stream, an event or a captured graph, as an object of the underlying package."""
 
 Bytes = NDArray[np.uint8]
 
 
+def version_text(number: int) -> str:
+    """Format CUDA's version number: 13010 -> "13.1"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 @dataclass(frozen=True)
 class GpuFacts:
-    """The device that is used: its compute capability as "8.9", the CUDA version of its driver as "13.0"."""
+    """The device: its compute capability as "8.9", the CUDA version of its driver as "13.0"."""
 
     name: str
     compute_capability: str
@@ -28,33 +34,33 @@ class GpuFacts:
 
 
 class Gpu(Protocol):
-    """Device 0 of this machine. Addresses are device addresses; every copy and launch is on a stream, and asynchronous.
+    """Device 0 of this machine. Addresses are device addresses; copies and launches are asynchronous, on a stream.
 
-    Every method raises EnvironmentIssue where CUDA reports an error, with CUDA's own words. What was allocated and
-    made has to be freed and closed by who asked for it: `Ownership` does that.
+    Every method raises EnvironmentIssue with CUDA's message if CUDA reports an error. Callers must free and close what
+    they allocate and open; `Ownership` does so.
     """
 
     interface: GpuInterface
     facts: GpuFacts
 
     def allocate(self, n_bytes: int) -> int:
-        """The address of so much device memory, aligned to 256 bytes."""
+        """Allocate device memory, aligned to 256 bytes, and return its address."""
         ...
 
     def free(self, address: int) -> None: ...
 
     def allocate_pinned(self, n_bytes: int) -> Bytes:
-        """Page-locked host memory: copies from and to it are truly asynchronous."""
+        """Allocate page-locked host memory, which asynchronous copies require."""
         ...
 
     def free_pinned(self, memory: Bytes) -> None: ...
 
     def copy_in(self, address: int, source: Bytes, stream: Handle) -> None:
-        """Host to device, all of `source`, which must be pinned."""
+        """Copy all of `source`, which must be pinned, from host to device."""
         ...
 
     def copy_out(self, target: Bytes, address: int, stream: Handle) -> None:
-        """Device to host, as much as `target` holds, which must be pinned."""
+        """Copy from device to host until `target`, which must be pinned, is full."""
         ...
 
     def open_stream(self) -> Handle: ...
@@ -62,11 +68,11 @@ class Gpu(Protocol):
     def close_stream(self, stream: Handle) -> None: ...
 
     def stream_address(self, stream: Handle) -> int:
-        """The stream as TensorRT takes it."""
+        """Return the stream's address, as TensorRT takes it."""
         ...
 
     def synchronize(self, stream: Handle) -> None:
-        """Wait until all that was put on the stream is done; raises what went wrong in it."""
+        """Wait until all work on the stream is done; raise the error of failed work."""
         ...
 
     def open_event(self) -> Handle: ...
@@ -76,13 +82,13 @@ class Gpu(Protocol):
     def record(self, event: Handle, stream: Handle) -> None: ...
 
     def milliseconds_between(self, start: Handle, end: Handle) -> float:
-        """Device time between two recorded events; waits for the later one."""
+        """Return the device time between two recorded events; waits for the later one."""
         ...
 
     def begin_capture(self, stream: Handle) -> None: ...
 
     def end_capture(self, stream: Handle) -> Handle:
-        """The captured work as a graph that can be launched."""
+        """Return the captured work as a graph that can be launched."""
         ...
 
     def launch(self, graph: Handle, stream: Handle) -> None: ...
@@ -90,18 +96,18 @@ class Gpu(Protocol):
     def close_graph(self, graph: Handle) -> None: ...
 
     def free_bytes(self) -> int:
-        """Device memory that nobody uses."""
+        """Return the free device memory in bytes."""
         ...
 
     def enter_thread(self) -> None:
-        """Make the device the calling thread's; threads other than the opening one call it before anything else."""
+        """Make the device current in the calling thread; every thread but the opening one calls it first."""
         ...
 
     def close(self) -> None: ...
 
 
 class Ownership:
-    """Everything that one owner made on a GPU; closing it frees all that is still there, the last made first."""
+    """Resources that one owner allocated on a GPU; closing it frees the remaining ones."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -142,11 +148,11 @@ class Ownership:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory that is held now."""
+        """Device memory held, in bytes."""
         return sum(self._blocks.values())
 
     def close(self) -> None:
-        """Free everything, even where freeing something fails; the first failure is raised at the end."""
+        """Free everything, even if freeing something fails; the first failure is raised at the end."""
         for address in list(self._blocks):
             self._stack.callback(self.free, address)
         for memory in list(self._pinned.values()):

@@ -1,7 +1,6 @@
-"""An engine file becomes an engine: found in the bundle, held against the manifest and this machine, then deserialized.
+"""Find, check and deserialize a bundle's engine files.
 
-An engine is executable code, so nothing of it reaches TensorRT before its hash, its binding and version, and its GPU
-have been checked.
+An engine is executable code, so its hash, binding, version and GPU are checked before TensorRT reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,13 @@ from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.backend import check_tensors
 from cclip_deploy.runtime.graph_check import read_checked
-from cclip_deploy.runtime.tensorrt.binding import binding_label, listening_logger, numpy_type
+from cclip_deploy.runtime.tensorrt.binding import (
+    binding_label,
+    capability_numbers,
+    join_errors,
+    make_logger,
+    numpy_type,
+)
 from cclip_deploy.runtime.tensorrt.context import LoadedEngine
 from cclip_deploy.runtime.tensorrt.device import GpuFacts
 
@@ -23,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def engines_of(bundle: Bundle, backend: str, precision: str) -> dict[str, EngineEntry]:
-    """The engines of a bundle for one binding in one precision, by graph; UsageError where there is none.
+    """Return the engines of a bundle for one binding in one precision, by graph; raise UsageError if there are none.
 
-    In a quantized precision, the engines of a prompt encoder and a mask decoder are those of the rest's precision.
+    In a quantized precision, prompt encoder and mask decoder use the engines in the precision of the unquantized rest.
     """
     built = [entry for entry in bundle.manifest.engines if entry.backend == backend]
     found = {entry.graph: entry for entry in built if entry.precision == precision}
@@ -50,39 +55,38 @@ def check_engine(entry: EngineEntry, binding: ModuleType, facts: GpuFacts) -> No
             f"{remedy}"
         )
     if entry.runs_on is None:
-        raise EnvironmentIssue(f"The bundle does not say for which GPU {entry.file} was built. {remedy}")
-    if not _suits(entry.runs_on, facts):
+        raise EnvironmentIssue(f"The bundle does not record for which GPU {entry.file} was built. {remedy}")
+    if not _fits(entry.runs_on, facts):
         raise EnvironmentIssue(
-            f"{entry.file} runs on {_said(entry.runs_on)}; this machine has a {facts.name} of compute capability "
-            f"{facts.compute_capability}. {remedy}"
+            f"{entry.file} runs on {_target_label(entry.runs_on)}; this machine has a {facts.name} of compute "
+            f"capability {facts.compute_capability}. {remedy}"
         )
 
 
 def load_engine(bundle: Bundle, entry: EngineEntry, binding: ModuleType, facts: GpuFacts) -> LoadedEngine:
-    """The engine in memory, checked first.
+    """Check an engine and deserialize it.
 
     Raises:
-        BundleError: the file is not what the manifest says, or takes and gives other tensors than its graph.
-        EnvironmentIssue: it was built for another version or GPU, or TensorRT does not take it.
+        BundleError: the file differs from the manifest, or its inputs and outputs differ from those of its graph.
+        EnvironmentIssue: it was built for another version or GPU, or TensorRT rejects it.
     """
     check_engine(entry, binding, facts)
     content = bundle.read(entry.file)
-    complaints: list[str] = []
+    errors: list[str] = []
 
-    def listen(severity: str, message: str) -> None:
+    def on_message(severity: str, message: str) -> None:
         if severity in ("ERROR", "INTERNAL_ERROR"):
-            complaints.append(message)
+            errors.append(message)
 
-    runtime = binding.Runtime(listening_logger(binding, listen))
+    runtime = binding.Runtime(make_logger(binding, on_message))
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
-        said = " | ".join(complaints[-3:]) or "nothing"
-        raise EnvironmentIssue(f"{' '.join(binding_label(binding))} does not load {entry.file}. It says: {said}")
+        raise EnvironmentIssue(f"{' '.join(binding_label(binding))} does not load {entry.file}: {join_errors(errors)}")
     if entry.stripped:
-        _put_weights_back(bundle, entry, engine, binding, listening_logger(binding, listen), complaints)
+        _refit(bundle, entry, engine, binding, make_logger(binding, on_message), errors)
     graph = _graph_of(bundle, entry)
     check_tensors(bundle.path / entry.file, graph, *_specs(engine, graph, binding))
-    return LoadedEngine(entry.graph, runtime, engine, complaints)
+    return LoadedEngine(entry.graph, runtime, engine, errors)
 
 
 def _graph_of(bundle: Bundle, entry: EngineEntry) -> GraphEntry:
@@ -95,20 +99,19 @@ def _graph_of(bundle: Bundle, entry: EngineEntry) -> GraphEntry:
     )
 
 
-def _put_weights_back(
-    bundle: Bundle, entry: EngineEntry, engine: Any, binding: Any, logger: Any, complaints: list[str]
-) -> None:
-    """Fill an engine that was built without weights from the graph that it was built from."""
+def _refit(bundle: Bundle, entry: EngineEntry, engine: Any, binding: Any, logger: Any, errors: list[str]) -> None:
+    """Refit a stripped engine with the weights of its graph."""
     graph = _graph_of(bundle, entry)
     refitter = binding.Refitter(engine, logger)
     parser = binding.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_bytes(read_checked(bundle, graph)) or not refitter.refit_cuda_engine():
-        said = " | ".join(complaints[-3:]) or "nothing"
-        raise EnvironmentIssue(f"The weights of {graph.file} do not go into {entry.file}. TensorRT says: {said}")
+        raise EnvironmentIssue(
+            f"{entry.file} cannot be refitted with the weights of {graph.file}. TensorRT: {join_errors(errors)}"
+        )
 
 
 def _specs(engine: Any, graph: GraphEntry, binding: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """An engine's inputs and outputs; a side that is -1 there is told by the graph's name for it."""
+    """Return the inputs and outputs of an engine; "?" stands for a dynamic size."""
     ends: dict[bool, list[TensorSpec]] = {True: [], False: []}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
@@ -119,21 +122,17 @@ def _specs(engine: Any, graph: GraphEntry, binding: Any) -> tuple[list[TensorSpe
     return ends[True], ends[False]
 
 
-def _suits(target: EngineTarget, facts: GpuFacts) -> bool:
-    present = _numbers(facts.compute_capability)
+def _fits(target: EngineTarget, facts: GpuFacts) -> bool:
+    present = capability_numbers(facts.compute_capability)
     fits = facts.compute_capability in target.compute_capabilities
     if target.and_later:
-        fits = present >= min(_numbers(name) for name in target.compute_capabilities)
+        fits = present >= min(capability_numbers(name) for name in target.compute_capabilities)
     return fits and target.gpu in (None, facts.name)
 
 
-def _said(target: EngineTarget) -> str:
+def _target_label(target: EngineTarget) -> str:
     capabilities = ", ".join(target.compute_capabilities) + (" or later" if target.and_later else "")
     return f"GPUs of compute capability {capabilities}" if target.gpu is None else f"a {target.gpu} ({capabilities})"
-
-
-def _numbers(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))
 
 
 def _remedy(backend: str, precision: str) -> str:

@@ -1,7 +1,7 @@
-"""One layer of an engine: its tensors, and whether it is known to compute a convolution or matrix product.
+"""One layer of an engine: its tensors, and whether it computes a convolution or matrix product.
 
-The kinds of TensorRT-RTX, and the operators in the names of its generated kernels, are those of real builds (1.7); the
-kinds of plain TensorRT are those of published engine reports. What is in neither list is `unknown`.
+The kinds of TensorRT-RTX, and the operators in the names of its generated kernels, were collected from real builds
+(1.7); those of plain TensorRT from published engine reports. Any other kind has the role `unknown`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 Role = Literal["product", "other", "unknown"]
 
 FLAT_WEIGHTS = "weights"
-"""The name of weights of which the table shows only type and count, as plain TensorRT's does."""
+"""Name of weights of which the table shows only type and count, as with plain TensorRT."""
 
 COMPUTE_TYPES = frozenset({"fp32", "fp16", "bf16", "fp8", "fp4", "int8", "uint8", "int4"})
 PRODUCT_KINDS = frozenset({
@@ -32,7 +32,7 @@ OTHER_KINDS = frozenset({
     "activation", "unary", "scale", "select", "pooling", "caskpooling", "tiledpooling", "cudnnpooling", "resize",
     "reduce", "softmax", "casksoftmaxv2", "topk", "gather", "fill", "onehot", "nonzero",
 })  # fmt: skip
-"""Kinds of layers that are not."""
+"""Kinds of layers that are neither."""
 _GENERATED_KINDS = frozenset({"kgen", "runtime_function"})
 _FUSION_KINDS = frozenset({"fusion", "runtime_fusion"})
 _GENERATED_NAME = re.compile(r"__myl_(\w+?)_myl\d+_\d+")
@@ -40,7 +40,7 @@ _GENERATED_PRODUCT = re.compile(r"_gem[mv](?:_\w+)?_myl\d+_\d+")
 _OPERATOR = re.compile(r"[A-Z][a-z0-9]*")
 _PRODUCT_OPERATORS = frozenset({"Corr", "Fc"})
 SMALL_PRODUCT = ("Mul", "Sum")
-"""What a product with a single row becomes in a generated kernel."""
+"""Operators of a product with a single row in a generated kernel."""
 _OTHER_OPERATORS = frozenset({
     "Abs", "Add", "And", "Asin", "Atan", "Cast", "Ceil", "Conc", "Cos", "Cums", "Div", "Elu", "Eql", "Erf", "Etc",
     "Exp", "Floo", "Gath", "Grid", "Gtr", "Inor", "Iota", "Isin", "Isna", "Log", "Log1", "Lt", "Max", "Maxr", "Mean",
@@ -52,7 +52,7 @@ _OTHER_OPERATORS = frozenset({
 
 @dataclass(frozen=True)
 class LayerTensor:
-    """A tensor that a layer reads or writes; -1 stands for a dynamic size."""
+    """A tensor that a layer reads or writes; -1 is a dynamic size."""
 
     name: str
     dims: tuple[int, ...]
@@ -60,18 +60,18 @@ class LayerTensor:
 
     @property
     def elements(self) -> int:
-        """Number of elements with every dynamic size taken as 2: only what is surely one element counts as one."""
+        """Number of elements, with every dynamic size taken as 2, so that only certain single elements count as one."""
         return math.prod(2 if size < 0 else size for size in self.dims)
 
     @property
     def is_vector(self) -> bool:
-        """Whether at most one size is not 1, as in a bias or in scales of channels."""
+        """Whether at most one size differs from 1, as in a bias or in scales per channel."""
         return sum(size != 1 for size in self.dims) <= 1
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of an engine: a kernel, with the names of the ONNX nodes that it computes a part of."""
+    """One layer of an engine: a kernel, with the names of the ONNX nodes that it computes at least partly."""
 
     name: str
     kind: str
@@ -82,7 +82,7 @@ class LayerRow:
 
     @property
     def role(self) -> Role:
-        """`product` for a convolution or matrix product, `other` for what is known not to be one, else `unknown`."""
+        """`product` for a convolution or matrix product, `other` for a kind known to be neither, else `unknown`."""
         kind = self.kind.lower()
         if kind in PRODUCT_KINDS:
             return "product"
@@ -96,12 +96,12 @@ class LayerRow:
 
     @property
     def is_product(self) -> bool:
-        """Whether this is known to be a convolution or matrix product."""
+        """Whether the layer is known to be a convolution or matrix product."""
         return self.role == "product"
 
     @property
     def is_unrolled_product(self) -> bool:
-        """Whether a generated kernel may be a small product that is written out: n multiplications, n - 1 additions.
+        """Whether a generated kernel may be a small unrolled product: n multiplications and n - 1 additions.
 
         Elementwise code can look the same, so this counts only for a kernel that names a product's node.
         """
@@ -113,12 +113,12 @@ class LayerRow:
 
     @property
     def types(self) -> frozenset[str]:
-        """Compute types of all tensors; single elements (a product's alpha and beta are FP32 always) do not count."""
+        """Compute types of all tensors except single elements (a product's alpha and beta are always FP32)."""
         return frozenset(tensor.type for tensor in _computing((*self.inputs, *self.constants, *self.outputs)))
 
     @property
     def operands(self) -> tuple[LayerTensor, ...]:
-        """What a product multiplies: activations and weights, without single elements, biases and scales.
+        """Operands of a product: activations and weights, without single elements, biases and scales.
 
         A vector among the constants is a bias or a scale unless nothing else can be the weights.
         """
@@ -128,10 +128,10 @@ class LayerRow:
 
     @property
     def precision(self) -> str:
-        """The one type of the layer, `mixed` where a cast or an island is fused in, `none` for index and shape work.
+        """The type of the layer: `mixed` if it has several, `none` if it only handles indices and shapes.
 
-        A product's is that of all its operands, of which it needs two; `unknown` where they are not shown. Its bias,
-        its scales and its output do not count.
+        For a product it is the type of its operands, without bias, scales and output; `unknown` if the table shows
+        fewer than two operands.
         """
         if not self.is_product:
             return _one_of(self.types)
@@ -144,10 +144,10 @@ class LayerRow:
         return _one_of(tensor.type for tensor in self.operands)
 
     def _type_after_casts(self, operators: tuple[str, ...]) -> str:
-        """The type of a product that a generated kernel computes from what it casts itself, else `mixed`.
+        """Return the type of a product in a generated kernel that casts its own inputs, otherwise `mixed`.
 
-        A product's result has its operands' type. So if nothing is cast after the product, the outputs show that type,
-        and the weights have to have it, too. `operators` are those from the product on.
+        A product's result has the type of its operands. If nothing is cast after the product, the outputs show that
+        type, and the weights must have it, too. `operators` are those from the product on.
         """
         weights = [tensor for tensor in _computing(self.constants) if not tensor.is_vector]
         if not weights or not {"Cast", "Etc"}.isdisjoint(operators):
@@ -155,19 +155,19 @@ class LayerRow:
         return _one_of(tensor.type for tensor in (*weights, *_computing(self.outputs)))
 
     def _operators(self) -> tuple[str, ...]:
-        """The operators in a generated kernel's name, shortened to four letters: ("Cast", "Mul", "Relu")."""
+        """Return the operators in a generated kernel's name, abbreviated to four letters: ("Cast", "Mul", "Relu")."""
         found = _GENERATED_NAME.fullmatch(self.name)
         return tuple(_OPERATOR.findall(found[1])) if found else ()
 
 
 def _product_places(operators: tuple[str, ...]) -> list[int]:
-    """Where products are among a generated kernel's operators."""
+    """Return the indices of products among a generated kernel's operators."""
     pairs = pairwise((*operators, ""))
     return [place for place, pair in enumerate(pairs) if pair[0] in _PRODUCT_OPERATORS or pair == SMALL_PRODUCT]
 
 
 def _role_of(operators: tuple[str, ...], is_fusion: bool) -> Role:
-    """The role of a generated kernel, of which a fusion is made around a product."""
+    """Return the role of a generated kernel; a fusion is always built around a product."""
     if _product_places(operators):
         return "product"
     is_known = bool(operators) and not is_fusion and _OTHER_OPERATORS.issuperset(operators)
@@ -179,6 +179,6 @@ def _computing(tensors: Iterable[LayerTensor]) -> list[LayerTensor]:
 
 
 def _one_of(types: Iterable[str]) -> str:
-    """The type that all share, `mixed`, or `none`."""
+    """Return the common type, `mixed`, or `none`."""
     distinct = set(types)
     return "none" if not distinct else distinct.pop() if len(distinct) == 1 else "mixed"

@@ -1,8 +1,8 @@
-"""What an engine's layers run in, read from the build log, and the proof that this is the requested precision.
+"""Layer table of an engine, read from the build log, and the check that its layers run in the requested precision.
 
-TensorRT and TensorRT-RTX write the same table into the verbose build log when the profiling verbosity is detailed: a
-line a layer, with its kind, its tensors and their types, and the ONNX nodes it came from. The build log needs no GPU;
-the engine inspector does.
+TensorRT and TensorRT-RTX write the same table into the verbose build log if the profiling verbosity is detailed: one
+line per layer, with its kind, tensors, types, and the ONNX nodes it came from. Unlike the engine inspector, the build
+log needs no GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 PRODUCT_OPERATORS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
-"""ONNX operators that are convolutions or matrix products: what a precision is asked for."""
+"""ONNX operators that are convolutions or matrix products, to which a precision applies."""
 
 _TABLE_HEAD = "Layers:\n"
 _AFTER_TABLE = ("Bindings:", "I/O Tensors:", "Engine Metadata:")
@@ -51,41 +51,36 @@ _TYPES = (
     (re.compile(r"int64", re.IGNORECASE), "int64"),
     (re.compile(r"bool", re.IGNORECASE), "bool"),
 )
-LEAST_SHARE = 1 / 3
-"""An engine of a precision runs more than this part of its products in it: below, it is named for what it is not."""
+LEAST_FRACTION = 1 / 3
+"""An engine must run more than this fraction of its products in the precision that it is named after."""
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """All layers of an engine, as its build logged them."""
+    """All layers of an engine, from its build log."""
 
     rows: tuple[LayerRow, ...]
 
     def summary(self) -> dict[str, int]:
-        """Layers per precision, for example {"fp16": 210, "mixed": 6, "none": 1}."""
+        """Return the number of layers by precision, for example {"fp16": 210, "mixed": 6, "none": 1}."""
         return dict(Counter(row.precision for row in self.rows).most_common())
 
     def product_summary(self) -> dict[str, int]:
-        """As `summary`, for the layers that are convolutions and matrix products."""
+        """Return the number of convolution and matrix product layers by precision."""
         return dict(Counter(row.precision for row in self.rows if row.is_product).most_common())
 
-    def share(self, precision: str) -> float:
-        """The part of the convolution and matrix product layers that run in `precision`, 0 to 1."""
-        products = self.product_summary()
-        return products.get(precision, 0) / max(1, sum(products.values()))
-
     def rows_of(self, node: str) -> tuple[LayerRow, ...]:
-        """The layers that compute an ONNX product node: those known to be products, or else all that name it."""
+        """Return the layers of an ONNX product node: those known to be products, otherwise all that name the node."""
         naming = tuple(row for row in self.rows if node in row.origins)
         return tuple(row for row in naming if row.is_product) or naming
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, to be stored beside the engine; `from_dict` reads it back."""
+        """Return the plain JSON form that `from_dict` reads."""
         return {"layers": [asdict(row) for row in self.rows]}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> LayerTable:
-        """The table that `to_dict` wrote; anything else is a DataError."""
+        """Read the form that `to_dict` returned; raise DataError for anything else."""
         try:
             return LayerTable(tuple(_row_from_dict(row) for row in values["layers"]))
         except (KeyError, TypeError, ValueError) as error:
@@ -93,28 +88,28 @@ class LayerTable:
 
 
 def read_layer_table(log: Iterable[str]) -> LayerTable:
-    """The last layer table among the messages of a verbose build log.
+    """Read the last layer table among the messages of a verbose build log.
 
     Raises:
-        ParityError: no table, or a line of it that cannot be read; then nothing is known of the engine.
+        ParityError: there is no table, or a line of it cannot be parsed.
     """
     tables = [message[len(_TABLE_HEAD) :] for message in log if message.startswith(_TABLE_HEAD)]
     if not tables:
         raise ParityError(
-            "The build log holds no layer table, so nothing shows which precision the engine runs in. "
+            "The build log has no layer table, so the precision of the engine cannot be checked. "
             "Build it with detailed profiling verbosity and a verbose logger."
         )
     lines = takewhile(lambda line: not line.startswith(_AFTER_TABLE), tables[-1].split("\n"))
     rows = tuple(_read_row(line) for line in lines if line)
     if not rows:
-        raise ParityError("The build log's layer table is empty, so nothing shows which precision the engine runs in.")
+        raise ParityError("The build log's layer table is empty, so the precision of the engine cannot be checked.")
     return LayerTable(rows)
 
 
 def product_nodes(graph: ModelProto) -> frozenset[str]:
-    """Names of the nodes that are convolutions or matrix products and depend on an input.
+    """Return the names of the convolutions and matrix products that depend on a graph input.
 
-    A node without a name is called what the ONNX parser calls it, `node_of_` and its first output.
+    A node without a name gets the name that the ONNX parser gives it: `node_of_` and its first output.
     """
     varying = {value.name for value in graph.graph.input} - {tensor.name for tensor in graph.graph.initializer}
     products = set()
@@ -128,64 +123,64 @@ def product_nodes(graph: ModelProto) -> frozenset[str]:
 
 
 def prove_precision(
-    table: LayerTable, asked: Precision, products: Collection[str], kept_nodes: Collection[str] = ()
+    table: LayerTable, requested: Precision, products: Collection[str], high_precision_nodes: Collection[str] = ()
 ) -> None:
     """Raise ParityError unless every convolution and matrix product of the graph runs in the requested precision.
 
-    What is not known is not proved. Each product must be named by a layer of a kind that is known to multiply, whose
-    activations and weights all are in the type; the products kept out of the precision on purpose, in the rest's type.
-    A layer of an unknown kind fails if it handles floating-point or quantized data, because it could hide a product.
-    For FP32 no layer may hold a narrower type at all (TF32 inside an FP32 kernel does not show in the table).
+    Each product must appear in a layer of a known product kind whose activations and weights all have the requested
+    type; for high-precision nodes, the type of the unquantized rest. A layer of an unknown kind is rejected if it
+    processes floating-point or quantized data, because it could contain a product. For FP32 no layer may have a
+    narrower type at all (the table does not show TF32).
 
     Args:
         table: the engine's layers.
-        asked: the precision.
+        requested: the precision.
         products: node names, from `product_nodes`.
-        kept_nodes: the products that the graph keeps in the rest's precision on purpose; fewer than two thirds of all.
+        high_precision_nodes: products that must run in the precision of the rest; fewer than two thirds of all.
     """
-    asked = parse_precision(asked)
+    requested = parse_precision(requested)
     names = sorted(products)
-    kept = [node for node in names if node in kept_nodes]
-    if len(kept) == len(names):
-        raise ParityError("The graph has no convolution or matrix product, so no precision can be proved.")
-    if len(names) - len(kept) <= LEAST_SHARE * len(names):
+    high = [node for node in names if node in high_precision_nodes]
+    if len(high) == len(names):
+        raise ParityError("The graph has no convolution or matrix product, so its precision cannot be checked.")
+    if len(names) - len(high) <= LEAST_FRACTION * len(names):
         raise ParityError(
-            f"{asked.upper()} was asked for, but {len(kept)} of {len(names)} convolutions and matrix products are kept "
-            f"in {asked.high_precision.upper()}. Keep fewer, or build in {asked.high_precision}."
+            f"{requested.upper()} was requested, but {len(high)} of {len(names)} convolutions and matrix products stay "
+            f"in {requested.high_precision.upper()}. Give fewer --keep, or build in {requested.high_precision}."
         )
-    expected = {node: asked.high_precision if node in kept else asked.product_type for node in names}
+    expected = {node: requested.high_precision if node in high else requested.product_type for node in names}
     faults = [fault for node, kind in expected.items() if (fault := _fault_of(node, table.rows_of(node), kind))]
-    strays = [stray for row in table.rows if (stray := _stray_of(row, asked, products))]
-    if faults or strays:
+    others = [reason for row in table.rows if (reason := _violation_of(row, requested, products))]
+    if faults or others:
         raise ParityError(
-            f"{asked.upper()} was asked for, but the engine does not run in it: {len(faults)} of {len(expected)} "
-            f"convolutions and matrix products{_first_few(faults)} and {len(strays)} other layers{_first_few(strays)}. "
-            f"Give the builder a graph that is {asked.upper()} itself; no flag makes it so."
+            f"{requested.upper()} was requested, but the engine does not run in it: {len(faults)} of {len(expected)} "
+            f"convolutions and matrix products{_first_few(faults)} and {len(others)} other layers{_first_few(others)}. "
+            f"Convert the graph to {requested.upper()} first; builder flags do not change its types."
         )
 
 
 def _fault_of(node: str, rows: tuple[LayerRow, ...], expected: str) -> str | None:
-    """Why a product node is not proved to run in a type; None where it is."""
+    """Return why a product node is not proved to run in a type, or None if it is."""
     if not rows:
         return f"{node} (in no layer)"
     for row in rows:
         if not row.is_product and not row.is_unrolled_product:
-            return f"{node} ({row.kind}, {row.precision}) is named only by {row.name}, not known to multiply"
+            return f"{node} ({row.kind}, {row.precision}) appears only in {row.name}, not known to be a product"
         if row.precision != expected:
             return f"{node} ({row.kind}, {row.precision})"
     return None
 
 
-def _stray_of(row: LayerRow, asked: Precision, products: Collection[str]) -> str | None:
-    """What a layer that is not one of the named products has against the precision; None where it has nothing."""
-    told = f"{row.name} ({row.kind}, {'+'.join(sorted(row.types))})"
-    if asked == "fp32" and row.types - {"fp32"}:
-        return told
+def _violation_of(row: LayerRow, requested: Precision, products: Collection[str]) -> str | None:
+    """Return why a layer that is none of the named products violates the precision, or None if it does not."""
+    label = f"{row.name} ({row.kind}, {'+'.join(sorted(row.types))})"
+    if requested == "fp32" and row.types - {"fp32"}:
+        return label
     if row.role == "unknown" and row.types:
-        return f"{told} is of an unknown kind"
-    fitting = {asked.product_type, asked.rest}
+        return f"{label} is of an unknown kind"
+    allowed = {requested.product_type, requested.rest}
     is_named = not set(products).isdisjoint(row.origins)
-    return told if row.is_product and not is_named and row.precision not in fitting else None
+    return label if row.is_product and not is_named and row.precision not in allowed else None
 
 
 def _first_few(faults: list[str]) -> str:
@@ -209,7 +204,7 @@ def _read_row(line: str) -> LayerRow:
 
 
 def _read_weights(text: str) -> tuple[LayerTensor, ...]:
-    """Plain TensorRT's weights, of which a layer shows only type and count."""
+    """Parse the weights of a plain TensorRT layer, of which the log shows only type and count."""
     weights = tuple(LayerTensor(FLAT_WEIGHTS, (int(w["count"]),), _type_of(w["type"])) for w in _WEIGHTS.finditer(text))
     if len(weights) != len(_WEIGHTS_KEY.findall(text)):
         raise ParityError(f"Weights in the build log's layer table cannot be read: {text[:200]!r}. Please report it.")
@@ -232,9 +227,7 @@ def _type_of(text: str) -> str:
     for pattern, name in _TYPES:
         if pattern.search(text):
             return name
-    raise ParityError(
-        f"The build log's layer table has a tensor type that is not known here: {text!r}. Please report it."
-    )
+    raise ParityError(f"The build log's layer table has an unknown tensor type: {text!r}. Please report it.")
 
 
 def _row_from_dict(values: dict[str, Any]) -> LayerRow:

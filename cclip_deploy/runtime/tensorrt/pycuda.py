@@ -1,4 +1,4 @@
-"""The GPU through pycuda, which has no wheel and did not build here: written against its documentation, never run."""
+"""GPU access through pycuda. Not tested on a GPU: pycuda has no wheels and could not be compiled for the tests."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from cclip_deploy.errors import EnvironmentIssue
-from cclip_deploy.runtime.tensorrt.device import Bytes, GpuFacts, GpuInterface, Handle
+from cclip_deploy.runtime.tensorrt.device import DRIVER_REMEDY, Bytes, GpuFacts, GpuInterface, Handle, version_text
 
-DRIVER_REMEDY = "Install the NVIDIA driver; in a container, start it with: docker run --gpus all"
-NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with the default stream, on which other libraries work
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with the default stream, which other libraries use
 
 
 def load_pycuda_driver() -> Any:
-    """The module pycuda.driver; EnvironmentIssue where it, or the driver library that it links to, is missing."""
+    """Import pycuda.driver; raise EnvironmentIssue if it, or the driver library that it links to, is missing."""
     try:
         from pycuda import driver
     except ModuleNotFoundError as error:
@@ -29,7 +28,7 @@ def load_pycuda_driver() -> Any:
 
 
 class PyCudaGpu:
-    """Device 0 through pycuda, in its primary context, which TensorRT and ONNX Runtime use too."""
+    """Device 0 through pycuda, in its primary context, which TensorRT and ONNX Runtime share."""
 
     interface: GpuInterface = "pycuda"
 
@@ -45,12 +44,11 @@ class PyCudaGpu:
         except self._driver.Error as error:
             raise EnvironmentIssue(f"pycuda cannot use the GPU: {error}. {DRIVER_REMEDY}") from error
         major, minor = self._device.compute_capability()
-        number = self._driver.get_driver_version()
         self.facts = GpuFacts(
             name=self._device.name(),
             compute_capability=f"{major}.{minor}",
             memory_bytes=int(self._device.total_memory()),
-            driver_cuda=f"{number // 1000}.{number % 1000 // 10}",
+            driver_cuda=version_text(self._driver.get_driver_version()),
         )
         self._blocks: dict[int, Any] = {}
         self._entered = threading.local()
@@ -81,7 +79,7 @@ class PyCudaGpu:
         return self._call("Stream", self._driver.Stream, NON_BLOCKING)
 
     def close_stream(self, stream: Handle) -> None:
-        """Streams of pycuda end with their last reference."""
+        """Do nothing: pycuda destroys a stream with its last reference."""
 
     def stream_address(self, stream: Handle) -> int:
         return int(stream.handle)
@@ -93,7 +91,7 @@ class PyCudaGpu:
         return self._call("Event", self._driver.Event)
 
     def close_event(self, event: Handle) -> None:
-        """Events of pycuda end with their last reference."""
+        """Do nothing: pycuda destroys an event with its last reference."""
 
     def record(self, event: Handle, stream: Handle) -> None:
         self._call("record", event.record, stream)
@@ -116,7 +114,7 @@ class PyCudaGpu:
         self._call("launch", graph.launch, stream)
 
     def close_graph(self, graph: Handle) -> None:
-        """Graphs of pycuda end with their last reference."""
+        """Do nothing: pycuda destroys a graph with its last reference."""
 
     def free_bytes(self) -> int:
         return int(self._call("mem_get_info", self._driver.mem_get_info)[0])

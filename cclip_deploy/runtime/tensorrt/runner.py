@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX engines of a bundle, run on a GPU. Not yet run on one: see docs/gpu.md.
+"""Run a bundle's TensorRT or TensorRT-RTX engines on a GPU. Not yet tested on a GPU, see docs/gpu.md.
 
-Every engine is loaded once; each lane has its own contexts of it, a stream and memory, so as many threads as there are
-lanes run at a time. The picture's features stay on the GPU between the image encoder and the mask decoder.
+Every engine is loaded once. Each execution stream has its own contexts and memory, so as many threads as there are
+streams run concurrently. Image features stay on the GPU between the image encoder and the mask decoder.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from cclip_deploy.runtime.tensorrt.stream import ExecutionStream
 if TYPE_CHECKING:
     from types import ModuleType
 
-MOST_LANES = 16
+MAX_STREAMS = 16
 
 
 @dataclass(frozen=True)
 class GpuOptions:
-    """How engines are run: through which package, whether as CUDA graphs, and in how many lanes."""
+    """How engines run: the package for GPU access, whether to use CUDA graphs, and the number of execution streams."""
 
     interface: GpuInterface = "cuda-python"
     cuda_graphs: bool = False
-    lanes: int = 1
+    streams: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.lanes <= MOST_LANES:
-            raise UsageError(f"{self.lanes} lanes make no sense. Give 1 to {MOST_LANES}.")
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise UsageError(f"The number of execution streams must be 1 to {MAX_STREAMS}, got {self.streams}.")
 
 
 class TensorRtBackend:
-    """A bundle's engines of one precision; each is loaded when it is first asked for. Close it, or use it in `with`."""
+    """Backend for a bundle's engines of one precision, each loaded at its first use. Use it in `with`, or close it."""
 
     device = "cuda"
 
@@ -62,19 +62,19 @@ class TensorRtBackend:
         gpu: Gpu | None = None,
         binding: ModuleType | None = None,
     ) -> None:
-        """Find the binding, the GPU and the engines, and hold the manifest against them; nothing is loaded yet.
+        """Load the binding, open the GPU and check the engines against the manifest; no engine is loaded yet.
 
         Args:
-            bundle: where the engines are.
+            bundle: holds the engines.
             precision: of the engines.
-            name: the binding that built them and runs them.
+            name: binding that built and runs the engines.
             options: how they are run.
             gpu: an open device, instead of the one that `options` names.
             binding: an imported binding, instead of the one that `name` names.
 
         Raises:
-            EnvironmentIssue: the binding, the package for device memory, the driver or the GPU is missing or too old,
-                or an engine was built for another version or GPU.
+            EnvironmentIssue: the binding, the package for GPU access, the driver or the GPU is missing or too old, or
+                an engine was built for another version or GPU.
             UsageError: the bundle has no such engine.
         """
         options = options or GpuOptions()
@@ -92,66 +92,66 @@ class TensorRtBackend:
             raise
         self._loaded: dict[str, LoadedEngine] = {}
         self._loading = threading.RLock()
-        self._lanes: list[ExecutionStream] = []
+        self._streams: list[ExecutionStream] = []
         self._free: queue.LifoQueue[ExecutionStream] = queue.LifoQueue()
         self._is_closed = False
         try:
-            for _ in range(options.lanes):
-                self._lanes.append(ExecutionStream(self.gpu, self._binding, options.cuda_graphs))
-                self._free.put(self._lanes[-1])
+            for _ in range(options.streams):
+                self._streams.append(ExecutionStream(self.gpu, self._binding, options.cuda_graphs))
+                self._free.put(self._streams[-1])
         except BaseException:
             self.close()
             raise
 
     @property
     def graphs(self) -> tuple[str, ...]:
-        """The graphs that there are engines of."""
+        """Names of the graphs that have engines."""
         return tuple(self._entries)
 
     @property
     def entries(self) -> tuple[EngineEntry, ...]:
-        """The engines that are run."""
+        """Manifest entries of the engines."""
         return tuple(self._entries.values())
 
     @property
     def device_bytes(self) -> int:
-        """Device memory of buffers and scratch, without the engines' weights."""
-        return sum(lane.device_bytes for lane in self._lanes)
+        """Device memory of buffers and scratch in bytes, without the engines' weights."""
+        return sum(stream.device_bytes for stream in self._streams)
 
     def load(self, graph: str) -> None:
-        with self._all_lanes() as lanes:
+        with self._all_streams() as streams:
             loaded = self._engine(graph)
-            for lane in lanes:
-                lane.add(loaded)
+            for stream in streams:
+                stream.add(loaded)
 
     def unload(self, graph: str) -> None:
-        with self._all_lanes() as lanes:
-            for lane in lanes:
-                lane.remove(graph)
+        with self._all_streams() as streams:
+            for stream in streams:
+                stream.remove(graph)
             self._loaded.pop(graph, None)
 
     def run(self, graph: str, inputs: TensorsOrArrays) -> dict[str, NDArray[np.float32]]:
-        with self._lane(graph) as lane:
-            return lane.run(graph, inputs)[0]
+        with self.reserve_stream(graph) as stream:
+            return stream.run(graph, inputs)[0]
 
     def run_on_device(self, graph: str, inputs: TensorsOrArrays, names: Sequence[str]) -> dict[str, DeviceTensor]:
-        with self._lane(graph) as lane:
-            return lane.run(graph, inputs, names)[1]
+        with self.reserve_stream(graph) as stream:
+            return stream.run(graph, inputs, names)[1]
 
     def device_times_ms(self, graph: str, inputs: TensorsOrArrays, runs: int) -> list[float]:
-        """Device time of each of so many runs, without copies; the runs of one lane, one after the other."""
-        with self._lane(graph) as lane:
-            return lane.device_times_ms(graph, inputs, runs)
+        """Return the device time of each of `runs` consecutive runs on one stream, without copies."""
+        with self.reserve_stream(graph) as stream:
+            return stream.device_times_ms(graph, inputs, runs)
 
     def close(self) -> None:
-        """Free everything; what was kept on the GPU cannot be read afterwards."""
+        """Free everything; outputs on the device become unreadable."""
         if self._is_closed:
             return
         self._is_closed = True
         failures = []
-        for lane in self._lanes:
+        for stream in self._streams:
             try:
-                lane.close()
+                stream.close()
             except Exception as error:
                 failures.append(error)
         self._loaded.clear()
@@ -168,7 +168,7 @@ class TensorRtBackend:
         self.close()
 
     def entry(self, graph: str) -> EngineEntry:
-        """The engine of a graph; UsageError that names the command which builds it where there is none."""
+        """Return the manifest entry of a graph's engine; raise UsageError with the build command if there is none."""
         if graph not in self._entries:
             raise UsageError(
                 f"{self.bundle.path} has no {self.precision} {self.name} engine of {graph}; it has "
@@ -185,32 +185,32 @@ class TensorRtBackend:
             return self._loaded[graph]
 
     @contextmanager
-    def _lane(self, graph: str) -> Iterator[ExecutionStream]:
-        """A lane that nobody else uses, with a context of the graph's engine; waits for one."""
+    def reserve_stream(self, graph: str) -> Iterator[ExecutionStream]:
+        """Reserve a stream that has a context of the graph's engine; waits until one is free."""
         self._require_open()
         self.gpu.enter_thread()
         loaded = self._engine(graph)
-        lane = self._free.get()
+        stream = self._free.get()
         try:
-            lane.add(loaded)
-            yield lane
+            stream.add(loaded)
+            yield stream
         finally:
-            self._free.put(lane)
+            self._free.put(stream)
 
     @contextmanager
-    def _all_lanes(self) -> Iterator[list[ExecutionStream]]:
-        """Every lane, when the runs that are under way have ended."""
+    def _all_streams(self) -> Iterator[list[ExecutionStream]]:
+        """Reserve all streams, after the runs in progress have ended."""
         self._require_open()
         with self._loading:
-            taken: list[ExecutionStream] = []
+            reserved: list[ExecutionStream] = []
             try:
-                taken += (self._free.get() for _ in self._lanes)
+                reserved += (self._free.get() for _ in self._streams)
                 self.gpu.enter_thread()
-                yield taken
+                yield reserved
             finally:
-                for lane in taken:
-                    self._free.put(lane)
+                for stream in reserved:
+                    self._free.put(stream)
 
     def _require_open(self) -> None:
         if self._is_closed:
-            raise UsageError("This backend was closed. Open another one.")
+            raise UsageError("This backend was closed. Open a new one.")

@@ -1,4 +1,4 @@
-"""What an engine is built with beside its graph and shapes, and which binding has which of it: asked here alone."""
+"""Build settings of engines beyond graph and shapes, and which of them each binding supports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cclip_deploy.bundle.manifest import EngineTarget
 from cclip_deploy.common.files import reading_problem, whole_file
 from cclip_deploy.errors import EnvironmentIssue, UsageError
-from cclip_deploy.runtime.tensorrt.binding import binding_label
+from cclip_deploy.runtime.tensorrt.binding import binding_label, capability_numbers
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -21,18 +21,17 @@ LEAST_PORTABLE = (8, 0)
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Choices that do not change what an engine computes, only where, how fast and how large.
+    """Settings that affect where an engine runs, how fast and how large it is, but not what it computes.
 
     Attributes:
-        compute_capabilities: TensorRT-RTX: the GPUs to build for, such as "8.9"; none is portable from Ampere on.
-        compatibility: TensorRT: other GPUs that the engine is to run on beside that of this machine.
+        compute_capabilities: TensorRT-RTX: target GPUs, such as "8.9"; empty builds for Ampere and later.
+        compatibility: TensorRT: GPUs other than this machine's on which the engine must run.
         refit: the weights can be exchanged.
-        strip_weights: the engine holds no weights; the runner takes them from the graph beside it.
-        capturable: the engine takes all its memory from the caller, which TensorRT-RTX asks of one that goes into a
-            CUDA graph.
-        tf32: FP32 products may round their factors to 10 bits, as TensorRT does unless it is told not to.
-        effort: the builder's optimization level, 0 to 5; None is the binding's own.
-        timing_cache: TensorRT: a file of measured kernel times, read if it is there, and written.
+        strip_weights: the engine holds no weights; the runner takes them from the graph in the bundle.
+        capturable: the engine takes all memory from the caller, which TensorRT-RTX requires for CUDA graphs.
+        tf32: FP32 products may round their factors to 10 bits, which is TensorRT's default.
+        effort: the builder's optimization level, 0 to 5; None is the binding's default.
+        timing_cache: TensorRT: file of measured kernel times, read if it exists, and written.
     """
 
     compute_capabilities: tuple[str, ...] = ()
@@ -46,23 +45,23 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         if self.effort is not None and not 0 <= self.effort <= 5:
-            raise UsageError(f"A builder effort of {self.effort} does not exist. Give 0 to 5.")
+            raise UsageError(f"The builder effort must be 0 to 5, got {self.effort}.")
         if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
             raise UsageError(f"A compute capability is named twice: {', '.join(self.compute_capabilities)}.")
 
 
 @dataclass(frozen=True)
 class TimingCacheUse:
-    """SHA-256 of the timing cache that a build began with, None for an empty one, and of what it left."""
+    """SHA-256 of the timing cache before a build (None if it was empty) and after it."""
 
     given_sha256: str | None
     left_sha256: str
 
 
 def apply_settings(config: Any, settings: EngineSettings, binding: ModuleType) -> None:
-    """Put the settings in a builder's configuration; UsageError for what this binding does not have."""
-    _aim(config, settings.compute_capabilities, binding)
-    _widen(config, settings.compatibility, binding)
+    """Apply the settings to a builder's configuration; raise UsageError for one that the binding does not support."""
+    _set_targets(config, settings.compute_capabilities, binding)
+    _set_compatibility(config, settings.compatibility, binding)
     for wanted, flag in ((settings.refit, "REFIT"), (settings.strip_weights, "STRIP_PLAN")):
         if wanted:
             config.set_flag(_flag(binding, flag))
@@ -75,7 +74,7 @@ def apply_settings(config: Any, settings: EngineSettings, binding: ModuleType) -
 
 
 def is_rtx(binding: ModuleType) -> bool:
-    """Whether a binding builds for chosen GPUs without having one, and compiles the rest on the target."""
+    """Return whether a binding is TensorRT-RTX: it builds for chosen GPUs without one, and compiles on the target."""
     return hasattr(binding, "ComputeCapability")
 
 
@@ -86,22 +85,22 @@ def rtx_targets(binding: ModuleType) -> dict[str, Any]:
 
 
 def needs_gpu_to_build(settings: EngineSettings, binding: ModuleType) -> str:
-    """The likely reason of a build that failed, as a sentence; empty where there is none."""
+    """Return the likely reason for a failed build as a sentence, or an empty string."""
     if is_rtx(binding) and (settings.refit or settings.strip_weights):
         return "TensorRT-RTX needs a GPU to build an engine that is refitted or stripped. "
     return ""
 
 
 def engine_target(settings: EngineSettings, binding: ModuleType, gpu: tuple[str, str] | None) -> EngineTarget | None:
-    """The GPUs that an engine built so runs on; None where nobody can say.
+    """Return the GPUs on which an engine with these settings runs, or None if that is unknown.
 
     Args:
-        settings: what it was built with.
-        binding: what built it.
-        gpu: name and compute capability of this machine's GPU, if there is one that could be asked.
+        settings: of the build.
+        binding: that built it.
+        gpu: name and compute capability of this machine's GPU, if it has one.
     """
     if is_rtx(binding):
-        portable = [name for name in rtx_targets(binding) if _numbers(name) >= LEAST_PORTABLE]
+        portable = [name for name in rtx_targets(binding) if capability_numbers(name) >= LEAST_PORTABLE]
         return EngineTarget(compute_capabilities=settings.compute_capabilities or tuple(portable))
     if settings.compatibility == "ampere-plus":
         return EngineTarget(compute_capabilities=("8.0",), and_later=True)
@@ -113,15 +112,15 @@ def engine_target(settings: EngineSettings, binding: ModuleType, gpu: tuple[str,
 
 
 class TimingCache:
-    """A build's timing cache: read before, attached, and written when the build has succeeded."""
+    """Timing cache of a build: read before it, and written after it has succeeded."""
 
     def __init__(self, path: Path, config: Any, binding: ModuleType) -> None:
-        """Read the file, if there is one, and attach it.
+        """Read the file, if it exists, and attach it to the configuration.
 
         Raises:
-            UsageError: TensorRT-RTX, which measures nothing at build.
+            UsageError: the binding is TensorRT-RTX, which measures nothing at build.
             EnvironmentIssue: the cache belongs to another GPU or version.
-            DataError: it cannot be read.
+            DataError: the file cannot be read.
         """
         if is_rtx(binding) or not hasattr(config, "create_timing_cache"):
             raise UsageError(
@@ -142,34 +141,34 @@ class TimingCache:
             )
 
     def write(self) -> TimingCacheUse:
-        """Put what the build has measured in the file, whole or not at all."""
+        """Write the cache after the build, atomically."""
         content = bytes(self._config.get_timing_cache().serialize())
         with whole_file(self.path) as unfinished:
             unfinished.write_bytes(content)
         return TimingCacheUse(self._given_sha256, hashlib.sha256(content).hexdigest())
 
 
-def _aim(config: Any, capabilities: tuple[str, ...], binding: ModuleType) -> None:
+def _set_targets(config: Any, capabilities: tuple[str, ...], binding: ModuleType) -> None:
     if not capabilities:
         return
     label = " ".join(binding_label(binding))
     if not is_rtx(binding):
         raise UsageError(f"{label} builds for the GPU of this machine only. Leave --compute-capability out.")
     known = rtx_targets(binding)
-    strangers = [name for name in capabilities if name not in known]
-    if strangers:
-        raise UsageError(f"{label} does not build for compute capability {strangers[0]}; it has {', '.join(known)}.")
+    unknown = [name for name in capabilities if name not in known]
+    if unknown:
+        raise UsageError(f"{label} does not build for compute capability {unknown[0]}; it supports {', '.join(known)}.")
     config.num_compute_capabilities = len(capabilities)
     for index, name in enumerate(capabilities):
         config.set_compute_capability(known[name], index)
 
 
-def _widen(config: Any, compatibility: Compatibility, binding: ModuleType) -> None:
+def _set_compatibility(config: Any, compatibility: Compatibility, binding: ModuleType) -> None:
     if compatibility == "none":
         return
     label, member = " ".join(binding_label(binding)), compatibility.replace("-", "_").upper()
     if is_rtx(binding):
-        raise UsageError(f"{label} is portable by itself. Name compute capabilities instead of hardware compatibility.")
+        raise UsageError(f"{label} is portable by default. Name compute capabilities instead of a compatibility.")
     levels = binding.HardwareCompatibilityLevel
     if not hasattr(levels, member):
         raise UsageError(f"{label} has no hardware compatibility {compatibility}. Use ampere-plus, or none.")
@@ -182,7 +181,3 @@ def _flag(binding: ModuleType, name: str) -> Any:
             f"{' '.join(binding_label(binding))} has no {name}. Leave it out, or use TensorRT 10 or later."
         )
     return getattr(binding.BuilderFlag, name)
-
-
-def _numbers(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))

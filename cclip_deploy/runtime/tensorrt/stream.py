@@ -1,7 +1,7 @@
-"""A lane: one stream with the contexts, the buffers and the scratch memory of every engine that runs on it.
+"""Execution stream: a CUDA stream with the contexts, buffers and scratch memory of the engines that run on it.
 
-The engines of a lane run one after the other, so they share one block of scratch memory, as large as the most that any
-of them needs. Lanes share nothing but the engines' weights.
+The engines of a stream run one after the other, so they share one block of scratch memory, of the largest size that any
+of them needs. Streams share only the engines' weights.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Floats = NDArray[np.float32]
 
 
 class DeviceArray:
-    """An output that stayed on the GPU; its memory goes back to its lane with the last reference to it."""
+    """An output that stays on the GPU; its memory returns to its stream with the last reference to it."""
 
-    def __init__(self, lane: ExecutionStream, address: int, shape: Shape, dtype: np.dtype[Any]) -> None:
-        self.lane = lane
+    def __init__(self, owner: ExecutionStream, address: int, shape: Shape, dtype: np.dtype[Any]) -> None:
+        self.owner = owner
         self.address = address
         self.dtype = dtype
         self._shape = shape
-        self._release = weakref.finalize(self, lane.give_back, address, n_bytes_of(shape, dtype))
+        self._release = weakref.finalize(self, owner.give_back, address, n_bytes_of(shape, dtype))
         self._release.atexit = False
 
     @property
@@ -41,21 +41,21 @@ class DeviceArray:
 
     @property
     def is_open(self) -> bool:
-        """Whether the memory is still this array's."""
-        return self._release.alive and not self.lane.is_closed
+        """Whether the memory still belongs to this array."""
+        return self._release.alive and not self.owner.is_closed
 
     def numpy(self) -> Floats:
-        return self.lane.read(self)
+        return self.owner.read(self)
 
     def wait(self) -> None:
-        self.lane.wait()
+        self.owner.wait()
 
     def close(self) -> None:
         self._release()
 
 
 class ExecutionStream:
-    """Runs engines on one stream; for one thread at a time. Closing it frees all that it allocated."""
+    """Runs engines on one CUDA stream, for one thread at a time. Closing it frees all its memory."""
 
     def __init__(self, gpu: Gpu, binding: ModuleType, cuda_graphs: bool) -> None:
         self.is_closed = False
@@ -70,11 +70,11 @@ class ExecutionStream:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory that this lane holds, without the engines' weights."""
+        """Device memory held by this stream in bytes, without the engines' weights."""
         return self._owned.device_bytes
 
     def add(self, loaded: LoadedEngine) -> None:
-        """Make a context of an engine; does nothing where there is one."""
+        """Create a context of an engine unless there is one."""
         if loaded.graph in self._contexts:
             return
         context = EngineContext(loaded, self._gpu, self._binding, self._cuda_graphs)
@@ -86,7 +86,7 @@ class ExecutionStream:
             raise
 
     def remove(self, graph: str) -> None:
-        """Free the context and the buffers of an engine; does nothing where there is none."""
+        """Free the context and the buffers of an engine, if there are any."""
         context = self._contexts.pop(graph, None)
         if context is None:
             return
@@ -99,32 +99,32 @@ class ExecutionStream:
                 self._owned.free(addresses.pop())
 
     def run(
-        self, graph: str, inputs: TensorsOrArrays, keep: Sequence[str] | None = None
+        self, graph: str, inputs: TensorsOrArrays, on_device: Sequence[str] | None = None
     ) -> tuple[dict[str, Floats], dict[str, DeviceTensor]]:
-        """One run. Without `keep` all outputs come to the host; with it, those stay on the device, and no others."""
+        """Run once; copy all outputs to the host, or leave those named in `on_device` there and return no others."""
         context = self._contexts[graph]
         if context.is_busy:
             self.wait()
-        kept: dict[str, DeviceArray] = {}
+        stored: dict[str, DeviceArray] = {}
         try:
             arrays = self._prepare(context, inputs)
             shapes = context.bind_shapes({name: value.shape for name, value in arrays.items()}, self.stream)
-            for name in keep or ():
-                kept[name] = self._take(shapes[name], context.types[name])
-            self._put_on_stream(context, arrays, shapes, kept)
-            if keep is not None and not _foreign(arrays, self):
-                return {}, dict(kept)
-            host = {} if keep is not None else self._copy_out(context, shapes)
+            for name in on_device or ():
+                stored[name] = self._take(shapes[name], context.types[name])
+            self._enqueue(context, arrays, shapes, stored)
+            if on_device is not None and not _foreign(arrays, self):
+                return {}, dict(stored)
+            host = {} if on_device is not None else self._copy_out(context, shapes)
             self.wait()
-            return {name: _as_floats(view) for name, view in host.items()}, dict(kept)
+            return {name: _as_floats(view) for name, view in host.items()}, dict(stored)
         except BaseException:
-            self._wait_whatever_happened()
-            for array in kept.values():
+            self._wait_ignoring_errors()
+            for array in stored.values():
                 array.close()
             raise
 
     def device_times_ms(self, graph: str, inputs: TensorsOrArrays, runs: int) -> list[float]:
-        """The device's own time of each of so many runs, without any copy, after one run that counts for nothing."""
+        """Return the device time of each of `runs` runs without copies, after one warm-up run."""
         self.run(graph, inputs)
         context, times = self._contexts[graph], []
         key = context.last_key
@@ -138,9 +138,9 @@ class ExecutionStream:
         return times
 
     def read(self, array: DeviceArray) -> Floats:
-        """A kept output, copied to the host."""
+        """Copy a device output to the host."""
         if not array.is_open:
-            raise UsageError("This output was freed: its lane or the array was closed. Compute it again.")
+            raise UsageError("This output was freed: the array or its backend was closed. Compute it again.")
         memory = self._owned.allocate_pinned(n_bytes_of(array.shape, array.dtype))
         try:
             self._gpu.copy_out(memory, array.address, self.stream)
@@ -150,23 +150,23 @@ class ExecutionStream:
             self._owned.free_pinned(memory)
 
     def give_back(self, address: int, n_bytes: int) -> None:
-        """Take memory of a kept output back; the stream's order keeps it from being written before it was read."""
+        """Take back the memory of a device output; stream order ensures that it is read before it is overwritten."""
         if not self.is_closed:
             self._spare.setdefault(n_bytes, []).append(address)
 
     def wait(self) -> None:
-        """Until the stream has done everything."""
+        """Wait until all work on the stream is done."""
         self._gpu.synchronize(self.stream)
         for context in self._contexts.values():
             context.is_busy = False
 
     def close(self) -> None:
-        """Free contexts, graphs, buffers and the stream, whatever happened before."""
+        """Free contexts, graphs, buffers and the stream, also after errors."""
         if self.is_closed:
             return
         self.is_closed = True
         try:
-            self._wait_whatever_happened()
+            self._wait_ignoring_errors()
             for context in self._contexts.values():
                 context.close()
         finally:
@@ -174,7 +174,7 @@ class ExecutionStream:
             self._owned.close()
 
     def _prepare(self, context: EngineContext, inputs: TensorsOrArrays) -> dict[str, NDArray[Any] | DeviceArray]:
-        """Inputs as the engine takes them; what is kept on the device stays there, and is finished."""
+        """Convert host inputs to the engine's types, and wait for device inputs of other streams."""
         prepared: dict[str, NDArray[Any] | DeviceArray] = {}
         for name, value in inputs.items():
             if isinstance(value, DeviceArray):
@@ -182,34 +182,34 @@ class ExecutionStream:
                     raise UsageError(f"Input {name} was freed before it was used. Compute it again.")
                 if value.dtype != context.types.get(name, value.dtype):
                     raise UsageError(
-                        f"Input {name} is kept as {value.dtype}, the engine takes {context.types[name]}. Build both "
-                        "engines with the same --io."
+                        f"Input {name} is {value.dtype} on the device, the engine takes {context.types[name]}. Build "
+                        "both engines with the same --io."
                     )
                 prepared[name] = value
             else:
                 array = value if isinstance(value, np.ndarray) else value.numpy()
                 prepared[name] = np.ascontiguousarray(array, context.types.get(name, array.dtype))
-        for lane in _foreign(prepared, self):
-            lane.wait()
+        for other in _foreign(prepared, self):
+            other.wait()
         return prepared
 
-    def _put_on_stream(
+    def _enqueue(
         self,
         context: EngineContext,
         inputs: Mapping[str, NDArray[Any] | DeviceArray],
         shapes: Mapping[str, Shape],
-        kept: Mapping[str, DeviceArray],
+        stored: Mapping[str, DeviceArray],
     ) -> None:
         addresses = {name: value.address for name, value in inputs.items() if isinstance(value, DeviceArray)}
-        addresses |= {name: array.address for name, array in kept.items()}
+        addresses |= {name: array.address for name, array in stored.items()}
         for name, shape in shapes.items():
-            if name not in kept:
-                addresses[name] = self._room(context, name, n_bytes_of(shape, context.types[name])).address
+            if name not in stored:
+                addresses[name] = self._buffers_for(context, name, n_bytes_of(shape, context.types[name])).address
         pinned: dict[str, Bytes] = {}
         for name, value in inputs.items():
             if not isinstance(value, DeviceArray):
-                buffers = self._room(context, name, value.nbytes)
-                addresses[name], pinned[name] = buffers.address, self._pinned_room(buffers, value.nbytes)
+                buffers = self._buffers_for(context, name, value.nbytes)
+                addresses[name], pinned[name] = buffers.address, self._pinned_for(buffers, value.nbytes)
         context.is_busy = True
         for name, memory in pinned.items():
             memory[...] = inputs[name].reshape(-1).view(np.uint8)  # type: ignore[union-attr]
@@ -223,12 +223,12 @@ class ExecutionStream:
         for name, shape in shapes.items():
             dtype = context.types[name]
             buffers = context.buffers[name]
-            pinned = self._pinned_room(buffers, n_bytes_of(shape, dtype))
+            pinned = self._pinned_for(buffers, n_bytes_of(shape, dtype))
             self._gpu.copy_out(pinned, buffers.address, self.stream)
             views[name] = pinned.view(dtype).reshape(shape)
         return views
 
-    def _room(self, context: EngineContext, name: str, n_bytes: int) -> Buffers:
+    def _buffers_for(self, context: EngineContext, name: str, n_bytes: int) -> Buffers:
         buffers = context.buffers.setdefault(name, Buffers())
         if buffers.n_bytes < n_bytes or not buffers.address:
             self.wait()
@@ -236,7 +236,7 @@ class ExecutionStream:
             buffers.address, buffers.n_bytes = self._owned.allocate(n_bytes), n_bytes
         return buffers
 
-    def _pinned_room(self, buffers: Buffers, n_bytes: int) -> Bytes:
+    def _pinned_for(self, buffers: Buffers, n_bytes: int) -> Bytes:
         if buffers.pinned is None or buffers.pinned.nbytes < n_bytes:
             if buffers.pinned is not None:
                 self.wait()
@@ -259,31 +259,31 @@ class ExecutionStream:
         address = spare.pop() if spare else self._owned.allocate(n_bytes)
         return DeviceArray(self, address, shape, dtype)
 
-    def _share_activation_memory(self, newcomer: EngineContext) -> None:
+    def _share_activation_memory(self, added: EngineContext) -> None:
         address, n_bytes = self._activation
-        if newcomer.activation_bytes <= n_bytes:
-            newcomer.use_activation_memory(address, n_bytes)
+        if added.activation_bytes <= n_bytes:
+            added.use_activation_memory(address, n_bytes)
             return
         self.wait()
         self._activation = (0, 0)
         if address:
             self._owned.free(address)
-        self._activation = (self._owned.allocate(newcomer.activation_bytes), newcomer.activation_bytes)
+        self._activation = (self._owned.allocate(added.activation_bytes), added.activation_bytes)
         for context in self._contexts.values():
             context.use_activation_memory(*self._activation)
 
-    def _wait_whatever_happened(self) -> None:
+    def _wait_ignoring_errors(self) -> None:
         try:
             self.wait()
         except EnvironmentIssue:
-            # What broke the stream is on its way to the caller already.
+            # The error that broke the stream has already been raised to the caller.
             for context in self._contexts.values():
                 context.is_busy = False
 
 
-def _foreign(inputs: Mapping[str, Any], lane: ExecutionStream) -> set[ExecutionStream]:
-    """Other lanes that these inputs are kept on."""
-    return {value.lane for value in inputs.values() if isinstance(value, DeviceArray) and value.lane is not lane}
+def _foreign(inputs: Mapping[str, Any], stream: ExecutionStream) -> set[ExecutionStream]:
+    """Return the other streams on which these inputs are stored."""
+    return {value.owner for value in inputs.values() if isinstance(value, DeviceArray) and value.owner is not stream}
 
 
 def _key(shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> Hashable:
@@ -291,5 +291,5 @@ def _key(shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> Hashable:
 
 
 def _as_floats(view: NDArray[Any]) -> Floats:
-    """A copy in float32, for the view's memory is written by the next run."""
+    """Return a float32 copy, because the next run overwrites the view's memory."""
     return np.array(view, dtype=np.float32)

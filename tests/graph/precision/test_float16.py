@@ -1,7 +1,8 @@
-"""FP16 graphs: what they keep, what they refuse, and the numbers they give beside float64 and the FP32 graph."""
+"""FP16 graphs: types, rejected graphs, and values against float64 and the FP32 graph."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -14,9 +15,19 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.graph.precision.float16 import FP32_ISLANDS, precision_share, to_fp16
+from cclip_deploy.graph.precision.float16 import FP32_OPS, to_fp16
 
 HALF_STEP = 2.0**-10
+NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+
+
+def elements_by_type(model: onnx.ModelProto) -> Counter[str]:
+    """Number of stored weight elements by type."""
+    counts: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        name = TensorProto.DataType.Name(tensor.data_type).lower()
+        counts[NAMES.get(tensor.data_type, name)] += math.prod(tensor.dims)
+    return counts
 
 
 def make_model(
@@ -26,7 +37,7 @@ def make_model(
     outputs: Mapping[str, tuple[int | str, ...]],
     opset: int = 18,
 ) -> onnx.ModelProto:
-    """A graph of float32 inputs and outputs; an input named tokens is int64."""
+    """Build a graph with float32 inputs and outputs; an input named tokens is int64."""
     kinds = {"tokens": TensorProto.INT64}
     graph = helper.make_graph(
         nodes,
@@ -101,7 +112,7 @@ def test_a_convolution_is_within_half_precision_of_float64() -> None:
     (got,) = run(to_fp16(model), x=x)
     scale = np.einsum("bchw,oc->bohw", abs(x), abs(w[:, :, 0, 0]))
     assert (abs(got - exact) <= 2 * HALF_STEP * scale).all()
-    assert abs(got - exact).max() > 1e-5, "the FP16 graph did not round: it ran in FP32"
+    assert abs(got - exact).max() > 1e-5, "nothing was rounded: the graph ran in FP32"
 
 
 def test_the_given_model_is_not_changed() -> None:
@@ -111,7 +122,7 @@ def test_the_given_model_is_not_changed() -> None:
     assert model.SerializeToString() == before
 
 
-def test_islands_read_and_write_float32() -> None:
+def test_fp32_operators_read_and_write_float32() -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["scores"], name="product"),
         helper.make_node("Softmax", ["scores"], ["shares"], name="softmax"),
@@ -124,18 +135,18 @@ def test_islands_read_and_write_float32() -> None:
     read = {node.name: {types[name] for name in node.input} for node in half.graph.node}
     assert read["softmax"] == read["norm"] == {TensorProto.FLOAT}
     assert read["product"] == read["last"] == {TensorProto.FLOAT16}
-    assert casts(half) == 4, "in, to the islands, from the islands, out; none between the two islands"
+    assert casts(half) == 4, "input, to and from the FP32 operators, output; none between the two FP32 operators"
 
 
-def test_the_sum_of_squares_that_overflows_float16_is_an_island() -> None:
-    assert "ReduceL2" in FP32_ISLANDS
+def test_a_sum_of_squares_that_overflows_float16_stays_float32() -> None:
+    assert "ReduceL2" in FP32_OPS
     nodes = [helper.make_node("ReduceL2", ["x", "axes"], ["y"], keepdims=1)]
     model = make_model(nodes, {"axes": np.array([1])}, {"x": (1, 512)}, {"y": (1, 1)})
     (got,) = run(to_fp16(model), x=np.full((1, 512), 20, np.float32))
     np.testing.assert_allclose(got, 20 * 512**0.5, rtol=1e-6)
 
 
-def test_an_island_between_input_and_output_is_not_rounded() -> None:
+def test_an_fp32_operator_between_input_and_output_is_not_rounded() -> None:
     nodes = [helper.make_node("Softmax", ["x"], ["y"])]
     model = make_model(nodes, {}, {"x": (4, 8)}, {"y": (4, 8)})
     half = to_fp16(model)
@@ -167,7 +178,7 @@ def test_a_weight_that_both_types_read_is_stored_in_both() -> None:
         helper.make_node("LayerNormalization", ["scaled", "scale"], ["y"]),
     ]
     half = to_fp16(make_model(nodes, {"scale": scale}, {"x": (2, 8)}, {"y": (2, 8)}))
-    assert precision_share(half) == {"fp32": 8, "fp16": 8}
+    assert elements_by_type(half) == {"fp32": 8, "fp16": 8}
     np.testing.assert_array_equal(weight(half, "scale"), scale)
 
 
@@ -205,7 +216,7 @@ def test_a_cast_from_integers_becomes_a_cast_to_half() -> None:
     assert casts(half) == 2
 
 
-def test_an_operator_without_a_half_form_stays_float32() -> None:
+def test_an_operator_without_float16_in_its_schema_stays_float32() -> None:
     nodes = [
         helper.make_node("Mul", ["x", "w"], ["limit"]),
         helper.make_node("Range", ["zero", "limit", "one"], ["steps"]),
@@ -238,7 +249,7 @@ def test_the_value_that_a_mask_selects_becomes_finite() -> None:
 
 
 @pytest.mark.parametrize("bad", [65520.0, -1e6, np.inf, np.nan])
-def test_a_weight_that_float16_cannot_hold_is_refused_by_name(bad: float) -> None:
+def test_a_weight_outside_float16_is_refused_by_name(bad: float) -> None:
     values = np.array([1, bad, 3], np.float32)
     model = make_model(
         [helper.make_node("Mul", ["x", "gain"], ["y"], name="scale")], {"gain": values}, {"x": (3,)}, {"y": (3,)}
@@ -249,14 +260,14 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(bad: float) -> Non
     np.testing.assert_array_equal(run(half, x=np.ones(3, np.float32))[0], values)
 
 
-def test_values_at_the_edges_of_float16_are_kept() -> None:
+def test_values_at_the_limits_of_float16_are_converted() -> None:
     values = np.array([65519, -65504, 1e-9, -1e-9, 0], np.float32)
     model = make_model([helper.make_node("Mul", ["x", "w"], ["y"])], {"w": values}, {"x": (5,)}, {"y": (5,)})
     expected = np.array([65504, -65504, 2**-24, -(2**-24), 0], np.float16)
     np.testing.assert_array_equal(weight(to_fp16(model), "w"), expected)
 
 
-def test_a_node_to_keep_that_is_not_there_is_refused() -> None:
+def test_an_unknown_fp32_node_is_refused() -> None:
     model = make_model([helper.make_node("Relu", ["x"], ["y"], name="relu")], {}, {"x": (3,)}, {"y": (3,)})
     with pytest.raises(UsageError, match="no node named 'gelu'"):
         to_fp16(model, fp32_nodes=["gelu"])
@@ -282,16 +293,15 @@ def test_control_flow_is_refused() -> None:
         to_fp16(model)
 
 
-def test_precision_share_counts_elements() -> None:
+def test_float_weights_are_converted_and_integers_are_not() -> None:
     weights = {"w": normal(4, 8), "axes": np.array([1])}
     nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("ReduceSum", ["a", "axes"], ["y"])]
     model = make_model(nodes, weights, {"x": (2, 4)}, {"y": (2, 1)})
-    assert precision_share(model) == {"fp32": 32, "int64": 1}
-    assert precision_share(to_fp16(model)) == {"fp16": 32, "int64": 1}
+    assert elements_by_type(to_fp16(model)) == {"fp16": 32, "int64": 1}
 
 
 def export_attention_net() -> onnx.ModelProto:
-    """Convolutions, an attention layer, a resize; dynamic batch; traced by torch's dynamo exporter."""
+    """Trace convolutions, an attention layer and a resize with a dynamic batch."""
     import torch
     from torch import nn
 
@@ -333,7 +343,7 @@ def test_a_traced_net_needs_few_casts_and_stays_close() -> None:
     model = export_attention_net()
     half = to_fp16(model)
     assert casts(half) == 2 + 2 * 4, "in and out, and two for each of three norms and a softmax"
-    assert precision_share(half)["fp16"] > 0.99 * precision_share(model)["fp32"]
+    assert elements_by_type(half)["fp16"] > 0.99 * elements_by_type(model)["fp32"]
     for batch in (1, 3):
         image = normal(batch, 3, 16, 16)
         (reference,), (got,) = run(model, image=image), run(half, image=image)

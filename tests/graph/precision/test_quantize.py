@@ -1,4 +1,4 @@
-"""Q/DQ graphs: what is quantized and what is left, how weights are coded, and the numbers they give beside numpy's."""
+"""Quantized graphs: what is quantized, how weights are coded, and values against numpy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cclip_deploy.errors import ParityError, UsageError
-from cclip_deploy.graph.precision.convert import lower, tensors_to_calibrate
-from cclip_deploy.graph.precision.float16 import precision_share
+from cclip_deploy.graph.precision.convert import convert_graph, tensors_to_calibrate
 from cclip_deploy.graph.precision.quantize import plan_quantization, quantize, scale_of, weight_codes
 from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
-from tests.graph.precision.test_float16 import make_model, normal
+from tests.graph.precision.test_float16 import elements_by_type, make_model, normal
 
 Ranges = Mapping[str, float]
 
 
 def residual_model() -> onnx.ModelProto:
-    """A stem, an identity block, a downsampling block, attention, a bias of its own, interpolation, a token's scale."""
+    """A stem, an identity block, a downsampling block, attention, a separate bias, interpolation, and a gate from
+    tokens.
+    """
     weights = {
         "a.weight": normal(8, 8, 1, 1), "a.bias": normal(8, seed=1), "b.weight": normal(8, 8, 1, 1, seed=2),
         "c.weight": normal(8, 8, 1, 1, seed=3), "d.weight": normal(8, 8, 1, 1, seed=4), "rows": np.array([0, 8, -1]),
@@ -44,10 +45,10 @@ def residual_model() -> onnx.ModelProto:
         helper.make_node("MatMul", ["flat", "e.weight"], ["e"], name="linear"),
         helper.make_node("Add", ["e", "e.bias"], ["eb"], name="bias"),
         helper.make_node("MatMul", ["eb", "eb"], ["scores"], name="attention"),
-        helper.make_node("MatMul", ["scores", "up"], ["risen"], name="interpolation"),
+        helper.make_node("MatMul", ["scores", "up"], ["upsampled"], name="interpolation"),
         helper.make_node("Gather", ["table", "tokens"], ["words"], name="words"),
         helper.make_node("MatMul", ["words", "t.weight"], ["kernel"], name="text"),
-        helper.make_node("Mul", ["risen", "kernel"], ["y"], name="product"),
+        helper.make_node("Mul", ["upsampled", "kernel"], ["y"], name="product"),
     ]
     return make_model(nodes, weights, {"image": (1, 8, 4, 4), "tokens": (8,)}, {"y": (1, 8, 16)})
 
@@ -81,11 +82,11 @@ def run(model: onnx.ModelProto, precision: str, **feeds: np.ndarray) -> np.ndarr
 def test_learned_products_are_quantized_and_the_others_left(model: onnx.ModelProto) -> None:
     plan = plan_quantization(model)
     assert [p.node for p in plan.products] == ["stem", "inner", "deep1", "deep2", "down", "linear"]
-    assert set(plan.kept) == {"attention", "interpolation", "text"}
+    assert set(plan.high_precision) == {"attention", "interpolation", "text"}
 
 
-def test_the_skip_of_each_residual_sum_has_a_pair_and_nothing_else(model: onnx.ModelProto) -> None:
-    """The identity's is what the block began with; a downsampling block's, the branch of fewer products."""
+def test_only_the_skip_of_each_residual_sum_has_a_pair(model: onnx.ModelProto) -> None:
+    """The skip of an identity block is its input; that of a downsampling block, the branch with fewer products."""
     quantized = quantize(model, plan_quantization(model), unit_ranges(model), "int8")
     for name, skip in (("identity", "ra"), ("downsampling", "down")):
         inputs = list(node_of(quantized, name).input)
@@ -110,7 +111,7 @@ def test_every_pair_is_signed_symmetric_and_every_weight_stored_as_codes(model: 
         assert values[weight.input[0]].dtype == np.int8
     assert node_of(quantized, "stem").input[2] == "a.bias"
     assert values["a.bias"].dtype == np.float32
-    assert precision_share(quantized)["int8"] == 4 * 64 + 128 + 1
+    assert elements_by_type(quantized)["int8"] == 4 * 64 + 128 + 1
 
 
 def test_a_weight_that_two_products_share_is_stored_once(model: onnx.ModelProto) -> None:
@@ -125,10 +126,10 @@ def test_int8_codes_are_within_half_a_step_and_fill_the_range(shape: tuple[int, 
         [-1 if i == axis else 1 for i in range(len(shape))]
     )
     codes, scales = weight_codes(values, axis, "int8")
-    wide = scales.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    steps = scales.reshape([-1 if i == axis else 1 for i in range(len(shape))])
     assert codes.dtype == np.int8
     assert codes.min() >= -127
-    assert (np.abs(codes * wide - values) <= wide / 2 * 1.0001).all()
+    assert (np.abs(codes * steps - values) <= steps / 2 * 1.0001).all()
     others = tuple(i for i in range(len(shape)) if i != axis)
     assert (np.abs(codes).max(axis=others) >= 126).all()
 
@@ -143,21 +144,21 @@ def test_fp8_codes_are_e4m3_and_never_nan() -> None:
 
 
 @pytest.mark.parametrize("largest", [1e-7, 3e-4, 1.0, 17.3, 5000.0])
-def test_a_scale_is_a_float16_that_reaches_the_range(largest: float) -> None:
+def test_a_scale_is_a_float16_that_covers_the_range(largest: float) -> None:
     scale = scale_of(largest, "int8")
     assert float(np.float16(scale)) == scale
     assert 127 * scale >= largest
     assert scale <= largest / 127 * (1 + 2.0**-9) + 2.0**-24
 
 
-def test_a_dead_tensor_or_channel_has_a_scale_all_the_same() -> None:
+def test_a_tensor_of_zeros_has_a_positive_scale() -> None:
     codes, scales = weight_codes(np.zeros((2, 3), np.float32), 0, "int8")
     assert (codes == 0).all()
     assert (scales > 0).all()
 
 
 def test_an_int8_product_of_exact_codes_is_exact() -> None:
-    """Activations and weights that are whole numbers of steps, the largest 127, lose nothing."""
+    """Activations and weights are whole numbers of steps, at most 127."""
     rng = np.random.default_rng(0)
     x, w = rng.integers(-127, 128, (3, 16)).astype(np.float32), rng.integers(-127, 128, (16, 5)).astype(np.float32)
     x[0, 0], w[0] = 127, 127
@@ -168,7 +169,7 @@ def test_an_int8_product_of_exact_codes_is_exact() -> None:
     np.testing.assert_array_equal(run(quantized, "int8", x=x), x @ w)
 
 
-def test_what_lies_beyond_a_range_is_cut_off_on_both_sides() -> None:
+def test_values_beyond_a_range_are_clipped_on_both_sides() -> None:
     w = np.full((1, 1), 127.0, np.float32)
     model = make_model(
         [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": w}, {"x": (4, 1)}, {"y": (4, 1)}
@@ -184,8 +185,8 @@ def fp8_round(values: np.ndarray, scale: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("operator", ["Conv", "MatMul"])
-def test_an_fp8_graph_computes_what_numpy_does_with_e4m3_operands_relu_included(operator: str) -> None:
-    """ONNX Runtime's own optimizer drops a ReLU before an FP8 pair; the session settings must not let it."""
+def test_an_fp8_graph_agrees_with_numpy_on_e4m3_operands_and_relu(operator: str) -> None:
+    """ONNX Runtime's optimizer drops a ReLU before an FP8 pair unless the session settings prevent it."""
     shape = (1, 8, 2, 2) if operator == "Conv" else (4, 8)
     x, w1, w2 = normal(*shape), normal(8, 8, seed=1), normal(8, 8, seed=2)
     kernel = (8, 8, 1, 1) if operator == "Conv" else (8, 8)
@@ -201,13 +202,13 @@ def test_an_fp8_graph_computes_what_numpy_does_with_e4m3_operands_relu_included(
     for weight, name in ((w1, "x"), (w2, "r")):
         values = fp8_round(values, scale_of(ranges[name], "fp8"))
         codes, scales = weight_codes(weight, 0 if operator == "Conv" else 1, "fp8")
-        wide = codes.astype(np.float32) * (scales[:, None] if operator == "Conv" else scales)
-        values = np.einsum("oc,bchw->bohw", wide, values) if operator == "Conv" else values @ wide
+        dequantized = codes.astype(np.float32) * (scales[:, None] if operator == "Conv" else scales)
+        values = np.einsum("oc,bchw->bohw", dequantized, values) if operator == "Conv" else values @ dequantized
         values = np.maximum(values, 0) if name == "x" else values
     np.testing.assert_allclose(got, values, rtol=1e-4, atol=1e-4)
 
 
-def test_an_int8_graph_with_an_fp16_rest_keeps_biases_that_onnxruntime_would_round_away() -> None:
+def test_an_int8_graph_with_an_fp16_rest_does_not_quantize_biases() -> None:
     """The product of two tiny float16 scales underflows, so ONNX Runtime must not quantize the bias with it."""
     x, w = normal(1, 8, 2, 2) / 100, normal(8, 8, 1, 1, seed=1) / 1000
     bias = normal(8, seed=2) / 10
@@ -217,58 +218,58 @@ def test_an_int8_graph_with_an_fp16_rest_keeps_biases_that_onnxruntime_would_rou
         {"x": x.shape},
         {"y": x.shape},
     )
-    lowered = lower(model, "int8-fp16", {"x": float(np.abs(x).max())}).model
+    converted = convert_graph(model, "int8-fp16", {"x": float(np.abs(x).max())}).model
     exact = np.einsum("oc,bchw->bohw", w[:, :, 0, 0], x) + bias[:, None, None]
-    np.testing.assert_allclose(run(lowered, "int8-fp16", x=x), exact, atol=2e-4)
+    np.testing.assert_allclose(run(converted, "int8-fp16", x=x), exact, atol=2e-4)
 
 
 def test_inputs_and_outputs_stay_and_the_given_model_is_not_changed(model: onnx.ModelProto) -> None:
     before = model.SerializeToString()
     for precision in ("int8", "fp8", "int8-fp16"):
-        lowered = lower(model, precision, unit_ranges(model)).model  # type: ignore[arg-type]
-        assert list(lowered.graph.input) == list(model.graph.input)
-        assert list(lowered.graph.output) == list(model.graph.output)
+        converted = convert_graph(model, precision, unit_ranges(model)).model  # type: ignore[arg-type]
+        assert list(converted.graph.input) == list(model.graph.input)
+        assert list(converted.graph.output) == list(model.graph.output)
     assert model.SerializeToString() == before
 
 
-def test_nodes_and_blocks_are_kept_out_by_name(model: onnx.ModelProto) -> None:
-    kept = lower(model, "int8", unit_ranges(model), keep=["c", "stem"])
-    assert kept.kept == {"attention", "interpolation", "text", "deep1", "deep2", "stem"}
-    values = stored(kept.model)
+def test_nodes_and_blocks_stay_in_high_precision_by_name(model: onnx.ModelProto) -> None:
+    converted = convert_graph(model, "int8", unit_ranges(model), high_precision=["c", "stem"])
+    assert converted.high_precision == {"attention", "interpolation", "text", "deep1", "deep2", "stem"}
+    values = stored(converted.model)
     assert values["c.weight"].dtype == np.float32
-    assert lower(model, "fp16", keep=["c"]).kept == {"deep1", "deep2"}
+    assert convert_graph(model, "fp16", high_precision=["c"]).high_precision == {"deep1", "deep2"}
     with pytest.raises(UsageError, match=r"named 'neck\.masker9'"):
-        lower(model, "int8", unit_ranges(model), keep=["neck.masker9"])
+        convert_graph(model, "int8", unit_ranges(model), high_precision=["neck.masker9"])
 
 
-def test_the_rest_is_in_float16_where_asked(model: onnx.ModelProto) -> None:
-    lowered = lower(model, "int8-fp16", unit_ranges(model)).model
-    types = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
+def test_the_unquantized_rest_is_in_float16_if_requested(model: onnx.ModelProto) -> None:
+    converted = convert_graph(model, "int8-fp16", unit_ranges(model)).model
+    types = {tensor.name: tensor.data_type for tensor in converted.graph.initializer}
     assert types["a.bias"] == TensorProto.FLOAT16
     assert types["ra/scale"] == TensorProto.FLOAT16
     assert types["t.weight"] == TensorProto.FLOAT16
 
 
 @pytest.mark.parametrize(
-    ("ranges", "error", "said"),
+    ("ranges", "error", "message"),
     [
-        ({"image": 1.0}, UsageError, "No range is known for"),
+        ({"image": 1.0}, UsageError, "tensors have no range"),
         (None, ParityError, r"range of tensor 'image' is nan"),
     ],
 )
-def test_ranges_that_are_missing_or_no_numbers_are_refused(
-    ranges: Ranges | None, error: type[Exception], said: str, model: onnx.ModelProto
+def test_ranges_that_are_missing_or_nan_are_refused(
+    ranges: Ranges | None, error: type[Exception], message: str, model: onnx.ModelProto
 ) -> None:
     given: Any = ranges if ranges is not None else {**unit_ranges(model), "image": float("nan")}
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         quantize(model, plan_quantization(model), given, "int8")
 
 
 def test_a_graph_without_learned_products_is_not_quantized() -> None:
     model = make_model([helper.make_node("MatMul", ["x", "x"], ["y"], name="m")], {}, {"x": (4, 4)}, {"y": (4, 4)})
     assert tensors_to_calibrate(model) == ()
-    with pytest.raises(UsageError, match="Nothing of this graph can be quantized"):
-        lower(model, "int8", {})
+    with pytest.raises(UsageError, match="Nothing in this graph can be quantized"):
+        convert_graph(model, "int8", {})
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
@@ -276,5 +277,5 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     model = make_model(
         [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": w}, {"x": (4, 4)}, {"y": (4, 4)}
     )
-    with pytest.raises(ParityError, match="'w' holds values that are not finite"):
+    with pytest.raises(ParityError, match="'w' has values that are not finite"):
         quantize(model, plan_quantization(model), {"x": 1.0}, "int8")

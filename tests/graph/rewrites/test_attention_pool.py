@@ -1,4 +1,4 @@
-"""The attention pool with one product and a constant embedding, against the plain one, in float64."""
+"""The rewritten attention pool against the original, in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_fixed_pool_equals_the_plain_one(height: int, width: int, batch: int, he
     assert relative_error(FixAttentionPool((height, width))(pool)(x), pool(x)) <= 1e-12
 
 
-def test_float32_weights_are_worked_out_in_float64_and_stay_float32() -> None:
+def test_float32_weights_are_computed_in_float64_and_stay_float32() -> None:
     exact = randomized(DenseAttentionPool(grid=7, width=64, heads=4, out_width=16))
     fixed = FixAttentionPool((3, 5))(copy.deepcopy(exact).float())
     assert {tensor.dtype for tensor in fixed.state_dict().values()} == {torch.float32}
@@ -40,7 +40,7 @@ def test_float32_weights_are_worked_out_in_float64_and_stay_float32() -> None:
     assert relative_error(fixed(x.float()), exact(x)) <= 1e-6
 
 
-def test_the_given_pool_is_left_as_it_was_and_shares_its_last_projection() -> None:
+def test_the_original_pool_is_unchanged_and_shares_its_last_projection() -> None:
     pool = randomized(DenseAttentionPool(grid=5, width=16, heads=4, out_width=6))
     before = copy.deepcopy(pool.state_dict())
     fixed = FixAttentionPool((2, 3))(pool)
@@ -62,6 +62,6 @@ def changed(index: int, part: nn.Module) -> DenseAttentionPool:
         (changed(0, nn.Conv2d(16, 6, 3, padding=1)), "no 1x1 convolution"),
     ],
 )
-def test_a_pool_built_otherwise_is_refused_with_the_reason(pool: DenseAttentionPool, reason: str) -> None:
+def test_an_unsupported_pool_is_refused_with_the_reason(pool: DenseAttentionPool, reason: str) -> None:
     with pytest.raises(RewriteRefused, match=f"FixAttentionPool cannot rewrite DenseAttentionPool: .*{reason}"):
         FixAttentionPool((2, 2))(pool)

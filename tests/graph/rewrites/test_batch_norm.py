@@ -1,4 +1,4 @@
-"""Convolution and batch norm in one, against the two, in float64."""
+"""A folded convolution against convolution and batch norm, in float64."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_float32_weights_are_folded_in_float64_and_stay_float32() -> None:
     assert relative_error(folded(x.float()), exact(x)) <= 1e-6
 
 
-def test_the_given_module_is_left_as_it_was_and_the_folded_one_cannot_be_trained() -> None:
+def test_the_original_module_is_unchanged_and_the_folded_one_is_frozen() -> None:
     module = randomized(convolution_block(3, 5, 3)).requires_grad_(True)
     before = copy.deepcopy(module.state_dict())
     folded = FoldBatchNorm()(module)
@@ -77,12 +77,12 @@ def test_the_given_module_is_left_as_it_was_and_the_folded_one_cannot_be_trained
         (nn.Sequential(nn.ConvTranspose2d(3, 5, 3), nn.BatchNorm2d(5)).eval(), "does not begin with a convolution"),
     ],
 )
-def test_what_is_no_affine_map_is_refused_with_the_reason(module: nn.Sequential, reason: str) -> None:
+def test_unsupported_modules_are_refused_with_the_reason(module: nn.Sequential, reason: str) -> None:
     with pytest.raises(RewriteRefused, match=f"FoldBatchNorm cannot rewrite Sequential: .*{reason}"):
         FoldBatchNorm()(module)
 
 
-def test_anything_but_a_norm_is_no_norm() -> None:
+def test_only_a_batch_norm_is_accepted_as_norm() -> None:
     assert norm_refusal(nn.Identity()) == "its convolution is not followed by a batch norm"
     assert norm_refusal(nn.BatchNorm2d(3).eval()) is None
 
@@ -102,6 +102,6 @@ def test_anything_but_a_norm_is_no_norm() -> None:
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="replicate"), "does not pad 1 zeros"),
     ],
 )
-def test_convolutions_that_are_not_plain_are_described(convolution: nn.Module, reason: str | None) -> None:
+def test_unsupported_convolutions_are_described(convolution: nn.Module, reason: str | None) -> None:
     refusal = convolution_refusal(convolution, 3)
     assert refusal is None if reason is None else refusal is not None and reason in refusal

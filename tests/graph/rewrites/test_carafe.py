@@ -1,4 +1,4 @@
-"""CARAFE without unfold against CARAFE, in float64."""
+"""CARAFE as a product against the original, in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_product_equals_carafe(height: int, width: int, batch: int, seed: int) -
     assert relative_error(CarafeAsProduct()(carafe)(x), carafe(x)) <= 1e-12
 
 
-def test_every_border_and_corner_is_carafe_s_own() -> None:
+def test_borders_and_corners_equal_carafe_s() -> None:
     carafe = randomized(Carafe(5, 4))
     x = random_map(2, 5, 5, 6)
     actual, expected = CarafeAsProduct()(carafe)(x), carafe(x)
@@ -35,7 +35,7 @@ def test_every_border_and_corner_is_carafe_s_own() -> None:
             assert relative_error(actual[..., rows, columns], expected[..., rows, columns]) <= 1e-12
 
 
-def test_a_last_convolution_without_bias_has_none_afterwards() -> None:
+def test_a_last_convolution_without_bias_is_rewritten() -> None:
     carafe = Carafe(5, 4)
     carafe.out = nn.Conv2d(5, 5, 1, bias=False)
     carafe = randomized(carafe)
@@ -43,13 +43,15 @@ def test_a_last_convolution_without_bias_has_none_afterwards() -> None:
     assert relative_error(CarafeAsProduct()(carafe)(x), carafe(x)) <= 1e-12
 
 
-def test_the_given_carafe_is_left_as_it_was_and_shares_its_weights() -> None:
+def test_the_original_carafe_is_unchanged_and_shares_its_weights() -> None:
     carafe = randomized(Carafe(5, 4))
     before = copy.deepcopy(carafe.state_dict())
     product = CarafeAsProduct()(carafe)
     assert all(torch.equal(tensor, carafe.state_dict()[name]) for name, tensor in before.items())
-    ours = {tensor.data_ptr() for tensor in carafe.state_dict().values()}
-    assert carafe.encode.weight.data_ptr() in {tensor.data_ptr() for tensor in product.state_dict().values()} <= ours
+    original = {tensor.data_ptr() for tensor in carafe.state_dict().values()}
+    assert (
+        carafe.encode.weight.data_ptr() in {tensor.data_ptr() for tensor in product.state_dict().values()} <= original
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_the_given_carafe_is_left_as_it_was_and_shares_its_weights() -> None:
         (nn.Conv2d(5, 5, 1, stride=2), "stride"),
     ],
 )
-def test_a_carafe_built_otherwise_is_refused_with_the_reason(out: nn.Conv2d, reason: str) -> None:
+def test_an_unsupported_carafe_is_refused_with_the_reason(out: nn.Conv2d, reason: str) -> None:
     carafe = Carafe(5, 4).eval()
     carafe.out = out
     with pytest.raises(RewriteRefused, match=f"CarafeAsProduct cannot rewrite Carafe: .*{reason}"):

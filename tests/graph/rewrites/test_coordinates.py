@@ -1,4 +1,4 @@
-"""The coordinate channels' constant share against the block that sees them, in float64."""
+"""Coordinate channels as a constant map against the original block, in float64."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SIDES = st.integers(1, 9)
 
 @settings(max_examples=25, deadline=None)
 @given(height=SIDES, width=SIDES, batch=st.integers(1, 3), seed=st.integers(0, 99))
-def test_fixed_coordinates_equal_the_block_that_sees_them(height: int, width: int, batch: int, seed: int) -> None:
+def test_fixed_coordinates_equal_the_original_block(height: int, width: int, batch: int, seed: int) -> None:
     block = randomized(CoordinateBlock(3), seed)
     x = random_map(batch, 3, height, width, seed=seed)
     assert relative_error(FixCoordinates((height, width))(block)(x), block(x)) <= 1e-12
 
 
-def test_the_border_is_the_block_s_own() -> None:
+def test_the_border_equals_the_block_s() -> None:
     block = randomized(CoordinateBlock(3))
     x = random_map(2, 3, 6, 7)
     actual, expected = FixCoordinates((6, 7))(block)(x), block(x)
@@ -35,7 +35,7 @@ def test_the_border_is_the_block_s_own() -> None:
         assert relative_error(actual[..., edge], expected[..., edge]) <= 1e-12
 
 
-def test_an_empty_picture_gives_the_constant_map_alone() -> None:
+def test_an_input_of_zeros_gives_the_constant_map() -> None:
     block = randomized(CoordinateBlock(3))
     fixed = FixCoordinates((4, 5))(block)
     empty = torch.zeros(2, 3, 4, 5, dtype=torch.float64)
@@ -45,7 +45,7 @@ def test_an_empty_picture_gives_the_constant_map_alone() -> None:
     assert {name: tensor.shape for name, tensor in fixed.named_parameters()} == {"weight": (3, 3, 3, 3)}
 
 
-def test_the_given_block_is_left_as_it_was() -> None:
+def test_the_original_block_is_unchanged() -> None:
     block = randomized(CoordinateBlock(3))
     before = copy.deepcopy(block.state_dict())
     FixCoordinates((4, 5))(block)
@@ -69,6 +69,6 @@ def changed(index: int, part: nn.Module) -> CoordinateBlock:
         (changed(0, nn.Conv2d(5, 3, 1)), "no 3x3 convolution"),
     ],
 )
-def test_a_block_built_otherwise_is_refused_with_the_reason(block: CoordinateBlock, reason: str) -> None:
+def test_an_unsupported_block_is_refused_with_the_reason(block: CoordinateBlock, reason: str) -> None:
     with pytest.raises(RewriteRefused, match=f"FixCoordinates cannot rewrite CoordinateBlock: .*{reason}"):
         FixCoordinates((4, 4))(block)

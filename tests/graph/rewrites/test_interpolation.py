@@ -1,4 +1,4 @@
-"""Mixing channels before the upsampling against upsampling before the convolution, in float64."""
+"""Channels mixed before the upsampling against convolution after it, in float64."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SIDES = st.integers(1, 22)
 
 
 def rewritten_block(block: nn.Sequential, hw: tuple[int, int], scale: int = 4) -> Callable[[Tensor], Tensor]:
-    """The rewritten block on maps with channels first, as the published one takes them."""
+    """Return the rewritten block as a function of maps with channels first."""
     rewritten = MixBeforeInterpolation(hw, scale)(block)
     return lambda x: rewritten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def plainly(block: nn.Module, x: Tensor, scale: int = 4) -> Tensor:
-    """The published order: interpolate, then convolve, norm and ReLU at full resolution."""
+    """Interpolate, then run convolution, norm and ReLU at full resolution, as published."""
     out: Tensor = block(functional.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False))
     return out
 
@@ -51,8 +51,8 @@ def test_mixing_first_equals_interpolating_first(
 
 
 @pytest.mark.parametrize("hw", [(5, 6), (3, 9), (1, 4), (14, 14), (21, 16), (22, 26)])
-def test_every_border_and_corner_is_the_published_one(hw: tuple[int, int]) -> None:
-    """Zeros outside the upsampled map and the interpolation's own clamping meet there."""
+def test_borders_and_corners_equal_the_published_ones(hw: tuple[int, int]) -> None:
+    """Both the convolution's zero padding and the interpolation's clamping act there."""
     block = randomized(convolution_block(4, 6, 3), seed=1)
     x = random_map(2, 4, *hw) + 1.0  # away from zero, so that padding differs from repeating
     actual, expected = rewritten_block(block, hw)(x), plainly(block, x)
@@ -62,7 +62,7 @@ def test_every_border_and_corner_is_the_published_one(hw: tuple[int, int]) -> No
             assert relative_error(actual[..., rows, columns], expected[..., rows, columns]) <= 1e-12
 
 
-def test_one_bright_pixel_spreads_as_published_wherever_it_is() -> None:
+def test_the_impulse_response_equals_the_published_one_at_every_pixel() -> None:
     block = randomized(convolution_block(1, 2, 3))
     rewritten = rewritten_block(block, (3, 4))
     for place in range(12):
@@ -87,7 +87,7 @@ def test_float32_weights_stay_float32_and_agree_to_its_precision() -> None:
     assert relative_error(rewritten(x.float()), plainly(exact, x)) <= 1e-6
 
 
-def test_the_given_block_is_left_as_it_was() -> None:
+def test_the_original_block_is_unchanged() -> None:
     block = randomized(convolution_block(3, 5, 3)).requires_grad_(True)
     before = copy.deepcopy(block.state_dict())
     rewritten = MixBeforeInterpolation((4, 5))(block)
@@ -99,7 +99,7 @@ def test_the_given_block_is_left_as_it_was() -> None:
     ("size", "block", "window"),
     [(1, 1, 1), (6, 6, 6), (7, 7, 7), (14, 7, 8), (26, 13, 14), (56, 7, 9), (104, 8, 10), (13, 13, 13)],
 )
-def test_bands_hold_every_weight_of_the_dense_matrices_and_little_else(size: int, block: int, window: int) -> None:
+def test_bands_hold_every_weight_of_the_dense_matrices_in_short_windows(size: int, block: int, window: int) -> None:
     bands, dense = Bands(size, 4), shifted_matrices(size, 4)  # dense: (3, 4 n, n)
     assert bands.places.shape == (size // block, window)
     assert bands.weights.shape == (size // block, 4 * block, 3, window)
@@ -126,11 +126,11 @@ def block_of(convolution: nn.Module, norm: nn.Module | None = None, last: nn.Mod
         (block_of(nn.Conv2d(5, 5, 3, padding=1, groups=5)), "groups"),
         (block_of(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5, track_running_stats=False)), "no running stat"),
         (block_of(nn.Conv2d(3, 5, 3, padding=1), nn.GroupNorm(1, 5)), "not followed by a batch norm"),
-        (block_of(nn.Conv2d(3, 5, 3, padding=1), last=nn.GELU()), "no convolution, batch norm and ReLU"),
-        (block_of(nn.Conv2d(3, 5, 3, padding=1))[:2], "no convolution, batch norm and ReLU"),
-        (nn.Sequential().eval(), "no convolution, batch norm and ReLU"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=1), last=nn.GELU()), "not a convolution, batch norm and ReLU"),
+        (block_of(nn.Conv2d(3, 5, 3, padding=1))[:2], "not a convolution, batch norm and ReLU"),
+        (nn.Sequential().eval(), "not a convolution, batch norm and ReLU"),
     ],
 )
-def test_a_block_built_otherwise_is_refused_with_the_reason(block: nn.Sequential, reason: str) -> None:
+def test_an_unsupported_block_is_refused_with_the_reason(block: nn.Sequential, reason: str) -> None:
     with pytest.raises(RewriteRefused, match=f"MixBeforeInterpolation cannot rewrite Sequential: .*{reason}"):
         MixBeforeInterpolation((4, 4))(block)

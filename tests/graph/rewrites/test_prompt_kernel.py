@@ -1,4 +1,4 @@
-"""The last 1x1 convolution inside the prompt's kernel, against the head that has it outside, in float64."""
+"""The last 1x1 convolution folded into the prompt's kernel, against the original head, in float64."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.numerics import random_map, randomized, relative_error
 HEAD = randomized(MaskHead(dataclasses.replace(TINY, feature_width=6)), seed=1)
 
 
-def convolved(risen: Tensor, folded: FoldedKernel) -> Tensor:
-    """Pixel by pixel: nine taps, each with its bias, of which those outside the picture count nothing."""
-    batch, _, height, width = risen.shape
+def convolved(upsampled: Tensor, folded: FoldedKernel) -> Tensor:
+    """Sum nine taps for each pixel, each with its bias; taps outside the image are skipped."""
+    batch, _, height, width = upsampled.shape
     logits = torch.zeros(batch, 1, height, width, dtype=torch.float64)
     for y in range(height):
         for x in range(width):
@@ -30,17 +30,17 @@ def convolved(risen: Tensor, folded: FoldedKernel) -> Tensor:
             for tap in range(9):
                 row, column = y + tap // 3 - 1, x + tap % 3 - 1
                 if 0 <= row < height and 0 <= column < width:
-                    pixel = (risen[:, :, row, column] * folded.kernel[:, tap]).sum(1)
+                    pixel = (upsampled[:, :, row, column] * folded.kernel[:, tap]).sum(1)
                     logits[:, 0, y, x] += pixel + folded.tap_bias[:, tap]
     return logits
 
 
 @settings(max_examples=15, deadline=None)
 @given(height=st.integers(1, 5), width=st.integers(1, 5), batch=st.integers(1, 3), seed=st.integers(0, 99))
-def test_folded_kernel_answers_as_the_head_does(height: int, width: int, batch: int, seed: int) -> None:
-    risen, state = random_map(batch, 6, height, width, seed=seed), random_map(batch, 64, seed=seed)
+def test_folded_kernel_equals_the_head(height: int, width: int, batch: int, seed: int) -> None:
+    upsampled, state = random_map(batch, 6, height, width, seed=seed), random_map(batch, 64, seed=seed)
     folded = FoldLastConvolution()(HEAD)(state)
-    assert relative_error(convolved(risen, folded), HEAD.answer(risen, state)) <= 1e-12
+    assert relative_error(convolved(upsampled, folded), HEAD.answer(upsampled, state)) <= 1e-12
 
 
 def test_folded_numbers_are_k_w_and_k_b() -> None:
@@ -60,7 +60,7 @@ def test_float32_weights_are_folded_in_float64_and_stay_float32() -> None:
     assert relative_error(folded(state.float()).kernel, FoldLastConvolution()(HEAD)(state).kernel) <= 1e-6
 
 
-def test_the_given_head_is_left_as_it_was() -> None:
+def test_the_original_head_is_unchanged() -> None:
     head = copy.deepcopy(HEAD).requires_grad_(True)
     before = copy.deepcopy(head.state_dict())
     folded = FoldLastConvolution()(head)
@@ -78,7 +78,7 @@ def test_the_given_head_is_left_as_it_was() -> None:
         (nn.Conv2d(6, 6, 1, bias=False), "has no bias"),
     ],
 )
-def test_a_head_built_otherwise_is_refused_with_the_reason(mix: nn.Conv2d, reason: str) -> None:
+def test_an_unsupported_head_is_refused_with_the_reason(mix: nn.Conv2d, reason: str) -> None:
     head = copy.deepcopy(HEAD)
     head.mix = mix
     with pytest.raises(RewriteRefused, match=f"FoldLastConvolution cannot rewrite MaskHead: .*{reason}"):

@@ -1,4 +1,4 @@
-"""The text tower as plain products of one length, against the tower itself, in float64."""
+"""The text tower as plain products for one prompt length, against the original, in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOWER = randomized(TextTower(dataclasses.replace(TINY, vocabulary_size=300)), se
 
 
 def prompts(rows: int, length: int, seed: int = 0) -> Tensor:
-    """Random words, each row's end token somewhere after its first, anything smaller behind it."""
+    """Return random tokens with each row's end token after its first token, and smaller tokens after it."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, END, (rows, length), generator=generator)
     tokens[torch.arange(rows), torch.randint(1, length, (rows,), generator=generator)] = END
@@ -42,8 +42,8 @@ def test_both_integer_types_are_read(dtype: torch.dtype) -> None:
     assert torch.equal(FixPromptLength(12)(TOWER)(tokens.to(dtype)), FixPromptLength(12)(TOWER)(tokens))
 
 
-def test_what_follows_the_end_token_is_masked_to_nothing() -> None:
-    """The mask is finite, and must still leave exactly nothing."""
+def test_tokens_after_the_end_token_have_no_influence() -> None:
+    """Although the mask is finite, their weight must be exactly zero."""
     tower, tokens = FixPromptLength(12)(TOWER), prompts(1, 12)
     tokens[0] = torch.tensor([7, 8, END, *range(9)])
     changed = tokens.clone()
@@ -66,15 +66,15 @@ def test_float32_weights_stay_float32_and_agree_to_its_precision() -> None:
     assert relative_error(tower(tokens), TOWER(tokens)) <= 1e-5
 
 
-def test_the_given_tower_is_left_as_it_was_and_shares_its_token_table() -> None:
+def test_the_original_tower_is_unchanged_and_shares_its_token_table() -> None:
     before = copy.deepcopy(TOWER.state_dict())
     tower = FixPromptLength(12)(TOWER)
     assert all(torch.equal(tensor, TOWER.state_dict()[name]) for name, tensor in before.items())
     assert TOWER.token_embedding.weight.data_ptr() in {tensor.data_ptr() for tensor in tower.parameters()}
 
 
-def test_a_length_beyond_the_tower_s_is_refused_and_one_without_room_for_a_word_is_an_error() -> None:
+def test_lengths_that_are_too_long_or_too_short_are_refused() -> None:
     with pytest.raises(RewriteRefused, match=r"FixPromptLength cannot rewrite TextTower: 78 tokens .* tower's 77"):
         FixPromptLength(78)(TOWER)
-    with pytest.raises(PromptError, match="no room for start and end"):
+    with pytest.raises(PromptError, match="must be at least 2"):
         FixPromptLength(1)

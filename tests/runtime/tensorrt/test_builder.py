@@ -1,4 +1,4 @@
-"""Real engines, built by TensorRT-RTX on the CPU, and what stops a build."""
+"""Engines built by TensorRT-RTX on a CPU, their proofs, and builds that fail or are cancelled."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rtx() -> ModuleType:
 
 
 def conv_attention_model() -> onnx.ModelProto:
-    """Convolutions, a product of two activations around a softmax, and a head; batch is dynamic."""
+    """Convolutions, a product of two activations around a softmax, and a linear head; the batch is dynamic."""
     rng = np.random.default_rng(0)
     shapes = {"stem_w": (32, 3, 3, 3), "depth_w": (32, 1, 3, 3), "head_w": (32, 8)}
     weights: dict[str, np.ndarray] = {
@@ -50,8 +50,8 @@ def conv_attention_model() -> onnx.ModelProto:
         helper.make_node("Reshape", ["c", "rows"], ["flat"], name="flatten"),
         helper.make_node("Transpose", ["flat"], ["tokens"], name="transpose", perm=[0, 2, 1]),
         helper.make_node("MatMul", ["tokens", "flat"], ["scores"], name="inner"),
-        helper.make_node("Softmax", ["scores"], ["shares"], name="softmax"),
-        helper.make_node("MatMul", ["shares", "tokens"], ["mixed"], name="outer"),
+        helper.make_node("Softmax", ["scores"], ["weights"], name="softmax"),
+        helper.make_node("MatMul", ["weights", "tokens"], ["mixed"], name="outer"),
         helper.make_node("MatMul", ["mixed", "head_w"], ["logits"], name="head"),
     ]
     graph = helper.make_graph(
@@ -97,7 +97,7 @@ def single_layer(operator: str, weight_shape: tuple[int, ...], **attributes: Any
 
 
 def test_an_fp32_engine_runs_in_fp32(fp32_engine: BuiltEngine) -> None:
-    assert fp32_engine.layers.share("fp32") == 1
+    assert fp32_engine.layers.product_summary().keys() == {"fp32"}
     assert set(fp32_engine.layers.summary()) <= {"fp32", "none"}
     assert len(fp32_engine.engine) > 1000
     assert fp32_engine.build_seconds > 0
@@ -108,8 +108,7 @@ def test_an_fp32_engine_runs_in_fp32(fp32_engine: BuiltEngine) -> None:
 
 
 def test_an_fp16_engine_runs_in_fp16(fp16_engine: BuiltEngine) -> None:
-    assert fp16_engine.layers.share("fp16") == 1
-    assert "fp32" not in fp16_engine.layers.product_summary()
+    assert fp16_engine.layers.product_summary().keys() == {"fp16"}
 
 
 def test_inputs_and_outputs_of_an_fp16_engine_stay_fp32(fp16_engine: BuiltEngine) -> None:
@@ -132,25 +131,25 @@ def test_every_product_of_the_graph_is_found_in_the_engine(
 
 
 @pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
-    """The products that each build asks a proof for."""
-    asked: list[frozenset[str]] = []
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
+    """Product names of each precision check."""
+    checked: list[frozenset[str]] = []
 
-    def note(table: LayerTable, precision: str, products: frozenset[str], kept_nodes: frozenset[str]) -> None:
-        asked.append(products)
+    def note(table: LayerTable, precision: str, products: frozenset[str], high: frozenset[str]) -> None:
+        checked.append(products)
 
     monkeypatch.setattr(engine_builder, "prove_precision", note)
-    return asked
+    return checked
 
 
 def test_products_of_the_network_are_those_of_the_graph(
-    fp32_graph: bytes, rtx: ModuleType, judged: list[frozenset[str]]
+    fp32_graph: bytes, rtx: ModuleType, checked: list[frozenset[str]]
 ) -> None:
     build_engine(fp32_graph, EngineOptions(SHAPES), rtx)
-    assert judged == [PRODUCTS]
+    assert checked == [PRODUCTS]
 
 
-def test_products_of_constants_are_not_judged(rtx: ModuleType, judged: list[frozenset[str]]) -> None:
+def test_products_of_constants_are_not_checked(rtx: ModuleType, checked: list[frozenset[str]]) -> None:
     nodes = [
         helper.make_node("MatMul", ["w", "w"], ["ww"], name="constant"),
         helper.make_node("MatMul", ["image", "ww"], ["y"], name="only"),
@@ -160,24 +159,24 @@ def test_products_of_constants_are_not_judged(rtx: ModuleType, judged: list[froz
     graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     build_engine(model.SerializeToString(), EngineOptions(), rtx)
-    assert judged == [product_nodes(model)] == [{"only"}]
+    assert checked == [product_nodes(model)] == [{"only"}]
 
 
 def test_build_refuses_an_engine_that_is_not_fp16(fp32_graph: bytes, rtx: ModuleType) -> None:
-    with pytest.raises(ParityError, match=r"FP16 was asked for.*5 of 5 .*stem \(\w+, fp32\)"):
+    with pytest.raises(ParityError, match=r"FP16 was requested.*5 of 5 .*stem \(\w+, fp32\)"):
         build_engine(fp32_graph, EngineOptions(SHAPES, precision="fp16"), rtx)
 
 
 def test_build_refuses_an_engine_that_is_not_fp32(fp32_model: onnx.ModelProto, rtx: ModuleType) -> None:
-    with pytest.raises(ParityError, match=r"FP32 was asked for.*\(\w+, fp16\)"):
+    with pytest.raises(ParityError, match=r"FP32 was requested.*\(\w+, fp16\)"):
         build_engine(to_fp16(fp32_model).SerializeToString(), EngineOptions(SHAPES, precision="fp32"), rtx)
 
 
-def test_one_node_left_in_fp32_is_found_unless_named(fp32_model: onnx.ModelProto, rtx: ModuleType) -> None:
+def test_a_node_left_in_fp32_is_refused_unless_named(fp32_model: onnx.ModelProto, rtx: ModuleType) -> None:
     graph = to_fp16(fp32_model, fp32_nodes=["head"]).SerializeToString()
     with pytest.raises(ParityError, match=r"1 of 5 .*head"):
         build_engine(graph, EngineOptions(SHAPES, precision="fp16"), rtx)
-    built = build_engine(graph, EngineOptions(SHAPES, precision="fp16", kept_nodes=frozenset({"head"})), rtx)
+    built = build_engine(graph, EngineOptions(SHAPES, precision="fp16", high_precision_nodes=frozenset({"head"})), rtx)
     assert built.layers.rows_of("head")[0].precision == "fp32"
 
 
@@ -193,13 +192,13 @@ def test_nodes_without_names_are_proved_too(fp32_model: onnx.ModelProto, rtx: Mo
 def test_an_engine_is_built_from_a_file(fp32_graph: bytes, rtx: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(fp32_graph)
-    assert build_engine(path, EngineOptions(SHAPES), rtx).layers.share("fp32") == 1
+    assert build_engine(path, EngineOptions(SHAPES), rtx).layers.product_summary().keys() == {"fp32"}
     with pytest.raises(DataError, match=r"no ONNX file .*other\.onnx"):
         build_engine(tmp_path / "other.onnx", EngineOptions(SHAPES), rtx)
 
 
 @pytest.mark.parametrize("junk", [b"", b"not an onnx file at all"])
-def test_bytes_that_are_no_graph_are_refused(junk: bytes, rtx: ModuleType) -> None:
+def test_invalid_bytes_are_refused(junk: bytes, rtx: ModuleType) -> None:
     with pytest.raises(DataError, match="cannot be parsed by tensorrt-rtx"):
         build_engine(junk, EngineOptions(), rtx)
 
@@ -219,14 +218,16 @@ def test_a_log_without_a_layer_table_is_an_error(
 
 
 def test_a_static_graph_needs_no_shapes(rtx: ModuleType) -> None:
-    assert build_engine(single_layer("Conv", (4, 4, 1, 1)), EngineOptions(), rtx).layers.share("fp32") == 1
+    assert build_engine(single_layer("Conv", (4, 4, 1, 1)), EngineOptions(), rtx).layers.product_summary().keys() == {
+        "fp32"
+    }
 
 
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
         ({}, r"'image' has shape \(-1, 3, 16, 16\) with dynamic sizes"),
-        ({**SHAPES, "picture": SHAPES["image"]}, "given for picture, but the inputs are image"),
+        ({**SHAPES, "photo": SHAPES["image"]}, "given for photo, but the inputs are image"),
         ({"image": ((1, 3, 16), (1, 3, 16), (1, 3, 16))}, r"\(1, 3, 16\) does not fit input 'image'"),
         ({"image": ((1, 1, 16, 16), (1, 3, 16, 16), (1, 3, 16, 16))}, r"\(1, 1, 16, 16\) does not fit"),
     ],
@@ -244,39 +245,41 @@ def test_shapes_that_do_not_fit_are_refused(
         ({"shapes": {"image": ((2, 3), (1, 3), (8, 3))}}, "ordered smallest, usual, largest"),
         ({"shapes": {"image": ((0, 3), (1, 3), (8, 3))}}, "must be positive"),
         ({"shapes": {"image": ((1, 3), (1, 3), (8,))}}, "differ in length"),
-        ({"workspace_bytes": 0}, "workspace_bytes is 0"),
+        ({"workspace_bytes": 0}, "workspace_bytes must be positive"),
         ({"precision": "half"}, "no precision 'half'"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         EngineOptions(**values)
 
 
-def test_progress_tells_phases_with_seconds(fp32_graph: bytes, rtx: ModuleType) -> None:
-    said: list[str] = []
-    build_engine(fp32_graph, EngineOptions(SHAPES), rtx, said.append)
-    assert said[0].startswith("Parsing the graph (")
-    assert any(line.startswith("Building engine (") for line in said)
-    assert all(line.endswith(" s)") for line in said)
+def test_progress_has_phases_and_seconds(fp32_graph: bytes, rtx: ModuleType) -> None:
+    lines: list[str] = []
+    build_engine(fp32_graph, EngineOptions(SHAPES), rtx, lines.append)
+    assert lines[0].startswith("Parsing the graph (")
+    assert any(line.startswith("Building engine (") for line in lines)
+    assert all(line.endswith(" s)") for line in lines)
 
 
 @pytest.fixture
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every message of the bindings, as it comes."""
+    """All messages of the binding, in order."""
     messages: list[str] = []
     note = BuildWatch.note
 
-    def overhear(watch: BuildWatch, severity: str, message: str) -> None:
+    def record(watch: BuildWatch, severity: str, message: str) -> None:
         messages.append(message)
         note(watch, severity, message)
 
-    monkeypatch.setattr(BuildWatch, "note", overhear)
+    monkeypatch.setattr(BuildWatch, "note", record)
     return messages
 
 
 @pytest.mark.parametrize("phase", ["Parsing the graph", "Building engine", "Cloning network graph"])
-def test_what_progress_raises_stops_the_build(phase: str, fp32_graph: bytes, rtx: ModuleType, heard: list[str]) -> None:
+def test_an_exception_in_on_progress_stops_the_build(
+    phase: str, fp32_graph: bytes, rtx: ModuleType, heard: list[str]
+) -> None:
     def stop(line: str) -> None:
         if line.startswith(f"{phase} ("):
             raise KeyboardInterrupt
@@ -287,7 +290,7 @@ def test_what_progress_raises_stops_the_build(phase: str, fp32_graph: bytes, rtx
 
 
 def raise_keyboard_interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt("of a program's own handler")
+    raise KeyboardInterrupt("raised by a custom handler")
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
@@ -305,7 +308,7 @@ def test_ctrl_c_inside_the_binding_is_not_lost(
     assert "Exception caught" not in capfd.readouterr().err
 
 
-def test_a_signal_whose_handler_raises_nothing_leaves_the_build_alone(
+def test_a_signal_handler_that_returns_does_not_stop_the_build(
     fp32_graph: bytes, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[int] = []
@@ -321,17 +324,21 @@ def test_engines_are_built_outside_the_main_thread(fp32_graph: bytes, rtx: Modul
     thread = threading.Thread(target=lambda: built.append(build_engine(fp32_graph, EngineOptions(SHAPES), rtx)))
     thread.start()
     thread.join(60)
-    assert built[0].layers.share("fp32") == 1
+    assert built[0].layers.product_summary().keys() == {"fp32"}
 
 
 @pytest.mark.parametrize(("name", "extra"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "rtx")])
-def test_a_missing_binding_names_its_remedy(name: Any, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_binding_is_reported_with_its_install_command(
+    name: Any, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, name.replace("-", "_"), None)
     with pytest.raises(EnvironmentIssue, match=rf"pip install 'cclip-deploy\[{extra}\]'"):
         load_binding(name)
 
 
-def test_a_binding_that_does_not_load_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_binding_that_does_not_load_is_reported_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')")
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -344,7 +351,7 @@ def test_an_unknown_binding_is_refused() -> None:
         load_binding("openvino")  # type: ignore[arg-type]
 
 
-def test_the_network_is_strongly_typed_wherever_it_can_be_asked() -> None:
+def test_the_network_is_strongly_typed_on_every_version() -> None:
     def binding(version: str, **flags: int) -> Any:
         return SimpleNamespace(
             __name__="tensorrt", __version__=version, NetworkDefinitionCreationFlag=SimpleNamespace(**flags)

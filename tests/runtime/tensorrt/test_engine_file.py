@@ -1,4 +1,4 @@
-"""Nothing of an engine reaches TensorRT before its hash, its version and its GPU were held against the manifest."""
+"""Engines are checked for hash, version and GPU before TensorRT reads them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(tiny_bundle_path: Path, tmp_path: Path) -> Make:
 
 
 def load(bundle: Bundle, facts: GpuFacts = FACTS) -> tuple[Any, FakeTensorRt]:
-    """Load the mask decoder's engine; the binding remembers what it deserialized."""
+    """Load the mask decoder's engine; return it, or the error, and the binding."""
     binding: Any = FakeTensorRt(FakeGpu(), bundle)
     entry = engines_of(bundle, "tensorrt-rtx", "fp32")["mask_decoder"]
     try:
@@ -44,13 +44,13 @@ def test_a_good_engine_is_deserialized(make: Make) -> None:
     ("changes", "message"),
     [
         ({"backend_version": "1.6"}, r"built with tensorrt-rtx 1\.6, this process has tensorrt-rtx 1\.7.*build-engine"),
-        ({"runs_on": None}, "does not say for which GPU"),
-        ({"runs_on": {"compute_capabilities": ["8.6", "12.0"]}}, r"capability 8\.6, 12\.0; .* Imaginary GPU .* 8\.9"),
+        ({"runs_on": None}, "does not record for which GPU"),
+        ({"runs_on": {"compute_capabilities": ["8.6", "12.0"]}}, r"capability 8\.6, 12\.0; .* Fake GPU .* 8\.9"),
         ({"runs_on": {"compute_capabilities": ["12.0"], "and_later": True}}, r"12\.0 or later; this machine"),
         ({"runs_on": {"compute_capabilities": ["8.9"], "gpu": "Other GPU"}}, r"runs on a Other GPU \(8\.9\); this"),
     ],
 )  # fmt: skip
-def test_an_engine_for_elsewhere_is_refused_before_it_is_deserialized(
+def test_an_engine_for_another_gpu_or_version_is_refused_before_it_is_deserialized(
     make: Make, changes: dict[str, Any], message: str
 ) -> None:
     error, binding = load(make(**changes))
@@ -64,11 +64,11 @@ def test_an_engine_for_elsewhere_is_refused_before_it_is_deserialized(
     "runs_on",
     [
         {"compute_capabilities": ["8.0"], "and_later": True},
-        {"compute_capabilities": ["8.9"], "gpu": "Imaginary GPU"},
+        {"compute_capabilities": ["8.9"], "gpu": "Fake GPU"},
         {"compute_capabilities": ["8.6", "8.9"]},
     ],
 )
-def test_an_engine_for_this_gpu_is_taken(make: Make, runs_on: dict[str, Any]) -> None:
+def test_an_engine_for_this_gpu_is_accepted(make: Make, runs_on: dict[str, Any]) -> None:
     assert load(make(runs_on=runs_on))[1].deserialized
 
 
@@ -90,13 +90,13 @@ def test_an_engine_that_changes_after_its_checksum_was_read_is_refused(make: Mak
     assert binding.deserialized == []
 
 
-def test_an_engine_that_tensorrt_does_not_take_says_why(make: Make) -> None:
+def test_the_message_of_a_failed_deserialization_is_reported(make: Make) -> None:
     bundle = make()
     (bundle.path / "engines/mask_decoder.engine").write_bytes(b"junk")
     reseal(bundle.path)
     error, _ = load(Bundle.open(bundle.path))
     assert isinstance(error, EnvironmentIssue)
-    assert "It says: this is no engine" in str(error)
+    assert "does not load engines/mask_decoder.engine: this is not an engine" in str(error)
 
 
 def test_an_engine_with_other_tensors_than_its_graph_is_refused(make: Make) -> None:
@@ -108,20 +108,20 @@ def test_an_engine_with_other_tensors_than_its_graph_is_refused(make: Make) -> N
     assert "mask_decoder.engine has inputs" in str(error)
 
 
-def test_an_engine_of_a_graph_that_is_gone_is_refused(make: Make) -> None:
+def test_an_engine_of_a_removed_graph_is_refused(make: Make) -> None:
     error, _ = load(make(graph_sha256="0" * 64))
     assert isinstance(error, BundleError)
     assert "no longer in the bundle" in str(error)
 
 
-def test_a_bundle_without_such_an_engine_says_how_to_build_it(make: Make, tiny_bundle: Bundle) -> None:
+def test_a_missing_engine_is_reported_with_its_build_command(make: Make, tiny_bundle: Bundle) -> None:
     with pytest.raises(UsageError, match=r"has no fp32 engine for tensorrt-rtx; it has none\. .* --fp32 --backend"):
         engines_of(tiny_bundle, "tensorrt-rtx", "fp32")
     with pytest.raises(UsageError, match=r"no int8-fp16 engine .* mask_decoder fp32 tensorrt-rtx.* --int8 --fp16"):
         engines_of(make(), "tensorrt-rtx", "int8-fp16")
 
 
-def test_a_quantized_network_takes_the_rests_engines_for_what_is_not_quantized(make: Make) -> None:
+def test_unquantized_graphs_use_engines_in_the_precision_of_the_rest(make: Make) -> None:
     bundle = make()
     engines = tuple(
         e.model_copy(update={"precision": "int8" if e.graph == "image_encoder" else "fp32"})

@@ -1,4 +1,4 @@
-"""The layer table of a build log, read from lines of both bindings' forms, and what it proves."""
+"""Layer tables of both bindings' build logs, and the precision checks based on them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_layers_without_tensors_or_origins_are_read() -> None:
     assert row.precision == "none"
 
 
-def test_a_convolution_made_a_product_keeps_its_origin() -> None:
+def test_a_convolution_turned_into_a_gemm_keeps_its_origin() -> None:
     (row,) = table(rtx_row("g", "gemm", "", "", "", "[ONNX Layer: blocks[0].conv]__gemm_from_conv1x1")).rows
     assert row.origins == ("blocks[0].conv",)
 
@@ -105,24 +105,24 @@ def test_type_names_of_all_versions_are_known(text: str, kind: str) -> None:
         rtx_row("x", "kgen", rtx_tensor("a", "4", "Posit16"), "", ""),
     ],
 )
-def test_a_table_that_cannot_be_read_is_no_proof(line: str) -> None:
+def test_an_unreadable_table_is_refused(line: str) -> None:
     with pytest.raises(ParityError, match="layer table"):
         table(line)
 
 
 @pytest.mark.parametrize("log", [[], ["Engine generation completed"], ["Layers:\n\nI/O Tensors:\n"]])
-def test_a_log_without_a_table_is_no_proof(log: list[str]) -> None:
-    with pytest.raises(ParityError, match="nothing shows which precision"):
+def test_a_log_without_a_table_is_refused(log: list[str]) -> None:
+    with pytest.raises(ParityError, match="precision of the engine cannot be checked"):
         read_layer_table(log)
 
 
-def test_the_table_survives_json() -> None:
+def test_the_table_round_trips_through_json() -> None:
     before = table(product_row("correlation", "Half", "Half"), rtx_row("s", "shape_call", "", "", ""))
     assert LayerTable.from_dict(json.loads(json.dumps(before.to_dict()))) == before
 
 
 @pytest.mark.parametrize("values", [{}, {"layers": [{"name": "x"}]}, {"layers": None}])
-def test_what_is_no_table_is_refused(values: dict[str, object]) -> None:
+def test_invalid_tables_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(DataError, match="Not a layer table"):
         LayerTable.from_dict(values)
 
@@ -138,19 +138,17 @@ def test_layers_are_counted_by_type() -> None:
     )
     assert mixed.summary() == {"fp16": 2, "fp32": 1, "mixed": 1, "none": 1}
     assert mixed.product_summary() == {"fp16": 2, "fp32": 1}
-    assert mixed.share("fp16") == pytest.approx(2 / 3)
-    assert mixed.share("int8") == 0
 
 
-@pytest.mark.parametrize(("data", "asked"), [("Float", "fp32"), ("Half", "fp16")])
-def test_an_honoured_request_is_proved(data: str, asked: str) -> None:
-    prove_precision(table(product_row("correlation", data, data)), asked, {"conv"})  # type: ignore[arg-type]
+@pytest.mark.parametrize(("data", "requested"), [("Float", "fp32"), ("Half", "fp16")])
+def test_an_engine_in_the_requested_precision_passes(data: str, requested: str) -> None:
+    prove_precision(table(product_row("correlation", data, data)), requested, {"conv"})  # type: ignore[arg-type]
 
 
 def test_fp16_that_runs_in_fp32_is_refused_with_the_layers() -> None:
     rows = [product_row("correlation", "Float", "Float", f"conv{i}") for i in range(8)]
     products = {f"conv{i}" for i in range(8)}
-    with pytest.raises(ParityError, match=r"FP16 was asked for.* 8 of 8 .*conv0 \(correlation, fp32\).*conv4.*\.\.\."):
+    with pytest.raises(ParityError, match=r"FP16 was requested.* 8 of 8 .*conv0 \(correlation, fp32\).*conv4.*\.\.\."):
         prove_precision(table(*rows), "fp16", products)
 
 
@@ -158,7 +156,7 @@ def test_one_product_in_fp32_is_enough_to_refuse_fp16() -> None:
     both = table(product_row("correlation", "Half", "Half"), product_row("gemm", "Float", "Float", "head"))
     with pytest.raises(ParityError, match=r"1 of 2 .*head \(gemm, fp32\)"):
         prove_precision(both, "fp16", {"conv", "head"})
-    prove_precision(both, "fp16", {"conv", "head"}, kept_nodes={"head"})
+    prove_precision(both, "fp16", {"conv", "head"}, high_precision_nodes={"head"})
 
 
 def test_fp32_weights_behind_a_half_input_are_not_fp16() -> None:
@@ -186,17 +184,17 @@ def test_a_product_in_no_layer_is_refused() -> None:
 
 
 CAST, PAD = "__myl_Cast_myl0_1", "__myl_ReplConc_myl0_1"
-"""Names of generated kernels, as TensorRT-RTX 1.7 gives them: the operators, shortened, and the kernel's number."""
+"""Names of generated kernels in TensorRT-RTX 1.7: abbreviated operators and the kernel's number."""
 
 
-def test_the_cast_before_a_convolution_does_not_speak_for_it() -> None:
+def test_a_cast_does_not_count_as_its_convolution() -> None:
     cast = rtx_row(CAST, "kgen", rtx_tensor("x", "8", "Float"), "", rtx_tensor("h", "8", "Half"), "[ONNX Layer: conv]")
     prove_precision(table(cast, product_row("correlation", "Half", "Half")), "fp16", {"conv"})
     with pytest.raises(ParityError):
         prove_precision(table(cast, product_row("correlation", "Float", "Float")), "fp16", {"conv"})
 
 
-def test_the_padding_before_a_convolution_does_not_speak_for_it() -> None:
+def test_a_padding_does_not_count_as_its_convolution() -> None:
     pad = rtx_row(PAD, "kgen", rtx_tensor("x", "8", "Float"), "", rtx_tensor("q", "9", "Float"), "[ONNX Layer: conv]")
     both = table(pad, product_row("correlation", "Half", "Half"))
     assert [row.kind for row in both.rows_of("conv")] == ["correlation"]
@@ -211,8 +209,8 @@ def test_single_elements_do_not_make_a_layer_mixed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Half", "Float"])
-def test_a_small_product_that_became_a_multiplication_and_a_sum_counts_with_all_its_operands(kind: str) -> None:
-    """TensorRT-RTX makes such a kernel of MatMul (1, 64) x (64, 1)."""
+def test_all_operands_of_a_product_as_multiplication_and_sum_count(kind: str) -> None:
+    """TensorRT-RTX generates such a kernel for MatMul (1, 64) x (64, 1)."""
     inputs = f"{rtx_tensor('a', '1,64', 'Half')},{rtx_tensor('b', '64,8', kind)}"
     made = rtx_row("__myl_MulSum_myl0_0", "kgen", inputs, "", rtx_tensor("c", "1,8", "Half"), "[ONNX Layer: mm]")
     if kind == "Half":
@@ -230,12 +228,12 @@ def test_a_small_product_that_became_a_multiplication_and_a_sum_counts_with_all_
         ("CastReshMulSum", "Float", "Float", "Half", "mixed"),
         ("CastReshMulSum", "Float", "Half", "Float", "mixed"),
         ("CastReshMulSumEtc", "Float", "Half", "Half", "mixed"),
-        ("CastMulSumCast", "Half", "Half", "Half", "mixed"),  # up, multiplied, and down again
+        ("CastMulSumCast", "Half", "Half", "Half", "mixed"),  # cast up, multiplied, and cast down
         ("MulSumCastMulSumCast", "Half", "Half", "Half", "mixed"),
         ("MulSumAddCast", "Half", "Half", "Float", "fp16"),
     ],
 )
-def test_what_a_kernel_casts_before_a_product_is_read_from_its_name(
+def test_casts_before_a_product_are_read_from_the_kernel_name(
     operators: str, data: str, weights: str, output: str, precision: str
 ) -> None:
     constants = f"{rtx_tensor('w', '64,64', weights)},{rtx_tensor('scale', '1,64', 'Float')}"
@@ -248,20 +246,20 @@ def test_what_a_kernel_casts_before_a_product_is_read_from_its_name(
         prove_precision(table(made), "fp16", {"mm"})
 
 
-def test_a_fusion_that_casts_up_before_its_product_is_not_in_the_low_type() -> None:
+def test_a_fusion_that_casts_up_before_its_product_is_mixed() -> None:
     pair = f"{rtx_tensor('a', '8,8', 'Half')},{rtx_tensor('b', '8,8', 'Half')}"
     for name, precision in (("__myl_CastFcCast_myl0_1", "mixed"), ("__myl_FcAddCast_myl0_1", "fp16")):
         row = rtx_row(name, "runtime_fusion", pair, "", rtx_tensor("c", "8,8", "Half"), "[ONNX Layer: mm]")
         assert table(row).rows[0].precision == precision
 
 
-def test_a_kernel_that_is_not_known_to_multiply_proves_no_product() -> None:
-    """Its types do not say in which of them it multiplies: the low one may be its output's alone."""
+def test_a_kernel_that_is_not_known_to_multiply_is_refused() -> None:
+    """The type in which it multiplies is unknown; only its output may have the low type."""
     low_output = rtx_row(
         "__myl_AddRelu_myl0_0", "kgen", rtx_tensor("a", "8,8", "Float"), "", rtx_tensor("c", "8,8", "Half"),
         "[ONNX Layer: mm]",
     )  # fmt: skip
-    with pytest.raises(ParityError, match=r"mm \(kgen, mixed\) is named only by __myl_AddRelu_myl0_0, not known to"):
+    with pytest.raises(ParityError, match=r"mm \(kgen, mixed\) appears only in __myl_AddRelu_myl0_0, not known"):
         prove_precision(table(low_output), "fp16", {"mm"})
 
 
@@ -271,13 +269,11 @@ def test_a_kernel_that_is_not_known_to_multiply_proves_no_product() -> None:
         ("SlicSlicMulMulMulMulAddAddAddMoveResh", "Half", None),  # the demo's FP16 image encoder
         ("MulMulAdd", "Half", None),
         ("SlicMulMulMulMulAddAddAddResh", "Float", "mixed"),
-        ("MulMulMulMulAddResh", "Half", "not known to multiply"),  # too few sums
-        ("MulAdd", "Half", "not known to multiply"),
+        ("MulMulMulMulAddResh", "Half", "not known to be a product"),  # too few additions
+        ("MulAdd", "Half", "not known to be a product"),
     ],
 )
-def test_a_small_product_that_is_written_out_counts_with_all_its_types(
-    operators: str, kind: str, fault: str | None
-) -> None:
+def test_all_types_of_an_unrolled_product_count(operators: str, kind: str, fault: str | None) -> None:
     inputs = f"{rtx_tensor('a', '4,4', 'Half')},{rtx_tensor('b', '4,4', kind)}"
     made = rtx_row(f"__myl_{operators}_myl0_78", "kgen", inputs, "", rtx_tensor("c", "4,4", "Half"), "[ONNX Layer: mm]")
     if fault is None:
@@ -288,29 +284,29 @@ def test_a_small_product_that_is_written_out_counts_with_all_its_types(
 
 
 @pytest.mark.parametrize("kind", ["Reformat", "shape_call", "NoOp"])
-def test_a_product_that_only_a_reformat_names_is_not_proved(kind: str) -> None:
+def test_a_product_that_appears_only_in_a_reformat_is_refused(kind: str) -> None:
     moved = rtx_row(
         "Reformatting CopyNode for Input Tensor 0 to conv", kind, rtx_tensor("x", "8,8", "Half"), "",
         rtx_tensor("y", "8,8", "Half"), "[ONNX Layer: conv]",
     )  # fmt: skip
-    with pytest.raises(ParityError, match=rf"conv \({kind}, fp16\) is named only by Reformatting"):
+    with pytest.raises(ParityError, match=rf"conv \({kind}, fp16\) appears only in Reformatting"):
         prove_precision(table(moved), "fp16", {"conv"})
 
 
 @pytest.mark.parametrize("kind", ["Convert", "Myelin", "PluginV2", "conv_like", "runtime_fusion", "kgen"])
-@pytest.mark.parametrize("asked", ["fp32", "fp16", "int8"])
-def test_a_layer_of_an_unknown_kind_is_not_proved_with_or_without_the_products_name(kind: str, asked: str) -> None:
+@pytest.mark.parametrize("requested", ["fp32", "fp16", "int8"])
+def test_a_layer_of_an_unknown_kind_is_refused_with_or_without_a_product_name(kind: str, requested: str) -> None:
     types = {"fp32": "Float", "fp16": "Half", "int8": "Int8"}
-    known = product_row("correlation", types[asked], types[asked])
+    known = product_row("correlation", types[requested], types[requested])
     for origin in ("[ONNX Layer: head]", ""):
-        pair = f"{rtx_tensor('a', '8,8', types[asked])},{rtx_tensor('b', '8,8', types[asked])}"
-        unknown = rtx_row("mystery_7", kind, pair, "", rtx_tensor("c", "8,8", types[asked]), origin)
+        pair = f"{rtx_tensor('a', '8,8', types[requested])},{rtx_tensor('b', '8,8', types[requested])}"
+        unknown = rtx_row("mystery_7", kind, pair, "", rtx_tensor("c", "8,8", types[requested]), origin)
         products = {"conv", "head"} if origin else {"conv"}
         with pytest.raises(ParityError, match=rf"mystery_7 \({kind}, \w+\) is of an unknown kind"):
-            prove_precision(table(known, unknown), asked, products)  # type: ignore[arg-type]
+            prove_precision(table(known, unknown), requested, products)  # type: ignore[arg-type]
 
 
-def test_a_kernel_with_an_operator_that_is_not_known_is_of_an_unknown_kind() -> None:
+def test_a_kernel_with_an_unknown_operator_is_of_an_unknown_kind() -> None:
     known = product_row("correlation", "Half", "Half")
     for name in ("__myl_CastFrobAdd_myl0_1", "__myl__myl0_1", "_warp_myl0_1"):
         kernel = rtx_row(name, "kgen", rtx_tensor("a", "8", "Half"), "", rtx_tensor("b", "8", "Half"))
@@ -318,7 +314,7 @@ def test_a_kernel_with_an_operator_that_is_not_known_is_of_an_unknown_kind() -> 
             prove_precision(table(known, kernel), "fp16", {"conv"})
 
 
-def test_a_layer_of_an_unknown_kind_without_numbers_hides_nothing() -> None:
+def test_a_layer_of_an_unknown_kind_without_floats_is_accepted() -> None:
     sizes = rtx_row("sizes", "size_call", rtx_tensor("n", "4", "Int64"), "", rtx_tensor("m", "4", "Int64"))
     prove_precision(table(sizes, product_row("correlation", "Half", "Half")), "fp16", {"conv"})
 
@@ -332,7 +328,7 @@ def test_a_layer_of_an_unknown_kind_without_numbers_hides_nothing() -> None:
         "Weights: 3",
     ],
 )
-def test_weights_in_another_syntax_are_no_proof(weights: str) -> None:
+def test_weights_in_an_unknown_syntax_are_refused(weights: str) -> None:
     line = (
         "Name: conv, LayerType: CaskConvolution, Inputs: [ { Name: in, Location: Device, Dimensions: [1,3,4,4], "
         "Format/Datatype: Half }], Outputs: [ { Name: out, Location: Device, Dimensions: [1,8,2,2], Format/Datatype: "
@@ -342,7 +338,7 @@ def test_weights_in_another_syntax_are_no_proof(weights: str) -> None:
         prove_precision(table(line), "fp16", {"conv"})
 
 
-def test_a_convolution_without_weights_in_the_table_is_no_proof() -> None:
+def test_a_convolution_without_weights_in_the_table_is_refused() -> None:
     row = rtx_row(
         "conv_myl0_2", "correlation", rtx_tensor("x", "-1,3,8,8", "Half"), rtx_tensor("alpha", "1", "Float"),
         rtx_tensor("y", "-1,8,8,8", "Half"), "[ONNX Layer: conv]",
@@ -364,7 +360,7 @@ def test_one_fp32_activation_beside_int8_weights_is_not_int8(first: bool) -> Non
 
 
 def test_scales_and_bias_beside_int8_operands_may_be_fp32() -> None:
-    """As TensorRT-RTX 1.7 logs every INT8 convolution: codes in, codes as weights, FP32 scale, bias and output."""
+    """TensorRT-RTX 1.7 logs INT8 convolutions with INT8 input and weights, and FP32 scale, bias and output."""
     constants = ",".join([rtx_tensor("w", "4,4,3,3", "Int8"), *(rtx_tensor(n, "1,4,1,1", "Float") for n in "sb")])
     row = rtx_row(
         "conv_myl0_2", "correlation", rtx_tensor("x", "-1,4,8,8", "Int8"), constants,
@@ -387,12 +383,12 @@ def test_plain_tensorrts_weights_count_beside_a_residual() -> None:
         prove_precision(table(line("Float")), "fp16", {"conv"})
 
 
-@pytest.mark.parametrize(("asked", "low", "high"), [("int8", "Int8", "Float"), ("fp16", "Half", "Float")])
-def test_a_precision_with_all_products_kept_out_of_it_but_one_is_not_proved(asked: str, low: str, high: str) -> None:
+@pytest.mark.parametrize(("requested", "low", "high"), [("int8", "Int8", "Float"), ("fp16", "Half", "Float")])
+def test_an_engine_with_one_product_in_the_precision_is_refused(requested: str, low: str, high: str) -> None:
     nodes = [f"conv{i}" for i in range(9)]
     rows = [product_row("correlation", high if i else low, high if i else low, node) for i, node in enumerate(nodes)]
-    with pytest.raises(ParityError, match=r"8 of 9 convolutions and matrix products are kept in FP32.*build in fp32"):
-        prove_precision(table(*rows), asked, set(nodes), set(nodes[1:]))  # type: ignore[arg-type]
+    with pytest.raises(ParityError, match=r"8 of 9 convolutions and matrix products stay in FP32.*build in fp32"):
+        prove_precision(table(*rows), requested, set(nodes), set(nodes[1:]))  # type: ignore[arg-type]
 
 
 def test_a_generated_attention_kernel_is_a_product() -> None:
@@ -405,7 +401,7 @@ def test_a_generated_attention_kernel_is_a_product() -> None:
         prove_precision(table(attention("Float")), "fp16", {"mm"})
 
 
-def test_a_graph_without_products_proves_nothing() -> None:
+def test_a_graph_without_products_is_refused() -> None:
     with pytest.raises(ParityError, match="no convolution or matrix product"):
         prove_precision(table(rtx_row("s", "shape_call", "", "", "")), "fp32", set())
 
@@ -417,7 +413,7 @@ def test_unknown_precisions_are_refused() -> None:
         parse_precision("half")
 
 
-def test_products_are_named_and_those_of_constants_left_out() -> None:
+def test_product_nodes_exclude_products_of_constants() -> None:
     nodes = [
         helper.make_node("MatMul", ["w", "w"], ["ww"], name="constant"),
         helper.make_node("MatMul", ["x", "ww"], ["a"], name="first"),

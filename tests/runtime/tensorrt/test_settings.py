@@ -1,4 +1,4 @@
-"""Targets, flags and caches: TensorRT-RTX really builds with them, plain TensorRT is asked as documented."""
+"""Build settings: TensorRT-RTX builds with them; a fake configuration of plain TensorRT records them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def graph() -> bytes:
 
 
 class Config:
-    """A builder's configuration of plain TensorRT that remembers what it was told."""
+    """Fake builder configuration of plain TensorRT that records its settings."""
 
     def __init__(self, takes_cache: bool = True) -> None:
         self.flags: set[str] = {"TF32"}
@@ -68,7 +68,7 @@ class Config:
 
 @pytest.fixture
 def plain() -> Any:
-    """As much of the module tensorrt as settings ask for."""
+    """The parts of the module tensorrt that the settings use."""
     return SimpleNamespace(
         __name__="tensorrt", __version__="10.13.0",
         BuilderFlag=SimpleNamespace(REFIT="REFIT", STRIP_PLAN="STRIP_PLAN", TF32="TF32"),
@@ -87,7 +87,7 @@ def test_rtx_builds_engines_with_settings(graph: bytes, rtx: ModuleType, setting
     assert engine_target(settings, rtx, None).compute_capabilities == (settings.compute_capabilities or PORTABLE)  # type: ignore[union-attr]
 
 
-def test_a_second_profile_is_in_the_engine(graph: bytes, rtx: ModuleType) -> None:
+def test_a_second_profile_enlarges_the_engine(graph: bytes, rtx: ModuleType) -> None:
     one = {"x": ((1, 16), (1, 16), (1, 16))}
     alone = build_engine(graph, EngineOptions(RANGES), rtx)
     both = build_engine(graph, EngineOptions(RANGES, further_shapes=(one,)), rtx)
@@ -97,7 +97,7 @@ def test_a_second_profile_is_in_the_engine(graph: bytes, rtx: ModuleType) -> Non
 
 
 @pytest.mark.parametrize("settings", [EngineSettings(refit=True), EngineSettings(strip_weights=True)])
-def test_rtx_without_a_gpu_says_why_a_refitted_engine_cannot_be_built(
+def test_rtx_reports_that_a_refitted_engine_needs_a_gpu(
     graph: bytes, rtx: ModuleType, settings: EngineSettings
 ) -> None:
     try:
@@ -111,34 +111,34 @@ def test_rtx_without_a_gpu_says_why_a_refitted_engine_cannot_be_built(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (EngineSettings(("9.0",)), r"does not build for compute capability 9\.0; it has 7\.5, 8\.0"),
-        (EngineSettings(compatibility="ampere-plus"), "portable by itself"),
+        (EngineSettings(("9.0",)), r"does not build for compute capability 9\.0; it supports 7\.5, 8\.0"),
+        (EngineSettings(compatibility="ampere-plus"), "portable by default"),
         (EngineSettings(timing_cache=Path("x")), "has no timing cache: it measures nothing"),
     ],
 )
-def test_what_rtx_does_not_have_is_refused(
+def test_settings_that_rtx_does_not_support_are_refused(
     graph: bytes, rtx: ModuleType, settings: EngineSettings, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         build_engine(graph, EngineOptions(RANGES, settings=settings), rtx)
 
 
-def test_settings_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(UsageError, match="effort of 6"):
+def test_invalid_settings_are_refused() -> None:
+    with pytest.raises(UsageError, match="must be 0 to 5, got 6"):
         EngineSettings(effort=6)
     with pytest.raises(UsageError, match=r"named twice: 8\.6, 8\.6"):
         EngineSettings(("8.6", "8.6"))
-    with pytest.raises(UsageError, match=r"FP8 needs .* 8\.9 or newer; 8\.6 was asked for"):
+    with pytest.raises(UsageError, match=r"FP8 needs .* 8\.9 or newer; 8\.6 was requested"):
         EngineOptions(precision="fp8", settings=EngineSettings(("8.9", "8.6")))
 
 
-def test_plain_tensorrt_is_told_flags_and_compatibility(plain: Any) -> None:
+def test_plain_tensorrt_gets_flags_and_compatibility(plain: Any) -> None:
     config: Any = Config()
     apply_settings(config, EngineSettings(compatibility="ampere-plus", refit=True, strip_weights=True, effort=4), plain)
     assert config.flags == {"REFIT", "STRIP_PLAN"}
     assert (config.hardware_compatibility_level, config.builder_optimization_level) == ("AMPERE_PLUS", 4)
-    apply_settings(kept := Config(), EngineSettings(tf32=True), plain)
-    assert kept.flags == {"TF32"}
+    apply_settings(with_tf32 := Config(), EngineSettings(tf32=True), plain)
+    assert with_tf32.flags == {"TF32"}
     for settings, message in (
         (EngineSettings(("8.9",)), "the GPU of this machine only"),
         (EngineSettings(compatibility="same-compute-capability"), "has no hardware compatibility same-compute"),
@@ -147,11 +147,11 @@ def test_plain_tensorrt_is_told_flags_and_compatibility(plain: Any) -> None:
             apply_settings(config, settings, plain)
 
 
-def test_where_a_plain_engine_runs(plain: Any) -> None:
-    mine = ("NVIDIA L4", "8.9")
-    own = engine_target(EngineSettings(), plain, mine)
-    same = engine_target(EngineSettings(compatibility="same-compute-capability"), plain, mine)
-    ampere = engine_target(EngineSettings(compatibility="ampere-plus"), plain, mine)
+def test_targets_of_a_plain_engine(plain: Any) -> None:
+    local = ("NVIDIA L4", "8.9")
+    own = engine_target(EngineSettings(), plain, local)
+    same = engine_target(EngineSettings(compatibility="same-compute-capability"), plain, local)
+    ampere = engine_target(EngineSettings(compatibility="ampere-plus"), plain, local)
     assert own is not None
     assert same is not None
     assert ampere is not None
@@ -171,12 +171,12 @@ def test_a_timing_cache_is_read_written_and_hashed(plain: Any, tmp_path: Path) -
     assert [p.name for p in path.parent.iterdir()] == ["timing.cache"]
 
 
-def test_a_timing_cache_that_cannot_be_read_is_not_said_to_be_unwritable(plain: Any, tmp_path: Path) -> None:
+def test_an_unreadable_timing_cache_is_reported(plain: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         TimingCache(tmp_path, Config(), plain)
 
 
-def test_a_timing_cache_of_another_gpu_is_refused_and_stays_as_it_was(plain: Any, tmp_path: Path) -> None:
+def test_a_timing_cache_of_another_gpu_is_refused_and_unchanged(plain: Any, tmp_path: Path) -> None:
     path = tmp_path / "timing.cache"
     path.write_bytes(b"of another GPU")
     with pytest.raises(EnvironmentIssue, match=r"was not made with this GPU and tensorrt 10\.13\.0"):

@@ -1,4 +1,7 @@
-"""What a concatenation gives is quantized before it: one scale, codes joined; ONNX Runtime and OpenVINO agree on it."""
+"""The inputs of a concatenation are quantized with one scale and their codes joined.
+
+ONNX Runtime and OpenVINO agree on this form.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from cclip_deploy.graph.precision.convert import lower, tensors_to_calibrate
+from cclip_deploy.graph.precision.convert import convert_graph, tensors_to_calibrate
 from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 from cclip_deploy.runtime.openvino.backend import compile_graph, load_openvino, read_graph
 from tests.graph.precision.test_float16 import make_model, normal
@@ -18,7 +21,7 @@ IMAGE = normal(1, 4, 6, 6, seed=9)
 
 
 def gated_model(also_read: bool = False) -> onnx.ModelProto:
-    """Two gated convolutions of very different size, side by side, read by a third: the neck's last step."""
+    """Two gated convolutions of very different magnitude, concatenated and read by a third, as in the neck."""
     weights = {
         "a.weight": normal(4, 4, 1, 1), "b.weight": 5 * normal(4, 4, 1, 1, seed=1),
         "c.weight": normal(3, 8, 1, 1, seed=2), "place": normal(1, 4, 6, 6, seed=3),
@@ -44,7 +47,7 @@ def ranges_of(model: onnx.ModelProto) -> dict[str, float]:
 
 def test_the_codes_of_the_branches_are_joined_at_one_scale() -> None:
     model = gated_model()
-    low = lower(model, "int8", ranges_of(model)).model
+    low = convert_graph(model, "int8", ranges_of(model)).model
     (joined,) = [node for node in low.graph.node if node.op_type == "Concat"]
     producers = {node.output[0]: node for node in low.graph.node}
     assert {producers[name].op_type for name in joined.input} == {"QuantizeLinear"}
@@ -54,32 +57,32 @@ def test_the_codes_of_the_branches_are_joined_at_one_scale() -> None:
     assert "cat" not in {value.name for value in low.graph.value_info}
 
 
-def test_values_that_something_else_reads_are_joined_too() -> None:
+def test_values_with_another_reader_are_joined_too() -> None:
     model = gated_model(also_read=True)
-    low = lower(model, "int8", ranges_of(model)).model
+    low = convert_graph(model, "int8", ranges_of(model)).model
     assert sorted(n.name for n in low.graph.node if n.op_type == "Concat") == ["cat", "cat/int8"]
     assert next(n for n in low.graph.node if n.name == "z").input[0] == "cat"
 
 
 @pytest.mark.parametrize("precision", ["int8-fp16", "fp8"])
 def test_the_other_quantized_forms_are_valid(precision: str) -> None:
-    """FP8 codes cannot be joined in ONNX, so there the values are; a half rest needs the type of every tensor."""
+    """ONNX cannot concatenate FP8, so the values are joined; an FP16 rest needs the type of every tensor."""
     model = gated_model()
-    low = lower(model, precision, ranges_of(model)).model  # type: ignore[arg-type]
+    low = convert_graph(model, precision, ranges_of(model)).model  # type: ignore[arg-type]
     onnx.checker.check_model(low, full_check=True)
     assert len([n for n in low.graph.node if n.op_type == "Concat"]) == 1
 
 
-def test_both_runtimes_give_the_numbers_of_plain_rounding(tmp_path: Path) -> None:
-    """Against float64 numpy that rounds where the graph says so; another form was wrong by 0.7 in OpenVINO 2026.4."""
+def test_both_runtimes_agree_with_float64_rounding(tmp_path: Path) -> None:
+    """The oracle is float64 numpy that rounds like the graph; another form was wrong by 0.7 in OpenVINO 2026.4."""
     model = gated_model()
     ranges = ranges_of(model)
     path = tmp_path / "low.onnx"
-    onnx.save(lower(model, "int8", ranges).model, path)
+    onnx.save(convert_graph(model, "int8", ranges).model, path)
     session = make_session(load_onnxruntime("cpu"), path.read_bytes(), "cpu", 1, "int8")
     core = load_openvino().Core()
     compiled = compile_graph(core, read_graph(core, path.read_bytes(), path), "int8", 1)
-    answers = [session.run(["y"], {"image": IMAGE})[0], compiled.create_infer_request().infer({"image": IMAGE})["y"]]
+    outputs = [session.run(["y"], {"image": IMAGE})[0], compiled.create_infer_request().infer({"image": IMAGE})["y"]]
 
     def rounded(values: np.ndarray, largest: np.ndarray | float) -> np.ndarray:
         return np.clip(np.rint(values / largest * 127), -127, 127) * largest / 127
@@ -95,6 +98,6 @@ def test_both_runtimes_give_the_numbers_of_plain_rounding(tmp_path: Path) -> Non
     first = product(image, "a") + stored["place"]
     gate = 1 / (1 + np.exp(-first))
     joined = np.concatenate([first * gate, product(image, "b") * gate], axis=1)
-    truth = product(rounded(joined, ranges["cat"]), "c")
-    for answer in answers:
-        assert np.linalg.norm(answer - truth) <= 0.02 * np.linalg.norm(truth)
+    expected = product(rounded(joined, ranges["cat"]), "c")
+    for output in outputs:
+        assert np.linalg.norm(output - expected) <= 0.02 * np.linalg.norm(expected)

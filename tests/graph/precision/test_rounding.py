@@ -1,4 +1,4 @@
-"""BF16 graphs and their widened form, and graphs whose inputs and outputs are FP16, beside numpy's own rounding."""
+"""BF16 graphs, emulated rounding, and FP16 inputs and outputs, against numpy's rounding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from cclip_deploy.errors import ParityError
-from cclip_deploy.graph.precision.float16 import precision_share, to_bf16, to_fp16
-from cclip_deploy.graph.precision.io_types import halve_inputs_and_outputs
+from cclip_deploy.graph.precision.float16 import to_bf16, to_fp16
+from cclip_deploy.graph.precision.io_types import io_to_fp16
 from cclip_deploy.graph.precision.onnx_graph import raise_opset
-from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
-from tests.graph.precision.test_float16 import make_model, normal, run, types_of
+from cclip_deploy.graph.precision.rounding import emulate_rounding, has_16_bit_types
+from tests.graph.precision.test_float16 import elements_by_type, make_model, normal, run, types_of
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
@@ -31,20 +31,20 @@ def two_products() -> onnx.ModelProto:
     return make_model(nodes, weights, {"x": (4, 8)}, {"y": (4, 8)})
 
 
-def test_a_bf16_graph_holds_bf16_between_fp32_ends_and_keeps_its_islands() -> None:
-    narrow = to_bf16(two_products())
-    types = types_of(narrow)
+def test_a_bf16_graph_has_fp32_inputs_outputs_and_fp32_operators() -> None:
+    converted = to_bf16(two_products())
+    types = types_of(converted)
     assert (types["a"], types["r"], types["w1"]) == (TensorProto.BFLOAT16,) * 3
     assert (types["x"], types["y"]) == (TensorProto.FLOAT, TensorProto.FLOAT)
-    softmax = next(node for node in narrow.graph.node if node.op_type == "Softmax")
+    softmax = next(node for node in converted.graph.node if node.op_type == "Softmax")
     assert types[softmax.input[0]] == TensorProto.FLOAT
-    assert precision_share(narrow) == {"bf16": 128}
-    assert is_narrow(narrow)
-    assert is_narrow(to_fp16(two_products()))
-    assert not is_narrow(two_products())
+    assert elements_by_type(converted) == {"bf16": 128}
+    assert has_16_bit_types(converted)
+    assert has_16_bit_types(to_fp16(two_products()))
+    assert not has_16_bit_types(two_products())
 
 
-def test_a_widened_graph_rounds_where_bf16_does() -> None:
+def test_emulation_rounds_where_bf16_does() -> None:
     """Inputs, weights and every result are rounded to eight bits; sums are not."""
     model, x = two_products(), normal(4, 8)
     w1, w2 = (rounded(onnx.numpy_helper.to_array(t)) for t in model.graph.initializer)
@@ -56,8 +56,8 @@ def test_a_widened_graph_rounds_where_bf16_does() -> None:
     assert abs(got - run(model, x=x)[0]).max() > 1e-4, "nothing was rounded"
 
 
-def test_a_widened_fp16_graph_overflows_where_fp16_does() -> None:
-    """ONNX Runtime's CPU leaves the casts between FP16 operators out, and would go on from 4 × 100 × 200 = 80000."""
+def test_emulation_overflows_where_fp16_does() -> None:
+    """ONNX Runtime on a CPU drops the casts between FP16 operators and would continue with 4 × 100 × 200 = 80000."""
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"], name="one"),
         helper.make_node("Mul", ["a", "small"], ["y"], name="two"),
@@ -70,19 +70,19 @@ def test_a_widened_fp16_graph_overflows_where_fp16_does() -> None:
     np.testing.assert_array_equal(fitting, np.full((4, 4), 40000 / 1024, np.float32).astype(np.float16))
 
 
-def test_a_widened_graph_keeps_fp16_inputs_and_outputs() -> None:
-    halved, x = halve_inputs_and_outputs(to_fp16(two_products())), normal(4, 8).astype(np.float16)
+def test_emulation_keeps_fp16_inputs_and_outputs() -> None:
+    halved, x = io_to_fp16(to_fp16(two_products())), normal(4, 8).astype(np.float16)
     (got,) = run(emulate_rounding(halved), x=x)
     assert got.dtype == np.float16
     np.testing.assert_allclose(got, run(two_products(), x=x.astype(np.float32))[0], atol=2e-3)
 
 
-def test_a_bf16_weight_has_float32s_range_and_must_be_finite() -> None:
+def test_a_bf16_weight_has_the_range_of_float32_and_must_be_finite() -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")]
     large = make_model(nodes, {"w": np.full((4, 4), 1e30, np.float32)}, {"x": (4, 4)}, {"y": (4, 4)})
     assert np.isfinite(run(emulate_rounding(to_bf16(large)), x=np.ones((4, 4), np.float32))[0]).all()
     broken = make_model(nodes, {"w": np.full((4, 4), np.inf, np.float32)}, {"x": (4, 4)}, {"y": (4, 4)})
-    with pytest.raises(ParityError, match="bfloat16 cannot hold"):
+    with pytest.raises(ParityError, match="bfloat16 cannot represent"):
         to_bf16(broken)
 
 
@@ -92,14 +92,14 @@ def test_a_mask_of_minus_infinity_becomes_finite_in_bf16_too() -> None:
         helper.make_node("Add", ["x", "mask"], ["s"], name="add"),
         helper.make_node("Softmax", ["s"], ["y"], name="softmax"),
     ]
-    narrow = to_bf16(make_model(nodes, {"mask": mask}, {"x": (4, 4)}, {"y": (4, 4)}))
-    values = onnx.numpy_helper.to_array(narrow.graph.initializer[0]).astype(np.float32)
+    converted = to_bf16(make_model(nodes, {"mask": mask}, {"x": (4, 4)}, {"y": (4, 4)}))
+    values = onnx.numpy_helper.to_array(converted.graph.initializer[0]).astype(np.float32)
     assert np.isfinite(values).all()
-    (got,) = run(emulate_rounding(narrow), x=np.zeros((4, 4), np.float32))
+    (got,) = run(emulate_rounding(converted), x=np.zeros((4, 4), np.float32))
     np.testing.assert_allclose(got, np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None], rtol=1e-2)
 
 
-def test_a_raised_opset_keeps_nodes_weights_and_answers() -> None:
+def test_a_raised_opset_keeps_nodes_weights_and_outputs() -> None:
     model, x = two_products(), normal(4, 8)
     large = make_model(
         [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": normal(64, 64)}, {"x": (2, 64)}, {"y": (2, 64)}
@@ -112,10 +112,10 @@ def test_a_raised_opset_keeps_nodes_weights_and_answers() -> None:
         np.testing.assert_array_equal(run(raised, x=given)[0], run(source, x=given)[0])
 
 
-@pytest.mark.parametrize("narrow", [to_fp16, lambda model: model])
-def test_inputs_and_outputs_become_fp16_on_request_with_no_cast_to_spare(narrow: object) -> None:
-    model, x = narrow(two_products()), normal(4, 8)  # type: ignore[operator]
-    halved = halve_inputs_and_outputs(model)
+@pytest.mark.parametrize("convert", [to_fp16, lambda model: model])
+def test_inputs_and_outputs_become_fp16_without_redundant_casts(convert: object) -> None:
+    model, x = convert(two_products()), normal(4, 8)  # type: ignore[operator]
+    halved = io_to_fp16(model)
     types = types_of(halved)
     assert (types["x"], types["y"]) == (TensorProto.FLOAT16, TensorProto.FLOAT16)
     half = x.astype(np.float16)
@@ -125,5 +125,5 @@ def test_inputs_and_outputs_become_fp16_on_request_with_no_cast_to_spare(narrow:
     casts = [(types[n.input[0]], types[n.output[0]]) for n in halved.graph.node if n.op_type == "Cast"]
     readers = {name for node in halved.graph.node for name in node.input}
     assert all(n.output[0] in readers | {"y"} for n in halved.graph.node)
-    if narrow is to_fp16:
-        assert casts == [(10, 1), (1, 10)]  # into the softmax's island and out of the graph
+    if convert is to_fp16:
+        assert casts == [(10, 1), (1, 10)]  # into the FP32 softmax, and at the graph's output
