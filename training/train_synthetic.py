@@ -10,8 +10,8 @@ from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.environment.packages import require_training_packages
+from cclip_deploy.evaluation.evaluate import evaluate_dice
 from cclip_deploy.evaluation.models import CheckpointModel
-from cclip_deploy.evaluation.scores import evaluate_dice
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.run import RunOptions, train
@@ -38,7 +38,7 @@ def main() -> None:
         counts = {"train": arguments.films, "test": max(2, arguments.films // 8)}
         write_dataset(data, counts, config.image_hw, config.seed, prompts_per_film=config.prompts_per_image)
 
-    report = train(config, data, arguments.output / "training", options=RunOptions(resume=True), tell=print)
+    report = train(config, data, arguments.output / "training", options=RunOptions(resume=True), on_message=print)
     print(f"{report.steps} steps in {report.training_s:.0f} s, {report.waiting_share:.1%} of it waiting for data")
 
     tokenizer = PromptTokenizer.from_open_clip()

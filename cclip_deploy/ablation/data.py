@@ -12,9 +12,9 @@ from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.confounders import Confounding
 from cclip_deploy.datasets.synthetic.generator import DEFAULT_FILMS, Asking, film_rng, make_samples, write_dataset
-from cclip_deploy.evaluation.causal import ToggledFilm
+from cclip_deploy.evaluation.causal import ToggledImage
 
-Tell = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 TEST_SETS: Mapping[str, Callable[[float], float]] = MappingProxyType(
     {"id": lambda rho: rho, "neutral": lambda rho: 0.5, "anti": lambda rho: 1 - rho}
@@ -46,7 +46,7 @@ class TrialData:
         """The rows of one of these folders."""
         return read_data_set(folder, self.layout, self.subject, self.allow_outside).samples
 
-    def toggled(self) -> Iterator[ToggledFilm]:
+    def toggled(self) -> Iterator[ToggledImage]:
         """The test films, all their signs once on the target's side and once on the other; needs films."""
         assert self.films is not None
         for number in range(self.films.test):
@@ -56,10 +56,12 @@ class TrialData:
             ]
             one, other = forms
             prompts = tuple(sample.prompt for sample in one)
-            yield ToggledFilm(one[0].image, other[0].image, one[0].lungs, prompts)
+            yield ToggledImage(one[0].image, other[0].image, one[0].lungs, prompts)
 
 
-def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: bool, tell: Tell) -> TrialData:
+def prepare_data(
+    plan: AblationPlan, folder: Path, arm: str, seed: int, tested: bool, on_message: OnMessage
+) -> TrialData:
     """The data of one training, its test sets only if it is to be tested.
 
     Films that are not there yet are drawn, each set whole or not at all.
@@ -81,7 +83,7 @@ def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: 
     def draw(name: str, counts: Mapping[str, int], asking: Asking) -> Path:
         target = place / name
         if not target.exists():
-            tell(f"Drawing {sum(counts.values())} films into {target}")
+            on_message(f"Drawing {sum(counts.values())} films into {target}")
             write_dataset(target, counts, hw, seed, prompts_per_film=films.prompts_per_film, asking=asking)
         return target
 

@@ -14,7 +14,7 @@ from cclip_deploy.common.files import whole_file
 from cclip_deploy.common.names import json_text, printable
 from cclip_deploy.common.plotting import BLUE, GRAY, INK, QUIET, save_figure
 from cclip_deploy.environment.packages import require_packages
-from cclip_deploy.evaluation.causal import untrained_mask
+from cclip_deploy.evaluation.causal import untrained_mask_statistics
 from cclip_deploy.evaluation.seed_statistics import SeedStatistics, paired_difference, seed_statistics
 
 NUMBERS, TABLES, PICTURE = "ablation.json", "ablation.md", "ablation.png"
@@ -60,7 +60,7 @@ def tables(ablation: Ablation) -> list[Table]:
     """All tables, in the order in which they are read."""
     seeds, tried = len(ablation.plan.seeds), sum(len(results) for results in ablation.tuning.values())
     over = f"mean over {seeds} seeds [95 % interval of the mean, Student's t]" if seeds > 1 else "one seed, no interval"
-    untrained = "an untrained masker has {:.2f}, {:.2f}, {:.2f}".format(*untrained_mask())
+    untrained = "an untrained masker has {:.2f}, {:.2f}, {:.2f}".format(*untrained_mask_statistics())
     return [
         Table(f"What came out: {over}", *_score_rows(ablation)),
         Table(f"Paired difference to {ablation.plan.reference}, seed by seed", *_difference_rows(ablation)),

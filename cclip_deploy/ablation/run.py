@@ -26,7 +26,7 @@ from cclip_deploy.environment.packages import require_training_packages
 from cclip_deploy.errors import UsageError
 
 PLAN = "plan.json"
-Tell = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Ablation:
         return [result.numbers[measure] for result in self.results if result.arm == arm]
 
 
-def ablate(plan: AblationPlan, output: Path, jobs: int = 1, tell: Tell = lambda message: None) -> Ablation:
+def ablate(plan: AblationPlan, output: Path, jobs: int = 1, on_message: OnMessage = lambda message: None) -> Ablation:
     """Run whatever of a plan is not done yet in a folder; `jobs` trainings at once, each in a process of its own.
 
     Raises:
@@ -57,24 +57,24 @@ def ablate(plan: AblationPlan, output: Path, jobs: int = 1, tell: Tell = lambda 
     """
     require_training_packages()
     with writing_into(output):
-        return _ablate(plan, output, jobs, tell)
+        return _ablate(plan, output, jobs, on_message)
 
 
-def _ablate(plan: AblationPlan, output: Path, jobs: int, tell: Tell) -> Ablation:
+def _ablate(plan: AblationPlan, output: Path, jobs: int, on_message: OnMessage) -> Ablation:
     _claim(output, plan)
     tuned = [arm for arm in plan.arms if len(plan.settings_of(arm)) > 1 and plan.arms[arm].settings_of is None]
     tries = [
-        _cell(plan, output, arm, setting, plan.tuning_seed, False, tell)
+        _cell(plan, output, arm, setting, plan.tuning_seed, False, on_message)
         for arm in tuned
         for setting in range(len(plan.settings_of(arm)))
     ]
-    tried = _run(tries, jobs, tell)
+    tried = _run(tries, jobs, on_message)
     tuning = {arm: tuple(result for result in tried if result.arm == arm) for arm in tuned}
     choice = {arm: _best(arm, tuning.get(plan.arms[arm].settings_of or arm)) for arm in plan.arms}
     cells = [
-        _cell(plan, output, arm, choice[arm], seed, True, tell) for arm in plan.arms for seed in plan.seeds
+        _cell(plan, output, arm, choice[arm], seed, True, on_message) for arm in plan.arms for seed in plan.seeds
     ]  # fmt: skip
-    return Ablation(plan, tuning, choice, tuple(_run(cells, jobs, tell)))
+    return Ablation(plan, tuning, choice, tuple(_run(cells, jobs, on_message)))
 
 
 def _claim(output: Path, plan: AblationPlan) -> None:
@@ -93,9 +93,12 @@ def _claim(output: Path, plan: AblationPlan) -> None:
 
 
 def _cell(
-    plan: AblationPlan, output: Path, arm: str, setting: int, seed: int, tested: bool, tell: Tell
+    plan: AblationPlan, output: Path, arm: str, setting: int, seed: int, tested: bool, on_message: OnMessage
 ) -> Trial:  # fmt: skip
-    config, data = plan.recipe_of(arm, setting, seed), prepare_data(plan, output / "films", arm, seed, tested, tell)
+    config, data = (
+        plan.recipe_of(arm, setting, seed),
+        prepare_data(plan, output / "films", arm, seed, tested, on_message),
+    )
     folder = output / ("grid" if tested else "tuning") / f"{arm}-setting{setting + 1}-seed{seed}"
     return Trial(arm, setting, config, data, folder, tested)
 
@@ -110,11 +113,11 @@ def _best(arm: str, tried: Sequence[TrialResult] | None) -> int:
     return max(usable, key=lambda result: result.val_dice or 0.0).setting
 
 
-def _run(cells: Sequence[Trial], jobs: int, tell: Tell) -> list[TrialResult]:
+def _run(cells: Sequence[Trial], jobs: int, on_message: OnMessage) -> list[TrialResult]:
     """The results in the order of the cells."""
     started_s = time.monotonic()
     if jobs == 1:
-        return [run_trial(cell, tell) for cell in cells]
+        return [run_trial(cell, on_message) for cell in cells]
     with _processes(jobs) as pool:
         running = {pool.submit(run_trial, cell): number for number, cell in enumerate(cells)}
         results: dict[int, TrialResult] = {}
@@ -123,7 +126,7 @@ def _run(cells: Sequence[Trial], jobs: int, tell: Tell) -> list[TrialResult]:
             done = len(results)
             left_s = (time.monotonic() - started_s) / done * (len(cells) - done)
             cell = cells[running[future]]
-            tell(f"{cell.folder.name} done, {done} of {len(cells)}, {timedelta(seconds=round(left_s))} left")
+            on_message(f"{cell.folder.name} done, {done} of {len(cells)}, {timedelta(seconds=round(left_s))} left")
     return [results[number] for number in range(len(cells))]
 
 

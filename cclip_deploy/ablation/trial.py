@@ -21,7 +21,7 @@ from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 
 RESULT = "cell.json"
-Tell = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TrialResult:
     training_s: float
 
 
-def run_trial(cell: Trial, tell: Tell = lambda message: None) -> TrialResult:
+def run_trial(cell: Trial, on_message: OnMessage = lambda message: None) -> TrialResult:
     """Train, from its last state where there is one, and measure; or read what that gave before.
 
     Raises:
@@ -70,7 +70,7 @@ def run_trial(cell: Trial, tell: Tell = lambda message: None) -> TrialResult:
     if path.exists():
         return _read(path, identity)
     with torch_threads(cell.config.threads):
-        result = _train_and_measure(cell, tell)
+        result = _train_and_measure(cell, on_message)
     record = {"identity": {"recipe": identity.recipe, "data": identity.data}, "result": asdict(result)}
     with whole_file(path) as unfinished:
         unfinished.write_text(json_text(record), encoding="utf-8")
@@ -94,13 +94,13 @@ def _read(path: Path, identity: Any) -> TrialResult:
     return result
 
 
-def _train_and_measure(cell: Trial, tell: Tell) -> TrialResult:
+def _train_and_measure(cell: Trial, on_message: OnMessage) -> TrialResult:
     from cclip_deploy.train.loop import STOPPED_BATCH
     from cclip_deploy.train.run import RunOptions, train
 
     def told(progress: Any) -> None:
         if progress.step % 10 == 0:
-            tell(f"{cell.folder.name}: step {progress.step} of {progress.steps}, loss {progress.loss:.3f}")
+            on_message(f"{cell.folder.name}: step {progress.step} of {progress.steps}, loss {progress.loss:.3f}")
 
     seed = cell.config.seed
     try:
@@ -111,23 +111,23 @@ def _train_and_measure(cell: Trial, tell: Tell) -> TrialResult:
             raise
         return TrialResult(cell.arm, cell.setting, seed, None, {}, 0.0)
     assert report.best_dice is not None
-    numbers = _measure(cell, report.checkpoint, tell) if cell.tested else {}
+    numbers = _measure(cell, report.checkpoint, on_message) if cell.tested else {}
     return TrialResult(cell.arm, cell.setting, seed, report.best_dice, numbers, report.training_s)
 
 
-def _measure(cell: Trial, checkpoint: Path, tell: Tell) -> dict[str, float]:
+def _measure(cell: Trial, checkpoint: Path, on_message: OnMessage) -> dict[str, float]:
     """Every number of a trained network, on rows that neither training nor validation saw."""
-    from cclip_deploy.evaluation.causal import measure_causal_masks, measure_toggle
+    from cclip_deploy.evaluation.causal import measure_causal_masks, measure_toggle_effect
     from cclip_deploy.evaluation.controls import make_controls
     from cclip_deploy.evaluation.models import CheckpointModel
-    from cclip_deploy.evaluation.split import MeasuringOptions, measure_split
+    from cclip_deploy.evaluation.split import MeasurementOptions, measure_split
     from cclip_deploy.model.checkpoint import load_checkpoint
 
     config, data = cell.config, cell.data
     network = CheckpointModel(load_checkpoint(checkpoint), config.form, PromptTokenizer.from_open_clip())
-    measuring, numbers = MeasuringOptions(network.threshold, 2.0, worst=0), {}
+    measuring, numbers = MeasurementOptions(network.threshold, 2.0, worst=0), {}
     for place, name in enumerate(data.tests):
-        tell(f"{cell.folder.name}: measuring on {name}")
+        on_message(f"{cell.folder.name}: measuring on {name}")
         rows = data.test_rows(name)
         shuffled = make_controls([row.text for row in rows])[:1] if place == 0 else []
         measured = measure_split(network, rows, shuffled, measuring).rows
@@ -141,7 +141,7 @@ def _measure(cell: Trial, checkpoint: Path, tell: Tell) -> dict[str, float]:
         numbers |= {f"mask_{name}_{level}": value for level, value in zip((3, 4, 5), levels, strict=True)}
     if data.films is not None:
         numbers["drop"] = numbers["dice_id"] - numbers["dice_anti"]
-        numbers["toggle"] = measure_toggle(network, data.toggled())
+        numbers["toggle"] = measure_toggle_effect(network, data.toggled())
     return numbers
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from cclip_deploy.evaluation.bootstrap import (
-    ANY,
-    DIFFERENCE_OF_SHARES,
+    DIFFERENCE_OF_FRACTIONS,
     FEW_PATIENTS,
-    NOT_NEGATIVE,
+    FRACTION,
+    NONNEGATIVE,
     RESAMPLES,
-    SHARE,
+    UNBOUNDED,
     Estimate,
     Floats,
     PatientBootstrap,
@@ -56,7 +56,7 @@ def slow_interval(above: Floats, below: Floats, seed: int) -> tuple[float, float
 
 def test_the_interval_is_the_documented_formula() -> None:
     above, below = RNG.random(7), 1 + RNG.random(7)
-    found = PatientBootstrap(names(7), seed=5).estimate(np.stack([above, below], axis=1), divide, ANY)[0]
+    found = PatientBootstrap(names(7), seed=5).estimate(np.stack([above, below], axis=1), divide, UNBOUNDED)[0]
     assert (found.low, found.high) == pytest.approx(slow_interval(above, below, 5))
     assert found.value == pytest.approx(above.sum() / below.sum())
 
@@ -72,7 +72,7 @@ def test_intervals_of_few_patients_cover_the_true_value(patients: int) -> None:
     above = rng.beta(4, 1, (patients, sets)) * (rng.random((patients, sets)) > 0.05)
     truth = 4 / 5 * 0.95
     found = PatientBootstrap(names(patients)).estimate(
-        np.concatenate([above, np.ones_like(above)], axis=1), ratio_of_halves, SHARE
+        np.concatenate([above, np.ones_like(above)], axis=1), ratio_of_halves, FRACTION
     )
     covered = np.mean([e.low is not None and e.high is not None and e.low <= truth <= e.high for e in found])
     assert 100 * covered >= 92.5
@@ -80,7 +80,7 @@ def test_intervals_of_few_patients_cover_the_true_value(patients: int) -> None:
 
 def test_an_interval_is_as_wide_as_theory_says() -> None:
     values = RNG.normal(size=400)
-    found = PatientBootstrap(names(400)).mean(values, ANY)
+    found = PatientBootstrap(names(400)).mean(values, UNBOUNDED)
     assert found.low is not None
     assert found.high is not None
     assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
@@ -88,50 +88,50 @@ def test_an_interval_is_as_wide_as_theory_says() -> None:
 
 def test_rows_of_one_patient_do_not_narrow_the_interval() -> None:
     values = RNG.random(20)
-    alone = PatientBootstrap(names(20)).mean(values, SHARE)
-    repeated = PatientBootstrap(names(20) * 50).mean(np.tile(values, 50), SHARE)
+    alone = PatientBootstrap(names(20)).mean(values, FRACTION)
+    repeated = PatientBootstrap(names(20) * 50).mean(np.tile(values, 50), FRACTION)
     assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high))
 
 
 def test_a_ratio_is_of_sums_not_a_mean_of_ratios() -> None:
     parts = np.array([[1.0, 2.0], [30.0, 40.0]])
-    found = PatientBootstrap(["a", "b"]).estimate(parts, divide, SHARE)[0]
+    found = PatientBootstrap(["a", "b"]).estimate(parts, divide, FRACTION)[0]
     assert found.value == pytest.approx(31 / 42)
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
     values = RNG.random(30)
-    one, same, other = (PatientBootstrap(names(30), seed).mean(values, SHARE) for seed in (1, 1, 2))
+    one, same, other = (PatientBootstrap(names(30), seed).mean(values, FRACTION) for seed in (1, 1, 2))
     assert one == same
     assert (one.low, one.high) != (other.low, other.high)
 
 
 @pytest.mark.parametrize(
-    ("within", "values"),
-    [(SHARE, [0.2, 1, 1]), (DIFFERENCE_OF_SHARES, [-1, 1, 1]), (NOT_NEGATIVE, [0.0, 0.0, 90.0])],
+    ("bounds", "values"),
+    [(FRACTION, [0.2, 1, 1]), (DIFFERENCE_OF_FRACTIONS, [-1, 1, 1]), (NONNEGATIVE, [0.0, 0.0, 90.0])],
 )
-def test_an_interval_ends_where_the_range_ends(within: Range, values: list[float]) -> None:
+def test_an_interval_ends_where_the_range_ends(bounds: Range, values: list[float]) -> None:
     bootstrap = PatientBootstrap(names(3))
-    wide, found = bootstrap.mean(values, ANY), bootstrap.mean(values, within)
+    wide, found = bootstrap.mean(values, UNBOUNDED), bootstrap.mean(values, bounds)
     assert wide.low is not None
     assert wide.high is not None
-    assert (found.low, found.high) == (max(wide.low, within[0]), min(wide.high, within[1]))
+    assert (found.low, found.high) == (max(wide.low, bounds[0]), min(wide.high, bounds[1]))
     assert (wide.low, wide.high) != (found.low, found.high)
 
 
 def test_patients_who_do_not_differ_leave_the_uncertainty_of_the_rule_of_three() -> None:
     """With 20 of 20 right, up to 1 - 0.05 ** (1 / 20) = 13.9 % of all patients may be wrong; 3 / 20 in the rule."""
-    found = PatientBootstrap(names(20)).mean([1.0] * 20, SHARE)
+    found = PatientBootstrap(names(20)).mean([1.0] * 20, FRACTION)
     assert (found.low, found.high) == (pytest.approx(0.05 ** (1 / 20)), 1.0)
-    same = PatientBootstrap(names(20)).mean([0.0] * 20, DIFFERENCE_OF_SHARES)
+    same = PatientBootstrap(names(20)).mean([0.0] * 20, DIFFERENCE_OF_FRACTIONS)
     assert (same.low, same.high) == pytest.approx((-0.139, 0.139), abs=1e-3)
-    distance = PatientBootstrap(names(20)).mean([0.0] * 20, NOT_NEGATIVE)
+    distance = PatientBootstrap(names(20)).mean([0.0] * 20, NONNEGATIVE)
     assert (distance.value, distance.low, distance.high) == (0.0, None, None), "nothing bounds the unseen ones"
 
 
 def test_one_odd_patient_does_not_open_the_interval_to_the_whole_range() -> None:
     """In a third of the resamples that patient is missing, and all others are alike."""
-    found = PatientBootstrap(names(50)).mean([0.0] + [1.0] * 49, SHARE)
+    found = PatientBootstrap(names(50)).mean([0.0] + [1.0] * 49, FRACTION)
     assert found.low is not None
     assert found.low > 0.85  # Clopper and Pearson: 0.894
     assert found.high == 1.0
@@ -139,27 +139,27 @@ def test_one_odd_patient_does_not_open_the_interval_to_the_whole_range() -> None
 
 def test_a_value_that_one_patient_alone_defines_has_no_interval() -> None:
     parts = np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])  # only the second has a pixel
-    found = PatientBootstrap(["a", "b", "c"]).estimate(parts, divide, SHARE)[0]
+    found = PatientBootstrap(["a", "b", "c"]).estimate(parts, divide, FRACTION)[0]
     assert found == Estimate(0.75, None, None, 3, 3)
 
 
 def test_one_patient_has_a_value_and_no_interval() -> None:
-    found = PatientBootstrap(["a", "a"]).mean([0.2, 0.4], SHARE)
+    found = PatientBootstrap(["a", "a"]).mean([0.2, 0.4], FRACTION)
     assert found == Estimate(pytest.approx(0.3), None, None, 2, 1)
     assert found.show() == "0.300"
     assert not found.few_patients
 
 
 def test_a_mean_of_no_rows_is_not_defined() -> None:
-    found = PatientBootstrap(["a", "b"]).mean([None, None], SHARE)
+    found = PatientBootstrap(["a", "b"]).mean([None, None], FRACTION)
     assert found == Estimate(None, None, None, 0, 0)
     assert found.show() == "–"
 
 
 def test_unknown_values_take_no_part() -> None:
     """Patients without a row in a number are not redrawn for it."""
-    found = PatientBootstrap(["a", "b", "c"]).mean([0.5, None, 0.7], SHARE)
-    alone = PatientBootstrap(["a", "c"]).mean([0.5, 0.7], SHARE)
+    found = PatientBootstrap(["a", "b", "c"]).mean([0.5, None, 0.7], FRACTION)
+    alone = PatientBootstrap(["a", "c"]).mean([0.5, 0.7], FRACTION)
     assert found == alone
     assert found.value == pytest.approx(0.6)
     assert (found.rows, found.patients) == (2, 2)
@@ -167,6 +167,6 @@ def test_unknown_values_take_no_part() -> None:
 
 
 def test_few_patients_are_those_below_the_documented_number() -> None:
-    few, enough = (PatientBootstrap(names(n)).mean(RNG.random(n), SHARE) for n in (FEW_PATIENTS - 1, FEW_PATIENTS))
+    few, enough = (PatientBootstrap(names(n)).mean(RNG.random(n), FRACTION) for n in (FEW_PATIENTS - 1, FEW_PATIENTS))
     assert few.few_patients
     assert not enough.few_patients

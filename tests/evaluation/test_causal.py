@@ -12,7 +12,12 @@ import torch
 
 from cclip_deploy.datasets.synthetic.generator import film_rng, make_samples
 from cclip_deploy.errors import UsageError
-from cclip_deploy.evaluation.causal import ToggledFilm, measure_causal_masks, measure_toggle, untrained_mask
+from cclip_deploy.evaluation.causal import (
+    ToggledImage,
+    measure_causal_masks,
+    measure_toggle_effect,
+    untrained_mask_statistics,
+)
 from cclip_deploy.imaging.preprocess import Preprocessing, to_input
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
@@ -59,7 +64,7 @@ def test_masks_of_an_untrained_network_are_the_sigmoid_of_a_standard_normal() ->
     with torch.no_grad():
         model.neck.masks(model.neck.levels(model.image_tower(batch)))
     facts = measure_causal_masks(model.eval(), films[80:], (64, 64))
-    mean, entropy_bits, sd = untrained_mask()
+    mean, entropy_bits, sd = untrained_mask_statistics()
     normal = torch.sigmoid(torch.randn(1_000_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     assert (mean, sd) == pytest.approx((float(normal.mean()), float(normal.std())), abs=1e-3)
     assert entropy_bits == pytest.approx(
@@ -74,7 +79,7 @@ def test_no_picture_and_no_film_are_refused() -> None:
     with pytest.raises(UsageError, match="no picture"):
         measure_causal_masks(network_with_masks(*[torch.ones(1, 1, 1, 1)] * 3), [], (32, 32))
     with pytest.raises(UsageError, match="no film"):
-        measure_toggle(Answering(PromptTokenizer.from_open_clip()), [])
+        measure_toggle_effect(Answering(PromptTokenizer.from_open_clip()), [])
 
 
 class Answering:
@@ -98,5 +103,5 @@ def test_the_toggle_effect_is_the_mean_change_inside_the_lungs_alone(tokenizer: 
     lungs = np.zeros((4, 4), np.bool_)
     lungs[1:3, 1:3] = True
     other[1, 1], other[0, 0] = -0.8, 1.0  # inside, of four pixels; outside
-    film = ToggledFilm(one, other, lungs, ("left lung", "right lung"))
-    assert measure_toggle(Answering(tokenizer), [film]) == pytest.approx((0.2 + 0.1) / 2)
+    film = ToggledImage(one, other, lungs, ("left lung", "right lung"))
+    assert measure_toggle_effect(Answering(tokenizer), [film]) == pytest.approx((0.2 + 0.1) / 2)

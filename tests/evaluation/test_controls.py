@@ -33,14 +33,14 @@ def controls(*texts: str) -> dict[str, Control]:
 
 def sentences(control: Control) -> list[str | None]:
     """The one sentence of every row, or None."""
-    assert all(len(row) <= 1 and set(row.values()) <= {1.0} for row in control.asked)
-    return [next(iter(row), None) for row in control.asked]
+    assert all(len(row) <= 1 and set(row.values()) <= {1.0} for row in control.prompts)
+    return [next(iter(row), None) for row in control.prompts]
 
 
 def test_every_other_sentence_counts_as_often_as_the_split_has_it() -> None:
     shuffled = controls(LEFT, RIGHT, RIGHT, BOTH, FREE)["shuffled"]
-    assert shuffled.asked[0] == {RIGHT: 2 / 4, BOTH: 1 / 4, FREE: 1 / 4}
-    assert shuffled.asked[1] == shuffled.asked[2] == {LEFT: 1 / 3, BOTH: 1 / 3, FREE: 1 / 3}
+    assert shuffled.prompts[0] == {RIGHT: 2 / 4, BOTH: 1 / 4, FREE: 1 / 4}
+    assert shuffled.prompts[1] == shuffled.prompts[2] == {LEFT: 1 / 3, BOTH: 1 / 3, FREE: 1 / 3}
     assert (shuffled.drawn, shuffled.missing) == (None, None)
 
 
@@ -53,26 +53,26 @@ def test_sentences_of_one_meaning_are_not_compared() -> None:
     """Another wording of the same sites would only dilute the difference."""
     same = "Opacity in the left upper zone"
     made = controls(LEFT, same, RIGHT)
-    assert made["shuffled"].asked == ({RIGHT: 1.0}, {RIGHT: 1.0}, {LEFT: 0.5, same: 0.5})
+    assert made["shuffled"].prompts == ({RIGHT: 1.0}, {RIGHT: 1.0}, {LEFT: 0.5, same: 0.5})
     assert sentences(controls(LEFT, LEFT, same)["fixed"]) == [None, None, None]
     assert controls(LEFT, LEFT, same)["shuffled"].reasons == (ONLY_MEANING,) * 3
 
 
 def test_a_sample_of_too_many_sentences_is_stratified_and_right_on_average() -> None:
     texts = [f"case {n % 40 if n < 200 else 0}" for n in range(300)]
-    exact = make_controls(texts)[0].asked[0]
+    exact = make_controls(texts)[0].prompts[0]
     tallies: Counter[str] = Counter()
     for seed in range(40):
         control = make_controls(texts, seed, most_answers=2000)[0]
         assert control.drawn == FEWEST_DRAWN
-        assert "8 drawn for each row" in control.meaning
+        assert "8 sampled per row" in control.meaning
         assert all(sum(row.values()) == pytest.approx(1) and text not in row
-                   for text, row in zip(texts, control.asked, strict=True))  # fmt: skip
-        for row in control.asked[:1]:
+                   for text, row in zip(texts, control.prompts, strict=True))  # fmt: skip
+        for row in control.prompts[:1]:
             tallies.update(row)
     drawn = np.array([tallies[text] / 40 for text in exact])
     assert abs(drawn - list(exact.values())).max() < 0.03
-    halves = make_controls(texts, 0, most_answers=2000)[0].asked[1]
+    halves = make_controls(texts, 0, most_answers=2000)[0].prompts[1]
     assert Counter(halves)["case 0"] == pytest.approx(105 / 295, abs=1 / 8), "a stratum is an eighth of the others"
     assert make_controls(texts, 3, 2000)[0] == make_controls(texts, 3, 2000)[0] != make_controls(texts, 4, 2000)[0]
     assert make_controls(texts, 3, 6000)[0].drawn == 20

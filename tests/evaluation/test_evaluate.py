@@ -194,7 +194,7 @@ def test_one_image_has_values_without_intervals(tiny_bundle_path: Path, copy: Pa
     assert dice.value is not None
     assert (dice.low, dice.high, dice.patients) == (None, None, 1)
     assert {c.name for c in result.evaluation.controls if c.missing} == {"shuffled", "fixed"}
-    assert any("one patient alone" in warning for warning in result.warnings())
+    assert any("only one patient" in warning for warning in result.warnings())
     write_report(tmp_path / "report", result)
 
 
@@ -206,7 +206,7 @@ def test_empty_references_alone_can_be_reported(tiny_bundle_path: Path, copy: Pa
     assert result.evaluation.scores.dice_per_image.value is None
     assert result.evaluation.scores.empty_found_empty.rows == result.data.rows
     write_report(tmp_path / "report", result)
-    assert "Found where nothing is" in (tmp_path / "report" / "index.html").read_text()
+    assert "False positives" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_a_split_that_is_not_there_is_named(tiny_bundle_path: Path, films: Path) -> None:
@@ -320,5 +320,5 @@ def test_coverage_is_said_with_every_control_and_group(of_bundle: EvaluationResu
     fixed = next(c["coverage"] for c in numbers["controls"] if c["name"] == "fixed")
     assert fixed["rows"] < rows
     assert f"<td>{fixed['rows']} of {rows}</td>" in re.sub(r"<td[^>]*>", "<td>", page)
-    assert any(remark.startswith(f"Control fixed: {fixed['rows']} of {rows} rows; left out are") for remark in said)
-    assert f"Groups by side named: known of {rows} of {rows} rows." in said
+    assert any(remark.startswith(f"Control fixed: {fixed['rows']} of {rows} rows; left out:") for remark in said)
+    assert f"Groups by side named: known for {rows} of {rows} rows." in said

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cclip_deploy.errors import UsageError
-from cclip_deploy.evaluation.metrics import PROBABILITY_LEVELS, count_levels, measure_outlines, measure_overlap
+from cclip_deploy.evaluation.metrics import PROBABILITY_BINS, measure_boundary, measure_overlap, probability_histogram
 
 RNG = np.random.default_rng(11)
 
@@ -41,13 +41,13 @@ def test_empty_against_empty_counts_one_and_against_something_nothing() -> None:
 
 @pytest.mark.parametrize("shift", [0, 1, 3, 7])
 def test_outlines_of_a_shifted_box_lie_as_far_apart_as_it_was_shifted(shift: int) -> None:
-    found = measure_outlines(box(10, 10, 30, 20), box(10, 10 + shift, 30, 20 + shift))
+    found = measure_boundary(box(10, 10, 30, 20), box(10, 10 + shift, 30, 20 + shift))
     assert found is not None
     assert found.hd95_px == pytest.approx(shift)
 
 
 def test_an_outline_without_area_in_common_is_never_near() -> None:
-    found = measure_outlines(box(0, 0, 4, 4), box(20, 20, 24, 24))
+    found = measure_boundary(box(0, 0, 4, 4), box(20, 20, 24, 24))
     assert found is not None
     assert found.boundary_dice == 0
 
@@ -63,21 +63,21 @@ def test_outlines_equal_monais(seed: int, tolerance_px: float) -> None:
         tensors = [torch.from_numpy(mask)[None, None] for mask in (one, other)]
         distance = metrics.compute_hausdorff_distance(*tensors, include_background=True, percentile=95)
         dice = metrics.compute_surface_dice(*tensors, [tolerance_px], include_background=True)
-    found = measure_outlines(one, other, tolerance_px)
+    found = measure_boundary(one, other, tolerance_px)
     assert found is not None
     assert found.hd95_px == pytest.approx(float(distance), abs=1e-4)
     assert found.boundary_dice == pytest.approx(float(dice), abs=1e-6)
 
 
-def test_an_empty_mask_has_no_outline() -> None:
-    assert measure_outlines(box(0, 0, 0, 0), box(0, 0, 5, 5)) is None
-    assert measure_outlines(box(0, 0, 5, 5), box(0, 0, 0, 0)) is None
+def test_an_empty_mask_has_no_boundary_pixels() -> None:
+    assert measure_boundary(box(0, 0, 0, 0), box(0, 0, 5, 5)) is None
+    assert measure_boundary(box(0, 0, 5, 5), box(0, 0, 0, 0)) is None
 
 
 def test_levels_count_every_pixel_where_its_probability_belongs() -> None:
     probability = np.array([[0.0, 0.049, 0.05, 0.5], [0.499, 0.95, 1.0, 0.7]], np.float32)
     reference = np.array([[False, True, False, True], [False, True, True, False]])
-    found = count_levels(probability, reference)
+    found = probability_histogram(probability, reference)
     every = found.inside + found.outside
     assert {level: int(count) for level, count in enumerate(every) if count} == {0: 2, 1: 1, 9: 1, 10: 1, 14: 1, 19: 2}
     assert (found.inside[0], found.inside[10], found.inside[19]) == (1, 1, 2)
@@ -87,9 +87,9 @@ def test_levels_count_every_pixel_where_its_probability_belongs() -> None:
 
 def test_levels_give_the_masks_of_every_threshold() -> None:
     probability, reference = RNG.random((30, 20), np.float32), RNG.random((30, 20)) < 0.3
-    found = count_levels(probability, reference)
-    for step in range(1, PROBABILITY_LEVELS):
-        mask = probability >= np.float32(step / PROBABILITY_LEVELS)
+    found = probability_histogram(probability, reference)
+    for step in range(1, PROBABILITY_BINS):
+        mask = probability >= np.float32(step / PROBABILITY_BINS)
         assert (found.inside[step:].sum(), found.outside[step:].sum()) == (
             (mask & reference).sum(),
             (mask & ~reference).sum(),
@@ -100,4 +100,4 @@ def test_masks_of_two_sizes_are_refused() -> None:
     with pytest.raises(UsageError, match="Resize the prediction"):
         measure_overlap(box(0, 0, 1, 1), box(0, 0, 1, 1, (3, 3)))
     with pytest.raises(UsageError, match="Resize the prediction"):
-        measure_outlines(box(0, 0, 1, 1), box(0, 0, 1, 1, (3, 3)))
+        measure_boundary(box(0, 0, 1, 1), box(0, 0, 1, 1, (3, 3)))

@@ -13,11 +13,11 @@ from PIL import Image
 from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.errors import DataError, ImageError
 from cclip_deploy.evaluation.controls import Control, make_controls
-from cclip_deploy.evaluation.split import MeasuringOptions, Worst, measure_split
+from cclip_deploy.evaluation.split import MeasurementOptions, TopCases, measure_split
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
 HW = (20, 30)
-OPTIONS = MeasuringOptions(threshold=0.5, tolerance_px=2.0, worst=3)
+OPTIONS = MeasurementOptions(threshold=0.5, tolerance_px=2.0, worst=3)
 
 
 class TopRows:
@@ -79,7 +79,7 @@ def test_rows_keep_their_order_and_their_numbers(tmp_path: Path, network: TopRow
     found = measure_split(network, rows, [], OPTIONS).rows
     assert [row.overlap.dice for row in found] == pytest.approx([1, 2 * 2 / 6, 1])
     assert [row.pixels for row in found] == [600] * 3
-    assert [int(row.levels.inside.sum()) for row in found] == [30, 120, 90]
+    assert [int(row.histogram.inside.sum()) for row in found] == [30, 120, 90]
 
 
 def test_a_control_is_scored_against_the_rows_own_reference_and_own_answer(tmp_path: Path, network: TopRows) -> None:
@@ -124,21 +124,21 @@ def test_the_worst_are_kept_apart_from_what_is_found_where_nothing_is(tmp_path: 
     rows = samples(
         tmp_path, ("a", "one", 9), ("b", "two words", 2), ("c", "three more words", 0), ("d", "one", 1), ("e", "one", 0)
     )
-    found = measure_split(network, rows, [], MeasuringOptions(0.5, 2.0, worst=2))
+    found = measure_split(network, rows, [], MeasurementOptions(0.5, 2.0, worst=2))
     assert [case.row for case in found.worst] == [0, 1]
-    assert [case.row for case in found.invented] == [2, 4]
+    assert [case.row for case in found.false_positives] == [2, 4]
     expected = np.zeros(HW, np.bool_)
     expected[:3] = True
-    np.testing.assert_array_equal(found.invented[0].mask(), expected)
-    assert found.rows[2].outlines is None
+    np.testing.assert_array_equal(found.false_positives[0].mask(), expected)
+    assert found.rows[2].boundary is None
 
 
 def test_no_more_masks_are_kept_than_asked_for() -> None:
-    worst, mask = Worst(2), np.ones((3, 5), np.bool_)
+    worst, mask = TopCases(2), np.ones((3, 5), np.bool_)
     for row, badness in enumerate([0.1, 0.9, 0.5, 0.9, 0.2]):
         worst.offer(row, badness, mask)
     assert [case.row for case in worst.cases()] == [1, 3]
-    none = Worst(0)
+    none = TopCases(0)
     none.offer(0, 1.0, mask)
     assert none.cases() == ()
 

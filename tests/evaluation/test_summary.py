@@ -10,8 +10,8 @@ import pytest
 
 from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.evaluation.controls import Control
-from cclip_deploy.evaluation.metrics import count_levels, measure_outlines, measure_overlap
-from cclip_deploy.evaluation.split import ControlAnswer, MeasuredRow, Measurements
+from cclip_deploy.evaluation.metrics import measure_boundary, measure_overlap, probability_histogram
+from cclip_deploy.evaluation.split import ControlMetrics, MeasuredRow, Measurements
 from cclip_deploy.evaluation.summary import Evaluation, LeftOut, summarize
 
 RNG = np.random.default_rng(17)
@@ -32,11 +32,11 @@ REFERENCES = [smooth(seed + 50) > 0.5 for seed in range(4)] + [np.zeros(HW, np.b
 MASKS = [probability >= 0.5 for probability in PROBABILITIES]
 
 
-def row(probability: np.ndarray, reference: np.ndarray, controls: dict[str, ControlAnswer]) -> MeasuredRow:
+def row(probability: np.ndarray, reference: np.ndarray, controls: dict[str, ControlMetrics]) -> MeasuredRow:
     mask = probability >= 0.5
     return MeasuredRow(
-        measure_overlap(mask, reference), measure_outlines(mask, reference), count_levels(probability, reference),
-        reference.size, False, controls,
+        measure_overlap(mask, reference), measure_boundary(mask, reference),
+        probability_histogram(probability, reference), reference.size, False, controls,
     )  # fmt: skip
 
 
@@ -46,10 +46,10 @@ def samples(count: int) -> list[Sample]:
 
 
 def evaluate(policy: str = "one", rows: slice = slice(None)) -> Evaluation:
-    answers: list[dict[str, ControlAnswer]] = [{"fixed": ControlAnswer(0.1, 0.2)}] * 3 + [{}, {}]
+    answers: list[dict[str, ControlMetrics]] = [{"fixed": ControlMetrics(0.1, 0.2)}] * 3 + [{}, {}]
     measured = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)][rows]
     measurements = Measurements(tuple(measured), (), ())
-    control = Control(CONTROL.name, CONTROL.asked[rows], CONTROL.reasons[rows])
+    control = Control(CONTROL.name, CONTROL.prompts[rows], CONTROL.reasons[rows])
     return summarize(measurements, samples(len(measured)), [control], policy)  # type: ignore[arg-type]
 
 
@@ -78,7 +78,7 @@ def test_an_empty_reference_counts_or_is_left_out() -> None:
 
 def test_rows_with_an_empty_reference_are_left_out_of_every_mean_over_rows() -> None:
     """All means are those of the same rows without the empty one; pooled numbers hold all pixels, as documented."""
-    answers = [{"fixed": ControlAnswer(0.1 * n, 0.2 * n)} for n in range(5)]
+    answers = [{"fixed": ControlMetrics(0.1 * n, 0.2 * n)} for n in range(5)]
     every = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)]
     measured, filled = (Measurements(tuple(rows), (), ()) for rows in (every, every[:4]))
     without = summarize(measured, samples(5), [CONTROL], "leave-out")

@@ -14,7 +14,7 @@ from cclip_deploy.errors import DataError
 from cclip_deploy.imaging.preprocess import Preprocessing, normalize
 from cclip_deploy.prompts.reader import mirror
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
-from cclip_deploy.train.batches import Share, make_batch, passes_per_epoch, plan_epoch, read_ahead
+from cclip_deploy.train.batches import DataShard, make_batch, passes_per_epoch, plan_epoch, prefetch
 from cclip_deploy.train.training_set import TrainingSet, open_training_set
 from tests.made_data import SMALL
 
@@ -41,7 +41,7 @@ def test_epochs_have_orders_of_their_own_that_a_seed_repeats(data: TrainingSet) 
 def test_two_processes_share_the_batches_that_one_would_have(data: TrainingSet) -> None:
     whole = plan_epoch(data, SMALL, 3)
     single = SMALL.model_copy(update={"images_per_batch": 1})
-    shares = [plan_epoch(data, single, 3, Share(rank, 2)) for rank in (0, 1)]
+    shares = [plan_epoch(data, single, 3, DataShard(rank, 2)) for rank in (0, 1)]
     assert np.array_equal(np.concatenate(shares, axis=1), whole)
 
 
@@ -49,7 +49,7 @@ def test_too_few_images_for_a_step_are_refused_with_what_a_step_takes() -> None:
     config = SMALL.model_copy(update={"accumulate": 3})
     assert passes_per_epoch(13, config) == 6
     with pytest.raises(DataError, match="11 images, fewer than images_per_batch = 2 x accumulate 3 x 2 processes"):
-        passes_per_epoch(11, config, processes=2)
+        passes_per_epoch(11, config, world_size=2)
 
 
 def test_a_batch_is_read_and_normalized(data: TrainingSet, tokenizer: PromptTokenizer) -> None:
@@ -91,7 +91,7 @@ def test_reading_ahead_keeps_the_order_and_uses_other_threads() -> None:
         time.sleep(0.002 * (number % 3))
         return number * number
 
-    assert list(read_ahead(make, range(2, 14), threads=2)) == [n * n for n in range(2, 14)]
+    assert list(prefetch(make, range(2, 14), threads=2)) == [n * n for n in range(2, 14)]
     assert threading.current_thread().name not in readers
 
 
@@ -102,4 +102,4 @@ def test_an_error_while_reading_reaches_the_caller() -> None:
         return number
 
     with pytest.raises(DataError, match="broken picture"):
-        list(read_ahead(make, range(9), threads=1))
+        list(prefetch(make, range(9), threads=1))

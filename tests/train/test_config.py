@@ -30,7 +30,7 @@ def test_published_recipes_are_valid(recipe: Path) -> None:
         ("learning_rate = inf", "learning_rate: input should be a finite number"),
         ("frozen = ['layer9']", "frozen.0: input should be 'stem', 'layer1'"),
         ("[devices]\nprecision = '8-bit'", "devices.precision: input should be '32-true'"),
-        ("clip_weights = 'openai'\nstart_checkpoint = 'a.pth'", "both say where the towers start"),
+        ("clip_weights = 'openai'\nstart_checkpoint = 'a.pth'", "both set the towers' initial weights"),
         ("image_size = 32\nimages_per_batch = 1", "images_per_batch 1 needs an image_size of at least 64"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import Game, TrainConfig
-from cclip_deploy.train.game import TensorBatch, main_losses, masker_losses, maskers_of, only_maskers_learn
+from cclip_deploy.train.game import TensorBatch, main_losses, masker_losses, maskers_of, train_only_maskers
 from cclip_deploy.train.losses import dice_bce
 from tests.train.test_shared_image_pass import batch_of, network
 
@@ -69,7 +69,7 @@ def test_alternating_holds_the_masks_in_the_main_step(batch: TensorBatch) -> Non
 def test_the_maskers_own_step_turns_the_second_sign_and_moves_nothing_else(batch: TensorBatch) -> None:
     model = network()
     plain = copy.deepcopy(model)
-    with only_maskers_learn(model):
+    with train_only_maskers(model):
         got = gradients(model, masker_losses(model, batch, TrainConfig(mode="alternating", game=GAME)).total)
     causal, confounding = plain_losses(plain, batch)
     want = gradients(plain, 0.7 * causal - 0.2 * confounding)

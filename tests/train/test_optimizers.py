@@ -12,21 +12,21 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import Game, TrainConfig
 from cclip_deploy.train.optimizers import (
     freeze,
-    learning_rate_share,
+    learning_rate_factor,
     make_average,
     make_optimizers,
-    set_rates,
+    set_learning_rates,
     start_training_mode,
 )
 
 
 def test_the_rate_rises_then_follows_its_schedule() -> None:
-    cosine = [learning_rate_share(step, 100, TrainConfig(warmup=0.1)) for step in range(100)]
+    cosine = [learning_rate_factor(step, 100, TrainConfig(warmup=0.1)) for step in range(100)]
     assert cosine[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert cosine[10] == 1.0
     assert cosine[55] == pytest.approx(0.5)
     assert cosine[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
-    step = [learning_rate_share(step, 100, TrainConfig(warmup=0, schedule="step")) for step in range(100)]
+    step = [learning_rate_factor(step, 100, TrainConfig(warmup=0, schedule="step")) for step in range(100)]
     assert step == [1.0] * 70 + [0.1] * 30
 
 
@@ -34,7 +34,7 @@ def test_every_parameter_learns_once_at_the_rate_of_its_part() -> None:
     model = CausalCLIPSeg(TINY)
     config = TrainConfig(mode="joint", learning_rate=1.0, tower_rate=0.1, game=Game(masker_rate=3.0))
     optimizers = make_optimizers(model, config)
-    set_rates(optimizers, 0.5)
+    set_learning_rates(optimizers, 0.5)
     rates = {id(p): group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
     assert len(optimizers) == 1
     assert len(rates) == sum(len(group["params"]) for group in optimizers[0].param_groups)
@@ -60,7 +60,7 @@ def test_towers_move_by_their_share_of_the_rate() -> None:
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     freeze(model, config)
     optimizers = make_optimizers(model, config)
-    set_rates(optimizers, 1.0)
+    set_learning_rates(optimizers, 1.0)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
     optimizers[0].step()

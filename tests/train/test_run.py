@@ -20,13 +20,13 @@ from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
+from cclip_deploy.evaluation.evaluate import evaluate_dice
 from cclip_deploy.evaluation.models import CheckpointModel
-from cclip_deploy.evaluation.scores import evaluate_dice
 from cclip_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
-from cclip_deploy.train.config import DataSource, Devices, Game, SyntheticFilms, TrainConfig
+from cclip_deploy.train.config import DataSource, Devices, Game, SyntheticData, TrainConfig
 from cclip_deploy.train.loop import BEST, LAST, STOPPED_BATCH, TrainProgress
 from cclip_deploy.train.run import RunOptions, find_data, train
 from cclip_deploy.train.state import STATE
@@ -213,7 +213,7 @@ def test_patience_needs_a_split_to_validate_on(data_folder: Path, tmp_path: Path
 
 def test_another_training_in_the_folder_is_refused_with_what_differs(data_folder: Path, tmp_path: Path) -> None:
     train(SMALL, data_folder, tmp_path / "run", options=QUIET)
-    with pytest.raises(UsageError, match="Go on with --resume"):
+    with pytest.raises(UsageError, match="Continue with --resume"):
         train(SMALL, data_folder, tmp_path / "run", options=QUIET)
     game = SMALL.model_copy(update={"learning_rate": 0.5, "game": Game(masker_steps=3), "loader_threads": 2})
     with pytest.raises(UsageError, match=r"differs in learning_rate \(0.001 then, 0.5 now\); game.masker_steps \(1"):
@@ -226,14 +226,14 @@ def test_another_training_in_the_folder_is_refused_with_what_differs(data_folder
 def test_a_damaged_state_is_told(data_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / STATE).write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(DataError, match=r"state\.pt is a damaged state"):
+    with pytest.raises(DataError, match=r"state\.pt is a damaged training state"):
         train(SMALL, data_folder, tmp_path / "run", options=GO_ON)
 
 
 def test_a_state_that_would_run_code_is_refused(data_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     torch.save({"format": "cclip-deploy training state 1", "identity": Path("x")}, tmp_path / "run" / STATE)
-    with pytest.raises(DataError, match=r"state\.pt is a damaged state"):
+    with pytest.raises(DataError, match=r"state\.pt is a damaged training state"):
         train(SMALL, data_folder, tmp_path / "run", options=GO_ON)
 
 
@@ -260,7 +260,7 @@ def test_a_checkpoint_is_fine_tuned(data_folder: Path, tiny_checkpoint: Path, tm
     smaller = dataclasses.replace(TINY, name="smaller", text_layers=1)
     save_checkpoint(CausalCLIPSeg(smaller), tmp_path / "smaller.safetensors")
     other = SMALL.model_copy(update={"start_checkpoint": tmp_path / "smaller.safetensors"})
-    with pytest.raises(UsageError, match=r"config 'smaller', and the recipe trains 'tiny'"):
+    with pytest.raises(UsageError, match=r"config 'smaller', but the recipe trains 'tiny'"):
         train(other, data_folder, tmp_path / "other", options=QUIET)
 
 
@@ -288,7 +288,7 @@ def test_the_recipe_of_a_published_data_set_runs_on_a_tree_of_its_layout(
 
 
 def test_synthetic_films_are_drawn_where_the_folder_is_not_there(tmp_path: Path) -> None:
-    films = SyntheticFilms(images=10, prompts_per_image=2)
+    films = SyntheticData(images=10, prompts_per_image=2)
     config = SMALL.model_copy(update={"data": DataSource(folder=tmp_path / "films", synthetic=films)})
     assert find_data(config) == tmp_path / "films"
     assert {row.split for row in read_flat(tmp_path / "films")} == {"train", "val", "test"}

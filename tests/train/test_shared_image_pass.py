@@ -13,7 +13,7 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.game import TensorBatch, main_losses
 from cclip_deploy.train.losses import dice_bce
-from cclip_deploy.train.shared_image_pass import grouped_logits, head_logits
+from cclip_deploy.train.shared_image_pass import head_logits, multi_prompt_logits
 from tests.numerics import randomized
 
 LIMIT = 1e-10
@@ -85,7 +85,7 @@ def test_a_batch_of_one_image_is_the_plain_forms_too() -> None:
 def test_prompts_grouped_by_image_give_what_row_by_row_gives() -> None:
     model, batch = network().eval(), batch_of(2, 3)
     with torch.inference_mode():
-        grouped = grouped_logits(model, batch.images, batch.tokens)
+        grouped = multi_prompt_logits(model, batch.images, batch.tokens)
         rows = model.causal_logits(batch.images.repeat_interleave(3, dim=0), batch.tokens.flatten(0, 1))
     assert grouped.shape == (2, 3, 64, 96)
     assert (grouped.flatten(0, 1).unsqueeze(1) - rows).norm() < 1e-12 * rows.norm()

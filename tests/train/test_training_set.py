@@ -12,7 +12,7 @@ from PIL import Image
 from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
-from cclip_deploy.train.training_set import CachedSample, data_fingerprint, open_training_set
+from cclip_deploy.train.training_set import CachedArrays, data_fingerprint, open_training_set
 from tests.made_data import SMALL
 
 
@@ -44,7 +44,7 @@ def test_what_has_room_is_read_once_and_the_rest_each_time() -> None:
         reads.append(path.name)
         return np.zeros(10, np.bool_)
 
-    kept = CachedSample([Path("a"), Path("b"), Path("c")], read, room_bytes=25)
+    kept = CachedArrays([Path("a"), Path("b"), Path("c")], read, capacity_bytes=25)
     for index in (0, 1, 2, 0, 1, 2):
         kept[index]
     assert reads == ["a", "b", "c", "c"]

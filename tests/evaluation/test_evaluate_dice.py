@@ -14,7 +14,7 @@ from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError
-from cclip_deploy.evaluation.scores import DiceScores, evaluate_dice
+from cclip_deploy.evaluation.evaluate import DiceScores, evaluate_dice
 from cclip_deploy.imaging.reading import read_picture
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
