@@ -193,10 +193,8 @@ def _score(
         iou_per_image=bootstrap.mean(np.where(counted, [row.overlap.iou for row in rows], np.nan), FRACTION),
         dice_pooled=bootstrap.estimate(counts, _pooled_dice, FRACTION)[0],
         iou_pooled=bootstrap.estimate(counts, _pooled_iou, FRACTION)[0],
-        hd95_px=bootstrap.mean([None if boundary is None else boundary.hd95_px for outline in boundaries], NONNEGATIVE),
-        boundary_dice=bootstrap.mean(
-            [None if boundary is None else boundary.boundary_dice for outline in boundaries], FRACTION
-        ),
+        hd95_px=bootstrap.mean([None if b is None else b.hd95_px for b in boundaries], NONNEGATIVE),
+        boundary_dice=bootstrap.mean([None if b is None else b.boundary_dice for b in boundaries], FRACTION),
         expected_calibration_error=bootstrap.estimate(levels, _calibration_error, FRACTION)[0],
         brier=bootstrap.estimate(squared, divide, FRACTION)[0],
         empty_found_empty=bootstrap.mean(found_empty, FRACTION),

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from cclip_deploy.ablation.data import prepare_data
+from cclip_deploy.ablation.measures import TrialMeasures
 from cclip_deploy.ablation.plan import AblationPlan
 from cclip_deploy.ablation.report import describe_changes, tables, to_dict, write_report
 from cclip_deploy.ablation.run import Ablation, ablate
+from cclip_deploy.ablation.trial import TrialResult
 from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError, UsageError
+from cclip_deploy.evaluation.causal import MaskStatistics
 from cclip_deploy.evaluation.evaluate import EvaluationOptions, NetworkConfig, evaluate
 
 RECIPE: dict[str, Any] = {
@@ -42,6 +45,10 @@ def quiet(message: str) -> None:
     pass
 
 
+def measures_of(ablation: Ablation) -> list[TrialMeasures]:
+    return [result.measures for result in ablation.results if result.measures is not None]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ablation") / "run"
@@ -58,9 +65,10 @@ def test_every_arm_is_trained_with_every_seed_and_measured_on_every_test_set(don
     masks = {f"mask_{fact}_{level}" for fact in ("mean", "entropy_bits", "sd") for level in (3, 4, 5)}
     scores = {"dice_id", "dice_neutral", "dice_anti", "dice_shuffled", "drop", "toggle"}
     for result in done.results:
-        assert set(result.numbers) == masks | scores
-        assert all(np.isfinite(value) for value in result.numbers.values())
-        assert result.numbers["drop"] == result.numbers["dice_id"] - result.numbers["dice_anti"]
+        numbers = result.to_dict()["numbers"]
+        assert set(numbers) == masks | scores
+        assert all(np.isfinite(value) for value in numbers.values())
+        assert numbers["drop"] == numbers["dice_id"] - numbers["dice_anti"]
 
 
 @pytest.mark.slow
@@ -69,7 +77,7 @@ def test_a_setting_whose_loss_is_no_number_is_not_chosen_and_said_so(done: Ablat
     assert first.val_dice is not None
     assert second.val_dice is None
     assert done.choice == {"off": 0, "alternating": 0, "clean": 0}
-    assert ("off", "2", "learning_rate 1e+30", "the loss was no number", "") in tables(done)[-1].rows
+    assert ("off", "2", "learning_rate 1e+30", "loss not finite", "") in tables(done)[-1].rows
 
 
 @pytest.mark.slow
@@ -77,7 +85,7 @@ def test_dice_is_what_evaluate_says_of_the_kept_checkpoint(done: Ablation, folde
     checkpoint = folder / "grid" / "off-setting1-seed1" / "best.safetensors"
     choice = NetworkConfig(checkpoint, threads=1, image_hw=(32, 32), prompt_length=32)
     found = evaluate(choice, folder / "films" / "seed1" / "anti", EvaluationOptions(worst=0))
-    assert done.results[0].numbers["dice_anti"] == pytest.approx(found.evaluation.scores.dice_per_image.value)
+    assert measures_of(done)[0].dice_anti == pytest.approx(found.evaluation.scores.dice_per_image.value)
 
 
 @pytest.mark.slow
@@ -94,7 +102,7 @@ def test_arms_share_films_and_seeds_do_not(done: Ablation, folder: Path) -> None
 @pytest.mark.slow
 def test_the_toggled_films_differ_in_their_signs_and_are_those_of_the_test_sets(done: Ablation, folder: Path) -> None:
     data = prepare_data(plan_with(), folder / "films", "off", 1, True, quiet)
-    films = list(data.toggled())
+    films = list(data.toggled_images())
     assert [film.prompts[0] for film in films] == [row.text for row in data.test_rows("id")]
     for film in films:
         assert film.lungs.any()
@@ -127,7 +135,7 @@ def test_a_second_run_trains_nothing_and_more_seeds_train_only_those(
 def test_two_trainings_at_once_give_the_same_numbers(done: Ablation, tmp_path: Path) -> None:
     arms = {"off": {}, "alternating": PLAN["arms"]["alternating"]}
     both = ablate(plan_with(seeds=[1], arms=arms), tmp_path / "run", 2, quiet)
-    assert [r.numbers for r in both.results] == [r.numbers for r in done.results if r.arm in arms and r.seed == 1]
+    assert [r.measures for r in both.results] == [r.measures for r in done.results if r.arm in arms and r.seed == 1]
 
 
 @pytest.mark.slow
@@ -139,11 +147,11 @@ def test_a_training_that_was_broken_off_goes_on_from_its_state(
         patch.setattr("cclip_deploy.ablation.trial._measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ablate(plan, tmp_path / "run", 1, quiet)
-    cell = tmp_path / "run" / "grid" / "off-setting1-seed1"
-    assert (cell / "state.pt").exists()
-    assert not (cell / "cell.json").exists()
-    assert ablate(plan, tmp_path / "run", 1, quiet).results[0].numbers == done.results[0].numbers
-    assert {path.name for path in cell.iterdir()} == {"best.safetensors", "cell.json", "run.json"}
+    trial = tmp_path / "run" / "grid" / "off-setting1-seed1"
+    assert (trial / "state.pt").exists()
+    assert not (trial / "cell.json").exists()
+    assert measures_of(ablate(plan, tmp_path / "run", 1, quiet))[0] == measures_of(done)[0]
+    assert {path.name for path in trial.iterdir()} == {"best.safetensors", "cell.json", "run.json"}
 
 
 def interrupt(*arguments: object) -> None:
@@ -154,7 +162,7 @@ def interrupt(*arguments: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"films": {**PLAN["films"], "rho": 0.9}}, "on other films"),
+        ({"films": {**PLAN["films"], "rho": 0.9}}, "on other images"),
         ({"recipe": {**RECIPE, "epochs": 2}}, r"differs in epochs \(1 then, 2 now\)"),
     ],
 )
@@ -188,7 +196,7 @@ def test_a_data_set_of_ones_own_has_one_test_set_and_nothing_about_signs(tmp_pat
     write_dataset(tmp_path / "data", {"train": 4, "val": 2, "test": 2}, (32, 32), 5)
     recipe = {**RECIPE, "data": {"folder": str(tmp_path / "data")}}
     found = ablate(plan_with(films=None, recipe=recipe, seeds=[1], arms={"off": {}}), tmp_path / "run", 1, quiet)
-    numbers = found.results[0].numbers
+    numbers = measures_of(found)[0].to_dict()
     assert {"dice_test", "dice_shuffled"} == {name for name in numbers if not name.startswith("mask_")}
     assert tables(found)[0].columns == ("arm", "Dice", "Dice, shuffled prompts")
     assert "no interval" in tables(found)[0].heading
@@ -204,13 +212,11 @@ def test_without_a_split_to_validate_on_nothing_is_trained(tmp_path: Path) -> No
 
 def made_up(values: dict[str, list[float]]) -> Ablation:
     """An ablation whose drops are given; everything else is 0.5."""
-    from cclip_deploy.ablation.trial import TrialResult
-
-    masks = {f"mask_{fact}_{level}": 0.5 for fact in ("mean", "entropy_bits", "sd") for level in (3, 4, 5)}
+    masks = MaskStatistics((0.5,) * 3, (0.5,) * 3, (0.5,) * 3)
     names = ("dice_id", "dice_neutral", "dice_anti", "dice_shuffled", "toggle")
     plan = plan_with(seeds=[1, 2, 3], arms={arm: {} for arm in values})
     results = tuple(
-        TrialResult(arm, 0, seed, 0.5, {**masks, **dict.fromkeys(names, 0.5), "drop": drop}, 1.0)
+        TrialResult(arm, 0, seed, 0.5, TrialMeasures(masks, drop=drop, **dict.fromkeys(names, 0.5)), 1.0)
         for arm, drops in values.items()
         for seed, drop in zip((1, 2, 3), drops, strict=True)
     )
@@ -263,3 +269,13 @@ def test_a_setting_is_described_in_a_line() -> None:
         "learning_rate 0.002, game.mask_budget 0.5, game.causal_statistics_only true"
     )
     assert describe_changes({}) == "nothing"
+
+
+def test_a_result_survives_its_json_form() -> None:
+    result = made_up({"off": [0.1, 0.2, 0.3]}).results[0]
+    numbers = result.to_dict()["numbers"]
+    assert (numbers["drop"], numbers["mask_sd_5"], "dice_test" in numbers) == (0.1, 0.5, False)
+    assert TrialResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    untested = TrialResult("off", 1, 0, None, None, 0.0)
+    assert untested.to_dict()["numbers"] == {}
+    assert TrialResult.from_dict(untested.to_dict()) == untested
