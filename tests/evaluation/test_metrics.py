@@ -1,4 +1,4 @@
-"""Overlap, outlines and levels of single masks, against closed forms and MONAI."""
+"""Metrics of single masks against closed forms and MONAI."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def box(top: int, left: int, bottom: int, right: int, hw: tuple[int, int] = (40,
 
 
 def blobs(seed: int, hw: tuple[int, int] = (48, 40)) -> np.ndarray:
-    """Ragged regions, some of which touch the border."""
+    """Return irregular regions, some of which touch the border."""
     from scipy.ndimage import gaussian_filter
 
     return np.asarray(gaussian_filter(np.random.default_rng(seed).normal(size=hw), 4) > 0.03)
@@ -33,20 +33,20 @@ def test_overlap_of_two_boxes() -> None:
     assert found.iou == pytest.approx(1 / 3)
 
 
-def test_empty_against_empty_counts_one_and_against_something_nothing() -> None:
+def test_overlap_of_empty_masks() -> None:
     nothing, something = box(0, 0, 0, 0), box(0, 0, 1, 1)
     assert (measure_overlap(nothing, nothing).dice, measure_overlap(nothing, nothing).iou) == (1, 1)
     assert (measure_overlap(something, nothing).dice, measure_overlap(nothing, something).iou) == (0, 0)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3, 7])
-def test_outlines_of_a_shifted_box_lie_as_far_apart_as_it_was_shifted(shift: int) -> None:
+def test_boundary_distance_of_a_shifted_box_is_the_shift(shift: int) -> None:
     found = measure_boundary(box(10, 10, 30, 20), box(10, 10 + shift, 30, 20 + shift))
     assert found is not None
     assert found.hd95_px == pytest.approx(shift)
 
 
-def test_an_outline_without_area_in_common_is_never_near() -> None:
+def test_boundaries_far_apart_have_zero_boundary_dice() -> None:
     found = measure_boundary(box(0, 0, 4, 4), box(20, 20, 24, 24))
     assert found is not None
     assert found.boundary_dice == 0
@@ -54,7 +54,7 @@ def test_an_outline_without_area_in_common_is_never_near() -> None:
 
 @pytest.mark.parametrize("tolerance_px", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("seed", range(4))
-def test_outlines_equal_monais(seed: int, tolerance_px: float) -> None:
+def test_boundary_metrics_match_monai(seed: int, tolerance_px: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch = pytest.importorskip("torch")
@@ -69,12 +69,12 @@ def test_outlines_equal_monais(seed: int, tolerance_px: float) -> None:
     assert found.boundary_dice == pytest.approx(float(dice), abs=1e-6)
 
 
-def test_an_empty_mask_has_no_boundary_pixels() -> None:
+def test_boundary_metrics_of_an_empty_mask_are_undefined() -> None:
     assert measure_boundary(box(0, 0, 0, 0), box(0, 0, 5, 5)) is None
     assert measure_boundary(box(0, 0, 5, 5), box(0, 0, 0, 0)) is None
 
 
-def test_levels_count_every_pixel_where_its_probability_belongs() -> None:
+def test_histogram_counts_every_pixel_in_its_bin() -> None:
     probability = np.array([[0.0, 0.049, 0.05, 0.5], [0.499, 0.95, 1.0, 0.7]], np.float32)
     reference = np.array([[False, True, False, True], [False, True, True, False]])
     found = probability_histogram(probability, reference)
@@ -85,7 +85,7 @@ def test_levels_count_every_pixel_where_its_probability_belongs() -> None:
     assert found.squared_error == pytest.approx(((probability - reference) ** 2).sum())
 
 
-def test_levels_give_the_masks_of_every_threshold() -> None:
+def test_histogram_gives_the_mask_areas_at_every_threshold() -> None:
     probability, reference = RNG.random((30, 20), np.float32), RNG.random((30, 20)) < 0.3
     found = probability_histogram(probability, reference)
     for step in range(1, PROBABILITY_BINS):
@@ -96,7 +96,7 @@ def test_levels_give_the_masks_of_every_threshold() -> None:
         )
 
 
-def test_masks_of_two_sizes_are_refused() -> None:
+def test_masks_of_different_sizes_are_refused() -> None:
     with pytest.raises(UsageError, match="Resize the prediction"):
         measure_overlap(box(0, 0, 1, 1), box(0, 0, 1, 1, (3, 3)))
     with pytest.raises(UsageError, match="Resize the prediction"):

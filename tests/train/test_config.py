@@ -1,4 +1,4 @@
-"""Recipes: the published ones are valid, wrong ones are refused by key."""
+"""Tests of training recipes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_published_recipes_are_valid(recipe: Path) -> None:
         ("image_size = 32\nimages_per_batch = 1", "images_per_batch 1 needs an image_size of at least 64"),
     ],
 )
-def test_a_wrong_recipe_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_recipe_is_refused_by_key(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(UsageError, match=words):
         TrainConfig.from_toml(tmp_path / "recipe.toml")
 
 
-def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no recipe"):
         TrainConfig.from_toml(tmp_path / "none.toml")
