@@ -1,11 +1,11 @@
-"""Networks, checkpoints and bundles that many tests look at, each made once a run."""
+"""Fixtures for networks, checkpoints and bundles, built once per test run."""
 
 from __future__ import annotations
 
 import os
 
-# Workers of pytest-xdist share the cores between them. Set before numpy and torch load: spinning threads of a busy
-# machine make tests slow and times meaningless.
+# pytest-xdist workers share the cores. Set before numpy and torch are imported: too many threads slow the tests down
+# and distort timings.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
@@ -31,7 +31,7 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first: a file stays in one worker, and a slow one at the end leaves the other idle."""
+    """Run files with slow tests first: a file runs in one worker, and a slow last one would leave the others idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -42,11 +42,11 @@ def _threads() -> None:
 
 
 def random_network(config: ModelConfig = TINY, seed: int = 0) -> CausalCLIPSeg:
-    """An untrained network none of whose parts is silent: fresh ones have zero-scaled residuals and neutral norms.
+    """Return an untrained network in which every part affects the logits.
 
-    The batch norms take their statistics from some pictures. With random ones the pictures' part fades from layer to
-    layer, the logits are all but constant, and a wrong image encoder would pass every test of parity. About half of
-    the pixels are inside.
+    Freshly initialized networks have zero-scaled residuals and neutral norms. Batch-norm statistics are computed from
+    images; with random statistics the logits would be almost constant, and a wrong image encoder would pass the parity
+    tests. About half of the pixels are inside.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -69,19 +69,19 @@ def random_network(config: ModelConfig = TINY, seed: int = 0) -> CausalCLIPSeg:
 
 @pytest.fixture(scope="session")
 def tiny_network() -> CausalCLIPSeg:
-    """A tiny network in float32; do not change it."""
+    """A tiny float32 network. Do not change it."""
     return random_network()
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_network: CausalCLIPSeg, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny network in our layout."""
+    """Checkpoint of the tiny network in this project's layout."""
     return made_once(tmp_path_factory, "tiny.safetensors", partial(save_checkpoint, tiny_network))
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A deploy bundle of the tiny network at 64x96, with the causal masks as outputs; copy it before changing it."""
+    """Bundle of the tiny network at 64x96 with the causal masks as outputs. Copy it before changing it."""
     options = ExportOptions(TINY_HW, 24, with_masks=True, threads=THREADS)
 
     def make(path: Path) -> None:
@@ -92,13 +92,13 @@ def tiny_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def tiny_bundle(tiny_bundle_path: Path) -> Bundle:
-    """The tiny bundle, freshly opened."""
+    """The tiny bundle, newly opened."""
     return Bundle.open(tiny_bundle_path)
 
 
 @pytest.fixture(scope="session")
 def published_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Gives the path of a published-layout rn101 checkpoint (0.7 GB) of a seed; each is written once."""
+    """Return a function from a seed to an rn101 checkpoint in the published layout (0.7 GB), written once."""
 
     def write(seed: int) -> Path:
         def make(path: Path) -> None:
@@ -111,7 +111,7 @@ def published_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Everything that torch makes in this test is float64."""
+    """Set torch's default dtype to float64 during a test."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

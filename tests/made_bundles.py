@@ -1,4 +1,4 @@
-"""Further bundles that the stages' tests look at, each made once a run; copy them before changing them."""
+"""Fixtures for further bundles, built once per test run. Copy a bundle before changing it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.made_once import made_once
 
 @pytest.fixture(scope="session")
 def plain_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plain export that belongs to the tiny bundle."""
+    """Plain export (`export --plain`) of the tiny network."""
     options = ExportOptions(TINY_HW, 24, plain=True, threads=THREADS)
 
     def make(path: Path) -> None:
@@ -36,7 +36,7 @@ def plain_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def engine_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with its three FP16 graphs and an engine of each, really built."""
+    """The tiny bundle with its three FP16 graphs and TensorRT-RTX engines."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an extra: pip install 'cclip-deploy[rtx]'")
 
     def make(path: Path) -> None:
@@ -48,7 +48,7 @@ def engine_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPath
 def add_precisions(
     path: Path, precisions: Sequence[Precision], keep: tuple[str, ...] = (), io: InputsAndOutputs = "fp32"
 ) -> None:
-    """Derive the graphs that serve in further precisions, without engines; quantized ones from drawn pictures."""
+    """Convert the bundle's graphs to further precisions without engines; INT8 is calibrated on synthetic images."""
     films = path.parent / "films"
     if not films.exists():
         write_dataset(films, {"train": 8}, TINY_HW, 6)
@@ -63,7 +63,7 @@ def add_precisions(
 
 @pytest.fixture(scope="session")
 def low_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle without `fused`, and with FP16, INT8 and INT8-FP16 graphs."""
+    """The tiny bundle without `fused`, with FP16, INT8 and INT8-FP16 graphs."""
 
     def make(path: Path) -> None:
         copy_of(tiny_bundle_path, path.parent, path.name)
@@ -76,7 +76,7 @@ def low_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def traced_before(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, onnx.ModelProto]:
-    """Let an export take the tiny bundle's graphs, or what a test makes of them, instead of tracing for a while."""
+    """Replace tracing in an export by the tiny bundle's graphs, which a test may modify."""
     graphs = {path.stem: onnx.load(path) for path in sorted((tiny_bundle_path / "graphs").iterdir())}
 
     def take(*args: Any) -> dict[str, onnx.ModelProto]:

@@ -1,4 +1,4 @@
-"""What the tests of training share: a small data set, a small recipe, the tokenizer."""
+"""Fixtures for training: small data sets, a small recipe and the tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = TrainConfig(image_size=64, epochs=1, images_per_batch=2, prompts_per_ima
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four films to train on and three to test with, two prompts each; no split to validate on."""
+    """Four training and three test images with two prompts each; no val split."""
     folder = tmp_path_factory.mktemp("train") / "data"
     write_dataset(folder, {"train": 4, "test": 3}, (64, 64), seed=0, prompts_per_film=2)
     return folder
@@ -26,7 +26,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def validated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight films to train on and three to validate on, two prompts each."""
+    """Eight training and three validation images with two prompts each."""
     folder = tmp_path_factory.mktemp("validated") / "data"
     write_dataset(folder, {"train": 8, "val": 3}, (64, 64), seed=1, prompts_per_film=2)
     return folder

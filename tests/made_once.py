@@ -1,4 +1,4 @@
-"""What every worker of a run needs, made by the first that asks for it."""
+"""Files shared by all pytest-xdist workers, built by the first worker that needs them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from filelock import FileLock
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The path of a file or folder called `name` that all workers share; `make` writes it. Copy it before changing it.
+    """Return the path of a file or folder that all workers share; `make` writes it once. Copy it before changing it.
 
-    Other workers wait while it is made. What `make` leaves when it fails is never taken for the whole.
+    Other workers wait while it is built. If `make` fails, its partial output is not used.
     """
     own = factory.getbasetemp()
     shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "made-once"

@@ -1,4 +1,4 @@
-"""The data of an ablation: a data set that is there, or synthetic films drawn for a seed, with three test sets."""
+"""Data of an ablation: an existing data set, or synthetic images generated per seed with three test sets."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.confounders import Confounding
 from cclip_deploy.datasets.synthetic.generator import DEFAULT_FILMS, Asking, film_rng, make_samples, write_dataset
-from cclip_deploy.evaluation.causal import ToggledFilm
+from cclip_deploy.evaluation.causal import ToggledImage
 
-Tell = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 TEST_SETS: Mapping[str, Callable[[float], float]] = MappingProxyType(
     {"id": lambda rho: rho, "neutral": lambda rho: 0.5, "anti": lambda rho: 1 - rho}
 )
-"""The rho of each test set, by that of training."""
+"""The rho of each test set as a function of the training's."""
 ON_FOLDER = "test"
-"""The one test set of a data set that is there."""
+"""Name of the test set of an existing data set."""
 
 
 @dataclass(frozen=True)
 class TrialData:
-    """What one training is given, and what it is tested on."""
+    """Training and test data of one trial."""
 
     training: Path
     layout: str | None
     subject: str | None
     tests: Mapping[str, Path]
-    """Folders whose test splits show the same patients; the first is the one as in training."""
+    """Folders whose test splits show the same patients; the first has the training's confounders."""
     films: Films | None
     image_hw: tuple[int, int]
     seed: int
     allow_outside: bool = False
 
     def test_rows(self, name: str) -> list[Sample]:
-        """The rows of a test set."""
+        """Return the rows of a test set."""
         return of_split(self.read(self.tests[name]), "test")
 
     def read(self, folder: Path) -> tuple[Sample, ...]:
-        """The rows of one of these folders."""
+        """Return the rows of one of the folders."""
         return read_data_set(folder, self.layout, self.subject, self.allow_outside).samples
 
-    def toggled(self) -> Iterator[ToggledFilm]:
-        """The test films, all their signs once on the target's side and once on the other; needs films."""
+    def toggled_images(self) -> Iterator[ToggledImage]:
+        """Yield the synthetic test images with all confounders on the target's side and on the other side."""
         assert self.films is not None
         for number in range(self.films.test):
             forms = [
@@ -56,17 +56,17 @@ class TrialData:
             ]
             one, other = forms
             prompts = tuple(sample.prompt for sample in one)
-            yield ToggledFilm(one[0].image, other[0].image, one[0].lungs, prompts)
+            yield ToggledImage(one[0].image, other[0].image, one[0].lungs, prompts)
 
 
-def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: bool, tell: Tell) -> TrialData:
-    """The data of one training, its test sets only if it is to be tested.
-
-    Films that are not there yet are drawn, each set whole or not at all.
+def prepare_data(
+    plan: AblationPlan, folder: Path, arm: str, seed: int, tested: bool, on_message: OnMessage
+) -> TrialData:
+    """Return the data of one trial, with test sets if it is `tested`; generate missing synthetic sets atomically.
 
     Raises:
-        UsageError: the films are too small.
-        EnvironmentIssue: the disk does not take them.
+        UsageError: the synthetic images are too small.
+        EnvironmentIssue: the disk is full.
     """
     config = plan.recipe_of(plan.reference, 0, seed)
     hw, source = config.image_hw, config.data
@@ -81,7 +81,7 @@ def prepare_data(plan: AblationPlan, folder: Path, arm: str, seed: int, tested: 
     def draw(name: str, counts: Mapping[str, int], asking: Asking) -> Path:
         target = place / name
         if not target.exists():
-            tell(f"Drawing {sum(counts.values())} films into {target}")
+            on_message(f"Generating {sum(counts.values())} images in {target}")
             write_dataset(target, counts, hw, seed, prompts_per_film=films.prompts_per_film, asking=asking)
         return target
 

@@ -1,4 +1,4 @@
-"""Every pair of arms of an ablation: paired tests with a correction for their number, and the power of such a test."""
+"""Paired t tests between all arms of an ablation, corrected for multiple comparisons, and the power of such a test."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from cclip_deploy.evaluation.seed_statistics import (
 )
 
 Rows = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
-"""Column titles, and rows of text."""
+"""Column titles and rows of text."""
 
 EFFECTS = (0.05, 0.10, 0.15, 0.20)
-"""True differences of which the power is told."""
+"""True differences for which the power is reported."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One measure of an arm less that of another, paired by seed."""
+    """Difference of a measure between two arms (`arm` minus `less`), paired by seed."""
 
     arm: str
     less: str
     difference: SeedStatistics
     higher_in: int
-    """Seeds in which `arm` has the higher value."""
+    """Number of seeds in which `arm` has the higher value."""
     p_value: float
     """Two-sided, Student's t on the differences."""
     p_holm: float
-    """Corrected by Holm's method for all pairs of the table."""
+    """Corrected by Holm's method for all pairs."""
 
 
 def compare_pairs(values: Mapping[str, Sequence[float]]) -> list[Pair]:
-    """Every arm less every arm before it; `values` has one value a seed of each arm, two seeds or more."""
+    """Compare every arm with every arm before it; `values` has one value per seed (at least two) for each arm."""
     differences = {(arm, less): paired_difference(values[arm], values[less]) for less, arm in combinations(values, 2)}
     p_values = [student_p_value(difference) for difference in differences.values()]
     return [
@@ -51,7 +51,7 @@ def compare_pairs(values: Mapping[str, Sequence[float]]) -> list[Pair]:
 
 
 def pair_rows(values: Mapping[str, Sequence[float]], title: str, digits: int = 3) -> Rows:
-    """The table of `compare_pairs`; `title` names the measure."""
+    """Return the table of `compare_pairs`; `title` names the measure."""
     pairs = compare_pairs(values)
     rows = tuple(
         (
@@ -68,7 +68,7 @@ def pair_rows(values: Mapping[str, Sequence[float]], title: str, digits: int = 3
 
 
 def power_rows(values: Mapping[str, Sequence[float]], reference: str) -> Rows:
-    """Power of the paired test of each arm against the reference, if the differences spread as they did here."""
+    """Return the power of the paired test of each arm against the reference, given the observed standard deviations."""
     rows = []
     for arm in values:
         if arm == reference:

@@ -1,4 +1,4 @@
-"""The plan of an ablation: which forms of a training are compared, over which seeds, on which films."""
+"""Ablation plan: the arms to compare, their recipes and settings, the seeds and the data."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ _Count = Annotated[int, Field(gt=0)]
 
 
 class Films(StrictModel):
-    """Synthetic films, drawn anew for every seed, whose signs follow the target's side in training."""
+    """Synthetic images, generated for every seed, whose confounders follow the target's side in training."""
 
     train: _Count = 400
     val: _Count = 100
     test: _Count = 100
-    """Of each of the three test sets, which show the same patients with other signs."""
+    """Images of each of the three test sets, which show the same patients with other confounders."""
     prompts_per_film: _Count = 1
-    """The signs follow a film's first prompt, so with more than one they tell less."""
+    """Confounders follow an image's first prompt, so they are less informative with several."""
     confounders: Annotated[tuple[Kind, ...], Field(min_length=1)] = CONFOUNDERS  # type: ignore[assignment]
     rho: Annotated[float, Field(ge=0, le=1)] = USUAL_RHO
-    """How often a sign stands for the target's side: in training and validation, and in the test set "id"."""
+    """Probability that a confounder is on the target's side, in training, validation and the test set "id"."""
 
 
 class Arm(StrictModel):
-    """One row of the table."""
+    """One arm: a variant of the training."""
 
     recipe: Changes = Field(default_factory=dict)
-    """What it changes in the plan's recipe."""
+    """Changes to the plan's recipe."""
     settings: tuple[Changes, ...] = ()
-    """Further changes to choose among by Dice on the val split, with the tuning seed; none leaves nothing to choose."""
+    """Alternative further changes. The one with the best validation Dice with the tuning seed is chosen."""
     settings_of: Name | None = None
-    """Another arm, whose settings and choice are taken over."""
+    """Another arm, whose settings and choice this arm uses."""
     signs: Signs = "follow"
-    """How signs stand on its training and validation films: as the plan says, by chance (rho 0.5), or not at all."""
+    """Confounders in training and validation images: with the plan's rho, by chance (rho 0.5), or none."""
 
 
 class AblationPlan(StrictModel):
-    """A checked plan; training/ablations/ holds examples."""
+    """A validated plan; training/ablations/ has examples."""
 
     reference: Name = "off"
-    """The arm that the others are compared with, seed by seed."""
+    """The arm that the others are compared with, paired by seed."""
     seeds: Annotated[tuple[_Seed, ...], Field(min_length=1)] = (1, 2, 3)
     tuning_seed: _Seed = 0
-    """With which settings are chosen; not one of `seeds`."""
+    """Seed for choosing settings; not one of `seeds`."""
     recipe: Changes
     arms: Annotated[dict[Name, Arm], Field(min_length=1)]
     films: Films | None = None
-    """Without them the recipe's own data set is trained and tested on."""
+    """Synthetic images; if not given, the recipe's data set is used."""
 
     @model_validator(mode="after")
     def _check_names(self) -> AblationPlan:
@@ -69,7 +69,7 @@ class AblationPlan(StrictModel):
             if owner is not None and (owner not in self.arms or self.arms[owner].settings_of or arm.settings):
                 raise ValueError(f"arms.{name}.settings_of must name an arm with settings of its own, and have none")
             if arm.signs != "follow" and self.films is None:
-                raise ValueError(f"arms.{name}.signs needs [films]: nothing is known of the signs on other pictures")
+                raise ValueError(f"arms.{name}.signs needs [films], as confounders are known only in synthetic images")
         if self.reference not in self.arms:
             raise ValueError(f"reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
         if len(set(self.seeds)) < len(self.seeds) or self.tuning_seed in self.seeds:
@@ -86,12 +86,12 @@ class AblationPlan(StrictModel):
         return self
 
     def settings_of(self, arm: str) -> tuple[Changes, ...]:
-        """What the arm chooses among, at least one."""
+        """Return the settings to choose from, at least one."""
         owner = self.arms[self.arms[arm].settings_of or arm]
         return owner.settings or ({},)
 
     def recipe_of(self, arm: str, setting: int, seed: int) -> TrainConfig:
-        """The recipe of one training; UsageError names the key that is wrong."""
+        """Return the recipe of one training; raise UsageError naming an invalid key."""
         changed = _merge(_merge(self.recipe, self.arms[arm].recipe), self.settings_of(arm)[setting])
         try:
             return TrainConfig.model_validate({**changed, "seed": seed})
@@ -100,8 +100,8 @@ class AblationPlan(StrictModel):
 
 
 def read_plan(path: Path, data: Path | None = None) -> AblationPlan:
-    """Read a plan, to run on another data set where one is given; UsageError says what is wrong."""
-    plan = read_toml(path, AblationPlan, f"There is no plan {path}. training/ablations/ of the project has some.")
+    """Read a plan, and replace its data set by `data` if given; raise UsageError if it is invalid."""
+    plan = read_toml(path, AblationPlan, f"There is no plan {path}. training/ablations/ has examples.")
     if data is None:
         return plan
     elsewhere = {"films": None, "recipe": _merge(plan.recipe, {"data": {"folder": str(data)}})}
@@ -112,7 +112,7 @@ def read_plan(path: Path, data: Path | None = None) -> AblationPlan:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Changes:
-    """`changes` laid over `base`, table by table."""
+    """Merge `changes` into `base` recursively."""
     merged = dict(base)
     for key, value in changes.items():
         below = merged.get(key)

@@ -1,4 +1,4 @@
-"""An ablation as a table in Markdown, as JSON, and as a picture: means, spreads, paired differences, settings tried."""
+"""Ablation report: Markdown tables, JSON, and a plot of means, intervals, paired differences and tried settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cclip_deploy.ablation.pairs import compare_pairs, pair_rows, power_rows
+from cclip_deploy.ablation.measures import MASK_STATISTICS, Measure
+from cclip_deploy.ablation.pairs import Rows, compare_pairs, pair_rows, power_rows
 from cclip_deploy.ablation.run import Ablation
 from cclip_deploy.bundle.manifest import installed_versions, utc_now
 from cclip_deploy.common.files import whole_file
@@ -15,37 +16,15 @@ from cclip_deploy.common.json_file import json_text
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.plotting import BLUE, GRAY, INK, QUIET, save_figure
 from cclip_deploy.environment.packages import require_packages
-from cclip_deploy.evaluation.causal import untrained_mask
+from cclip_deploy.evaluation.causal import untrained_mask_statistics
 from cclip_deploy.evaluation.seed_statistics import SeedStatistics, paired_difference, seed_statistics
 
 NUMBERS, TABLES, PICTURE = "ablation.json", "ablation.md", "ablation.png"
-PYRAMID_LEVELS = (3, 4, 5)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number of every tested training."""
-
-    name: str
-    title: str
-    digits: int = 3
-
-
-MEASURES = (
-    Measure("dice_test", "Dice"),
-    Measure("dice_id", "Dice, id"),
-    Measure("dice_neutral", "Dice, neutral"),
-    Measure("dice_anti", "Dice, anti"),
-    Measure("drop", "drop id − anti"),
-    Measure("toggle", "toggle effect", 4),
-    Measure("dice_shuffled", "Dice, shuffled prompts"),
-)
-MASK_FACTS = (("mean", "mean"), ("entropy_bits", "entropy, bits"), ("sd", "standard deviation"))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a heading."""
+    """A heading, column titles and rows of text."""
 
     heading: str
     columns: tuple[str, ...]
@@ -53,17 +32,17 @@ class Table:
 
 
 def check_report_packages() -> None:
-    """EnvironmentIssue where a report could not be made; asked before hours of training."""
+    """Raise EnvironmentIssue before training if a package for the report is missing."""
     require_packages("An ablation's report", ("scipy", "matplotlib"), "train")
 
 
 def tables(ablation: Ablation) -> list[Table]:
-    """All tables, in the order in which they are read."""
+    """Return all tables in the order of the report."""
     seeds, tried = len(ablation.plan.seeds), sum(len(results) for results in ablation.tuning.values())
     over = f"mean over {seeds} seeds [95 % interval of the mean, Student's t]" if seeds > 1 else "one seed, no interval"
-    untrained = "an untrained masker has {:.2f}, {:.2f}, {:.2f}".format(*untrained_mask())
+    untrained = "an untrained masker has {:.2f}, {:.2f}, {:.2f}".format(*untrained_mask_statistics())
     return [
-        Table(f"What came out: {over}", *_score_rows(ablation)),
+        Table(f"Results: {over}", *_score_rows(ablation)),
         Table(f"Paired difference to {ablation.plan.reference}, seed by seed", *_difference_rows(ablation)),
         *_pair_tables(ablation),
         Table(f"Causal masks M3 / M4 / M5, mean over seeds ({untrained})", *_mask_rows(ablation)),
@@ -72,7 +51,7 @@ def tables(ablation: Ablation) -> list[Table]:
 
 
 def write_report(folder: Path, ablation: Ablation, command: str) -> None:
-    """Write tables, numbers and picture into a folder, each file whole; EnvironmentIssue where the disk is full."""
+    """Write tables, JSON and plot into a folder, each file atomically; raise EnvironmentIssue if the disk is full."""
     for name, text in ((NUMBERS, json_text(to_dict(ablation, command))), (TABLES, _text(ablation))):
         with whole_file(folder / name) as unfinished:
             unfinished.write_text(printable(text), encoding="utf-8")
@@ -80,40 +59,40 @@ def write_report(folder: Path, ablation: Ablation, command: str) -> None:
 
 
 def to_dict(ablation: Ablation, command: str) -> dict[str, Any]:
-    """Plain JSON form: every number of every training, and the spreads of the tables."""
-    names = [measure.name for measure in _measures(ablation)]
+    """Return the JSON form: all results of every training, and the statistics of the tables."""
+    measures = ablation.measures()
     return {
         "schema": 1,
         "created": utc_now(),
         "command": command,
         "versions": installed_versions(),
         "plan": ablation.plan.model_dump(mode="json"),
-        "settings_tried": {arm: [asdict(result) for result in tried] for arm, tried in ablation.tuning.items()},
+        "settings_tried": {arm: [result.to_dict() for result in tried] for arm, tried in ablation.tuning.items()},
         "setting_chosen": {arm: number + 1 for arm, number in ablation.choice.items()},
-        "trainings": [asdict(result) for result in ablation.results],
+        "trainings": [result.to_dict() for result in ablation.results],
         "arms": {
-            arm: {name: asdict(seed_statistics(ablation.values(arm, name))) for name in names}
+            arm: {m.name: asdict(seed_statistics(ablation.values(arm, m))) for m in measures}
             for arm in ablation.plan.arms
         },
         "differences": {
-            arm: {name: asdict(_difference(ablation, arm, name)) for name in names} for arm in _others(ablation)
+            arm: {m.name: asdict(_difference(ablation, arm, m)) for m in measures} for arm in _compared_arms(ablation)
         },
-        "pairs": {name: _pairs(ablation, name) for name in names},
+        "pairs": {m.name: _pairs(ablation, m) for m in measures},
     }
 
 
-def _pairs(ablation: Ablation, name: str) -> list[dict[str, Any]]:
+def _pairs(ablation: Ablation, measure: Measure) -> list[dict[str, Any]]:
     if len(ablation.plan.seeds) < 2:
         return []
-    values = {arm: ablation.values(arm, name) for arm in ablation.plan.arms}
+    values = {arm: ablation.values(arm, measure) for arm in ablation.plan.arms}
     return [asdict(pair) for pair in compare_pairs(values)]
 
 
 def draw_arms(ablation: Ablation, path: Path) -> None:
-    """Write a PNG or SVG: for every arm, its trainings as dots, their mean and its interval; one panel a measure."""
+    """Write a PNG or SVG with one panel per measure: for every arm its seeds, their mean and its interval."""
     from matplotlib.figure import Figure
 
-    shown = [m for m in _measures(ablation) if m.name in ("dice_test", "dice_id", "dice_anti", "drop", "toggle")]
+    shown = [m for m in ablation.measures() if m.name in ("dice_test", "dice_id", "dice_anti", "drop", "toggle")]
     arms = list(ablation.plan.arms)
     figure = Figure(
         figsize=(1.2 + 2.5 * len(shown), 1.1 + 0.5 * len(arms)), dpi=120, facecolor="white", layout="constrained"
@@ -121,9 +100,7 @@ def draw_arms(ablation: Ablation, path: Path) -> None:
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, shown, strict=True):
         for place, arm in enumerate(reversed(arms)):
-            _draw_spread(
-                axes, place, seed_statistics(ablation.values(arm, measure.name)), arm == ablation.plan.reference
-            )
+            _draw_seeds(axes, place, seed_statistics(ablation.values(arm, measure)), arm == ablation.plan.reference)
         axes.set_title(measure.title, color=INK, loc="left", fontsize=10)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0, colors=QUIET)
@@ -135,56 +112,53 @@ def draw_arms(ablation: Ablation, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_spread(axes: Any, place: int, spread: SeedStatistics, is_reference: bool) -> None:
+def _draw_seeds(axes: Any, place: int, statistics: SeedStatistics, is_reference: bool) -> None:
     color = GRAY if is_reference else BLUE
-    if spread.low is not None and spread.high is not None:
-        axes.plot([spread.low, spread.high], [place, place], color=color, lw=3, alpha=0.45, solid_capstyle="butt")
-    axes.plot(spread.values, [place + 0.22] * len(spread.values), "o", color=color, ms=3, alpha=0.7, mew=0)
-    axes.plot([spread.mean], [place], "o", color="white", mec=color, mew=1.8, ms=6)
+    if statistics.low is not None and statistics.high is not None:
+        axes.plot(
+            [statistics.low, statistics.high], [place, place], color=color, lw=3, alpha=0.45, solid_capstyle="butt"
+        )
+    axes.plot(statistics.values, [place + 0.22] * len(statistics.values), "o", color=color, ms=3, alpha=0.7, mew=0)
+    axes.plot([statistics.mean], [place], "o", color="white", mec=color, mew=1.8, ms=6)
 
 
-def _measures(ablation: Ablation) -> list[Measure]:
-    known = ablation.results[0].numbers
-    return [measure for measure in MEASURES if measure.name in known]
-
-
-def _others(ablation: Ablation) -> list[str]:
+def _compared_arms(ablation: Ablation) -> list[str]:
     return [arm for arm in ablation.plan.arms if arm != ablation.plan.reference]
 
 
-def _difference(ablation: Ablation, arm: str, name: str) -> SeedStatistics:
-    return paired_difference(ablation.values(arm, name), ablation.values(ablation.plan.reference, name))
+def _difference(ablation: Ablation, arm: str, measure: Measure) -> SeedStatistics:
+    return paired_difference(ablation.values(arm, measure), ablation.values(ablation.plan.reference, measure))
 
 
-def _score_rows(ablation: Ablation) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    measures = _measures(ablation)
+def _score_rows(ablation: Ablation) -> Rows:
+    measures = ablation.measures()
     rows = [
-        (arm, *(seed_statistics(ablation.values(arm, m.name)).show(m.digits) for m in measures))
+        (arm, *(seed_statistics(ablation.values(arm, m)).show(m.digits) for m in measures))
         for arm in ablation.plan.arms
-    ]  # fmt: skip
-    return ("arm", *(m.title for m in measures)), tuple(rows)
-
-
-def _difference_rows(ablation: Ablation) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    measures = _measures(ablation)
-    rows = [
-        (arm, *(_difference(ablation, arm, m.name).show(m.digits, signed=True) for m in measures))
-        for arm in _others(ablation)
     ]
     return ("arm", *(m.title for m in measures)), tuple(rows)
 
 
-def _primary(ablation: Ablation) -> Measure:
-    """The measure that arms are tested by: the drop where there are confounders, else Dice."""
-    return next(measure for measure in _measures(ablation) if measure.name in ("dice_test", "drop"))
+def _difference_rows(ablation: Ablation) -> Rows:
+    measures = ablation.measures()
+    rows = [
+        (arm, *(_difference(ablation, arm, m).show(m.digits, signed=True) for m in measures))
+        for arm in _compared_arms(ablation)
+    ]
+    return ("arm", *(m.title for m in measures)), tuple(rows)
+
+
+def _primary_measure(ablation: Ablation) -> Measure:
+    """Return the measure for the tests: the drop if there are confounders, else Dice."""
+    return next(measure for measure in ablation.measures() if measure.name in ("dice_test", "drop"))
 
 
 def _pair_tables(ablation: Ablation) -> list[Table]:
-    """Of two seeds or more: every pair of arms, and what so few seeds can find."""
-    plan, measure = ablation.plan, _primary(ablation)
+    """Return the paired tests of all arms and their power; none for a single seed or arm."""
+    plan, measure = ablation.plan, _primary_measure(ablation)
     if len(plan.seeds) < 2 or len(plan.arms) < 2:
         return []
-    values = {arm: ablation.values(arm, measure.name) for arm in plan.arms}
+    values = {arm: ablation.values(arm, measure) for arm in plan.arms}
     return [
         Table("Every pair of arms, paired by seed, Student's t", *pair_rows(values, measure.title, measure.digits)),
         Table(
@@ -195,21 +169,19 @@ def _pair_tables(ablation: Ablation) -> list[Table]:
     ]
 
 
-def _mask_rows(ablation: Ablation) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    def levels(arm: str, fact: str) -> str:
-        return " / ".join(
-            f"{seed_statistics(ablation.values(arm, f'mask_{fact}_{level}')).mean:.2f}" for level in PYRAMID_LEVELS
-        )
-
-    rows = [(arm, *(levels(arm, fact) for fact, _ in MASK_FACTS)) for arm in ablation.plan.arms]
-    return ("arm", *(title for _, title in MASK_FACTS)), tuple(rows)
+def _mask_rows(ablation: Ablation) -> Rows:
+    rows = [
+        (arm, *(" / ".join(f"{mean:.2f}" for mean in ablation.mask_means(arm, name)) for name in MASK_STATISTICS))
+        for arm in ablation.plan.arms
+    ]
+    return ("arm", *MASK_STATISTICS.values()), tuple(rows)
 
 
-def _tuning_rows(ablation: Ablation) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+def _tuning_rows(ablation: Ablation) -> Rows:
     rows = []
     for arm, tried in ablation.tuning.items():
         for result in tried:
-            dice = "the loss was no number" if result.val_dice is None else f"{result.val_dice:.3f}"
+            dice = "loss not finite" if result.val_dice is None else f"{result.val_dice:.3f}"
             changes = describe_changes(ablation.plan.settings_of(arm)[result.setting])
             chosen = "chosen" if result.setting == ablation.choice[arm] else ""
             rows.append((arm, str(result.setting + 1), changes, dice, chosen))
@@ -217,18 +189,18 @@ def _tuning_rows(ablation: Ablation) -> tuple[tuple[str, ...], tuple[tuple[str, 
 
 
 def describe_changes(changes: Mapping[str, Any]) -> str:
-    """A setting in a line: `learning_rate 0.002, game.mask_budget 0.5`."""
-    return ", ".join(_flat(changes)) or "nothing"
+    """Format a setting as `learning_rate 0.002, game.mask_budget 0.5`."""
+    return ", ".join(_flatten(changes)) or "nothing"
 
 
-def _flat(changes: Mapping[str, Any], prefix: str = "") -> Sequence[str]:
-    said: list[str] = []
+def _flatten(changes: Mapping[str, Any], prefix: str = "") -> Sequence[str]:
+    lines: list[str] = []
     for key, value in changes.items():
         if isinstance(value, Mapping):
-            said += _flat(value, f"{prefix}{key}.")
+            lines += _flatten(value, f"{prefix}{key}.")
         else:
-            said.append(f"{prefix}{key} {str(value).lower() if isinstance(value, bool) else value}")
-    return said
+            lines.append(f"{prefix}{key} {str(value).lower() if isinstance(value, bool) else value}")
+    return lines
 
 
 def _text(ablation: Ablation) -> str:

@@ -20,8 +20,8 @@ from cclip_deploy.demo.report import DemoFacts, save_report
 from cclip_deploy.engines.build import BuildOptions, build_engines
 from cclip_deploy.environment.packages import require_export_packages, require_training_packages
 from cclip_deploy.errors import EnvironmentIssue, ParityError, UsageError
+from cclip_deploy.evaluation.evaluate import evaluate_dice
 from cclip_deploy.evaluation.models import BundleModel
-from cclip_deploy.evaluation.scores import evaluate_dice
 from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.inference.predict import Prediction, predict
 from cclip_deploy.inference.segmenter import Segmenter

@@ -1,4 +1,4 @@
-"""What the causal claim can be held to: what the masks let through, and what a sign on the film does to answers."""
+"""Measures of causality: statistics of the causal masks, and the effect of confounders on the predictions."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 Levels = tuple[float, float, float]
-"""Of the masks of levels 3, 4, 5."""
+"""One value per pyramid level 3, 4, 5."""
 
 
 @dataclass(frozen=True)
 class MaskStatistics:
-    """The causal masks over a set of pictures; a mask that passes everything has mean 1 and entropy 0."""
+    """Statistics of the causal masks over a set of images; a mask of ones has mean 1 and entropy 0."""
 
     mean: Levels
     entropy_bits: Levels
-    """Mean of -m log2(m) - (1 - m) log2(1 - m) over the masks' values m: 0 where all are 0 or 1, 1 where all are ½."""
+    """Mean of -m log2(m) - (1 - m) log2(1 - m) over mask values m: 0 if all are 0 or 1, 1 if all are ½."""
     sd: Levels
-    """Standard deviation over all values: a mask that is the same everywhere selects nothing, whatever its entropy."""
+    """Standard deviation over all values; 0 for a constant mask, which selects nothing."""
 
 
 @dataclass(frozen=True)
-class ToggledFilm:
-    """One film twice, its signs on the one side and on the other, and what it is asked."""
+class ToggledImage:
+    """A synthetic radiograph with its confounders on one side and on the other, and its prompts."""
 
     one: Floats  # (H, W) or (H, W, C) in [0, 1]
     other: Floats
@@ -44,13 +44,16 @@ class ToggledFilm:
     prompts: tuple[str, ...]
 
 
-def measure_causal_masks(model: CausalCLIPSeg, pictures: Iterable[Floats], image_hw: tuple[int, int]) -> MaskStatistics:
-    """Over pictures (H, W[, C]) in [0, 1]; the network must be in evaluation mode. UsageError without pictures."""
+def measure_causal_masks(model: CausalCLIPSeg, images: Iterable[Floats], image_hw: tuple[int, int]) -> MaskStatistics:
+    """Return statistics of the causal masks over images, (H, W[, C]) in [0, 1].
+
+    The network must be in evaluation mode. Raises UsageError if there are no images.
+    """
     import torch
 
     sums, values = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     with torch.no_grad():
-        for pixels in pictures:
+        for pixels in images:
             image = torch.from_numpy(to_input(pixels, image_hw, Preprocessing()))
             masks = model.neck.masks(model.neck.levels(model.image_tower(image)))
             for level, mask in enumerate(mask.double() for mask in masks):
@@ -58,15 +61,15 @@ def measure_causal_masks(model: CausalCLIPSeg, pictures: Iterable[Floats], image
                 sums[level] += torch.stack([mask.sum(), entropy.sum(), mask.square().sum()])
                 values[level] += mask.numel()
     if not values.all():
-        raise UsageError("Masks of no picture have neither mean nor entropy. Give one picture or more.")
+        raise UsageError("There are no images to measure causal masks on. Give at least one.")
     mean, entropy_bits, square = (sums / values[:, None]).T
     return MaskStatistics(*(_levels(v) for v in (mean, entropy_bits, (square - mean.square()).clamp(min=0).sqrt())))
 
 
-def untrained_mask() -> tuple[float, float, float]:
-    """Mean, entropy in bits and standard deviation of the sigmoid of a standard normal.
+def untrained_mask_statistics() -> tuple[float, float, float]:
+    """Return mean, entropy in bits and standard deviation of the sigmoid of a standard normal variable.
 
-    A masker ends in a batch norm and a sigmoid, so an untrained one already gives about these numbers on any pictures.
+    A masker ends in a batch norm and a sigmoid, so an untrained one has about these statistics on any images.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(100)
     weights = weights / weights.sum()
@@ -76,15 +79,18 @@ def untrained_mask() -> tuple[float, float, float]:
     return mean, float(weights @ entropy), float(np.sqrt(weights @ mask**2 - mean**2))
 
 
-def measure_toggle(network: EvaluatedModel, films: Iterable[ToggledFilm]) -> float:
-    """Mean over prompts of the mean |difference of p| inside the lungs, between a film's two forms; in [0, 1]."""
+def measure_toggle_effect(network: EvaluatedModel, images: Iterable[ToggledImage]) -> float:
+    """Return the mean absolute change of probability inside the lungs between an image's two forms, in [0, 1].
+
+    The mean is over the images' prompts. Raises UsageError if there are none.
+    """
     changes = []
-    for film in films:
-        rows, _ = encode_texts(film.prompts, network.tokenizer, network.prompt_length)
-        for one, other in zip(network.answer(film.one, rows), network.answer(film.other, rows), strict=True):
-            changes.append(float(np.abs(one - other)[film.lungs].mean()))
+    for image in images:
+        rows, _ = encode_texts(image.prompts, network.tokenizer, network.prompt_length)
+        for one, other in zip(network.answer(image.one, rows), network.answer(image.other, rows), strict=True):
+            changes.append(float(np.abs(one - other)[image.lungs].mean()))
     if not changes:
-        raise UsageError("Signs of no film cannot be toggled. Give one film or more.")
+        raise UsageError("There are no images to toggle confounders on. Give at least one.")
     return float(np.mean(changes))
 
 

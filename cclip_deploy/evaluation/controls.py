@@ -1,4 +1,4 @@
-"""Prompt controls: the same images with other sentences, to see whether the sentence finds the mask."""
+"""Prompt controls: the same images with other prompts, to test whether a network follows its prompt."""
 
 from __future__ import annotations
 
@@ -12,70 +12,70 @@ from cclip_deploy.prompts.reader import meaning, mirror, read_prompt
 
 NEUTRAL = "a medical image"
 MEANINGS = {
-    "shuffled": "every other sentence of the split, averaged by how many rows have it",
-    "fixed": "the commonest sentence of the split for every row",
+    "shuffled": "every other prompt of the split, weighted by its number of rows",
+    "fixed": "the most common prompt of the split for every row",
     "neutral": f"“{NEUTRAL}” for every row",
-    "empty": "no word at all: the start and the end token alone",
-    "side-swapped": "its own sentence with left and right exchanged",
+    "empty": "no words: only the start and end tokens",
+    "side-swapped": "the row's own prompt with left and right exchanged",
 }
 MOST_ANSWERS = 50_000
-"""Pairs of a row and another sentence up to which the shuffled control uses all of them."""
+"""Maximum number of predictions for which the shuffled control uses all other prompts."""
 FEWEST_DRAWN = 8
-"""Sentences that are drawn for each row where all would be too many; more if there is room below `MOST_ANSWERS`."""
+"""Minimum number of prompts sampled per row if the shuffled control cannot use all."""
 
-SAME_MEANING = "the other sentence would mean the same"
-NOT_UNDERSTOOD = "not understood, so that its sides cannot be exchanged for sure"
+SAME_MEANING = "the other prompt has the same meaning"
+NOT_UNDERSTOOD = "not parsed, so its sides cannot be exchanged reliably"
 NO_SIDE = "names no side"
-ONLY_MEANING = "no sentence of the split means anything else"
+ONLY_MEANING = "all prompts of the split have the same meaning"
 
 
 @dataclass(frozen=True)
 class Control:
-    """For every row the other sentences, with weights whose sum is 1; none for a row that the control leaves out."""
+    """The other prompts of every row with weights that sum to 1; empty for a row that is left out."""
 
     name: str
-    asked: tuple[Mapping[str, float], ...]
+    prompts: tuple[Mapping[str, float], ...]
     reasons: tuple[str, ...]
-    """For every row why it is left out; empty where it is not."""
+    """Why each row is left out; empty if it is not."""
     drawn: int | None = None
-    """How many sentences were drawn for each row, where not all were used."""
+    """Number of prompts sampled per row; None if all were used."""
 
     @staticmethod
     def single(name: str, texts: Sequence[str | None], reasons: Sequence[str] | str = SAME_MEANING) -> Control:
-        """A control with one sentence a row; None leaves the row out, for its reason or for the one given for all."""
-        each = [reasons] * len(texts) if isinstance(reasons, str) else reasons
-        why = tuple(reason if text is None else "" for text, reason in zip(texts, each, strict=True))
-        return Control(name, tuple({} if text is None else {text: 1.0} for text in texts), why)
+        """Return a control with one prompt per row; None leaves the row out, for its reason or a common one."""
+        row_reasons = [reasons] * len(texts) if isinstance(reasons, str) else reasons
+        excluded = tuple(reason if text is None else "" for text, reason in zip(texts, row_reasons, strict=True))
+        return Control(name, tuple({} if text is None else {text: 1.0} for text in texts), excluded)
 
     def of_rows(self, rows: Sequence[int]) -> Control:
-        """The same control for some of the rows."""
-        asked, reasons = tuple(self.asked[row] for row in rows), tuple(self.reasons[row] for row in rows)
-        return replace(self, asked=asked, reasons=reasons)
+        """Return the control restricted to some rows."""
+        prompts, reasons = tuple(self.prompts[row] for row in rows), tuple(self.reasons[row] for row in rows)
+        return replace(self, prompts=prompts, reasons=reasons)
 
     @property
     def meaning(self) -> str:
-        """What the sentences are."""
-        drawn = "" if self.drawn is None else f"; {self.drawn} drawn for each row"
+        """Description of the prompts."""
+        drawn = "" if self.drawn is None else f"; {self.drawn} sampled per row"
         return MEANINGS[self.name] + drawn
 
     @property
     def missing(self) -> str | None:
-        """Why no row takes part, in words; None where some do."""
-        if any(self.asked):
+        """Why all rows are left out; None if some are not."""
+        if any(self.prompts):
             return None
         return f"every row is left out: {Counter(self.reasons).most_common(1)[0][0]}"
 
 
 def make_controls(texts: Sequence[str], seed: int = 0, most_answers: int = MOST_ANSWERS) -> list[Control]:
-    """All controls for the rows' own texts, in the order of `MEANINGS`.
+    """Return all controls in the order of `MEANINGS`.
 
-    A row takes part in a control only with sentences that mean something else than its own (`prompt_reader.meaning`);
-    others would only dilute the difference.
+    A control uses only prompts whose meaning (`prompts.reader.meaning`) differs from the row's own; others would dilute
+    the difference.
 
     Args:
-        texts: one for each row.
-        seed: of the sentences drawn for the shuffled control; without effect where all are used.
-        most_answers: pairs of a row and another sentence up to which the shuffled control uses all.
+        texts: The prompt of each row.
+        seed: Seed of the sampling for the shuffled control; unused if all prompts are used.
+        most_answers: Maximum number of predictions for which the shuffled control uses all other prompts.
     """
     return [
         _shuffled(texts, seed, most_answers),
@@ -87,10 +87,10 @@ def make_controls(texts: Sequence[str], seed: int = 0, most_answers: int = MOST_
 
 
 def _shuffled(texts: Sequence[str], seed: int, most_answers: int) -> Control:
-    """Every other sentence, weighted by its rows; where they are too many, a stratified sample of them for each row.
+    """Use every other prompt weighted by its rows, or a stratified sample for each row if there are too many.
 
-    The sample takes one row at random from each of equally large strata of all other rows, ordered by what they say.
-    Its mean is right on average, and as rows draw independently, an interval over rows holds the sample's error.
+    The sample takes one random row from each of equally large strata of the other rows, ordered by meaning. Its mean is
+    unbiased. Rows sample independently, so an interval over rows includes the sampling error.
     """
     counts = Counter(texts)
     means = {text: meaning(text) for text in counts}
@@ -102,8 +102,8 @@ def _shuffled(texts: Sequence[str], seed: int, most_answers: int) -> Control:
         return Control("shuffled", tuple(tables[text] for text in texts), reasons)
     drawn = max(FEWEST_DRAWN, most_answers // len(texts))
     rng = np.random.default_rng(seed)
-    asked = tuple(_draw(tables[text], drawn, rng) for text in texts)
-    return Control("shuffled", asked, reasons, drawn)
+    prompts = tuple(_draw(tables[text], drawn, rng) for text in texts)
+    return Control("shuffled", prompts, reasons, drawn)
 
 
 def _weigh(counted: Sequence[tuple[str, int]]) -> dict[str, float]:
@@ -122,9 +122,9 @@ def _draw(table: Mapping[str, float], count: int, rng: np.random.Generator) -> M
 
 
 def _same_for_all(name: str, texts: Sequence[str], sentence: str) -> Control:
-    said = meaning(sentence)
+    other = meaning(sentence)
     means = {text: meaning(text) for text in set(texts)}
-    return Control.single(name, [None if means[text] == said else sentence for text in texts])
+    return Control.single(name, [None if means[text] == other else sentence for text in texts])
 
 
 def _side_swapped(texts: Sequence[str]) -> Control:
@@ -133,7 +133,7 @@ def _side_swapped(texts: Sequence[str]) -> Control:
 
 
 def _swap(text: str) -> tuple[str | None, str]:
-    """The sentence with its sides exchanged, or None and why it has none that means something else."""
+    """Return the prompt with its sides exchanged, or None and the reason."""
     other, reading = mirror(text), read_prompt(text)
     if other is None:
         return None, NOT_UNDERSTOOD

@@ -1,9 +1,9 @@
-"""Evaluate: a checkpoint, or a bundle on any backend, on one split of a data set."""
+"""Evaluate a checkpoint, or a bundle on any backend, on one split of a data set."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,11 +15,11 @@ from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.common.threads import set_torch_threads
 from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
-from cclip_deploy.errors import BundleError, ImageError, UsageError
-from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS, METHOD
+from cclip_deploy.errors import BundleError, DataError, ImageError, UsageError
+from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS, METHOD, Estimate
 from cclip_deploy.evaluation.controls import make_controls
 from cclip_deploy.evaluation.metrics import BOUNDARY_TOLERANCE_PX
-from cclip_deploy.evaluation.split import Measurements, MeasuringOptions, OnImage, ShownCase, measure_split
+from cclip_deploy.evaluation.split import ExampleCase, MeasurementOptions, Measurements, OnImage, measure_split
 from cclip_deploy.evaluation.summary import EmptyPolicy, Evaluation, summarize
 
 if TYPE_CHECKING:
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The network to evaluate, and how it runs.
+    """The network to evaluate, and how to run it.
 
     Attributes:
-        path: a bundle's folder or a checkpoint's file.
-        runs: of a bundle: backend and device; ONNX Runtime on the CPU unless given.
-        precision: of a bundle's graphs or engines.
-        threads: of PyTorch; of ONNX Runtime where `runs` is not given.
-        image_hw: of a checkpoint; as it was trained, else 224x224, unless given.
-        prompt_length: of a checkpoint; as it was trained, else 32, unless given.
+        path: Folder of a bundle or file of a checkpoint.
+        runs: Backend and device of a bundle; ONNX Runtime on the CPU if not given.
+        precision: Precision of a bundle's graphs or engines.
+        threads: Threads of PyTorch, or of ONNX Runtime if `runs` is not given.
+        image_hw: Image size of a checkpoint; by default the one stored in it, or 224x224.
+        prompt_length: Prompt length of a checkpoint; by default the one stored in it, or 32.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is measured of which rows."""
+    """Rows to evaluate, and settings of the metrics."""
 
     split: str = "test"
     layout: str | None = None
@@ -61,21 +61,21 @@ class EvaluationOptions:
     worst: int = 8
     seed: int = 0
     allow_outside: bool = False
-    """Whether the data set's tables may name files outside its folder."""
+    """Whether the tables of the data set may name files outside its folder."""
 
     def check(self) -> None:
-        """UsageError where a number means nothing."""
+        """Raise UsageError if a number is out of range."""
         if self.threshold is not None and not 0 < self.threshold < 1:
-            raise UsageError(f"A threshold of {self.threshold} is not between 0 and 1. Leave it out for the usual one.")
+            raise UsageError(f"The threshold {self.threshold} is not between 0 and 1. Omit it to use the network's.")
         if not self.tolerance_px >= 0:
-            raise UsageError(f"A boundary tolerance of {self.tolerance_px} pixels means nothing. Use 0 or more.")
+            raise UsageError(f"The boundary tolerance is {self.tolerance_px} pixels. It must be 0 or more.")
         if self.worst < 0 or self.seed < 0:
-            raise UsageError("Neither the number of worst cases nor the seed can be negative.")
+            raise UsageError("The number of worst cases and the seed must be 0 or more.")
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What was evaluated on."""
+    """Description of the evaluated split."""
 
     folder: str
     layout: str
@@ -91,7 +91,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """All that a report is made of."""
+    """Results of an evaluation, from which a report is written."""
 
     network: dict[str, Any]
     data: DataFacts
@@ -104,7 +104,7 @@ class EvaluationResult:
     command: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
+        """Return the JSON form."""
         return {
             "schema": 1,
             "created": utc_now(),
@@ -123,53 +123,64 @@ class EvaluationResult:
             "warnings": self.warnings(),
             "failed": [{"image": str(path), "error": reason} for path, reason in self.measurements.failed],
             **self.evaluation.to_dict(),
-            "worst": [self._show_case(case) for case in self.measurements.worst],
-            "invented": [self._show_case(case) for case in self.measurements.invented],
+            "worst": [self._case_to_dict(case) for case in self.measurements.worst],
+            "invented": [self._case_to_dict(case) for case in self.measurements.false_positives],
         }
 
     def warnings(self) -> list[str]:
-        """Why intervals may cover the true values less often than they claim, or are missing."""
+        """Return reasons why the results are incomplete or their intervals unreliable."""
         data, scores, found = self.data, self.evaluation.scores, []
         if self.measurements.failed:
-            found.append(f"Pictures that could not be used, their rows left out: {self.describe_failures()}")
+            found.append(f"Images that could not be read were skipped with their rows: {self.describe_failures()}")
         few = [f.name for f in fields(scores) if getattr(scores, f.name).few_patients]
         if data.patients < 2:
-            found.append("There is one patient alone, so there are no intervals.")
+            found.append("There is only one patient, so there are no intervals.")
         elif few:
             named = "The split" if data.patients < FEW_PATIENTS else ", ".join(few)
             found.append(
-                f"Fewer than {FEW_PATIENTS} patients: {named}. The intervals are wide, and for skewed scores they "
-                "cover the true value less often than 95 %; docs/evaluation.md has the numbers."
+                f"Fewer than {FEW_PATIENTS} patients: {named}. The intervals are wide, and for skewed scores their "
+                "coverage is below 95 %; see docs/evaluation.md."
             )
         if not data.patients_known:
-            found.append("No patients are known: each image counts as one, so intervals are too narrow if they repeat.")
+            found.append(
+                "Patients are unknown, so each image counts as one. Intervals are too narrow if a patient has several."
+            )
         return found
 
     def describe_failures(self) -> str:
-        """How many pictures could not be used, and the first of them with its reason."""
+        """Return the number of images that could not be read, and the first reason."""
         failed = self.measurements.failed
         return f"{len(failed)} of {len(failed) + self.data.images}; first: {failed[0][1]}"
 
-    def _show_case(self, case: ShownCase) -> dict[str, Any]:
+    def _case_to_dict(self, case: ExampleCase) -> dict[str, Any]:
         sample, overlap = self.samples[case.row], self.measurements.rows[case.row].overlap
-        shown = {"image": str(sample.image), "text": sample.text, "dice": overlap.dice}
-        return {**shown, "predicted_pixels": overlap.predicted}
+        values = {"image": str(sample.image), "text": sample.text, "dice": overlap.dice}
+        return {**values, "predicted_pixels": overlap.predicted}
+
+
+@dataclass(frozen=True)
+class DiceScores:
+    """Mean Dice over rows with their own prompts and with all other prompts, and the paired difference."""
+
+    true: Estimate
+    shuffled: Estimate
+    drop: Estimate
 
 
 def evaluate(
-    choice: NetworkConfig,
+    config: NetworkConfig,
     folder: Path,
     options: EvaluationOptions,
     command: str = "",
     on_progress: Callable[[str], None] = lambda message: None,
     on_image: OnImage = lambda path, number, total: None,
 ) -> EvaluationResult:
-    """Measure a network on a split of a data set, with the prompt controls; one pass over each picture.
+    """Evaluate a network on a split of a data set, with all prompt controls and one pass per image.
 
     Raises:
-        DataError: the data set lacks the split, a mask, or is otherwise not what its layout has.
-        ImageError: no picture could be used; where some could, the result names the others.
-        UsageError: an option that does not belong to what is evaluated.
+        DataError: the data set lacks the split or a mask, or does not match its layout.
+        ImageError: no image could be read; if only some could not, the result lists them.
+        UsageError: an option is out of range or does not apply to this kind of network.
         EnvironmentIssue: a package is missing.
     """
     options.check()
@@ -178,20 +189,20 @@ def evaluate(
     data = read_data_set(folder, options.layout, options.subject_pattern, options.allow_outside)
     samples = of_split(data.samples, options.split)
     repaired = sum(data.samples[row].split == options.split for row, _ in data.repaired)
-    on_progress(f"Opening {choice.path}")
-    with open_network(choice) as network:
+    on_progress(f"Opening {config.path}")
+    with open_network(config) as network:
         threshold = network.threshold if options.threshold is None else options.threshold
         controls = make_controls([sample.text for sample in samples], options.seed)
-        measuring = MeasuringOptions(threshold, options.tolerance_px, options.worst, leave_out_failures=True)
-        measurements = measure_split(network, samples, controls, measuring, on_image)
-        described = network.describe()
-    if not measurements.kept:
+        settings = MeasurementOptions(threshold, options.tolerance_px, options.worst, leave_out_failures=True)
+        measurements = measure_split(network, samples, controls, settings, on_image)
+        description = network.describe()
+    if not measurements.rows:
         raise ImageError(measurements.failed[0][1])
-    samples = [samples[row] for row in measurements.kept]
-    controls = [control.of_rows(measurements.kept) for control in controls]
+    samples = [samples[row] for row in measurements.sample_indices]
+    controls = [control.of_rows(measurements.sample_indices) for control in controls]
     on_progress("Computing intervals over patients")
     return EvaluationResult(
-        network=described,
+        network=description,
         data=_describe(folder, data.layout, options.split, samples, measurements, repaired),
         options=options,
         threshold=threshold,
@@ -203,41 +214,60 @@ def evaluate(
     )
 
 
-@contextmanager
-def open_network(choice: NetworkConfig) -> Iterator[EvaluatedModel]:
-    """The network of a bundle's folder or a checkpoint's file, closed at the end.
+def evaluate_dice(network: EvaluatedModel, samples: Sequence[Sample], *, seed: int = 0) -> DiceScores:
+    """Return Dice at the network's threshold with each row's own prompt and with all other prompts of the split.
+
+    The image encoder runs once per image. `seed` is the bootstrap's.
 
     Raises:
-        BundleError: there is nothing at the path.
-        UsageError: an option of the other kind, or a precision that the bundle does not have.
-        EnvironmentIssue: the backend is not installed or cannot use the device, and no fallback is allowed.
+        DataError: there are no rows, or all rows have the same prompt.
     """
-    if not choice.path.exists():
-        raise BundleError(f"There is no {choice.path}. Give a bundle's folder or a checkpoint's file.")
-    if choice.path.is_dir():
-        with _open_bundle(choice) as network:
-            yield network
-    else:
-        yield _open_checkpoint(choice)
+    if not samples:
+        raise DataError("There is nothing to evaluate: the split has no rows. Choose another split.")
+    shuffled = make_controls([sample.text for sample in samples], seed)[0]
+    if shuffled.missing is not None:
+        raise DataError(f"There are no other prompts to compare with: {shuffled.missing}. Evaluate more varied rows.")
+    settings = MeasurementOptions(network.threshold, BOUNDARY_TOLERANCE_PX, worst=0)
+    measurements = measure_split(network, samples, [shuffled], settings)
+    (score,) = summarize(measurements, samples, [shuffled], "one", seed).controls
+    return DiceScores(score.true_dice, score.dice, score.difference)
 
 
 @contextmanager
-def _open_bundle(choice: NetworkConfig) -> Iterator[EvaluatedModel]:
+def open_network(config: NetworkConfig) -> Iterator[EvaluatedModel]:
+    """Open a bundle's folder or a checkpoint's file, and close its backend at the end of the block.
+
+    Raises:
+        BundleError: the path does not exist.
+        UsageError: an option does not apply to this kind of network, or the bundle lacks the precision.
+        EnvironmentIssue: the backend is not installed or cannot use the device, and no fallback is allowed.
+    """
+    if not config.path.exists():
+        raise BundleError(f"There is no {config.path}. Give a bundle's folder or a checkpoint's file.")
+    if config.path.is_dir():
+        with _open_bundle(config) as network:
+            yield network
+    else:
+        yield _open_checkpoint(config)
+
+
+@contextmanager
+def _open_bundle(config: NetworkConfig) -> Iterator[EvaluatedModel]:
     from cclip_deploy.evaluation.models import BundleModel
     from cclip_deploy.runtime.registry import BackendConfig, opened
 
-    if choice.image_hw is not None or choice.prompt_length is not None:
-        raise UsageError("A bundle has its image size and prompt length itself; those options are for a checkpoint.")
-    bundle = Bundle.open(choice.path)
-    with opened(choice.runs or BackendConfig(threads=choice.threads), bundle, choice.precision) as runs:
+    if config.image_hw is not None or config.prompt_length is not None:
+        raise UsageError("A bundle has a fixed image size and prompt length; those options are for a checkpoint.")
+    bundle = Bundle.open(config.path)
+    with opened(config.runs or BackendConfig(threads=config.threads), bundle, config.precision) as runs:
         yield BundleModel(bundle, runs)
 
 
-def _open_checkpoint(choice: NetworkConfig) -> EvaluatedModel:
-    if choice.runs is not None or choice.precision != "fp32":
+def _open_checkpoint(config: NetworkConfig) -> EvaluatedModel:
+    if config.runs is not None or config.precision != "fp32":
         raise UsageError(
-            "A checkpoint runs in PyTorch on the CPU, in FP32. Export it, and give the bundle with that backend and "
-            "precision."
+            "A checkpoint runs only in PyTorch on the CPU in FP32. Export it, and evaluate the bundle with that "
+            "backend and precision."
         )
     from cclip_deploy.environment.packages import require_export_packages
 
@@ -247,11 +277,11 @@ def _open_checkpoint(choice: NetworkConfig) -> EvaluatedModel:
     from cclip_deploy.model.checkpoint import load_checkpoint
     from cclip_deploy.model.config import InputForm
 
-    loaded = load_checkpoint(choice.path)
+    loaded = load_checkpoint(config.path)
     trained = loaded.form or InputForm()
-    form = InputForm(choice.image_hw or trained.image_hw, choice.prompt_length or trained.prompt_length)
+    form = InputForm(config.image_hw or trained.image_hw, config.prompt_length or trained.prompt_length)
     tokenizer, _ = open_tokenizer(None, form.prompt_length)
-    set_torch_threads(choice.threads)
+    set_torch_threads(config.threads)
     return CheckpointModel(loaded, form, tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""Simulated coverage of 95 % intervals, by number of patients, of seeds and of benchmark rounds."""
+"""Simulated coverage of the 95 % intervals by number of patients, seeds and benchmark rounds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from numpy.random import Generator
 
 from cclip_deploy.evaluation.bootstrap import (
-    DIFFERENCE_OF_SHARES,
-    NOT_NEGATIVE,
+    DIFFERENCE_OF_FRACTIONS,
+    FRACTION,
+    NONNEGATIVE,
     RESAMPLES,
-    SHARE,
     Floats,
     PatientBootstrap,
     Range,
@@ -33,31 +33,31 @@ _TRUTH = (25, 20_000)
 
 @dataclass(frozen=True)
 class PatientScores:
-    """Distribution of a score whose value is a ratio of sums over patients."""
+    """Distribution of a score that is a ratio of sums over patients."""
 
     name: str
-    within: Range
+    bounds: Range
     draw: Callable[[Generator, int, int], Floats]
-    """Generator, data sets D, patients N -> numerators and denominators of every patient, (2, D, N)."""
+    """Maps generator, D data sets and N patients to numerators and denominators of every patient, (2, D, N)."""
 
 
 @cache
 def true_value(case: PatientScores) -> float:
-    """The score of half a million patients."""
+    """Return the score of half a million patients."""
     above, below = case.draw(np.random.default_rng(10**6), *_TRUTH).sum(axis=(1, 2))
     return float(above / below)
 
 
 def patient_coverage(case: PatientScores, patients: int, data_sets: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Coverage in percent and mean width of three methods, over `data_sets` simulated ones, in blocks of 100.
+    """Return coverage in percent and mean width of three interval methods over `data_sets` simulated data sets.
 
-    Percentile and BCa are scipy's. BCa has no interval where no patient differs from another; that counts as a miss.
+    Percentile and BCa are scipy's. BCa has no interval if all patients are equal; this counts as a miss.
     """
     rng, truth = np.random.default_rng(seed), true_value(case)
     found: dict[str, list[Floats]] = {}
     for block in range(-(-data_sets // _AT_ONCE)):
         parts = case.draw(rng, min(_AT_ONCE, data_sets - block * _AT_ONCE), patients)
-        for method, ends in _intervals(parts, case.within, block):
+        for method, ends in _intervals(parts, case.bounds, block):
             found.setdefault(method, []).append(ends)
     return [
         {"score": case.name, "patients": patients, "method": method, **_covered(np.concatenate(ends, axis=1), truth)}
@@ -65,8 +65,8 @@ def patient_coverage(case: PatientScores, patients: int, data_sets: int, seed: i
     ]
 
 
-def _intervals(parts: Floats, within: Range, seed: int) -> Iterator[tuple[str, Floats]]:
-    """Each method's name with its lower and upper ends, (2, D), of parts (2, D, N)."""
+def _intervals(parts: Floats, bounds: Range, seed: int) -> Iterator[tuple[str, Floats]]:
+    """Yield each method's name and its lower and upper ends, (2, D), for parts (2, D, N)."""
     from scipy.stats import bootstrap
 
     above, below = parts
@@ -78,12 +78,12 @@ def _intervals(parts: Floats, within: Range, seed: int) -> Iterator[tuple[str, F
     yield "percentile", np.stack(first.confidence_interval)
     yield "BCa", np.stack(again.confidence_interval)
     names = [str(patient) for patient in range(above.shape[1])]
-    estimates = PatientBootstrap(names, seed).estimate(np.concatenate([above, below]).T, _ratios, within)
+    estimates = PatientBootstrap(names, seed).estimate(np.concatenate([above, below]).T, _ratios, bounds)
     yield "studentized", np.array([(e.low, e.high) for e in estimates], np.float64).T
 
 
 def seed_coverage(distribution: str, count: int, repeats: int) -> dict[str, Any]:
-    """Coverage in percent of Student's interval of a mean of `count` trainings; the true mean is 0."""
+    """Return the coverage in percent of Student's interval for the mean of `count` seeds; the true mean is 0."""
     rng, hits = np.random.default_rng(0), 0
     for _ in range(repeats):
         found = seed_statistics(SEED_CASES[distribution](rng, count).tolist())
@@ -92,7 +92,10 @@ def seed_coverage(distribution: str, count: int, repeats: int) -> dict[str, Any]
 
 
 def round_coverage(distribution: str, rounds: int, repeats: int) -> dict[str, Any]:
-    """Coverage in percent of intervals of a median of `rounds` ratios; None where there is none. The true one is 1."""
+    """Return the coverage in percent of intervals for the median of `rounds` ratios; the true median is 1.
+
+    None for order statistics if there are too few rounds for an interval.
+    """
     rng, bootstrapped, ordered = np.random.default_rng(0), 0, 0
     for _ in range(repeats):
         ratios = ROUND_CASES[distribution](rng, rounds)
@@ -146,7 +149,7 @@ def _ratios(sums: Floats) -> Floats:
 
 
 def _rows(rng: Generator, data_sets: int, patients: int) -> tuple[Floats, Floats]:
-    """Which of a patient's `MOST_ROWS` rows exist, and the patient's own level: (D, N, rows), (D, N, 1)."""
+    """Return which of a patient's `MOST_ROWS` rows exist, (D, N, rows), and the patient's random effect, (D, N, 1)."""
     count = rng.integers(1, MOST_ROWS + 1, (data_sets, patients, 1))
     there = (np.arange(MOST_ROWS) < count).astype(np.float64)
     return there, rng.normal(size=(data_sets, patients, 1))
@@ -198,12 +201,12 @@ def _yes_or_no(alpha: float, beta: float) -> Callable[[Generator, int, int], Flo
 
 
 CASES = (
-    PatientScores("Dice, mean over rows", SHARE, _dice),
-    PatientScores("Dice, pooled", SHARE, _pooled),
-    PatientScores("paired difference of Dice", DIFFERENCE_OF_SHARES, _difference),
-    PatientScores("HD95, heavy tail", NOT_NEGATIVE, _distance),
-    PatientScores("yes or no, 60 % yes", SHARE, _yes_or_no(1.8, 1.2)),
-    PatientScores("yes or no, 95 % yes", SHARE, _yes_or_no(19.0, 1.0)),
+    PatientScores("Dice, mean over rows", FRACTION, _dice),
+    PatientScores("Dice, pooled", FRACTION, _pooled),
+    PatientScores("paired difference of Dice", DIFFERENCE_OF_FRACTIONS, _difference),
+    PatientScores("HD95, heavy tail", NONNEGATIVE, _distance),
+    PatientScores("yes or no, 60 % yes", FRACTION, _yes_or_no(1.8, 1.2)),
+    PatientScores("yes or no, 95 % yes", FRACTION, _yes_or_no(19.0, 1.0)),
 )
 SEED_CASES: dict[str, Callable[[Generator, int], Floats]] = {
     "normal": lambda rng, count: rng.normal(size=count),

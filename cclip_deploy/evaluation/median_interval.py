@@ -1,4 +1,4 @@
-"""Interval of a median without an assumption about the distribution."""
+"""Distribution-free confidence interval of a median."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ CONFIDENCE = 0.95
 
 
 def median_interval(values: ArrayLike) -> tuple[float, float] | None:
-    """Distribution-free interval of a median: two of the values, (n,), that enclose it with probability 95 % or more.
+    """Return two order statistics of `values`, (n,), that enclose the median with probability 95 % or more.
 
-    The k-th smallest and the k-th largest fail to with probability 2 P(B < k), where B is binomial with n draws and
-    chance 1/2; k is the largest for which that is at most 5 %. None for fewer than six values: there is no such k.
+    The k-th smallest and k-th largest values miss it with probability 2 P(B < k), B ~ Binomial(n, 1/2); k is the
+    largest for which this is at most 5 %. None for fewer than six values, for which there is no such k.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n = ordered.size

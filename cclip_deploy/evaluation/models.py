@@ -1,4 +1,4 @@
-"""One interface to whatever is evaluated: a bundle on a backend, or a checkpoint in PyTorch."""
+"""Common interface to evaluated models: a bundle on a backend, or a checkpoint in PyTorch."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ THRESHOLD = 0.5
 
 
 class EvaluatedModel(Protocol):
-    """A network that answers token rows about pictures."""
+    """A network that segments an image by tokenized prompts."""
 
     tokenizer: PromptTokenizer
     prompt_length: int
     threshold: float
 
     def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
-        """For each token row (L,), lazily and in order, the probability (H, W) of every pixel; one image pass."""
+        """Yield the probability map (H, W) of each token row (L,) in order, with one image pass."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What it is, for reports."""
+        """Return a description for reports."""
         ...
 
 
 class BundleModel:
-    """A bundle on the backend that was opened for it."""
+    """A bundle on an open backend."""
 
     def __init__(self, bundle: Bundle, runs: OpenBackend) -> None:
-        """UsageError where the bundle lacks a graph or engine of the backend's precision."""
+        """Raise UsageError if the bundle lacks a graph or engine of the backend's precision."""
         self.graphs = chain_precisions(runs.backend, bundle)
         self.bundle, self.segmenter, self.runs = bundle, Segmenter.of_bundle(bundle, runs.backend), runs
         self.tokenizer = bundle.tokenizer()
@@ -70,7 +70,7 @@ class BundleModel:
 
 
 class CheckpointModel:
-    """A checkpoint in PyTorch on the CPU: no rewrite, no graph, so that it can speak against a bundle."""
+    """A checkpoint in PyTorch on the CPU, without rewrites or graphs: an independent reference for a bundle."""
 
     def __init__(self, loaded: LoadedCheckpoint, form: InputForm, tokenizer: PromptTokenizer) -> None:
         from cclip_deploy.runtime.pytorch import PyTorchBackend

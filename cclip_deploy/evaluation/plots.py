@@ -1,4 +1,4 @@
-"""The plots of an evaluation, each an SVG in a data URI, so that the page needs no other file."""
+"""Plots of an evaluation report, each an SVG in a data URI, so that the page is a single file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE_INCHES = (3.3, 2.75)
 
 
 def draw_controls(controls: Sequence[ControlScore], true: Estimate) -> str:
-    """A point and an interval for the true prompts and for every control that was asked."""
+    """Plot Dice with interval for the true prompts and for every control that has rows."""
     figure, axes = _plot("Dice, mean over rows", "")
     named = [("true", true), *((c.name, c.dice) for c in controls if c.dice.value is not None)]
     for place, (name, estimate) in enumerate(reversed(named)):
@@ -34,11 +34,11 @@ def draw_controls(controls: Sequence[ControlScore], true: Estimate) -> str:
     axes.set_yticks(range(len(named)), [name for name, _ in reversed(named)])
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.5, len(named) - 0.3))
     axes.grid(axis="y", visible=False)
-    return _uri(figure)
+    return _data_uri(figure)
 
 
 def draw_curve(curve: Sequence[ThresholdPoint], threshold: float) -> str:
-    """Dice by threshold, both conventions, each with its interval as a band."""
+    """Plot mean and pooled Dice by threshold, with intervals as bands."""
     figure, axes = _plot("threshold on the probability", "Dice")
     x = [point.threshold for point in curve]
     for name, color, estimates in (
@@ -46,7 +46,7 @@ def draw_curve(curve: Sequence[ThresholdPoint], threshold: float) -> str:
         ("pooled", VERMILION, [point.dice_pooled for point in curve]),
     ):
         axes.plot(x, _values(estimates), color=color, lw=1.8, label=name)
-        low, high = ([np.nan if v is None else v for v in side] for side in _sides(estimates))
+        low, high = ([np.nan if v is None else v for v in side] for side in _interval_ends(estimates))
         axes.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
     axes.axvline(threshold, color=QUIET, lw=0.9, ls=(0, (3, 3)))
     axes.annotate(
@@ -54,11 +54,11 @@ def draw_curve(curve: Sequence[ThresholdPoint], threshold: float) -> str:
     )
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 0.08), fontsize=8.5)
-    return _uri(figure)
+    return _data_uri(figure)
 
 
 def draw_calibration(bins: Sequence[CalibrationBin]) -> str:
-    """Reliability: share inside by mean probability, and below it the number of pixels in each bin."""
+    """Plot a reliability diagram, with the number of pixels per bin below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained", facecolor="white")
@@ -73,15 +73,15 @@ def draw_calibration(bins: Sequence[CalibrationBin]) -> str:
     below.set_yticks([10**e for e in exponents], [f"$10^{{{e}}}$" for e in exponents], minor=False)
     below.yaxis.set_minor_locator(_no_ticks())
     below.set_ylim(0, 3 * max(most, 1))
-    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of pixels inside")
-    below.set(xlabel="probability given", ylabel="pixels")
+    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="fraction of pixels inside")
+    below.set(xlabel="predicted probability", ylabel="pixels")
     for part in (axes, below):
-        _calm(part)
-    return _uri(figure)
+        _style_axes(part)
+    return _data_uri(figure)
 
 
-def draw_spread(dice: Sequence[float], mean: Estimate) -> str:
-    """How the rows' Dice spread, and where their mean lies."""
+def draw_dice_histogram(dice: Sequence[float], mean: Estimate) -> str:
+    """Plot a histogram of the rows' Dice, with their mean."""
     figure, axes = _plot("Dice of a row", "rows")
     axes.hist(dice, bins=20, range=(0, 1), color=BLUE, alpha=0.75, rwidth=0.92)
     if mean.value is not None:
@@ -91,7 +91,7 @@ def draw_spread(dice: Sequence[float], mean: Estimate) -> str:
                       fontsize=8.5)  # fmt: skip
     axes.set_xlim(0, 1)
     axes.yaxis.get_major_locator().set_params(integer=True)
-    return _uri(figure)
+    return _data_uri(figure)
 
 
 def _plot(x: str, y: str) -> tuple[Figure, Any]:
@@ -100,11 +100,11 @@ def _plot(x: str, y: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=SIZE_INCHES, layout="constrained", facecolor="white")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
-    _calm(axes)
+    _style_axes(axes)
     return figure, axes
 
 
-def _calm(axes: Any) -> None:
+def _style_axes(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINE)
     axes.tick_params(length=0, labelsize=8.5, colors=INK)
@@ -124,9 +124,9 @@ def _values(estimates: Sequence[Estimate]) -> list[float]:
     return [np.nan if estimate.value is None else estimate.value for estimate in estimates]
 
 
-def _sides(estimates: Sequence[Estimate]) -> tuple[list[float | None], list[float | None]]:
+def _interval_ends(estimates: Sequence[Estimate]) -> tuple[list[float | None], list[float | None]]:
     return [estimate.low for estimate in estimates], [estimate.high for estimate in estimates]
 
 
-def _uri(figure: Figure) -> str:
+def _data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(encode_figure(figure, "svg")).decode()

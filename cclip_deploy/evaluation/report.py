@@ -1,4 +1,4 @@
-"""An evaluation as a folder: a page that holds all its pictures, the numbers as JSON, and every row as CSV."""
+"""Evaluation report: a folder with an HTML page, all numbers as JSON, and every row as CSV."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.errors import UsageError
 from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS
 from cclip_deploy.evaluation.evaluate import EvaluationResult
-from cclip_deploy.evaluation.split import ShownCase
+from cclip_deploy.evaluation.split import ExampleCase
 from cclip_deploy.imaging.reading import read_picture
 from cclip_deploy.imaging.writing import draw_overlay
 
 PAGE, NUMBERS, ROWS = "index.html", "evaluation.json", "rows.csv"
 GROUPS = (
-    "Rows that have something in common, as far as it is known. Intervals of fewer than "
-    f"{FEW_PATIENTS} patients are wide and may cover less often than 95 %."
+    "Dice by subgroup, for the rows whose group is known. Intervals of fewer than "
+    f"{FEW_PATIENTS} patients are wide, and their coverage may be below 95 %."
 )
 OVERLAY_PX, OVERLAY_QUALITY = 560, 82
 
 
 def check_report_folder(folder: Path, replace: bool) -> None:
-    """Check, before any work is done, that a report can be written.
+    """Check that a report can be written, before any work is done.
 
     Raises:
-        UsageError: something else is at `folder`, or a report and `replace` is false.
+        UsageError: `folder` exists, and either `replace` is false or it holds no report.
         EnvironmentIssue: the folder cannot be written, or matplotlib is missing.
     """
     require_matplotlib("A report (-o)")
@@ -51,10 +51,11 @@ def check_report_folder(folder: Path, replace: bool) -> None:
 
 @contextmanager
 def new_report(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill by `fill_report`, held for this run; it takes its name when the block ends well.
+    """Yield a temporary folder for `fill_report`, which is renamed to `folder` when the block succeeds.
 
     Raises:
-        UsageError, EnvironmentIssue: as `check_report_folder`; TargetInUse where another run writes it.
+        UsageError, EnvironmentIssue: as in `check_report_folder`.
+        TargetInUse: another run writes to `folder`.
     """
     check_report_folder(folder, replace)
     with whole_folder(folder) as unfinished:
@@ -64,19 +65,19 @@ def new_report(folder: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def fill_report(folder: Path, result: EvaluationResult) -> None:
-    """Write the page, the numbers and the rows into a folder that `new_report` gave."""
+    """Write page, numbers and rows into a folder from `new_report`."""
     for name, text in ((NUMBERS, json_text(result.to_dict())), (ROWS, _rows_csv(result)), (PAGE, _page(result))):
         (folder / name).write_text(printable(text), encoding="utf-8", newline="")
 
 
 def write_report(folder: Path, result: EvaluationResult, replace: bool = False) -> None:
-    """Write the report, whole or not at all; raises what `new_report` does, and where the disk is full."""
+    """Write a report atomically; raises the errors of `new_report`."""
     with new_report(folder, replace) as unfinished:
         fill_report(unfinished, result)
 
 
 def score_rows(result: EvaluationResult) -> list[tuple[str, str, str]]:
-    """Name, value with interval, and number of rows of every score."""
+    """Return name, value with interval, and number of rows of every score."""
     scores, tolerance = result.evaluation.scores, f"{result.options.tolerance_px:g}"
     named = (
         ("Dice, mean over rows", scores.dice_per_image.show(), scores.dice_per_image.rows),
@@ -87,13 +88,13 @@ def score_rows(result: EvaluationResult) -> list[tuple[str, str, str]]:
         (f"Boundary Dice within {tolerance} pixels", scores.boundary_dice.show(), scores.boundary_dice.rows),
         ("Expected calibration error", scores.expected_calibration_error.show(4), result.data.rows),
         ("Brier score", scores.brier.show(4), result.data.rows),
-        ("Empty references found empty", scores.empty_found_empty.show(), scores.empty_found_empty.rows),
+        ("Empty references predicted empty", scores.empty_found_empty.show(), scores.empty_found_empty.rows),
     )
     return [(name, value, f"{rows:,}") for name, value, rows in named]
 
 
 def control_rows(result: EvaluationResult) -> list[tuple[str, ...]]:
-    """Name, meaning, rows of all rows, Dice true, Dice of the control, paired difference, IoU of both predictions."""
+    """Return the cells of every control: name, meaning, coverage, true Dice, its Dice, difference, IoU with own."""
     return [
         (c.name, c.missing or c.meaning, c.coverage.show(), c.true_dice.show(), c.dice.show(), c.difference.show(),
          c.iou_with_own.show())
@@ -102,45 +103,45 @@ def control_rows(result: EvaluationResult) -> list[tuple[str, ...]]:
 
 
 def remarks(result: EvaluationResult) -> list[str]:
-    """What a reader must know to read the numbers right."""
+    """Return remarks on how the scores were computed."""
     data, options = result.data, result.options
-    empty = "count Dice and IoU 1 where nothing is predicted, else 0"
+    empty = "count as Dice and IoU 1 if nothing is predicted, else 0"
     empty = empty if options.empty == "one" else "are left out of means over rows"
-    said = [f"Empty references ({data.empty_masks} of {data.rows} rows) {empty}; pooled numbers hold all pixels."]
-    outlined = result.evaluation.scores.hd95_px.rows
-    if outlined < data.rows:
-        said.append(f"Distances of outlines are of the {outlined} rows where neither mask is empty.")
+    found = [f"Empty references ({data.empty_masks} of {data.rows} rows) {empty}; pooled scores include all pixels."]
+    with_boundary = result.evaluation.scores.hd95_px.rows
+    if with_boundary < data.rows:
+        found.append(f"Boundary metrics include the {with_boundary} rows in which neither mask is empty.")
     if data.cut_prompts:
         length = result.network["prompt_length"]
-        said.append(f"{data.cut_prompts} prompts are longer than {length} tokens and were cut before their end.")
+        found.append(f"{data.cut_prompts} prompts are longer than {length} tokens and were truncated.")
     if data.repaired_prompts:
-        said.append(
-            f"{data.repaired_prompts} prompts had typing errors that were repaired (cclip-deploy data lists them)."
+        found.append(
+            f"Misspelled words were corrected in {data.repaired_prompts} prompts (cclip-deploy data lists them)."
         )
     ran, graphs = result.network["ran"], result.network["graphs"]
-    said.append(f"Ran in {ran['ran']}: {', '.join(f'{name} in {precision}' for name, precision in graphs.items())}.")
+    found.append(f"Ran in {ran['ran']}: {', '.join(f'{name} in {precision}' for name, precision in graphs.items())}.")
     if ran["fallback_reason"] is not None:
-        said.append(f"{ran['asked']} was requested and did not run: {ran['fallback_reason']}")
-    return said + _coverage_remarks(result)
+        found.append(f"{ran['asked']} was requested and did not run: {ran['fallback_reason']}")
+    return found + _coverage_remarks(result)
 
 
 def _coverage_remarks(result: EvaluationResult) -> list[str]:
-    """Which rows no control or group could use, and why."""
+    """Return remarks on the rows that controls and subgroups leave out."""
     controls, groups = result.evaluation.controls, result.evaluation.group_coverage
-    said = [
-        f"Control {c.name}: {c.coverage.show()} rows; left out are {c.coverage.describe_left_out()}."
+    found = [
+        f"Control {c.name}: {c.coverage.show()} rows; left out: {c.coverage.describe_left_out()}."
         for c in controls
         if c.coverage.left_out
     ]
-    said += [
-        f"Control {c.name}: too many other sentences for all of them, so {c.drawn} were drawn for each row (seed "
-        f"{result.options.seed}); the interval holds the error of the draw."
+    found += [
+        f"Control {c.name}: too many prompts to use all, so {c.drawn} were sampled per row (seed "
+        f"{result.options.seed}); the interval includes the sampling error."
         for c in controls
         if c.drawn is not None
     ]
-    return said + [
-        f"Groups by {g.by}: known of {g.coverage.show()} rows"
-        + (f"; of the others {g.coverage.describe_left_out()}." if g.coverage.left_out else ".")
+    return found + [
+        f"Groups by {g.by}: known for {g.coverage.show()} rows"
+        + (f"; others: {g.coverage.describe_left_out()}." if g.coverage.left_out else ".")
         for g in groups
     ]
 
@@ -151,11 +152,11 @@ def _rows_csv(result: EvaluationResult) -> str:
             "reference_pixels", "prompt_cut")  # fmt: skip
     table: list[list[object]] = [[*head, *(f"dice_{name.replace('-', '_')}" for name in names)]]
     for sample, row in zip(result.samples, result.measurements.rows, strict=True):
-        outlines = ("", "") if row.outlines is None else (row.outlines.hd95_px, row.outlines.boundary_dice)
+        boundaries = ("", "") if row.boundary is None else (row.boundary.hd95_px, row.boundary.boundary_dice)
         controls = [row.controls[name].dice if name in row.controls else "" for name in names]
         table.append([
             sample.image, sample.mask, sample.text, sample.subject, row.overlap.dice, row.overlap.iou,
-            *outlines, row.overlap.predicted, row.overlap.reference, int(row.cut), *controls,
+            *boundaries, row.overlap.predicted, row.overlap.reference, int(row.cut), *controls,
         ])  # fmt: skip
     return csv_text(table)
 
@@ -166,40 +167,42 @@ def _page(result: EvaluationResult) -> str:
     sections = [
         Section("", tuple(f"Warning: {warning}" for warning in result.warnings()), tiles=_tiles(result)),
         Section("", figures=_plots(result)),
-        Section("Does the sentence find the mask?", table=_control_table(result)),
+        Section("Prompt controls", table=_control_table(result)),
         Section("All scores", tuple(remarks(result)), table=scores),
-        Section("Groups", (GROUPS,), table=_group_table(result)),
-        *_worst_sections(result),
-        Section("How it was made", _provenance(result)),
+        Section("Subgroups", (GROUPS,), table=_group_table(result)),
+        *_case_sections(result),
+        Section("Provenance", _provenance(result)),
     ]
     lead = (
         f"{network['kind'].capitalize()} {network['name']} ({network['model']}, {_size(network['image_hw'])}, "
         f"{network['backend']} {network['precision']}) on the {data.split} split of {Path(data.folder).name}: "
         f"{data.rows:,} prompts on {data.images:,} images of {data.patients:,} patients. "
-        "In brackets: 95 % intervals over patients."
+        "Brackets are 95 % intervals over patients."
     )
     return write_page("Evaluation", lead, sections)
 
 
 def _plots(result: EvaluationResult) -> tuple[Figure, ...]:
-    from cclip_deploy.evaluation.plots import draw_calibration, draw_controls, draw_curve, draw_spread
+    from cclip_deploy.evaluation.plots import draw_calibration, draw_controls, draw_curve, draw_dice_histogram
 
     evaluation, mean = result.evaluation, result.evaluation.scores.dice_per_image
     rows = zip(result.measurements.rows, result.evaluation.counted, strict=True)
     return (
         Figure(
             draw_controls(evaluation.controls, mean),
-            "Dice with the true prompts and with other ones; bars are 95 % intervals.",
+            "Dice with the true prompts and with the controls; bars are 95 % intervals.",
         ),
         Figure(
             draw_curve(evaluation.curve, result.threshold),
-            "Dice by threshold. One that is chosen here flatters itself: choose it on the validation split.",
+            "Dice by threshold. Choose a threshold on the validation split; one chosen here would be biased.",
         ),
         Figure(
             draw_calibration(evaluation.calibration),
-            "Of the pixels that are given a probability, the share that is inside; below, how many they are.",
+            "Fraction of pixels inside the reference by predicted probability, and the number of pixels below.",
         ),
-        Figure(draw_spread([row.overlap.dice for row, use in rows if use], mean), "Dice of every row that counts."),
+        Figure(
+            draw_dice_histogram([row.overlap.dice for row, use in rows if use], mean), "Dice of every row that counts."
+        ),
     )
 
 
@@ -208,7 +211,7 @@ def _tiles(result: EvaluationResult) -> tuple[Tile, ...]:
     return (
         Tile.of("Dice, mean over rows", scores.dice_per_image.show()),
         Tile.of("Dice, pooled", scores.dice_pooled.show()),
-        Tile.of("lost with shuffled prompts", controls["shuffled"].difference.show()),
+        Tile.of("Dice lost with shuffled prompts", controls["shuffled"].difference.show()),
         Tile.of("HD95, pixels", scores.hd95_px.show(2)),
         Tile.of(f"boundary Dice, {result.options.tolerance_px:g} pixels", scores.boundary_dice.show()),
         Tile.of("calibration error", scores.expected_calibration_error.show(4)),
@@ -216,16 +219,8 @@ def _tiles(result: EvaluationResult) -> tuple[Tile, ...]:
 
 
 def _control_table(result: EvaluationResult) -> Table:
-    head = (
-        "prompt",
-        "what is asked",
-        "rows",
-        "Dice, true prompt",
-        "Dice, this prompt",
-        "difference",
-        "IoU of both predictions",
-    )
-    return Table(head, tuple(control_rows(result)), frozenset(range(2, 7)))  # fmt: skip
+    head = ("prompt", "description", "rows", "Dice, true prompt", "Dice, this prompt", "difference", "IoU of both")
+    return Table(head, tuple(control_rows(result)), frozenset(range(2, 7)))
 
 
 def _group_table(result: EvaluationResult) -> Table:
@@ -238,20 +233,19 @@ def _group_table(result: EvaluationResult) -> Table:
     return Table(head, rows, frozenset({2, 3, 4, 5}))
 
 
-def _worst_sections(result: EvaluationResult) -> list[Section]:
-    measurements = result.measurements
-    found = [
+def _case_sections(result: EvaluationResult) -> list[Section]:
+    worst, false_positives = result.measurements.worst, result.measurements.false_positives
+    return [
         Section(title, (f"{text} Blue is predicted, orange is the reference.",), figures=_overlays(result, cases))
         for title, text, cases in (
-            ("Worst cases", "The rows of lowest Dice, of those that have a target.", measurements.worst),
-            ("Found where nothing is", "Of the rows without a target, the largest predictions.", measurements.invented),
+            ("Worst cases", "The rows with a target and the lowest Dice.", worst),
+            ("False positives", "The rows without a target and the largest predictions.", false_positives),
         )
         if cases
     ]
-    return found
 
 
-def _overlays(result: EvaluationResult, cases: Sequence[ShownCase]) -> tuple[Figure, ...]:
+def _overlays(result: EvaluationResult, cases: Sequence[ExampleCase]) -> tuple[Figure, ...]:
     figures = []
     for case in cases:
         sample = result.samples[case.row]
@@ -262,18 +256,18 @@ def _overlays(result: EvaluationResult, cases: Sequence[ShownCase]) -> tuple[Fig
         overlay.save(file, "JPEG", quality=OVERLAY_QUALITY)
         source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
         row = result.measurements.rows[case.row].overlap
-        said = f"Dice {row.dice:.3f}" if row.reference else f"{row.predicted:,} pixels predicted"
-        figures.append(Figure(source, f"{sample.image.name}: {said}"))
+        score = f"Dice {row.dice:.3f}" if row.reference else f"{row.predicted:,} pixels predicted"
+        figures.append(Figure(source, f"{sample.image.name}: {score}"))
     return tuple(figures)
 
 
 def _provenance(result: EvaluationResult) -> tuple[str, ...]:
     network = result.network
     return (
-        f"Command: {result.command}" if result.command else "Made by the library, not by the command line.",
+        f"Command: {result.command}" if result.command else "Created by the library, not by the command line.",
         f"Checkpoint SHA-256 {network['checkpoint_sha256']}. Threshold {result.threshold:g}. Prompts of up to "
         f"{network['prompt_length']} tokens. Seed {result.options.seed}. {result.seconds:.0f} s.",
-        f"{ROWS} holds every row, {NUMBERS} every number of this page.",
+        f"{ROWS} contains every row, {NUMBERS} all numbers of this page.",
     )
 
 

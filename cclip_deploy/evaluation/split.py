@@ -1,4 +1,7 @@
-"""The pass over a split: every picture once, for its own prompts and all controls, and only numbers are kept of it."""
+"""Evaluate a network on a split: one pass per image for its own prompts and all control prompts.
+
+Only metrics are kept of each image, so memory does not grow with the size of the split.
+"""
 
 from __future__ import annotations
 
@@ -18,109 +21,109 @@ from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.errors import DataError
 from cclip_deploy.evaluation.controls import Control
 from cclip_deploy.evaluation.metrics import (
-    Levels,
+    BoundaryMetrics,
     Mask,
-    Outlines,
     Overlap,
-    count_levels,
-    measure_outlines,
+    ProbabilityHistogram,
+    measure_boundary,
     measure_overlap,
+    probability_histogram,
 )
 from cclip_deploy.evaluation.models import EvaluatedModel
 from cclip_deploy.imaging.reading import failure_of, read_picture
 from cclip_deploy.inference.prompt_cache import Tokens
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
-READ_AHEAD = 2
+PREFETCHED_IMAGES = 2
 Floats = NDArray[np.float32]
 OnImage = Callable[[Path, int, int], None]
+"""Called before each image with its path, its number from 1, and the number of images."""
 
 
 @dataclass(frozen=True)
-class MeasuringOptions:
-    """What is measured, and how."""
+class MeasurementOptions:
+    """Threshold, boundary tolerance, and handling of failures."""
 
     threshold: float
     tolerance_px: float
     worst: int
-    """How many of the worst predictions are kept as masks."""
+    """Number of predicted masks to keep of the worst cases."""
     leave_out_failures: bool = False
-    """Go on without the rows of a picture that cannot be read with its masks; else its error is raised."""
+    """Skip images that cannot be read with their masks, instead of raising the error."""
 
 
 @dataclass(frozen=True)
-class ControlAnswer:
-    """A row with a control's sentences, averaged by their weights: against its reference, and its own prediction."""
+class ControlMetrics:
+    """Metrics of a row under a control, averaged over the control's prompts by weight."""
 
     dice: float
     iou_with_own: float
+    """IoU of the predictions for the control's and the row's own prompt."""
 
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """All numbers of one row; `outlines` is None where prediction or reference is empty."""
+    """Metrics of one row; `boundary` is None if the prediction or the reference is empty."""
 
     overlap: Overlap
-    outlines: Outlines | None
-    levels: Levels
+    boundary: BoundaryMetrics | None
+    histogram: ProbabilityHistogram
     pixels: int
     cut: bool
-    controls: Mapping[str, ControlAnswer]
+    controls: Mapping[str, ControlMetrics]
 
 
 @dataclass(frozen=True)
-class ShownCase:
-    """A prediction that is worth looking at; `packed` is the mask as bits."""
+class ExampleCase:
+    """A predicted mask to show in the report, stored as packed bits."""
 
     row: int
     packed: NDArray[np.uint8]
     hw: tuple[int, int]
 
     def mask(self) -> Mask:
-        """The predicted mask (H, W)."""
+        """Return the predicted mask, (H, W)."""
         return np.unpackbits(self.packed, count=self.hw[0] * self.hw[1]).reshape(self.hw).astype(np.bool_)
 
 
-class Worst:
-    """The rows of highest badness so far, of equal ones the first; memory for no more than `most` masks."""
+class TopCases:
+    """The `count` cases of highest score; of equal scores the first rows. Holds at most `count` masks."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._kept: list[tuple[float, int, ShownCase]] = []
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._heap: list[tuple[float, int, ExampleCase]] = []
 
-    def offer(self, row: int, badness: float, mask: Mask) -> None:
-        """Keep a mask if it is among the worst."""
-        key = (badness, -row)
-        full = len(self._kept) >= self._most
-        if self._most and (not full or key > self._kept[0][:2]):
+    def add(self, row: int, score: float, mask: Mask) -> None:
+        """Add a mask if its score is among the highest."""
+        key = (score, -row)
+        full = len(self._heap) >= self._count
+        if self._count and (not full or key > self._heap[0][:2]):
             push = heapq.heappushpop if full else heapq.heappush
-            push(self._kept, (*key, ShownCase(row, np.packbits(mask), (mask.shape[0], mask.shape[1]))))
+            push(self._heap, (*key, ExampleCase(row, np.packbits(mask), (mask.shape[0], mask.shape[1]))))
 
-    def cases(self) -> tuple[ShownCase, ...]:
-        """Worst first."""
-        return tuple(case for _, _, case in sorted(self._kept, key=lambda kept: kept[:2], reverse=True))
+    def cases(self) -> tuple[ExampleCase, ...]:
+        """Return the cases, highest score first."""
+        return tuple(case for _, _, case in sorted(self._heap, key=lambda entry: entry[:2], reverse=True))
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """A measured split: rows in the order of the samples, and predictions to look at, the worst first.
-
-    `rows` and the cases' numbers leave out the rows of failed pictures; `kept` are the samples' numbers of `rows`.
-    """
+    """Metrics of a split in the order of its samples, without the rows of failed images, and cases to show."""
 
     rows: tuple[MeasuredRow, ...]
-    worst: tuple[ShownCase, ...]
-    """Lowest Dice, of the rows that have a target."""
-    invented: tuple[ShownCase, ...]
-    """Largest predictions, of the rows that have none."""
-    kept: tuple[int, ...]
+    worst: tuple[ExampleCase, ...]
+    """Rows with a target and the lowest Dice."""
+    false_positives: tuple[ExampleCase, ...]
+    """Rows without a target and the largest predictions."""
+    sample_indices: tuple[int, ...]
+    """For each of `rows`, the index of its sample."""
     failed: tuple[tuple[Path, str], ...]
-    """Pictures whose rows were left out, and why."""
+    """Skipped images, each with the reason."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """A control's sentence for a row, with its weight among that control's sentences for the row."""
+class ControlPrompt:
+    """A control's prompt for a row, and its weight among the control's prompts for that row."""
 
     row: int
     control: str
@@ -138,110 +141,112 @@ def measure_split(
     network: EvaluatedModel,
     samples: Sequence[Sample],
     controls: Sequence[Control],
-    options: MeasuringOptions,
+    options: MeasurementOptions,
     on_image: OnImage = lambda path, number, total: None,
 ) -> Measurements:
-    """Ask and measure every row; one thread reads a few pictures ahead.
+    """Run a network on every row and control prompt of a split, and measure its masks.
 
-    Memory holds the masks of one picture's rows, `READ_AHEAD` further pictures, and a kilobyte a row.
+    A thread loads a few images ahead. Memory holds the masks of one image's rows, `PREFETCHED_IMAGES` further images,
+    and about 1 kB per row.
 
     Raises:
-        DataError: a text has no word, a mask more than two values, or the masks of one picture would fill the memory.
-        ImageError: a picture or mask cannot be decoded. These two, too, are kept in `failed` with
-            `leave_out_failures`, as is whatever else reading a picture raises.
+        DataError: a prompt has no word, a mask has more than two values, or the masks of one image are too large.
+        ImageError: an image or mask cannot be decoded. With `leave_out_failures`, errors of a single image are not
+            raised but listed in `failed`.
     """
     tokens, cut = encode_texts([sample.text for sample in samples], network.tokenizer, network.prompt_length)
-    sentences = {text for control in controls for row in control.asked for text in row}
-    others = {text: network.tokenizer.encode_cut(text, network.prompt_length) for text in sentences}
+    control_texts = {text for control in controls for row in control.prompts for text in row}
+    control_tokens = {text: network.tokenizer.encode_cut(text, network.prompt_length) for text in control_texts}
     rows_of: dict[Path, list[int]] = defaultdict(list)
     for row, sample in enumerate(samples):
         rows_of[sample.image].append(row)
     measured: dict[int, MeasuredRow] = {}
     failed: dict[Path, str] = {}
-    worst, invented = Worst(options.worst), Worst(options.worst)
-    for number, (image, loading) in enumerate(_read_ahead(samples, rows_of), 1):
+    worst, false_positives = TopCases(options.worst), TopCases(options.worst)
+    for number, (image, loading) in enumerate(_prefetch(samples, rows_of), 1):
         on_image(image, number, len(rows_of))
         try:
             loaded = loading.result()
-        except Exception as error:  # whatever a decoder raises on a stranger's bytes
+        except Exception as error:  # decoders raise many types for damaged files
             if not options.leave_out_failures:
                 raise
             failed[image] = failure_of(image, error)
             continue
-        picture = _Picture(loaded, {row: samples[row].mask for row in rows_of[image]}, options)
+        evaluation = _ImageEvaluation(loaded, {row: samples[row].mask for row in rows_of[image]}, options)
         own = {row: tokens[row] for row in rows_of[image]}
-        questions = [
-            Question(row, control.name, others[text], weight)
+        prompts = [
+            ControlPrompt(row, control.name, control_tokens[text], weight)
             for control in controls
             for row in own
-            for text, weight in control.asked[row].items()
+            for text, weight in control.prompts[row].items()
         ]
-        picture.ask(network, own, questions)
+        evaluation.run(network, own, prompts)
         for row in own:
-            measured[row] = picture.measured(row, cut[row])
+            measured[row] = evaluation.measure(row, cut[row])
             overlap = measured[row].overlap
             if overlap.reference:
-                worst.offer(row, -overlap.dice, picture.predicted[row])
+                worst.add(row, -overlap.dice, evaluation.predicted[row])
             elif overlap.predicted:
-                invented.offer(row, overlap.predicted, picture.predicted[row])
-    kept = tuple(sorted(measured))
-    places = {row: place for place, row in enumerate(kept)}
+                false_positives.add(row, overlap.predicted, evaluation.predicted[row])
+    indices = tuple(sorted(measured))
+    places = {row: place for place, row in enumerate(indices)}
 
-    def shown(cases: Worst) -> tuple[ShownCase, ...]:
+    def renumbered(cases: TopCases) -> tuple[ExampleCase, ...]:
         return tuple(replace(case, row=places[case.row]) for case in cases.cases())
 
-    rows = tuple(measured[row] for row in kept)
-    return Measurements(rows, shown(worst), shown(invented), kept, tuple(failed.items()))
+    rows = tuple(measured[row] for row in indices)
+    return Measurements(rows, renumbered(worst), renumbered(false_positives), indices, tuple(failed.items()))
 
 
-class _Picture:
-    """One picture while it is measured: the only place where masks of all its rows are in memory."""
+class _ImageEvaluation:
+    """Predictions and metrics of one image. Only this object holds the masks of all rows of the image."""
 
-    def __init__(self, loaded: _Loaded, masks: Mapping[int, Path], options: MeasuringOptions) -> None:
+    def __init__(self, loaded: _Loaded, masks: Mapping[int, Path], options: MeasurementOptions) -> None:
         self.pixels, self.options = loaded.pixels, options
         self.references = {row: loaded.references[mask] for row, mask in masks.items()}
         self.predicted: dict[int, Mask] = {}
-        self._levels: dict[int, Levels] = {}
-        self._controls: dict[int, dict[str, ControlAnswer]] = {row: {} for row in masks}
+        self._histograms: dict[int, ProbabilityHistogram] = {}
+        self._controls: dict[int, dict[str, ControlMetrics]] = {row: {} for row in masks}
 
-    def ask(self, network: EvaluatedModel, own: Mapping[int, Tokens], questions: Sequence[Question]) -> None:
-        """Ask each distinct token row once, the rows' own ones first, as controls are compared with those answers."""
-        askers: dict[bytes, list[Question]] = defaultdict(list)
-        for question in questions:
-            askers[question.tokens.tobytes()].append(question)
-        others = {question.tokens.tobytes(): question.tokens for question in questions}
-        distinct = {tokens.tobytes(): tokens for tokens in own.values()} | others
+    def run(self, network: EvaluatedModel, own: Mapping[int, Tokens], prompts: Sequence[ControlPrompt]) -> None:
+        """Run each distinct prompt once; the rows' own prompts first, because controls are compared with them."""
+        controls_of: dict[bytes, list[ControlPrompt]] = defaultdict(list)
+        for prompt in prompts:
+            controls_of[prompt.tokens.tobytes()].append(prompt)
+        control_tokens = {prompt.tokens.tobytes(): prompt.tokens for prompt in prompts}
+        distinct = {tokens.tobytes(): tokens for tokens in own.values()} | control_tokens
         own_keys = {tokens.tobytes() for tokens in own.values()}
-        own_answers: dict[bytes, Mask] = {}
+        own_masks: dict[bytes, Mask] = {}
         for key, probability in zip(distinct, network.answer(self.pixels, list(distinct.values())), strict=True):
             mask = probability >= self.options.threshold
             if key not in own_keys:
-                self._compare(mask, askers[key])
+                self._add_controls(mask, controls_of[key])
                 continue
-            own_answers[key] = mask
+            own_masks[key] = mask
             for row in (row for row, tokens in own.items() if tokens.tobytes() == key):
                 self.predicted[row] = mask
-                self._levels[row] = count_levels(probability, self.references[row])
-            if len(own_answers) == len(own_keys):
-                for own_key, answer in own_answers.items():
-                    self._compare(answer, askers[own_key])
+                self._histograms[row] = probability_histogram(probability, self.references[row])
+            if len(own_masks) == len(own_keys):
+                for own_key, own_mask in own_masks.items():
+                    self._add_controls(own_mask, controls_of[own_key])
 
-    def _compare(self, mask: Mask, questions: Sequence[Question]) -> None:
-        for question in questions:
-            row, controls = question.row, self._controls[question.row]
-            before = controls.get(question.control, ControlAnswer(0.0, 0.0))
+    def _add_controls(self, mask: Mask, prompts: Sequence[ControlPrompt]) -> None:
+        for prompt in prompts:
+            row, controls = prompt.row, self._controls[prompt.row]
+            before = controls.get(prompt.control, ControlMetrics(0.0, 0.0))
             dice = measure_overlap(mask, self.references[row]).dice
             iou = measure_overlap(mask, self.predicted[row]).iou
-            controls[question.control] = ControlAnswer(
-                before.dice + question.weight * dice, before.iou_with_own + question.weight * iou
+            controls[prompt.control] = ControlMetrics(
+                before.dice + prompt.weight * dice, before.iou_with_own + prompt.weight * iou
             )
 
-    def measured(self, row: int, cut: bool) -> MeasuredRow:
+    def measure(self, row: int, cut: bool) -> MeasuredRow:
+        """Return the metrics of a row after `run`."""
         mask, reference = self.predicted[row], self.references[row]
         return MeasuredRow(
             overlap=measure_overlap(mask, reference),
-            outlines=measure_outlines(mask, reference, self.options.tolerance_px),
-            levels=self._levels[row],
+            boundary=measure_boundary(mask, reference, self.options.tolerance_px),
+            histogram=self._histograms[row],
             pixels=reference.size,
             cut=cut,
             controls=self._controls[row],
@@ -249,7 +254,7 @@ class _Picture:
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PromptTokenizer, length: int) -> tuple[list[Tokens], list[bool]]:
-    """Token rows (L,), and whether each text had to be cut; DataError where a text has no word."""
+    """Return token rows (L,), and whether each prompt was truncated; raise DataError if a prompt has no word."""
     counts = {text: len(tokenizer.ids(text)) for text in set(texts)}
     for text in sorted(text for text, count in counts.items() if count == 2):
         raise DataError(f"The prompt {text!r} holds no word. Fill it in, or remove the row.")
@@ -257,18 +262,18 @@ def encode_texts(texts: Sequence[str], tokenizer: PromptTokenizer, length: int) 
     return [rows[text] for text in texts], [counts[text] > length for text in texts]
 
 
-def _read_ahead(
+def _prefetch(
     samples: Sequence[Sample], rows_of: Mapping[Path, Sequence[int]]
 ) -> Iterator[tuple[Path, Future[_Loaded]]]:
-    """Each picture with its masks, which a thread begins a little before it is asked for."""
+    """Yield each image with its masks, loaded ahead by a thread."""
     reader = ThreadPoolExecutor(1, "cclip-reader")
-    ahead: deque[tuple[Path, Future[_Loaded]]] = deque()
+    pending: deque[tuple[Path, Future[_Loaded]]] = deque()
     try:
         for image, rows in rows_of.items():
-            ahead.append((image, reader.submit(_load, image, [samples[row].mask for row in rows])))
-            if len(ahead) > READ_AHEAD:
-                yield ahead.popleft()
-        yield from ahead
+            pending.append((image, reader.submit(_load, image, [samples[row].mask for row in rows])))
+            if len(pending) > PREFETCHED_IMAGES:
+                yield pending.popleft()
+        yield from pending
     finally:
         reader.shutdown(wait=True, cancel_futures=True)
 
@@ -279,13 +284,13 @@ def _load(image: Path, masks: Sequence[Path]) -> _Loaded:
     if len(masks) * height * width > MOST_MASK_BYTES:
         raise DataError(
             f"{image} has {len(masks)} rows, whose masks of {width}x{height} pixels would take more than "
-            f"{MOST_MASK_BYTES:,} bytes. Reduce the picture and its masks, or give it fewer rows."
+            f"{MOST_MASK_BYTES:,} bytes. Reduce the image and its masks, or give it fewer rows."
         )
     references = {mask: read_mask(mask) for mask in set(masks)}
     for mask, reference in references.items():
         if reference.shape != pixels.shape[:2]:
             raise DataError(
-                f"Mask {mask} is {reference.shape} (H, W) once decoded, its image {pixels.shape[:2]}. "
-                "Give the mask of this very image."
+                f"Mask {mask} is {reference.shape} (H, W) when decoded, but its image is {pixels.shape[:2]}. "
+                "Use the mask of this image."
             )
     return _Loaded(pixels, references)

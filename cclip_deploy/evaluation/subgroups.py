@@ -1,4 +1,4 @@
-"""Groups of a data set's rows that are reported apart: what the sentence names, how large the target is, the view."""
+"""Subgroups of rows that are reported separately: by target size, side and zones named in the prompt, and view."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.prompts.reader import read_prompt
 
 VIEW = re.compile(r"_vp-([a-z0-9]+)|_([24]CH)(?:_|\.)", re.IGNORECASE)
-"""How QaTa-COV19 (after BIDS) and CAMUS write the view into a file's name."""
+"""The view in file names of QaTa-COV19 (BIDS) and CAMUS."""
 NONE_NAMED, NOT_UNDERSTOOD = "none named", "not understood"
-WAYS = ("target size", "side named", "zones named", "view")
+GROUPINGS = ("target size", "side named", "zones named", "view")
 SIZES = ((0.0, "empty"), (0.01, "up to 1 % of the picture"), (0.05, "1 to 5 %"), (1.0, "more than 5 %"))
 
 
-def groups_of(sample: Sample, reference_share: float) -> dict[str, str]:
-    """The group of one row in every way of grouping.
+def subgroups_of(sample: Sample, reference_fraction: float) -> dict[str, str]:
+    """Return the group of a row in every grouping.
 
-    A sentence that was not understood has a group of its own, and so has one that names no side, or sides without
-    zones; the view is left out where the image's name does not tell it.
-
-    `reference_share` is the reference mask's share of the picture, in [0, 1].
+    Prompts that could not be parsed, name no side, or name sides without zones have their own groups. "view" is left
+    out if the file name does not contain it. `reference_fraction` is the reference mask's fraction of the image, in
+    [0, 1].
     """
-    found = {"target size": next(name for limit, name in SIZES if reference_share <= limit)}
+    found = {"target size": next(name for limit, name in SIZES if reference_fraction <= limit)}
     reading = read_prompt(sample.text)
     if reading.understood:
         zones = str(len(reading.zones.sites())) if reading.complete else NONE_NAMED
@@ -35,7 +34,7 @@ def groups_of(sample: Sample, reference_share: float) -> dict[str, str]:
     return found
 
 
-def order(group: str) -> tuple[int, str]:
-    """Sizes from small to large, other groups by their name, those that are unknown last."""
+def group_order(group: str) -> tuple[int, str]:
+    """Sort key of a group: sizes ascending, other groups by name, unknown ones last."""
     names = [name for _, name in SIZES]
     return (names.index(group) if group in names else len(names) + (group in (NONE_NAMED, NOT_UNDERSTOOD))), group

@@ -1,4 +1,4 @@
-"""A split's measurements as numbers with intervals: scores, controls, threshold curve, calibration, groups."""
+"""Summarize a split's measurements: scores, controls, threshold curve, calibration and subgroups, with intervals."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from numpy.typing import NDArray
 
 from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.evaluation.bootstrap import (
-    DIFFERENCE_OF_SHARES,
-    NOT_NEGATIVE,
-    SHARE,
+    DIFFERENCE_OF_FRACTIONS,
+    FRACTION,
+    NONNEGATIVE,
     Estimate,
     Floats,
     PatientBootstrap,
     divide,
 )
 from cclip_deploy.evaluation.controls import Control
-from cclip_deploy.evaluation.metrics import PROBABILITY_LEVELS
+from cclip_deploy.evaluation.metrics import PROBABILITY_BINS
 from cclip_deploy.evaluation.split import MeasuredRow, Measurements
-from cclip_deploy.evaluation.subgroups import NONE_NAMED, NOT_UNDERSTOOD, WAYS, groups_of, order
+from cclip_deploy.evaluation.subgroups import GROUPINGS, NONE_NAMED, NOT_UNDERSTOOD, group_order, subgroups_of
 
 EmptyPolicy = Literal["one", "leave-out"]
-"""What a row with an empty reference counts: Dice and IoU 1 where the prediction is empty too, else 0; or nothing."""
-EMPTY_REFERENCE = "its reference is empty, and such rows are left out"
-UNKNOWN_GROUP = {"view": "the image's name does not tell it"}
-THRESHOLDS = tuple(step / PROBABILITY_LEVELS for step in range(1, PROBABILITY_LEVELS))
+"""Rows with an empty reference: "one" scores Dice and IoU 1 for an empty prediction, else 0; "leave-out" skips them."""
+EMPTY_REFERENCE = "the reference is empty, and such rows are left out"
+UNKNOWN_GROUP = {"view": "the file name does not contain it"}
+THRESHOLDS = tuple(step / PROBABILITY_BINS for step in range(1, PROBABILITY_BINS))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The headline numbers, all for the rows' own prompts."""
+    """Scores with the rows' own prompts."""
 
     dice_per_image: Estimate
     iou_per_image: Estimate
@@ -45,12 +45,12 @@ class Scores:
     expected_calibration_error: Estimate
     brier: Estimate
     empty_found_empty: Estimate
-    """Share of the rows with an empty reference whose prediction is empty too."""
+    """Fraction of rows with an empty reference whose prediction is also empty."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Rows that take no part, and why."""
+    """Number of rows left out for a reason."""
 
     reason: str
     rows: int
@@ -58,7 +58,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many of the split's rows a number is of, and why the rest are not among them."""
+    """How many rows of the split a score includes, and why the others are left out."""
 
     rows: int
     rows_in_all: int
@@ -66,36 +66,36 @@ class Coverage:
 
     @staticmethod
     def of_reasons(reasons: Sequence[str]) -> Coverage:
-        """From the reason of every row, empty where it takes part; the commonest reason first."""
+        """Count the reasons of all rows, which are empty for included rows; the most common reason comes first."""
         counted = Counter(reason for reason in reasons if reason)
         left_out = tuple(LeftOut(*pair) for pair in sorted(counted.items(), key=lambda pair: (-pair[1], pair[0])))
         return Coverage(len(reasons) - counted.total(), len(reasons), left_out)
 
     def show(self) -> str:
-        """`470 of 520`"""
+        """Format as `470 of 520`."""
         return f"{self.rows:,} of {self.rows_in_all:,}"
 
     def describe_left_out(self) -> str:
-        """`38: names no side; 12: not understood`"""
+        """Format as `38: names no side; 12: not understood`."""
         return "; ".join(f"{left.rows:,}: {left.reason}" for left in self.left_out)
 
 
 @dataclass(frozen=True)
 class ControlScore:
-    """A control beside the true prompts, on the rows that have another sentence in it."""
+    """Scores of a prompt control and of the true prompts on the same rows."""
 
     name: str
     meaning: str
     missing: str | None
     coverage: Coverage
     drawn: int | None
-    """How many other sentences were drawn for each row; None where all were used."""
+    """Number of prompts sampled per row; None if all were used."""
     true_dice: Estimate
     dice: Estimate
     difference: Estimate
-    """Dice with the true prompt less Dice with the control's, row by row."""
+    """Dice with the true prompt minus Dice with the control's, row by row."""
     iou_with_own: Estimate
-    """Overlap of the two predictions for one picture: 1 means that the sentence changed nothing."""
+    """IoU of the predictions for both prompts; 1 if the prompt has no effect."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ThresholdPoint:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pixels with a probability from `low` to below `high`, what it was on average, and how many were inside."""
+    """Pixels with a probability in [`low`, `high`), their mean probability, and the fraction inside the reference."""
 
     low: float
     high: float
@@ -120,7 +120,7 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class GroupScore:
-    """Dice of the rows of one group."""
+    """Dice of the rows of one subgroup."""
 
     by: str
     group: str
@@ -130,7 +130,7 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class GroupCoverage:
-    """How many rows one way of grouping knows the group of."""
+    """Number of rows whose group is known in one grouping."""
 
     by: str
     coverage: Coverage
@@ -138,7 +138,7 @@ class GroupCoverage:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All numbers of one network on one split."""
+    """All scores of one network on one split."""
 
     scores: Scores
     controls: tuple[ControlScore, ...]
@@ -147,10 +147,10 @@ class Evaluation:
     groups: tuple[GroupScore, ...]
     group_coverage: tuple[GroupCoverage, ...]
     counted: tuple[bool, ...]
-    """Whether each row takes part in means over rows."""
+    """Whether each row is included in means over rows."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, without `counted`."""
+        """Return the JSON form, without `counted`."""
         values = asdict(self)
         del values["counted"]
         return values
@@ -163,12 +163,12 @@ def summarize(
     empty: EmptyPolicy,
     seed: int = 0,
 ) -> Evaluation:
-    """Everything that is said of a split, with 95 % bootstrap intervals over its patients."""
+    """Compute all scores of a split with 95 % bootstrap intervals over patients."""
     rows = measurements.rows
     bootstrap = PatientBootstrap([sample.subject for sample in samples], seed)
     counted = np.array([empty == "one" or row.overlap.reference > 0 for row in rows], np.bool_)
     dice = np.where(counted, [row.overlap.dice for row in rows], np.nan)
-    groups = [groups_of(r, row.overlap.reference / row.pixels) for r, row in zip(samples, rows, strict=True)]
+    groups = [subgroups_of(r, row.overlap.reference / row.pixels) for r, row in zip(samples, rows, strict=True)]
     return Evaluation(
         scores=_score(rows, counted, dice, bootstrap),
         controls=tuple(_score_control(control, rows, dice, bootstrap) for control in controls),
@@ -184,22 +184,20 @@ def _score(
     rows: Sequence[MeasuredRow], counted: NDArray[np.bool_], dice: Floats, bootstrap: PatientBootstrap
 ) -> Scores:
     counts = _pixel_counts(rows)
-    outlines = [row.outlines if use else None for row, use in zip(rows, counted, strict=True)]
+    boundaries = [row.boundary if use else None for row, use in zip(rows, counted, strict=True)]
     levels = np.concatenate([_level_sums(rows, "inside"), _level_sums(rows, "every"), _level_sums(rows, "p")], axis=1)
-    squared = np.array([(row.levels.squared_error, row.pixels) for row in rows], np.float64)
+    squared = np.array([(row.histogram.squared_error, row.pixels) for row in rows], np.float64)
     found_empty = [float(r.overlap.predicted == 0) if r.overlap.reference == 0 else None for r in rows]
     return Scores(
-        dice_per_image=bootstrap.mean(dice, SHARE),
-        iou_per_image=bootstrap.mean(np.where(counted, [row.overlap.iou for row in rows], np.nan), SHARE),
-        dice_pooled=bootstrap.estimate(counts, _pooled_dice, SHARE)[0],
-        iou_pooled=bootstrap.estimate(counts, _pooled_iou, SHARE)[0],
-        hd95_px=bootstrap.mean([None if outline is None else outline.hd95_px for outline in outlines], NOT_NEGATIVE),
-        boundary_dice=bootstrap.mean(
-            [None if outline is None else outline.boundary_dice for outline in outlines], SHARE
-        ),
-        expected_calibration_error=bootstrap.estimate(levels, _calibration_error, SHARE)[0],
-        brier=bootstrap.estimate(squared, divide, SHARE)[0],
-        empty_found_empty=bootstrap.mean(found_empty, SHARE),
+        dice_per_image=bootstrap.mean(dice, FRACTION),
+        iou_per_image=bootstrap.mean(np.where(counted, [row.overlap.iou for row in rows], np.nan), FRACTION),
+        dice_pooled=bootstrap.estimate(counts, _pooled_dice, FRACTION)[0],
+        iou_pooled=bootstrap.estimate(counts, _pooled_iou, FRACTION)[0],
+        hd95_px=bootstrap.mean([None if b is None else b.hd95_px for b in boundaries], NONNEGATIVE),
+        boundary_dice=bootstrap.mean([None if b is None else b.boundary_dice for b in boundaries], FRACTION),
+        expected_calibration_error=bootstrap.estimate(levels, _calibration_error, FRACTION)[0],
+        brier=bootstrap.estimate(squared, divide, FRACTION)[0],
+        empty_found_empty=bootstrap.mean(found_empty, FRACTION),
     )
 
 
@@ -218,23 +216,23 @@ def _score_control(
             [reason or empty for reason, empty in zip(control.reasons, uncounted, strict=True)]
         ),
         drawn=control.drawn,
-        true_dice=bootstrap.mean(own, SHARE),
-        dice=bootstrap.mean(other, SHARE),
-        difference=bootstrap.mean(own - other, DIFFERENCE_OF_SHARES),
-        iou_with_own=bootstrap.mean([None if answer is None else answer.iou_with_own for answer in answers], SHARE),
+        true_dice=bootstrap.mean(own, FRACTION),
+        dice=bootstrap.mean(other, FRACTION),
+        difference=bootstrap.mean(own - other, DIFFERENCE_OF_FRACTIONS),
+        iou_with_own=bootstrap.mean([None if answer is None else answer.iou_with_own for answer in answers], FRACTION),
     )
 
 
 def _draw_curve(
     rows: Sequence[MeasuredRow], counted: NDArray[np.bool_], bootstrap: PatientBootstrap
 ) -> tuple[ThresholdPoint, ...]:
-    """Pixels at or above each threshold come from the counted levels, no picture is asked again."""
-    both = np.array([np.cumsum(row.levels.inside[::-1])[::-1][1:] for row in rows], np.float64)  # (rows, 19)
-    above = both + [np.cumsum(row.levels.outside[::-1])[::-1][1:] for row in rows]
+    """Compute Dice at every threshold from the probability histograms."""
+    both = np.array([np.cumsum(row.histogram.inside[::-1])[::-1][1:] for row in rows], np.float64)  # (rows, 19)
+    above = both + [np.cumsum(row.histogram.outside[::-1])[::-1][1:] for row in rows]
     total = above + np.array([[row.overlap.reference] for row in rows])
     per_row = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
-    means = bootstrap.estimate(np.column_stack([per_row, np.ones(len(rows))]), _share_last, SHARE, counted)
-    pooled = bootstrap.estimate(np.concatenate([2 * both, total], axis=1), _halves, SHARE)
+    means = bootstrap.estimate(np.column_stack([per_row, np.ones(len(rows))]), _divide_by_last, FRACTION, counted)
+    pooled = bootstrap.estimate(np.concatenate([2 * both, total], axis=1), _ratio_of_halves, FRACTION)
     return tuple(ThresholdPoint(*point) for point in zip(THRESHOLDS, means, pooled, strict=True))
 
 
@@ -242,13 +240,13 @@ def _calibrate(rows: Sequence[MeasuredRow]) -> tuple[CalibrationBin, ...]:
     inside, every, probability = (_level_sums(rows, what).sum(axis=0) for what in ("inside", "every", "p"))
     return tuple(
         CalibrationBin(
-            low=level / PROBABILITY_LEVELS,
-            high=(level + 1) / PROBABILITY_LEVELS,
+            low=level / PROBABILITY_BINS,
+            high=(level + 1) / PROBABILITY_BINS,
             pixels=int(every[level]),
             mean_probability=float(probability[level] / every[level]) if every[level] else None,
             inside_share=float(inside[level] / every[level]) if every[level] else None,
         )
-        for level in range(PROBABILITY_LEVELS)
+        for level in range(PROBABILITY_BINS)
     )
 
 
@@ -257,37 +255,37 @@ def _score_groups(
 ) -> list[GroupScore]:
     counts, scored = _pixel_counts(rows), []
     for by in dict.fromkeys(by for group in groups for by in group):
-        for name in sorted({group[by] for group in groups if by in group}, key=order):
+        for name in sorted({group[by] for group in groups if by in group}, key=group_order):
             member = np.array([group.get(by) == name for group in groups], np.bool_)
-            pooled = bootstrap.estimate(counts, _pooled_dice, SHARE, member)[0]
-            scored.append(GroupScore(by, name, bootstrap.mean(np.where(member, dice, np.nan), SHARE), pooled))
+            pooled = bootstrap.estimate(counts, _pooled_dice, FRACTION, member)[0]
+            scored.append(GroupScore(by, name, bootstrap.mean(np.where(member, dice, np.nan), FRACTION), pooled))
     return scored
 
 
 def _cover_groups(groups: Sequence[Mapping[str, str]]) -> list[GroupCoverage]:
-    """Rows in the groups "none named" and "not understood" are not covered, but reported in groups of their own."""
+    """Return the coverage of every grouping; "none named" and "not understood" count as unknown."""
     unknown = {NONE_NAMED: NONE_NAMED, NOT_UNDERSTOOD: NOT_UNDERSTOOD}
     return [
         GroupCoverage(
             by, Coverage.of_reasons([unknown.get(g[by], "") if by in g else UNKNOWN_GROUP[by] for g in groups])
         )
-        for by in WAYS
+        for by in GROUPINGS
         if any(by in group for group in groups)
     ]
 
 
 def _pixel_counts(rows: Sequence[MeasuredRow]) -> Floats:
-    """(rows, 2): pixels in both masks, and in either counted once for each."""
+    """Return the intersection and the sum of both areas of every row in pixels, (rows, 2)."""
     return np.array([(r.overlap.both, r.overlap.predicted + r.overlap.reference) for r in rows], np.float64)
 
 
 def _level_sums(rows: Sequence[MeasuredRow], what: Literal["inside", "every", "p"]) -> Floats:
-    """(rows, 20)"""
+    """Return counts, or sums of probabilities for "p", of every row and bin, (rows, 20)."""
     if what == "p":
-        return np.array([row.levels.probability for row in rows], np.float64)
+        return np.array([row.histogram.probability for row in rows], np.float64)
     if what == "inside":
-        return np.array([row.levels.inside for row in rows], np.float64)
-    return np.array([row.levels.inside + row.levels.outside for row in rows], np.float64)
+        return np.array([row.histogram.inside for row in rows], np.float64)
+    return np.array([row.histogram.inside + row.histogram.outside for row in rows], np.float64)
 
 
 def _pooled_dice(sums: Floats) -> Floats:
@@ -301,18 +299,21 @@ def _pooled_iou(sums: Floats) -> Floats:
 
 
 def _calibration_error(sums: Floats) -> Floats:
-    """Mean over pixels of |mean probability - share inside| of the pixel's bin (Naeini et al., AAAI 2015)."""
+    """Expected calibration error: pixel-weighted mean of |mean probability - fraction inside| over bins.
+
+    Naeini et al., AAAI 2015.
+    """
     inside, every, probability = np.split(sums, 3, axis=-1)
     gap: Floats = np.abs(probability - inside).sum(axis=-1, keepdims=True) / every.sum(axis=-1, keepdims=True)
     return gap
 
 
-def _share_last(sums: Floats) -> Floats:
-    shares: Floats = sums[..., :-1] / sums[..., -1:]
-    return shares
+def _divide_by_last(sums: Floats) -> Floats:
+    ratios: Floats = sums[..., :-1] / sums[..., -1:]
+    return ratios
 
 
-def _halves(sums: Floats) -> Floats:
+def _ratio_of_halves(sums: Floats) -> Floats:
     upper, lower = np.split(sums, 2, axis=-1)
     ratio: Floats = upper / lower
     return ratio

@@ -1,7 +1,7 @@
-"""From a split to batches: the order of an epoch, random changes, and reading ahead while the network computes.
+"""Training batches: epoch order, random augmentation and prefetching.
 
-Everything random is drawn from (seed, epoch, place) alone, so that a training can go on from any step, and so that
-any number of processes and reading threads see the same films changed in the same way.
+Random numbers depend only on the seed, the epoch and the image. A run can therefore resume at any step, and the
+numbers of processes and loader threads do not change the data.
 """
 
 from __future__ import annotations
@@ -22,48 +22,51 @@ from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.training_set import TrainingSet
 
 T = TypeVar("T")
-READ_AHEAD = 3
+PREFETCH_FACTOR = 3
 
 
 class Batch(NamedTuple):
-    """B images, each with P of its rows."""
+    """B images with P prompts each."""
 
     images: NDArray[np.float32]  # (B, 3, H, W), normalized
     tokens: NDArray[np.int64]  # (B, P, L)
     masks: NDArray[np.bool_]  # (B, P, H, W)
-    rows: NDArray[np.int64]  # (B, P), the rows' numbers in the split
+    rows: NDArray[np.int64]  # (B, P), row indices in the split
 
 
-class Share(NamedTuple):
-    """One process of several that split every batch among them."""
+class DataShard(NamedTuple):
+    """The part of every batch that one process handles."""
 
     rank: int = 0
-    processes: int = 1
+    world_size: int = 1
 
 
-def passes_per_epoch(images: int, config: TrainConfig, processes: int = 1) -> int:
-    """Passes of each process in an epoch, a multiple of `accumulate`; what fills no step is left out.
+def passes_per_epoch(images: int, config: TrainConfig, world_size: int = 1) -> int:
+    """Return the number of forward passes of one process in an epoch, a multiple of `accumulate`.
 
-    DataError if not even one step is filled.
+    Images that do not fill a step are dropped.
+
+    Raises:
+        DataError: there are too few images for one step.
     """
-    images_per_step = config.images_per_batch * config.accumulate * processes
+    images_per_step = config.images_per_batch * config.accumulate * world_size
     if images < images_per_step:
         raise DataError(
             f"The train split has {images} images, fewer than images_per_batch = {config.images_per_batch} "
-            f"x accumulate {config.accumulate} x {processes} processes. Add images or lower them."
+            f"x accumulate {config.accumulate} x {world_size} processes. Add images or lower these settings."
         )
     return images // images_per_step * config.accumulate
 
 
-def plan_epoch(data: TrainingSet, config: TrainConfig, epoch: int, share: Share = Share()) -> NDArray[np.int64]:  # noqa: B008
-    """The rows of every pass of a process: (passes, B, P); all images in a new order, rows of each in a new order."""
+def plan_epoch(data: TrainingSet, config: TrainConfig, epoch: int, shard: DataShard = DataShard()) -> NDArray[np.int64]:  # noqa: B008
+    """Return the row indices of every pass of a process, (passes, B, P), shuffled by image and within each image."""
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(data.rows_of_image))
     rows = np.stack([np.resize(rng.permutation(data.rows_of_image[i]), config.prompts_per_image) for i in order])
-    passes = passes_per_epoch(len(order), config, share.processes)
+    passes = passes_per_epoch(len(order), config, shard.world_size)
     size = config.images_per_batch
-    used = rows[: passes * size * share.processes]
-    return used.reshape(passes, share.processes, size, config.prompts_per_image)[:, share.rank]
+    used = rows[: passes * size * shard.world_size]
+    return used.reshape(passes, shard.world_size, size, config.prompts_per_image)[:, shard.rank]
 
 
 def make_batch(
@@ -73,29 +76,29 @@ def make_batch(
     config: TrainConfig,
     epoch: int | None = None,
 ) -> Batch:
-    """Read and normalize the rows (B, P) of B images; changed at random, differently each epoch, where one is given."""
-    drawn = [_draw_one(data, of_image, tokenizer, config, epoch) for of_image in rows]
-    images, tokens, masks = (np.stack(part) for part in zip(*drawn, strict=True))
+    """Load and normalize the images of `rows`, (B, P), and augment them if `epoch` is given."""
+    loaded = [_load_image(data, image_rows, tokenizer, config, epoch) for image_rows in rows]
+    images, tokens, masks = (np.stack(part) for part in zip(*loaded, strict=True))
     return Batch(images, tokens, masks, rows)
 
 
-def read_ahead(make: Callable[[int], T], numbers: range, threads: int) -> Iterator[T]:
-    """make(n) of each number, in order, made by other threads while the caller works on earlier ones."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="reading") as pool:
-        coming: deque[Future[T]] = deque()
+def prefetch(load: Callable[[int], T], numbers: range, threads: int) -> Iterator[T]:
+    """Yield `load(n)` for each number in order, computed ahead by worker threads."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
+        pending: deque[Future[T]] = deque()
         try:
             for number in numbers:
-                coming.append(pool.submit(make, number))
-                if len(coming) > READ_AHEAD * threads:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+                pending.append(pool.submit(load, number))
+                if len(pending) > PREFETCH_FACTOR * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in coming:
+            for future in pending:
                 future.cancel()
 
 
-def _draw_one(
+def _load_image(
     data: TrainingSet, rows: NDArray[np.int64], tokenizer: PromptTokenizer, config: TrainConfig, epoch: int | None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
     image = int(data.image_of_row[rows[0]])

@@ -1,4 +1,4 @@
-"""The training recipe: every setting of a training, checked once, where it is read."""
+"""Training recipe: all settings of a training run, validated when the file is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Mode = Literal["off", "joint", "alternating", "reversal"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4", "attnpool", "text_tower"]
 
-_Share = Annotated[float, Field(ge=0, le=1)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(gt=0)]
 _Threads = Annotated[int, Field(gt=0, le=MAX_THREADS)]
 _Whole = Annotated[int, Field(ge=0)]
@@ -24,8 +24,8 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class SyntheticFilms(StrictModel):
-    """Films to draw where the data folder is not there yet (`cclip-deploy synth` draws the same)."""
+class SyntheticData(StrictModel):
+    """Synthetic radiographs to generate if the data folder does not exist; the same as `cclip-deploy synth` makes."""
 
     images: Annotated[int, Field(ge=5)] = 500
     prompts_per_image: _Count = 8
@@ -33,95 +33,97 @@ class SyntheticFilms(StrictModel):
 
 
 class DataSource(StrictModel):
-    """Where the data set is; a path is relative to the folder that the command runs in."""
+    """Location and layout of the data set. Relative paths are resolved against the working directory."""
 
     folder: Path | None = None
     layout: str | None = None
-    """Found from the folder unless given."""
+    """Detected from the folder if not given."""
     subject: str | None = None
-    """Regular expression for the patient in an image's name."""
+    """Regular expression that finds the patient in an image's file name."""
     allow_outside: bool = False
-    """Whether the data set's tables may name files outside its folder."""
-    synthetic: SyntheticFilms | None = None
+    """Whether the tables of the data set may name files outside its folder."""
+    synthetic: SyntheticData | None = None
 
 
 class Game(StrictModel):
-    """The min-max game between maskers and the rest; mode "off" reads the mask budget alone.
+    """Weights and steps of the min-max game between the maskers and the rest of the network.
 
     The rest minimizes `causal_weight` x L_causal + `confounding_weight` x L_confounding. In "alternating" and
-    "reversal" the maskers minimize the same with the second sign turned (CIRL, Lv et al., CVPR 2022; its weights).
+    "reversal" the maskers minimize `causal_weight` x L_causal - `confounding_weight` x L_confounding (CIRL, Lv et al.,
+    CVPR 2022, which also gives the default weights). Mode "off" uses only the mask budget.
     """
 
     causal_weight: _Weight = 0.5
     confounding_weight: _Weight = 0.5
     masks_at_one_epochs: _Whole = 0
-    """In the first so many epochs both branches see everything; CIRL has 5."""
+    """Number of initial epochs in which all masks are one for both branches; CIRL uses 5."""
     masker_steps: _Count = 1
-    """Steps of the maskers after each step of the rest ("alternating")."""
+    """Masker steps after each step of the rest ("alternating")."""
     masker_rate: _Positive = 1.0
-    """The maskers' share of the learning rate, in every mode."""
+    """Factor on the maskers' learning rate, in every mode."""
     mask_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The mean that each mask is drawn to: without it nothing keeps all masks from going to one."""
+    """Target for the mean of each mask. Without it, the masks may all converge to one."""
     mask_budget_weight: _Weight = 1.0
     own_step_statistics: bool = True
-    """Running statistics of a batch norm follow the steps of its own player, the maskers or the rest ("alternating").
+    """Update a batch norm's running statistics only in steps that train its part of the network ("alternating").
 
-    Without it every step moves all of them, as before this setting existed: the same batch counts twice or more often.
+    False updates all of them in every step, so the same batch counts more than once. Versions without this setting
+    did that.
     """
     causal_statistics_only: bool = False
-    """The shared 1x1 block's running statistics follow the causal features alone, which inference sees."""
+    """Update the running statistics of the shared 1x1 block from causal features only, as inference uses only those."""
 
 
 class Devices(StrictModel):
-    """Where and how exactly it computes; handed to Lightning Fabric."""
+    """Devices, processes and numeric precision, passed to Lightning Fabric."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     count: _Count = 1
-    """Processes on each node, each with a device of its own."""
+    """Processes per node, each with its own device."""
     nodes: _Count = 1
     strategy: Literal["auto", "ddp"] = "auto"
     precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
 class TrainConfig(StrictModel):
-    """A training recipe; training/configs/ holds examples. No value here is the paper's: it gives none."""
+    """Training recipe; training/configs/ has examples. The paper gives no hyperparameters, so no default is from it."""
 
     model: Literal["tiny", "rn101"] = "tiny"
     mode: Mode = "off"
-    """off: the causal head alone; joint: both heads, no adversary; alternating, reversal: the min-max game."""
+    """off: causal head only; joint: both heads without an adversary; alternating, reversal: the min-max game."""
     image_size: int | str = 96
     prompt_length: Annotated[int, Field(ge=3, le=CONTEXT_LENGTH)] = 32
     clip_weights: str | None = None
-    """Where the towers start: open_clip's name of weights for RN101, or a file; at random unless given."""
+    """CLIP weights for both towers: an open_clip tag for RN101 or a file. Random initialization if not given."""
     start_checkpoint: Path | None = None
-    """Where the whole network starts, to fine-tune it: a checkpoint of ours or of the published layout."""
+    """Checkpoint to fine-tune, in this project's or the published layout."""
     frozen: tuple[Stage, ...] = ()
-    """Parts of the towers that stay as they start, batch-norm statistics too."""
+    """Parts of the towers that are not trained, including their batch-norm statistics."""
     epochs: _Count = 12
     images_per_batch: Annotated[int, Field(ge=1)] = 8
-    """Images of one pass of one process; a step has accumulate x processes times as many."""
+    """Images per forward pass and process; a step uses accumulate x processes times as many."""
     prompts_per_image: _Count = 1
-    """Rows of the same image that share its one pass through tower and neck."""
+    """Prompts that share one pass of their image through tower and neck."""
     accumulate: _Count = 1
-    """Passes whose gradients make one step."""
+    """Number of passes whose gradients are accumulated for one step."""
     learning_rate: _Positive = 1e-3
     tower_rate: _Positive = 1.0
-    """The towers' share of the learning rate; 0.1 where they start from CLIP."""
+    """Factor on the towers' learning rate; use 0.1 when they start from CLIP."""
     weight_decay: _Weight = 0.01
     schedule: Literal["cosine", "step"] = "cosine"
-    """cosine: down to zero; step: a tenth after 70 % of the steps."""
-    warmup: _Share = 0.05
-    """Share of the steps in which the rate rises from zero."""
-    dice_weight: _Share = 0.5
+    """cosine: decay to zero; step: one tenth after 70 % of the steps."""
+    warmup: _Fraction = 0.05
+    """Fraction of the steps in which the learning rate rises linearly from zero."""
+    dice_weight: _Fraction = 0.5
     max_gradient_norm: _Positive = 5.0
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the exponential moving average of the weights, which is then what is validated and kept; 0 is none."""
+    """Decay of the exponential moving average (EMA) of the weights; 0 disables it. The EMA is validated and saved."""
     validate_every: _Count = 1
-    """Epochs between two validations, where there is a val split."""
+    """Epochs between validations, if there is a val split."""
     patience: _Count | None = None
-    """Validations without a better Dice after which training stops; never unless given."""
+    """Stop after this many validations without a better Dice; never if not given."""
     augmentation: Augmentation = Augmentation()
-    """Random changes to films, with their masks and words."""
+    """Random changes to images, masks and prompts."""
     game: Game = Game()
     devices: Devices = Devices()
     data: DataSource = DataSource()
@@ -129,9 +131,9 @@ class TrainConfig(StrictModel):
     threads: _Threads = 2
     loader_threads: _Threads = 1
     cache_gib: _Weight = 4.0
-    """Memory for pictures and masks that were read once; what does not fit is read again each epoch."""
+    """Memory for loaded images and masks in GiB; what does not fit is read again in each epoch."""
     save_minutes: _Positive = 10.0
-    """Between two states saved within an epoch; one is saved after each in any case."""
+    """Minutes between saved states within an epoch. A state is also saved after every epoch."""
 
     @field_validator("image_size")
     @classmethod
@@ -141,7 +143,7 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_batch_norm(self) -> TrainConfig:
-        """A batch norm over one map of one pixel has no variance; smaller batches are legal from 64 pixels on."""
+        """Refuse a batch of one 1x1 feature map, over which a batch norm has no variance."""
         if self.images_per_batch * self.devices.count * self.devices.nodes < 2 and min(self.image_hw) < 64:
             raise ValueError("images_per_batch 1 needs an image_size of at least 64, for the batch norms")
         return self
@@ -149,28 +151,28 @@ class TrainConfig(StrictModel):
     @model_validator(mode="after")
     def _check_start(self) -> TrainConfig:
         if self.clip_weights is not None and self.start_checkpoint is not None:
-            raise ValueError("clip_weights and start_checkpoint both say where the towers start; give one")
+            raise ValueError("clip_weights and start_checkpoint both set the towers' initial weights; give only one")
         return self
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width of the network's input in pixels."""
+        """Height and width of the network input in pixels."""
         return image_hw(self.image_size)
 
     @property
     def form(self) -> InputForm:
-        """What the trained network is to be fed, too."""
+        """Image size and prompt length, which are saved with the trained network."""
         return InputForm(self.image_hw, self.prompt_length)
 
     @staticmethod
     def from_toml(path: Path, data: Path | None = None, clip_weights: str | None = None) -> TrainConfig:
-        """Read a recipe, with another data folder where given, and with CLIP's weights as a start where given.
+        """Read a recipe; `data` and `clip_weights` override its own values.
 
         Raises:
             UsageError: the recipe does not exist or cannot be read, or a key is unknown, out of range or contradictory.
         """
         overrides = {} if clip_weights is None else {"clip_weights": clip_weights}
-        remedy = f" Keys are {', '.join(TrainConfig.model_fields)}."
+        remedy = f" The keys are {', '.join(TrainConfig.model_fields)}."
         config = read_toml(path, TrainConfig, f"There is no recipe {path}. Check the path.", remedy, overrides)
         if data is None:
             return config

@@ -1,8 +1,8 @@
-"""Several processes that train as one: batch norms over the whole batch, gradients averaged, one answer to all.
+"""Distributed training: device setup, synchronized batch norms and gradient averaging.
 
-Lightning Fabric starts the processes and sets precision and device. Its gradient averaging (DistributedDataParallel)
-expects every parameter to take part in every step, which the min-max game breaks on purpose; here gradients are
-averaged once a step, after the last of its passes.
+Lightning Fabric starts the processes and sets precision and device. DistributedDataParallel is not used for gradients
+because it expects every parameter in every step, and the min-max game trains only some of them. Gradients are averaged
+once per step instead, after the last accumulated pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from cclip_deploy.errors import EnvironmentIssue
-from cclip_deploy.train.batches import Share
 from cclip_deploy.train.config import Devices
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def launch(devices: Devices) -> Fabric:
-    """The processes and devices of a recipe; EnvironmentIssue if this machine has not got them."""
+    """Start the processes of a recipe on its devices; raise EnvironmentIssue if this machine lacks them."""
     try:
         from lightning.fabric import Fabric
         from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,7 +29,7 @@ def launch(devices: Devices) -> Fabric:
         raise EnvironmentIssue("Training needs Lightning. Install it: pip install 'cclip-deploy[train]'") from error
     on_gpu = devices.accelerator != "cpu" and torch.cuda.is_available()
     if devices.accelerator == "cuda" and not on_gpu:
-        raise EnvironmentIssue("The recipe asks for CUDA and PyTorch finds no GPU. Set devices.accelerator = 'cpu'.")
+        raise EnvironmentIssue("The recipe requires CUDA, but PyTorch finds no GPU. Set devices.accelerator = 'cpu'.")
     if devices.precision == "16-mixed" and not on_gpu:
         raise EnvironmentIssue("Mixed precision in float16 needs a GPU. Set devices.precision = 'bf16-mixed'.")
     try:
@@ -44,45 +43,40 @@ def launch(devices: Devices) -> Fabric:
     return fabric
 
 
-def share_of(fabric: Fabric) -> Share:
-    """Which process of how many this one is."""
-    return Share(fabric.global_rank, fabric.world_size)
-
-
 def move_to_device(model: nn.Module, fabric: Fabric, precision: str) -> None:
-    """Put a network where it trains, its batch norms joined over all processes, in place."""
+    """Move a network to the training device in place; with several processes, synchronize its batch norms."""
     model.to(device=fabric.device, dtype=torch.float64 if precision == "64-true" else torch.float32)
     if fabric.world_size > 1:
-        join_batch_norms(model)
+        sync_batch_norms(model)
 
 
-def join_batch_norms(model: nn.Module) -> None:
-    """Batch norms that see the batch of every process: PyTorch's own on GPUs, where alone it runs, else ours."""
+def sync_batch_norms(model: nn.Module) -> None:
+    """Synchronize batch norms over all processes: torch's SyncBatchNorm on GPUs, `SyncBatchNorm2d` on the CPU."""
     if any(parameter.is_cuda for parameter in model.parameters()):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = JoinedBatchNorm2d
+            module.__class__ = SyncBatchNorm2d
 
 
-class JoinedBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm over equal batches of all processes, on any device that can all-reduce."""
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the equally large batches of all processes, on any device that supports all-reduce."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         world = torch.distributed.get_world_size()
-        mean = _SumOverProcesses.apply(x.mean(dim=(0, 2, 3))) / world  # (C,)
+        mean = _AllReduceSum.apply(x.mean(dim=(0, 2, 3))) / world  # (C,)
         centered = x - mean[:, None, None]
-        variance = _SumOverProcesses.apply(centered.square().mean(dim=(0, 2, 3))) / world
+        variance = _AllReduceSum.apply(centered.square().mean(dim=(0, 2, 3))) / world
         if self.track_running_stats:
-            self._follow(mean.detach(), variance.detach(), world * x.numel() // x.shape[1])
+            self._update_running_stats(mean.detach(), variance.detach(), world * x.numel() // x.shape[1])
         scale = self.weight * (variance + self.eps).rsqrt()
         normalized: Tensor = centered * scale[:, None, None] + self.bias[:, None, None]
         return normalized
 
-    def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _update_running_stats(self, mean: Tensor, variance: Tensor, count: int) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -93,7 +87,7 @@ class JoinedBatchNorm2d(nn.BatchNorm2d):
 
 
 def average_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> None:
-    """Every gradient becomes its mean over all processes, in one message."""
+    """Replace every gradient by its mean over all processes, with one all-reduce."""
     if fabric.world_size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -103,15 +97,15 @@ def average_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> Non
 
 
 def mean_over_processes(fabric: Fabric, values: Tensor) -> Tensor:
-    """The same numbers in every process, so that all decide alike."""
+    """Average numbers over all processes, so that every process takes the same decision."""
     if fabric.world_size == 1:
         return values
     mean: Tensor = fabric.all_reduce(values.clone(), reduce_op="mean")
     return mean
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """A sum over processes whose gradient is the sum of the processes' gradients."""
+class _AllReduceSum(torch.autograd.Function):
+    """All-reduce sum whose gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(context: Any, x: Tensor) -> Tensor:

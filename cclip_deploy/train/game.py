@@ -1,14 +1,15 @@
-"""The min-max game between the maskers and the rest of the network, one objective a player (Chen et al., MICCAI 2024).
+"""Losses of the min-max game between the maskers and the rest of the network (Chen et al., MICCAI 2024).
 
-off          L_causal                                   everything but the confounding head
-joint        w_c L_causal + w_f L_confounding           everything
-alternating  w_c L_causal + w_f L_confounding           everything but the maskers, whose masks are held
-             w_c L_causal - w_f L_confounding           the maskers alone, in steps of their own
-reversal     w_c L_causal + w_f L_confounding           everything, in one step: the maskers see only detached
-                                                        features and get L_confounding's gradient with its sign turned
+mode         loss                              trained parameters
+off          L_causal                          all except the confounding head
+joint        w_c L_causal + w_f L_confounding  all
+alternating  w_c L_causal + w_f L_confounding  all except the maskers, with detached masks
+             w_c L_causal - w_f L_confounding  only the maskers, in separate steps
+reversal     w_c L_causal + w_f L_confounding  all in one step; the maskers' input is detached, and their gradient of
+                                               L_confounding is reversed
 
-In "alternating" the running statistics of a batch norm follow the steps of its own player (`Game.own_step_statistics`):
-the other player's steps normalize by the batch as always and leave them alone.
+In mode "alternating" a batch norm updates its running statistics only in the steps that train it
+(`Game.own_step_statistics`). It normalizes by batch statistics in every step.
 """
 
 from __future__ import annotations
@@ -33,72 +34,73 @@ Levels = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TensorBatch:
-    """B images on the device, each with P prompts."""
+    """B images with P prompts each, on the training device."""
 
     images: Tensor  # (B, 3, H, W)
     tokens: Tensor  # (B, P, L)
-    masks: Tensor  # (B, P, H, W), 0 or 1, of the images' type
+    masks: Tensor  # (B, P, H, W), 0 or 1, same dtype as `images`
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What one player minimizes, and what it is made of."""
+    """Total loss of one step and its terms."""
 
     total: Tensor
     causal: Tensor
     confounding: Tensor | None
-    mask_means: Tensor  # (3,), of levels 3, 4, 5
+    mask_means: Tensor  # (3,), levels 3, 4, 5
 
 
 def has_adversary(config: TrainConfig) -> bool:
-    """Whether the maskers take steps of their own."""
+    """Whether the maskers have separate steps."""
     return config.mode == "alternating"
 
 
 def maskers_of(model: CausalCLIPSeg) -> list[nn.Module]:
-    """The three maskers, the one player."""
+    """Return the maskers of levels 3, 4 and 5."""
     return [model.neck.masker3, model.neck.masker4, model.neck.masker5]
 
 
 def main_losses(model: CausalCLIPSeg, batch: TensorBatch, config: TrainConfig, epoch: int) -> Losses:
-    """The objective of everything but the maskers; in every mode but "alternating" it is theirs too."""
+    """Return the losses of the main step, which also trains the maskers except in mode "alternating"."""
     levels = model.neck.levels(model.image_tower(batch.images))
     states = prompt_states(model, batch.tokens)
     if config.mode == "off":
         masks = model.neck.masks(levels)
-        return _one_head(model, levels, masks, states, batch, config)
+        return _causal_loss(model, levels, masks, states, batch, config)
     at_one = epoch < config.game.masks_at_one_epochs
     masks = _main_masks(model, levels, config, at_one)
-    against = tuple(_Reversed.apply(mask) for mask in masks) if config.mode == "reversal" and not at_one else masks
-    # With both masks at one the confounding branch sees everything too, so its share is not one minus the mask.
-    shares = masks if at_one else tuple(1 - mask for mask in against)
-    return _both_heads(model, levels, masks, shares, states, batch, config, sign=1.0)
+    reverse = config.mode == "reversal" and not at_one
+    reversed_masks = tuple(_GradientReversal.apply(mask) for mask in masks) if reverse else masks
+    # At one, both branches use all features, so the confounding masks are not one minus the causal masks.
+    confounding_masks = masks if at_one else tuple(1 - mask for mask in reversed_masks)
+    return _both_losses(model, levels, masks, confounding_masks, states, batch, config, sign=1.0)
 
 
 def masker_losses(model: CausalCLIPSeg, batch: TensorBatch, config: TrainConfig) -> Losses:
-    """The maskers' own objective, after a fresh forward pass; nothing but the maskers gets a gradient to keep."""
+    """Return the losses of a masker step, from a new forward pass without gradients before the maskers."""
     own = {norm for masker in maskers_of(model) for norm in _batch_norms(masker)}
     others = [norm for norm in _batch_norms(model) if norm not in own]
-    with _held_statistics(others, config.game.own_step_statistics):
+    with _freeze_running_stats(others, config.game.own_step_statistics):
         with torch.no_grad():
             levels = model.neck.levels(model.image_tower(batch.images))
             states = prompt_states(model, batch.tokens)
         masks = model.neck.masks(levels)
-        shares = tuple(1 - mask for mask in masks)
-        return _both_heads(model, levels, masks, shares, states, batch, config, sign=-1.0)  # type: ignore[arg-type]
+        confounding_masks: Levels = tuple(1 - mask for mask in masks)  # type: ignore[assignment]
+        return _both_losses(model, levels, masks, confounding_masks, states, batch, config, sign=-1.0)
 
 
 @contextmanager
-def only_maskers_learn(model: CausalCLIPSeg) -> Iterator[None]:
-    """Within the block no other parameter requires a gradient, so none is computed for it."""
+def train_only_maskers(model: CausalCLIPSeg) -> Iterator[None]:
+    """Disable gradients of all parameters except the maskers' within the block."""
     own = {id(p) for masker in maskers_of(model) for p in masker.parameters()}
-    held = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    for parameter in held:
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    for parameter in others:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in held:
+        for parameter in others:
             parameter.requires_grad_(True)
 
 
@@ -111,48 +113,50 @@ def _main_masks(model: CausalCLIPSeg, levels: Levels, config: TrainConfig, at_on
     if config.mode == "reversal":
         return model.neck.masks(detached)
     norms = [norm for masker in maskers_of(model) for norm in _batch_norms(masker)]
-    with torch.no_grad(), _held_statistics(norms, config.game.own_step_statistics):
+    with torch.no_grad(), _freeze_running_stats(norms, config.game.own_step_statistics):
         return model.neck.masks(detached)
 
 
-def _one_head(
+def _causal_loss(
     model: CausalCLIPSeg, levels: Levels, masks: Levels, states: Tensor, batch: TensorBatch, config: TrainConfig
 ) -> Losses:
-    logits = head_logits(model.head, _mix(model.neck, levels, masks), states)
+    logits = head_logits(model.head, _aggregate(model.neck, levels, masks), states)
     causal = dice_bce(logits.to(batch.masks.dtype), batch.masks, config.dice_weight)
     means = _means(masks)
-    return Losses(causal + _budget(means, config), causal.detach(), None, means.detach())
+    return Losses(causal + _mask_budget_loss(means, config), causal.detach(), None, means.detach())
 
 
-def _both_heads(
-    model: CausalCLIPSeg, levels: Levels, masks: Levels, shares: Levels, states: Tensor, batch: TensorBatch,
+def _both_losses(
+    model: CausalCLIPSeg, levels: Levels, masks: Levels, confounding_masks: Levels, states: Tensor, batch: TensorBatch,
     config: TrainConfig, *, sign: float,
 ) -> Losses:  # fmt: skip
-    """Causal features are levels x masks, confounding ones levels x shares; `sign` is that of the second loss."""
+    """Return w_c L_causal + sign x w_f L_confounding."""
     game = config.game
-    causal_features = _mix(model.neck, levels, masks)
-    with _held_statistics(_batch_norms(model.neck.aggregate), game.causal_statistics_only):
-        confounding_features = _mix(model.neck, levels, shares)
+    causal_features = _aggregate(model.neck, levels, masks)
+    with _freeze_running_stats(_batch_norms(model.neck.aggregate), game.causal_statistics_only):
+        confounding_features = _aggregate(model.neck, levels, confounding_masks)
     causal, confounding = (
         dice_bce(head_logits(head, features, states).to(batch.masks.dtype), batch.masks, config.dice_weight)
         for head, features in ((model.head, causal_features), (model.confounding_head, confounding_features))
     )
     means = _means(masks)
-    total = game.causal_weight * causal + sign * game.confounding_weight * confounding + _budget(means, config)
+    total = (
+        game.causal_weight * causal + sign * game.confounding_weight * confounding + _mask_budget_loss(means, config)
+    )
     return Losses(total, causal.detach(), confounding.detach(), means.detach())
 
 
-def _mix(neck: CausalNeck, levels: Levels, shares: Levels) -> Tensor:
-    mixed: Tensor = neck.aggregate(torch.cat([q * share for q, share in zip(levels, shares, strict=True)], dim=1))
-    return mixed
+def _aggregate(neck: CausalNeck, levels: Levels, masks: Levels) -> Tensor:
+    features: Tensor = neck.aggregate(torch.cat([q * mask for q, mask in zip(levels, masks, strict=True)], dim=1))
+    return features
 
 
 def _means(masks: Levels) -> Tensor:
     return torch.stack([mask.to(torch.promote_types(mask.dtype, torch.float32)).mean() for mask in masks])
 
 
-def _budget(means: Tensor, config: TrainConfig) -> Tensor:
-    """The squared distance of the masks' means from their budget, or zero."""
+def _mask_budget_loss(means: Tensor, config: TrainConfig) -> Tensor:
+    """Return the weighted squared distance of the mask means from the budget, or zero without a budget."""
     if config.game.mask_budget is None:
         return means.new_zeros(())
     return config.game.mask_budget_weight * (means - config.game.mask_budget).square().sum()
@@ -163,9 +167,9 @@ def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def _held_statistics(norms: Sequence[_BatchNorm], held: bool) -> Iterator[None]:
-    """Within the block batch norms normalize as ever, but their running means and variances stay."""
-    tracking = [norm for norm in norms if held and norm.track_running_stats]
+def _freeze_running_stats(norms: Sequence[_BatchNorm], freeze: bool) -> Iterator[None]:
+    """Do not update the batch norms' running statistics within the block; they still normalize by the batch."""
+    tracking = [norm for norm in norms if freeze and norm.track_running_stats]
     for norm in tracking:
         norm.track_running_stats = False
     try:
@@ -175,8 +179,8 @@ def _held_statistics(norms: Sequence[_BatchNorm], held: bool) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-class _Reversed(torch.autograd.Function):
-    """The identity, whose gradient has its sign turned (Ganin & Lempitsky, ICML 2015)."""
+class _GradientReversal(torch.autograd.Function):
+    """Gradient reversal layer: identity with a negated gradient (Ganin & Lempitsky, ICML 2015)."""
 
     @staticmethod
     def forward(context: Any, x: Tensor) -> Tensor:
@@ -187,6 +191,6 @@ class _Reversed(torch.autograd.Function):
         return -gradients[0]
 
 
-def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The parameters of modules that are to learn."""
+def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the modules' parameters that require a gradient."""
     return [p for module in modules for p in module.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: TensorBoard logs, and run.json, which is written anew after every epoch."""
+"""TensorBoard logs and the run record `run.json`, which is rewritten after every epoch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ PYRAMID_LEVELS = (3, 4, 5)
 
 
 class TrainLog:
-    """TensorBoard's event files; one that is not `kept` writes nothing."""
+    """TensorBoard writer; does nothing if not `enabled`."""
 
-    def __init__(self, folder: Path, step: int, kept: bool) -> None:
+    def __init__(self, folder: Path, step: int, enabled: bool) -> None:
         self._writer = None
-        if not kept:
+        if not enabled:
             return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise EnvironmentIssue("Logs need TensorBoard. Install it: pip install 'cclip-deploy[train]'") from error
-        # Steps after the one that training goes on from were lost; TensorBoard is not to show them twice.
+        # Steps after the resumed one are repeated; purge_step hides their first run.
         self._writer = SummaryWriter(str(folder / LOG_FOLDER), purge_step=step or None)
 
     def __enter__(self) -> TrainLog:
@@ -40,24 +40,24 @@ class TrainLog:
         if self._writer is not None:
             self._writer.close()
 
-    def tell(self, values: dict[str, float], step: int) -> None:
-        """Numbers by name, as "loss/causal"."""
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        """Log values by name, such as "loss/causal"."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
-    def show(self, name: str, picture: NDArray[np.float32], step: int) -> None:
-        """A picture (3, H, W) in [0, 1]."""
+    def add_image(self, name: str, image: NDArray[np.float32], step: int) -> None:
+        """Log an image, (3, H, W) in [0, 1]."""
         if self._writer is not None:
-            self._writer.add_image(name, picture, step)
+            self._writer.add_image(name, image, step)
 
     @property
-    def kept(self) -> bool:
+    def enabled(self) -> bool:
         """Whether anything is written."""
         return self._writer is not None
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """run.json, whole or not at all."""
+    """Write run.json atomically."""
     with whole_file(folder / RECORD) as unfinished:
         unfinished.write_text(json_text(record), encoding="utf-8")

@@ -11,15 +11,15 @@ SMOOTHING_PX = 1.0
 
 
 def dice_bce(logits: Tensor, target: Tensor, dice_weight: float = 0.5) -> Tensor:
-    """`dice_weight` x soft Dice loss + the rest x binary cross-entropy, a scalar: 0 where all is right.
+    """Return `dice_weight` x soft Dice loss + (1 - `dice_weight`) x binary cross-entropy, a scalar.
+
+    The Dice loss is 1 - (2 sum(pt) + s) / (sum(p) + sum(t) + s), averaged over the maps (Milletari et al., 3DV 2016,
+    without squares). With s = 1 pixel an empty target has a gradient, and an empty prediction for it has loss 0.
 
     Args:
-        logits: (..., H, W), any leading shape; every map is a mask of its own.
-        target: the same shape, 0 or 1, of a float type.
-        dice_weight: share of the Dice loss, in [0, 1]; 0 is cross-entropy alone, as in CRIS.
-
-    The Dice loss is 1 - (2 sum(pt) + s) / (sum(p) + sum(t) + s), averaged over the maps; s = 1 pixel, so that an empty
-    mask has a gradient and counts 0 where the prediction is empty too (Milletari et al., 3DV 2016, without squares).
+        logits: (..., H, W), one mask per map.
+        target: same shape, 0 or 1, floating point.
+        dice_weight: weight of the Dice loss in [0, 1]; 0 is cross-entropy only, as in CRIS.
     """
     from torch.nn import functional
 
@@ -28,7 +28,7 @@ def dice_bce(logits: Tensor, target: Tensor, dice_weight: float = 0.5) -> Tensor
 
 
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """The Dice part of `dice_bce`: a scalar in [0, 1]."""
+    """Return the Dice loss of `dice_bce`, a scalar in [0, 1]."""
     from monai.losses import DiceLoss
 
     dice = DiceLoss(sigmoid=True, smooth_nr=SMOOTHING_PX, smooth_dr=SMOOTHING_PX)

@@ -1,4 +1,4 @@
-"""One training from a recipe to a folder: data, network, start, epochs, and the report of what came out."""
+"""Training runs: train a recipe on a data set, and write checkpoints, state, logs and record to a folder."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
     from cclip_deploy.model.clip_start import ClipStart
     from cclip_deploy.model.network import CausalCLIPSeg
     from cclip_deploy.train.loop import OnProgress, Training
-    from cclip_deploy.train.state import Learner
+    from cclip_deploy.train.state import TrainState
 
-Tell = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a training is run, which changes nothing about what it computes."""
+    """Options of a run that do not change the trained weights, except for `dry_run`."""
 
     resume: bool = False
-    """Go on from the state in the folder; begin where there is none."""
+    """Resume from the state in the folder, or start if there is none."""
     tensorboard: bool = True
     dry_run: bool = False
-    """One step and one validation on the first images, all in a folder that is deleted."""
+    """Run one step and one validation on the first images, in a temporary folder."""
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a training did."""
+    """Result of a training run."""
 
     folder: Path
     checkpoint: Path
-    """best.safetensors where there were validations, else last.safetensors."""
+    """best.safetensors, or last.safetensors if there was no validation."""
     images: int
     rows: int
     cut_prompts: int
@@ -66,19 +66,19 @@ class TrainReport:
     last_loss: float
     """Mean over the last tenth of the steps."""
     best_dice: float | None
-    """On the val split, at the network's own image size."""
+    """On the val split, at the network's image size."""
     best_epoch: int | None
     mask_means: tuple[float, float, float]
-    """Of the last tenth of the steps."""
+    """Means of the masks 3, 4, 5 over the last tenth of the steps."""
     loading_s: float
     training_s: float
-    """All steps, those before a resumption too, without validations."""
+    """Time of all steps, including those before a resume and without validations."""
     waiting_share: float
-    """Of training_s, waiting for data."""
+    """Fraction of `training_s` spent waiting for data."""
     resumed_at_step: int
     clip: ClipStart | None
     rank: int = 0
-    """Of the process that reports; 0 is the one that writes."""
+    """Rank of the reporting process; rank 0 writes the files."""
     history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
 
@@ -88,48 +88,52 @@ def train(
     run_folder: Path,
     on_progress: OnProgress = lambda progress: None,
     options: RunOptions = RunOptions(),
-    tell: Tell = lambda message: None,
+    on_message: OnMessage = lambda message: None,
 ) -> TrainReport:
-    """Train on a data set of any layout and keep networks, state, logs and record in a folder.
+    """Train on a data set of any layout, and write checkpoints, state, logs and record to `run_folder`.
 
-    The same recipe, data and machine give the same weights, bit for bit, stopped and resumed or not.
+    The same recipe, data and machine give bit-identical weights, whether or not the run was interrupted and resumed.
 
     Raises:
-        DataError: the data set is not what it should be.
-        UsageError: the folder holds another training, or the loss stopped being a number.
-        TargetInUse: another run trains in the folder.
-        EnvironmentIssue: a package or a device is missing, or the disk did not take a file; what was saved before is
-            still there.
+        DataError: the data set is invalid.
+        UsageError: the folder holds another training, or the loss is not finite.
+        TargetInUse: another run uses the folder.
+        EnvironmentIssue: a package or device is missing, or the disk is full; earlier files are kept.
     """
     require_training_packages()
     if options.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             shortened = config.model_copy(update={"epochs": 1})
-            return _train(shortened, data_folder, Path(folder), on_progress, options, tell)
+            return _train(shortened, data_folder, Path(folder), on_progress, options, on_message)
     _check_folder(run_folder, options)
-    return _train(config, data_folder, run_folder, on_progress, options, tell)
+    return _train(config, data_folder, run_folder, on_progress, options, on_message)
 
 
-def find_data(config: TrainConfig, tell: Tell = lambda message: None) -> Path:
-    """The recipe's data folder, its synthetic films drawn where they are not there yet.
+def find_data(config: TrainConfig, on_message: OnMessage = lambda message: None) -> Path:
+    """Return the recipe's data folder; generate its synthetic images if the folder does not exist.
 
     Raises:
         UsageError: the recipe names no data set.
-        EnvironmentIssue: a package for the training is missing; nothing was drawn.
+        EnvironmentIssue: a training package is missing; nothing was generated.
     """
     require_training_packages()
-    folder, films = config.data.folder, config.data.synthetic
+    folder, synthetic = config.data.folder, config.data.synthetic
     if folder is None:
-        raise UsageError("The recipe names no data set. Give --data FOLDER, or data.folder in the recipe.")
-    if films is not None and not folder.exists():
-        tell(f"Drawing {films.images} synthetic films into {folder}")
-        counts = share_out_films(films.images)
-        write_dataset(folder, counts, config.image_hw, films.seed, prompts_per_film=films.prompts_per_image)
+        raise UsageError("The recipe names no data set. Give --data FOLDER, or set data.folder in the recipe.")
+    if synthetic is not None and not folder.exists():
+        on_message(f"Generating {synthetic.images} synthetic images in {folder}")
+        counts = share_out_films(synthetic.images)
+        write_dataset(folder, counts, config.image_hw, synthetic.seed, prompts_per_film=synthetic.prompts_per_image)
     return folder
 
 
 def _train(
-    config: TrainConfig, data_folder: Path, folder: Path, on_progress: OnProgress, options: RunOptions, tell: Tell
+    config: TrainConfig,
+    data_folder: Path,
+    folder: Path,
+    on_progress: OnProgress,
+    options: RunOptions,
+    on_message: OnMessage,
 ) -> TrainReport:
     from cclip_deploy.train.devices import launch
 
@@ -139,7 +143,7 @@ def _train(
         if fabric.is_global_zero:
             _check_folder(folder, options)
         run = _Run(config, data_folder, folder, options)
-        return _train_in(run, fabric, started_s, on_progress, tell)
+        return _train_in(run, fabric, started_s, on_progress, on_message)
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,9 @@ class _Run:
     options: RunOptions
 
 
-def _train_in(run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgress, tell: Tell) -> TrainReport:
+def _train_in(
+    run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgress, on_message: OnMessage
+) -> TrainReport:
     import torch
 
     from cclip_deploy.train.logs import TrainLog, write_record
@@ -158,35 +164,35 @@ def _train_in(run: _Run, fabric: Fabric, started_s: float, on_progress: OnProgre
     from cclip_deploy.train.state import STATE, Identity, TrainingPosition, load_state
 
     config, data_folder, folder, options = run.config, run.data_folder, run.folder, run.options
-    tell(f"Reading {data_folder}")
+    on_message(f"Reading {data_folder}")
     tokenizer = PromptTokenizer.from_open_clip()
     data_set = read_data_set(data_folder, config.data.layout, config.data.subject, config.data.allow_outside)
     if data_set.repaired:
-        tell(f"Repaired typing errors in {len(data_set.repaired)} prompts; cclip-deploy data lists them")
+        on_message(f"Corrected misspelled words in {len(data_set.repaired)} prompts; `cclip-deploy data` lists them")
     splits = _read_splits(data_set, config, options)
     identity = Identity.of(config, {split: data_fingerprint(rows) for split, rows in splits.items()})
     train_set, validation_set = (
         open_training_set(splits[split], tokenizer, config) if split in splits else None for split in ("train", "val")
     )
     assert train_set is not None
-    with _own_settings(config, fabric):
-        learner, clip = _make_learner(config, fabric, tell)
+    with _threads_and_seed(config, fabric):
+        state, clip = _make_state(config, fabric, on_message)
         resumed = options.resume and (folder / STATE).exists()
-        progress = load_state(folder, learner, identity) if resumed else TrainingPosition()
+        progress = load_state(folder, state, identity) if resumed else TrainingPosition()
         record = _describe(config, data_folder, identity, clip, torch.__version__)
         record["repaired_prompts"] = len(data_set.repaired)
         loaded_s = time.perf_counter() - started_s
-        first_step = len(progress.told)
-        with TrainLog(folder, first_step, options.tensorboard and fabric.is_global_zero) as journal:
+        first_step = len(progress.step_losses)
+        with TrainLog(folder, first_step, options.tensorboard and fabric.is_global_zero) as log:
             training = Training(
-                config, folder, train_set, validation_set, tokenizer, learner, progress, identity, journal, record,
+                config, folder, train_set, validation_set, tokenizer, state, progress, identity, log, record,
                 on_progress,
             )  # fmt: skip
-            tell(f"Training on {len(train_set.images)} images, {training.steps_per_epoch} steps an epoch")
+            on_message(f"Training on {len(train_set.images)} images, {training.steps_per_epoch} steps an epoch")
             run_epochs(training)
     report = _report(training, clip, first_step, loaded_s)
     if fabric.is_global_zero:
-        write_record(folder, {**record, "epochs": progress.history, "result": _plain(report)})
+        write_record(folder, {**record, "epochs": progress.history, "result": _to_json(report)})
     return report
 
 
@@ -195,19 +201,21 @@ def _check_folder(folder: Path, options: RunOptions) -> None:
         raise UsageError(f"{folder} is a file. Choose another folder for the training.")
     check_writable(folder)
     if folder.is_dir() and not all(map(is_bookkeeping, folder.iterdir())) and not options.resume:
-        raise UsageError(f"{folder} is not empty. Go on with --resume, or choose another folder.")
+        raise UsageError(f"{folder} is not empty. Continue with --resume, or choose another folder.")
 
 
 def _read_splits(data_set: DataSet, config: TrainConfig, options: RunOptions) -> dict[str, list[Sample]]:
-    """The rows to train on, and those to validate on where there are any."""
+    """Return the rows of the train split, and of the val split if there is one."""
     splits = {"train": of_split(data_set.samples, "train")}
     if any(sample.split == "val" for sample in data_set.samples):
         splits["val"] = of_split(data_set.samples, "val")
     elif config.patience is not None:
-        raise DataError("The recipe has patience, and the data set no rows of split 'val'. Add some, or take it out.")
+        raise DataError(
+            "The recipe sets patience, but the data set has no rows of split 'val'. Add some, or remove patience."
+        )
     if options.dry_run:
-        enough = config.images_per_batch * config.accumulate * config.devices.count * config.devices.nodes
-        return {split: _of_first_images(rows, enough) for split, rows in splits.items()}
+        one_step = config.images_per_batch * config.accumulate * config.devices.count * config.devices.nodes
+        return {split: _of_first_images(rows, one_step) for split, rows in splits.items()}
     return splits
 
 
@@ -217,8 +225,8 @@ def _of_first_images(samples: list[Sample], count: int) -> list[Sample]:
 
 
 @contextmanager
-def _own_settings(config: TrainConfig, fabric: Fabric) -> Iterator[None]:
-    """The recipe's threads and random numbers within, the caller's afterwards."""
+def _threads_and_seed(config: TrainConfig, fabric: Fabric) -> Iterator[None]:
+    """Set the recipe's thread count and seed within the block, and restore the caller's afterwards."""
     import torch
 
     devices = [fabric.device] if fabric.device.type == "cuda" else []
@@ -227,26 +235,26 @@ def _own_settings(config: TrainConfig, fabric: Fabric) -> Iterator[None]:
         yield
 
 
-def _make_learner(config: TrainConfig, fabric: Fabric, tell: Tell) -> tuple[Learner, ClipStart | None]:
+def _make_state(config: TrainConfig, fabric: Fabric, on_message: OnMessage) -> tuple[TrainState, ClipStart | None]:
     from cclip_deploy.model.clip_start import load_clip_weights
     from cclip_deploy.model.network import CausalCLIPSeg
     from cclip_deploy.train.devices import move_to_device
     from cclip_deploy.train.optimizers import freeze, make_average, make_optimizers
-    from cclip_deploy.train.state import Learner
+    from cclip_deploy.train.state import TrainState
 
     model = CausalCLIPSeg(CONFIGS[config.model])
     clip = None
     if config.clip_weights is not None:
-        tell(f"Starting both towers from CLIP, {config.clip_weights}")
+        on_message(f"Loading CLIP weights {config.clip_weights} into both towers")
         clip = load_clip_weights(model, config.clip_weights)
     if config.start_checkpoint is not None:
-        tell(f"Starting from {config.start_checkpoint}")
+        on_message(f"Loading the start checkpoint {config.start_checkpoint}")
         _start_from(model, config.start_checkpoint)
     move_to_device(model, fabric, config.devices.precision)
     frozen = freeze(model, config)
     wrapped = fabric.setup_optimizers(*make_optimizers(model, config))
     optimizers = list(wrapped) if isinstance(wrapped, tuple) else [wrapped]
-    return Learner(fabric, model, frozen, optimizers, make_average(model, config)), clip
+    return TrainState(fabric, model, frozen, optimizers, make_average(model, config)), clip
 
 
 def _start_from(model: CausalCLIPSeg, path: Path) -> None:
@@ -255,8 +263,8 @@ def _start_from(model: CausalCLIPSeg, path: Path) -> None:
     start = load_checkpoint(path).model
     if start.config != model.config:
         raise UsageError(
-            f"{path} is a network of config {start.config.name!r}, and the recipe trains {model.config.name!r}. "
-            "Change one of them."
+            f"{path} has a network of config {start.config.name!r}, but the recipe trains {model.config.name!r}. "
+            "Use a checkpoint of the recipe's model, or change `model`."
         )
     model.load_state_dict(start.state_dict())
 
@@ -264,7 +272,7 @@ def _start_from(model: CausalCLIPSeg, path: Path) -> None:
 def _describe(
     config: TrainConfig, data_folder: Path, identity: Any, clip: ClipStart | None, torch_version: str
 ) -> dict[str, Any]:
-    """What run.json says before anything was trained."""
+    """Return the part of run.json that is known before training."""
     from cclip_deploy import __version__
 
     start = None if clip is None else {"found": list(clip.found), "missing": list(clip.missing)}
@@ -282,18 +290,18 @@ def _report(training: Training, clip: ClipStart | None, first_step: int, loaded_
     from cclip_deploy.train.loop import BEST, LAST
 
     progress, data = training.progress, training.train_set
-    told = np.array(progress.told)
-    last = told[-math.ceil(len(told) / 10) :].mean(axis=0)
+    losses = np.array(progress.step_losses)
+    last = losses[-math.ceil(len(losses) / 10) :].mean(axis=0)
     return TrainReport(
         folder=training.folder,
         checkpoint=training.folder / (LAST if progress.best_dice is None else BEST),
         images=len(data.images),
         rows=len(data.tokens),
         cut_prompts=data.cut_prompts,
-        steps=len(told),
+        steps=len(losses),
         epochs=progress.epoch,
         stopped_early=progress.stopped_early,
-        first_loss=float(told[0, 0]),
+        first_loss=float(losses[0, 0]),
         last_loss=float(last[0]),
         best_dice=progress.best_dice,
         best_epoch=progress.best_epoch,
@@ -303,13 +311,13 @@ def _report(training: Training, clip: ClipStart | None, first_step: int, loaded_
         waiting_share=progress.waiting_s / progress.stepping_s,
         resumed_at_step=first_step,
         clip=clip,
-        rank=training.share.rank,
+        rank=training.shard.rank,
         history=tuple(progress.history),
     )
 
 
-def _plain(report: TrainReport) -> dict[str, Any]:
-    """The report as JSON, without what run.json says elsewhere."""
-    left_out = ("folder", "clip", "history", "rank")
-    values = {key: value for key, value in report.__dict__.items() if key not in left_out}
+def _to_json(report: TrainReport) -> dict[str, Any]:
+    """Return the report in JSON form, without what run.json has elsewhere."""
+    excluded = ("folder", "clip", "history", "rank")
+    values = {key: value for key, value in report.__dict__.items() if key not in excluded}
     return {**values, "checkpoint": report.checkpoint.name, "mask_means": list(report.mask_means)}

@@ -1,4 +1,4 @@
-"""A split as training reads it: pictures and masks in the network's size, read when first asked for, and kept."""
+"""Training and validation splits: lazily loaded and cached images and masks at the network's image size."""
 
 from __future__ import annotations
 
@@ -24,52 +24,54 @@ GIB = 2**30
 A = TypeVar("A", bound=np.generic)
 
 
-class CachedSample(Generic[A]):
-    """Arrays read from files, each kept in memory from its first reading on as long as there is room."""
+class CachedArrays(Generic[A]):
+    """Sequence of arrays loaded from files on first access, and cached in memory up to a size limit."""
 
-    def __init__(self, paths: Sequence[Path], read: Callable[[Path], NDArray[A]], room_bytes: float) -> None:
+    def __init__(self, paths: Sequence[Path], read: Callable[[Path], NDArray[A]], capacity_bytes: float) -> None:
         self.paths = tuple(paths)
         self._read = read
-        self._room_bytes = room_bytes
-        self._kept: dict[int, NDArray[A]] = {}
+        self._free_bytes = capacity_bytes
+        self._cache: dict[int, NDArray[A]] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> NDArray[A]:
-        """The array of a file; it must not be written into."""
-        found = self._kept.get(index)
-        if found is None:
-            found = self._read(self.paths[index])
-            if self._room_bytes >= found.nbytes:
-                self._room_bytes -= found.nbytes
-                self._kept[index] = found
-        return found
+        """Return the array of a file. Do not modify it."""
+        array = self._cache.get(index)
+        if array is None:
+            array = self._read(self.paths[index])
+            if self._free_bytes >= array.nbytes:
+                self._free_bytes -= array.nbytes
+                self._cache[index] = array
+        return array
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """One split: N images, R rows, prompts of L tokens."""
+    """One split of N images and R rows (image, mask, prompt) with prompts of L tokens."""
 
-    images: CachedSample[np.float32]  # N of (1 or 3, H, W) in [0, 1]
-    masks: CachedSample[np.bool_]  # R of (H, W)
+    images: CachedArrays[np.float32]  # N of (1 or 3, H, W) in [0, 1]
+    masks: CachedArrays[np.bool_]  # R of (H, W)
     tokens: NDArray[np.int64]  # (R, L)
     texts: tuple[str, ...]  # R
     image_of_row: NDArray[np.int64]  # (R,)
-    rows_of_image: tuple[NDArray[np.int64], ...]  # N arrays of row numbers
+    rows_of_image: tuple[NDArray[np.int64], ...]  # N arrays of row indices
     cut_prompts: int
 
 
 def open_training_set(samples: Sequence[Sample], tokenizer: PromptTokenizer, config: TrainConfig) -> TrainingSet:
-    """The samples of a split; a prompt that is too long is cut, and counted."""
+    """Return a split's samples as a training set; prompts that are too long are truncated and counted."""
     rows_of_path: dict[Path, list[int]] = {}
     for row, sample in enumerate(samples):
         rows_of_path.setdefault(sample.image, []).append(row)
     numbers = {path: number for number, path in enumerate(rows_of_path)}
-    hw, room_bytes = config.image_hw, config.cache_gib * GIB
+    hw, capacity_bytes = config.image_hw, config.cache_gib * GIB
     return TrainingSet(
-        images=CachedSample(list(rows_of_path), lambda path: _read_image(path, hw), 0.8 * room_bytes),
-        masks=CachedSample([r.mask for r in samples], lambda path: fit_mask(read_mask(path), hw), 0.2 * room_bytes),
+        images=CachedArrays(list(rows_of_path), lambda path: _read_image(path, hw), 0.8 * capacity_bytes),
+        masks=CachedArrays(
+            [r.mask for r in samples], lambda path: _resize_mask(read_mask(path), hw), 0.2 * capacity_bytes
+        ),
         tokens=np.stack([tokenizer.encode_cut(sample.text, config.prompt_length) for sample in samples]),
         texts=tuple(sample.text for sample in samples),
         image_of_row=np.array([numbers[sample.image] for sample in samples], np.int64),
@@ -79,7 +81,7 @@ def open_training_set(samples: Sequence[Sample], tokenizer: PromptTokenizer, con
 
 
 def data_fingerprint(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What a split is, so that a resumed training can tell another one: counts, and SHA-256 of each part."""
+    """Return counts and SHA-256 digests of a split's parts, so that a resumed run detects changed data."""
     images = dict.fromkeys(sample.image for sample in samples)
     root = os.path.commonpath([path.parent for r in samples for path in (r.image, r.mask)])
     names = [(os.path.relpath(r.image, root), os.path.relpath(r.mask, root), r.subject) for r in samples]
@@ -93,14 +95,14 @@ def data_fingerprint(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def fit_mask(mask: NDArray[np.bool_], hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """A mask in the network's size: a pixel is inside where more than half of it is."""
+def _resize_mask(mask: NDArray[np.bool_], hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """Resize a mask; a pixel is inside if more than half of its area is."""
     from PIL import Image
 
     if mask.shape == hw:
         return mask
-    share = Image.fromarray(mask.astype(np.float32)).resize((hw[1], hw[0]), Image.Resampling.BOX)
-    return np.asarray(share) > 0.5
+    fraction = Image.fromarray(mask.astype(np.float32)).resize((hw[1], hw[0]), Image.Resampling.BOX)
+    return np.asarray(fraction) > 0.5
 
 
 def _read_image(path: Path, hw: tuple[int, int]) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""The tests of the kept ablation, against scipy, and the page that quotes them."""
+"""Paired tests of the recorded ablation against scipy and the documentation."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def drops() -> dict[str, list[float]]:
-    """Drop of every arm and seed of the kept ablation."""
-    kept = json.loads((DOCS / "measurements" / "ablation_synthetic_tiny.json").read_text(encoding="utf-8"))
+    """Drop of every arm and seed of the recorded ablation."""
+    recorded = json.loads((DOCS / "measurements" / "ablation_synthetic_tiny.json").read_text(encoding="utf-8"))
     return {
-        arm: [training["numbers"]["drop"] for training in kept["trainings"] if training["arm"] == arm]
-        for arm in kept["plan"]["arms"]
+        arm: [training["numbers"]["drop"] for training in recorded["trainings"] if training["arm"] == arm]
+        for arm in recorded["plan"]["arms"]
     }
 
 
-def test_pairs_of_the_kept_ablation_have_scipys_intervals_and_p_values(drops: dict[str, list[float]]) -> None:
+def test_pairs_of_the_recorded_ablation_match_scipy(drops: dict[str, list[float]]) -> None:
     pairs = compare_pairs(drops)
     assert len(pairs) == 15
     for pair in pairs:
@@ -40,7 +40,7 @@ def test_reversal_drops_more_than_joint_in_every_seed(drops: dict[str, list[floa
     assert (pair.higher_in, round(pair.p_value, 3), round(pair.p_holm, 2)) == (5, 0.003, 0.03)
 
 
-def test_the_page_shows_every_pair_and_the_power(drops: dict[str, list[float]]) -> None:
+def test_the_documentation_has_every_pair_and_the_power(drops: dict[str, list[float]]) -> None:
     page = (DOCS / "causal-evidence.md").read_text(encoding="utf-8")
 
     def assert_shown(rows: Rows) -> None:

@@ -1,4 +1,4 @@
-"""Plans: what is read, laid over each other, and refused."""
+"""Tests of ablation plans."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_plan_of_the_project_is_read_and_compares_all_modes(path: Path) -> None:
+def test_all_example_plans_are_valid_and_compare_all_modes(path: Path) -> None:
     plan = read_plan(path)
     assert {plan.recipe_of(arm, 0, 1).mode for arm in plan.arms} == set(MODES)
     assert len(plan.seeds) >= 3
 
 
-def test_the_synthetic_plan_has_a_clean_upper_bound_with_the_settings_of_off() -> None:
+def test_the_synthetic_plan_has_an_unconfounded_arm_with_the_settings_of_off() -> None:
     plan = read_plan(PLANS / "synthetic_tiny.toml")
     assert plan.arms["clean"].signs == "by-chance"
     assert plan.settings_of("clean") == plan.settings_of("off")
 
 
-def test_arm_and_setting_are_laid_over_the_recipe_table_by_table() -> None:
+def test_arm_and_setting_are_merged_into_the_recipe() -> None:
     plan = AblationPlan.model_validate({
         "reference": "a", "films": {}, "recipe": {"epochs": 3, "game": {"masker_steps": 2, "masker_rate": 0.5}},
         "arms": {"a": {"recipe": {"mode": "joint"}, "settings": [{}, {"game": {"masker_rate": 0.1}}]}},
@@ -62,23 +62,23 @@ def test_arm_and_setting_are_laid_over_the_recipe_table_by_table() -> None:
         ("[films", "not a TOML"),
     ],
 )
-def test_what_is_wrong_with_a_plan_is_named(text: str, named: str, tmp_path: Path) -> None:
+def test_an_invalid_plan_is_refused_with_the_reason(text: str, named: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=named):
         read_plan(write(tmp_path / "plan.toml", text))
 
 
-def test_another_data_set_takes_the_place_of_the_plans_own(tmp_path: Path) -> None:
+def test_another_data_set_replaces_the_plans_own(tmp_path: Path) -> None:
     path = write(tmp_path / "plan.toml", "[recipe.data]\nfolder = 'x'\nlayout = 'flat'\n[arms.off]")
     source = read_plan(path, tmp_path).recipe_of("off", 0, 1).data
     assert (source.folder, source.layout) == (tmp_path, "flat")
 
 
-def test_a_plan_whose_arms_need_films_cannot_run_on_a_data_set(tmp_path: Path) -> None:
+def test_a_plan_that_needs_synthetic_images_cannot_use_a_data_set(tmp_path: Path) -> None:
     path = write(tmp_path / "plan.toml", "[films]\n[recipe]\n[arms.off]\n[arms.clean]\nsigns = 'by-chance'")
     with pytest.raises(UsageError, match=r"arms\.clean\.signs needs"):
         read_plan(path, tmp_path)
 
 
-def test_no_plan_at_all_is_said_so(tmp_path: Path) -> None:
+def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"There is no plan .*none.toml"):
         read_plan(tmp_path / "none.toml")

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from cclip_deploy.errors import CheckpointError
-from cclip_deploy.train.state import STATE, Identity, Learner, TrainingPosition, load_state, save_state
+from cclip_deploy.train.state import STATE, Identity, TrainingPosition, TrainState, load_state, save_state
 
 IDENTITY = Identity({"mode": "joint"}, {"pictures": "0"})
 
 
-def learner() -> Learner:
+def learner() -> TrainState:
     """A learner of one small layer."""
     model: Any = torch.nn.Linear(2, 2)
     precision = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: dict(state))
     fabric: Any = SimpleNamespace(strategy=SimpleNamespace(precision=precision))
-    return Learner(fabric, model, [], [torch.optim.SGD(model.parameters(), 0.1)], None)
+    return TrainState(fabric, model, [], [torch.optim.SGD(model.parameters(), 0.1)], None)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_state_of_other_contents_is_a_damaged_one(
 ) -> None:
     """Before, several were tracebacks, and int8, boolean and complex weights were cast."""
     torch.save({**state, key: value}, tmp_path / STATE)
-    with pytest.raises(CheckpointError, match=r"state\.pt (is a damaged state|has|lacks)") as caught:
+    with pytest.raises(CheckpointError, match=r"state\.pt (is a damaged training state|has|lacks)") as caught:
         load_state(tmp_path, learner(), IDENTITY)
     assert "\n" not in str(caught.value)
 
@@ -77,5 +77,5 @@ def test_a_state_cut_off_anywhere_is_a_damaged_one(state: dict[str, Any], tmp_pa
     whole = (tmp_path / STATE).read_bytes()
     for length in (*range(0, len(whole), 97), len(whole) - 1):
         (tmp_path / STATE).write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"state\.pt is a damaged state"):
+        with pytest.raises(CheckpointError, match=r"state\.pt is a damaged training state"):
             load_state(tmp_path, learner(), IDENTITY)

@@ -49,7 +49,7 @@ def test_clip_weights_beside_a_start_checkpoint_are_refused_before_anything_is_d
     recipe.write_text(f'start_checkpoint = "{tmp_path / "start.safetensors"}"\n{recipe.read_text()}')
     done = invoke("train", recipe, "-o", tmp_path / "run", "--clip-weights", tmp_path / "clip.safetensors")
     assert done.exit_code == 2
-    assert "clip_weights and start_checkpoint both say where the towers start; give one" in (
+    assert "clip_weights and start_checkpoint both set the towers' initial weights; give only one" in (
         " ".join(done.stderr.split())
     )
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Facts about masks and the toggle effect, against masks and answers that are known."""
+"""Tests of mask statistics and the toggle effect with known masks and predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import torch
 
 from cclip_deploy.datasets.synthetic.generator import film_rng, make_samples
 from cclip_deploy.errors import UsageError
-from cclip_deploy.evaluation.causal import ToggledFilm, measure_causal_masks, measure_toggle, untrained_mask
+from cclip_deploy.evaluation.causal import (
+    ToggledImage,
+    measure_causal_masks,
+    measure_toggle_effect,
+    untrained_mask_statistics,
+)
 from cclip_deploy.imaging.preprocess import Preprocessing, to_input
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
@@ -24,7 +29,7 @@ def network_with_masks(*masks: torch.Tensor) -> Any:
     return SimpleNamespace(neck=neck, image_tower=lambda image: (image,) * 3)
 
 
-def test_masks_of_ones_halves_and_both_have_the_closed_forms() -> None:
+def test_mask_statistics_match_closed_forms() -> None:
     halves, ones = torch.full((1, 4, 2, 2), 0.5), torch.ones(1, 4, 2, 2)
     hard = torch.cat([torch.zeros(1, 1, 2, 2), torch.ones(1, 3, 2, 2)], dim=1)
     facts = measure_causal_masks(network_with_masks(ones, halves, hard), [np.zeros((32, 32), np.float32)] * 2, (32, 32))
@@ -33,7 +38,7 @@ def test_masks_of_ones_halves_and_both_have_the_closed_forms() -> None:
     assert facts.sd == (0.0, 0.0, pytest.approx((0.75 * 0.25) ** 0.5))
 
 
-def test_masks_of_a_real_network_are_those_of_its_maskers() -> None:
+def test_mask_statistics_are_those_of_the_maskers_outputs() -> None:
     torch.manual_seed(0)
     model = CausalCLIPSeg(TINY).eval()
     film = np.random.default_rng(0).random((64, 64), np.float32)
@@ -48,7 +53,7 @@ def test_masks_of_a_real_network_are_those_of_its_maskers() -> None:
     assert facts.sd[1] == pytest.approx(float(p.std(correction=0)), rel=1e-6)
 
 
-def test_masks_of_an_untrained_network_are_the_sigmoid_of_a_standard_normal() -> None:
+def test_untrained_masks_have_the_statistics_of_a_sigmoid_of_normals() -> None:
     torch.manual_seed(0)
     model = CausalCLIPSeg(TINY).train()
     for norm in model.modules():
@@ -59,7 +64,7 @@ def test_masks_of_an_untrained_network_are_the_sigmoid_of_a_standard_normal() ->
     with torch.no_grad():
         model.neck.masks(model.neck.levels(model.image_tower(batch)))
     facts = measure_causal_masks(model.eval(), films[80:], (64, 64))
-    mean, entropy_bits, sd = untrained_mask()
+    mean, entropy_bits, sd = untrained_mask_statistics()
     normal = torch.sigmoid(torch.randn(1_000_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     assert (mean, sd) == pytest.approx((float(normal.mean()), float(normal.std())), abs=1e-3)
     assert entropy_bits == pytest.approx(
@@ -70,15 +75,15 @@ def test_masks_of_an_untrained_network_are_the_sigmoid_of_a_standard_normal() ->
     assert facts.sd == pytest.approx([sd] * 3, abs=0.02)
 
 
-def test_no_picture_and_no_film_are_refused() -> None:
-    with pytest.raises(UsageError, match="no picture"):
+def test_no_images_are_refused() -> None:
+    with pytest.raises(UsageError, match="no images"):
         measure_causal_masks(network_with_masks(*[torch.ones(1, 1, 1, 1)] * 3), [], (32, 32))
-    with pytest.raises(UsageError, match="no film"):
-        measure_toggle(Answering(PromptTokenizer.from_open_clip()), [])
+    with pytest.raises(UsageError, match="no images"):
+        measure_toggle_effect(Answering(PromptTokenizer.from_open_clip()), [])
 
 
 class Answering:
-    """Answers every prompt with the picture itself, weaker for the second."""
+    """Network that predicts the image itself, divided by the number of the prompt."""
 
     prompt_length, threshold = 32, 0.5
 
@@ -93,10 +98,10 @@ class Answering:
         return {}
 
 
-def test_the_toggle_effect_is_the_mean_change_inside_the_lungs_alone(tokenizer: PromptTokenizer) -> None:
+def test_the_toggle_effect_is_the_mean_change_inside_the_lungs(tokenizer: PromptTokenizer) -> None:
     one, other = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
     lungs = np.zeros((4, 4), np.bool_)
     lungs[1:3, 1:3] = True
     other[1, 1], other[0, 0] = -0.8, 1.0  # inside, of four pixels; outside
-    film = ToggledFilm(one, other, lungs, ("left lung", "right lung"))
-    assert measure_toggle(Answering(tokenizer), [film]) == pytest.approx((0.2 + 0.1) / 2)
+    film = ToggledImage(one, other, lungs, ("left lung", "right lung"))
+    assert measure_toggle_effect(Answering(tokenizer), [film]) == pytest.approx((0.2 + 0.1) / 2)

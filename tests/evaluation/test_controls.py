@@ -1,4 +1,4 @@
-"""Other sentences for the same pictures."""
+"""Tests of the prompt controls."""
 
 from __future__ import annotations
 
@@ -32,61 +32,61 @@ def controls(*texts: str) -> dict[str, Control]:
 
 
 def sentences(control: Control) -> list[str | None]:
-    """The one sentence of every row, or None."""
-    assert all(len(row) <= 1 and set(row.values()) <= {1.0} for row in control.asked)
-    return [next(iter(row), None) for row in control.asked]
+    """Return the single prompt of every row, or None."""
+    assert all(len(row) <= 1 and set(row.values()) <= {1.0} for row in control.prompts)
+    return [next(iter(row), None) for row in control.prompts]
 
 
-def test_every_other_sentence_counts_as_often_as_the_split_has_it() -> None:
+def test_shuffled_weights_other_prompts_by_their_rows() -> None:
     shuffled = controls(LEFT, RIGHT, RIGHT, BOTH, FREE)["shuffled"]
-    assert shuffled.asked[0] == {RIGHT: 2 / 4, BOTH: 1 / 4, FREE: 1 / 4}
-    assert shuffled.asked[1] == shuffled.asked[2] == {LEFT: 1 / 3, BOTH: 1 / 3, FREE: 1 / 3}
+    assert shuffled.prompts[0] == {RIGHT: 2 / 4, BOTH: 1 / 4, FREE: 1 / 4}
+    assert shuffled.prompts[1] == shuffled.prompts[2] == {LEFT: 1 / 3, BOTH: 1 / 3, FREE: 1 / 3}
     assert (shuffled.drawn, shuffled.missing) == (None, None)
 
 
-def test_all_other_sentences_do_not_depend_on_the_seed() -> None:
+def test_shuffled_without_sampling_does_not_depend_on_the_seed() -> None:
     texts = [LEFT, RIGHT, RIGHT, BOTH, FREE] * 3
     assert make_controls(texts, seed=1)[0] == make_controls(texts, seed=2)[0]
 
 
-def test_sentences_of_one_meaning_are_not_compared() -> None:
-    """Another wording of the same sites would only dilute the difference."""
+def test_prompts_of_the_same_meaning_are_not_controls() -> None:
+    """Another wording of the same meaning would dilute the difference."""
     same = "Opacity in the left upper zone"
     made = controls(LEFT, same, RIGHT)
-    assert made["shuffled"].asked == ({RIGHT: 1.0}, {RIGHT: 1.0}, {LEFT: 0.5, same: 0.5})
+    assert made["shuffled"].prompts == ({RIGHT: 1.0}, {RIGHT: 1.0}, {LEFT: 0.5, same: 0.5})
     assert sentences(controls(LEFT, LEFT, same)["fixed"]) == [None, None, None]
     assert controls(LEFT, LEFT, same)["shuffled"].reasons == (ONLY_MEANING,) * 3
 
 
-def test_a_sample_of_too_many_sentences_is_stratified_and_right_on_average() -> None:
+def test_sampled_prompts_are_stratified_and_unbiased() -> None:
     texts = [f"case {n % 40 if n < 200 else 0}" for n in range(300)]
-    exact = make_controls(texts)[0].asked[0]
+    exact = make_controls(texts)[0].prompts[0]
     tallies: Counter[str] = Counter()
     for seed in range(40):
         control = make_controls(texts, seed, most_answers=2000)[0]
         assert control.drawn == FEWEST_DRAWN
-        assert "8 drawn for each row" in control.meaning
+        assert "8 sampled per row" in control.meaning
         assert all(sum(row.values()) == pytest.approx(1) and text not in row
-                   for text, row in zip(texts, control.asked, strict=True))  # fmt: skip
-        for row in control.asked[:1]:
+                   for text, row in zip(texts, control.prompts, strict=True))  # fmt: skip
+        for row in control.prompts[:1]:
             tallies.update(row)
     drawn = np.array([tallies[text] / 40 for text in exact])
     assert abs(drawn - list(exact.values())).max() < 0.03
-    halves = make_controls(texts, 0, most_answers=2000)[0].asked[1]
+    halves = make_controls(texts, 0, most_answers=2000)[0].prompts[1]
     assert Counter(halves)["case 0"] == pytest.approx(105 / 295, abs=1 / 8), "a stratum is an eighth of the others"
     assert make_controls(texts, 3, 2000)[0] == make_controls(texts, 3, 2000)[0] != make_controls(texts, 4, 2000)[0]
     assert make_controls(texts, 3, 6000)[0].drawn == 20
 
 
-def test_rows_that_would_get_their_own_sentence_are_left_out() -> None:
+def test_rows_whose_own_prompt_is_the_control_are_left_out() -> None:
     assert sentences(controls(LEFT, RIGHT, LEFT)["fixed"]) == [None, LEFT, None]
     assert sentences(controls(NEUTRAL, RIGHT)["neutral"]) == [None, NEUTRAL]
     assert sentences(controls(LEFT, RIGHT)["empty"]) == ["", ""]
     assert controls(LEFT, RIGHT, LEFT)["fixed"].reasons == (SAME_MEANING, "", SAME_MEANING)
 
 
-def test_sides_are_swapped_where_that_changes_the_meaning_and_is_sure() -> None:
-    """The first control asked 1,108 of 2,107 real sentences for what they meant already."""
+def test_sides_are_swapped_only_if_the_meaning_reliably_changes() -> None:
+    """An earlier version did not change the meaning of 1,108 of 2,107 real prompts."""
     real = "{} pulmonary infection involving {} regions with involvement of {}"
     all_lungs = real.format("Bilateral", "two", "all right lung and all left lung")
     one = real.format("Bilateral", "two", "the lower left lung and the upper right lung")
@@ -102,7 +102,7 @@ def test_sides_are_swapped_where_that_changes_the_meaning_and_is_sure() -> None:
     assert swapped.missing is None
 
 
-def test_a_control_that_no_row_can_have_says_why() -> None:
+def test_a_control_without_rows_has_a_reason() -> None:
     made = controls(FREE)
     assert ONLY_MEANING in str(made["shuffled"].missing)
     assert SAME_MEANING in str(made["fixed"].missing)

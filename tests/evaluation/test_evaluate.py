@@ -1,4 +1,4 @@
-"""A checkpoint and its bundle evaluated on data sets that a user may have, and the report of it."""
+"""Tests of evaluating a checkpoint and its bundle, and of the report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FILM_HW = (80, 72)
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six test films of another size than the network's, three prompts each, some of absent sites."""
+    """Six test images of another size than the network's, with three prompts each, some without a target."""
     folder = tmp_path_factory.mktemp("data") / "films"
     write_dataset(folder, {"test": 6}, FILM_HW, 0, prompts_per_film=3, asking=Asking(absent_share=0.3))
     return folder
@@ -72,7 +72,7 @@ def test_a_bundle_and_its_checkpoint_agree(of_bundle: EvaluationResult, of_check
     assert (of_bundle.network["backend"], of_checkpoint.network["backend"]) == ("onnxruntime", "pytorch")
 
 
-def test_a_checkpoint_that_knows_what_it_was_trained_on_is_asked_so(
+def test_a_checkpoint_is_evaluated_at_its_stored_input_form(
     tiny_network: CausalCLIPSeg, films: Path, tmp_path: Path, of_checkpoint: EvaluationResult
 ) -> None:
     save_checkpoint(tiny_network, tmp_path / "trained.safetensors", InputForm(TINY_HW, 24))
@@ -106,11 +106,11 @@ def low_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(("precision", "rest"), [("fp16", "fp16"), ("int8", "fp32")])
-def test_a_low_precision_is_measured_and_named(
+def test_low_precision_results_match_the_segmenter(
     backend: BackendName, precision: Precision, rest: str, low_bundle_path: Path, films: Path,
     of_bundle: EvaluationResult,
 ) -> None:  # fmt: skip
-    """Dice of every row as the segmenter's own probabilities give it, and not FP32's."""
+    """Dice of every row equals that of the segmenter's probabilities, and differs from FP32."""
     pytest.importorskip(backend)
     result = evaluate(
         NetworkConfig(low_bundle_path, BackendConfig(backend, threads=THREADS), precision), films, EvaluationOptions()
@@ -138,13 +138,13 @@ def test_a_precision_that_the_bundle_lacks_is_an_error(precision: str, tiny_bund
         evaluate(NetworkConfig(tiny_bundle_path, precision=precision), films, EvaluationOptions())
 
 
-def test_engines_that_are_not_there_are_an_error_and_never_replaced(tiny_bundle_path: Path, films: Path) -> None:
+def test_missing_engines_are_an_error_without_fallback(tiny_bundle_path: Path, films: Path) -> None:
     runs = BackendConfig("tensorrt-rtx", allow_fallback=True)
     with pytest.raises(UsageError, match="build-engine BUNDLE --fp16 --backend tensorrt-rtx"):
         evaluate(NetworkConfig(tiny_bundle_path, runs, "fp16"), films, EvaluationOptions())
 
 
-def test_what_stands_in_is_named(tiny_bundle_path: Path, films: Path) -> None:
+def test_a_fallback_is_reported(tiny_bundle_path: Path, films: Path) -> None:
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -159,18 +159,18 @@ def test_what_stands_in_is_named(tiny_bundle_path: Path, films: Path) -> None:
     assert any("onnxruntime on cuda was requested and did not run" in remark for remark in remarks(result))
 
 
-def test_answers_are_measured_in_the_pictures_own_pixels(of_bundle: EvaluationResult) -> None:
+def test_metrics_are_computed_at_the_original_image_size(of_bundle: EvaluationResult) -> None:
     assert {row.pixels for row in of_bundle.measurements.rows} == {FILM_HW[0] * FILM_HW[1]}
 
 
-def test_the_data_are_described(of_bundle: EvaluationResult) -> None:
+def test_the_split_is_described(of_bundle: EvaluationResult) -> None:
     data = of_bundle.data
     assert (data.images, data.patients, data.split, data.layout, data.patients_known) == (6, 6, "test", "flat", True)
     empty = sum(not row.overlap.reference for row in of_bundle.measurements.rows)
     assert data.empty_masks == empty > 0
 
 
-def test_prompts_that_are_too_long_are_cut_and_counted(tiny_checkpoint: Path, films: Path) -> None:
+def test_long_prompts_are_truncated_and_counted(tiny_checkpoint: Path, films: Path) -> None:
     choice = NetworkConfig(tiny_checkpoint, threads=THREADS, image_hw=(32, 32), prompt_length=8)
     result = evaluate(choice, films, EvaluationOptions())
     assert result.data.cut_prompts == result.data.rows > 0
@@ -194,11 +194,11 @@ def test_one_image_has_values_without_intervals(tiny_bundle_path: Path, copy: Pa
     assert dice.value is not None
     assert (dice.low, dice.high, dice.patients) == (None, None, 1)
     assert {c.name for c in result.evaluation.controls if c.missing} == {"shuffled", "fixed"}
-    assert any("one patient alone" in warning for warning in result.warnings())
+    assert any("only one patient" in warning for warning in result.warnings())
     write_report(tmp_path / "report", result)
 
 
-def test_empty_references_alone_can_be_reported(tiny_bundle_path: Path, copy: Path, tmp_path: Path) -> None:
+def test_a_split_of_only_empty_references_can_be_reported(tiny_bundle_path: Path, copy: Path, tmp_path: Path) -> None:
     for mask in (copy / "masks").iterdir():
         Image.new("L", FILM_HW[::-1]).save(mask)
     choice = NetworkConfig(tiny_bundle_path, threads=THREADS)
@@ -206,28 +206,28 @@ def test_empty_references_alone_can_be_reported(tiny_bundle_path: Path, copy: Pa
     assert result.evaluation.scores.dice_per_image.value is None
     assert result.evaluation.scores.empty_found_empty.rows == result.data.rows
     write_report(tmp_path / "report", result)
-    assert "Found where nothing is" in (tmp_path / "report" / "index.html").read_text()
+    assert "False positives" in (tmp_path / "report" / "index.html").read_text()
 
 
-def test_a_split_that_is_not_there_is_named(tiny_bundle_path: Path, films: Path) -> None:
+def test_a_missing_split_is_refused(tiny_bundle_path: Path, films: Path) -> None:
     with pytest.raises(DataError, match="no rows of split 'val'; its splits: test"):
         evaluate(NetworkConfig(tiny_bundle_path), films, EvaluationOptions(split="val"))
 
 
-def test_a_table_without_rows_is_named(tiny_bundle_path: Path, copy: Path) -> None:
+def test_an_empty_table_is_refused(tiny_bundle_path: Path, copy: Path) -> None:
     keep_rows(copy, 0)
     with pytest.raises(DataError, match="is empty"):
         evaluate(NetworkConfig(tiny_bundle_path), copy, EvaluationOptions())
 
 
-def test_a_missing_mask_is_named_before_anything_is_computed(tiny_bundle_path: Path, copy: Path) -> None:
+def test_a_missing_mask_is_refused_before_computing(tiny_bundle_path: Path, copy: Path) -> None:
     lost = sorted((copy / "masks").iterdir())[-1]
     lost.unlink()
     with pytest.raises(DataError, match=lost.name):
         evaluate(NetworkConfig(tiny_bundle_path), copy, EvaluationOptions())
 
 
-def test_options_of_the_other_kind_are_refused(tiny_bundle_path: Path, tiny_checkpoint: Path, films: Path) -> None:
+def test_options_that_do_not_apply_are_refused(tiny_bundle_path: Path, tiny_checkpoint: Path, films: Path) -> None:
     with pytest.raises(UsageError, match="are for a checkpoint"):
         evaluate(NetworkConfig(tiny_bundle_path, image_hw=(64, 64)), films, EvaluationOptions())
     with pytest.raises(UsageError, match="Export it"):
@@ -239,7 +239,7 @@ def test_options_of_the_other_kind_are_refused(tiny_bundle_path: Path, tiny_chec
 
 
 @pytest.mark.parametrize("wrong", [{"threshold": 1.0}, {"tolerance_px": -1.0}, {"worst": -1}, {"seed": -1}])
-def test_numbers_that_mean_nothing_are_refused(wrong: dict[str, float], films: Path) -> None:
+def test_numbers_out_of_range_are_refused(wrong: dict[str, float], films: Path) -> None:
     with pytest.raises(UsageError):
         evaluate(NetworkConfig(films), films, EvaluationOptions(**wrong))  # type: ignore[arg-type]
 
@@ -251,7 +251,7 @@ def report(of_bundle: EvaluationResult, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def test_the_page_needs_no_other_file(report: Path) -> None:
+def test_the_page_is_self_contained(report: Path) -> None:
     page = (report / "index.html").read_text()
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) >= 4 + 2
@@ -261,20 +261,20 @@ def test_the_page_needs_no_other_file(report: Path) -> None:
     assert "http" not in re.sub(r"data:[^\"]*", "", page)
 
 
-def test_the_page_says_the_numbers_that_the_json_says(report: Path, of_bundle: EvaluationResult) -> None:
+def test_page_and_json_have_the_same_numbers(report: Path, of_bundle: EvaluationResult) -> None:
     numbers = json.loads((report / "evaluation.json").read_text())
     assert numbers["scores"]["dice_per_image"]["value"] == pytest.approx(row_dice(of_bundle).mean())
     assert numbers["policy"]["empty_reference"] == "one"
     assert f"<b>{numbers['scores']['dice_per_image']['value']:.3f}</b>" in (report / "index.html").read_text()
 
 
-def test_few_patients_are_warned_of_in_page_and_numbers(report: Path, of_bundle: EvaluationResult) -> None:
+def test_page_and_json_warn_of_few_patients(report: Path, of_bundle: EvaluationResult) -> None:
     (warning,) = json.loads((report / "evaluation.json").read_text())["warnings"]
     assert warning.startswith(f"Fewer than {FEW_PATIENTS} patients: The split.")
     assert f"<p>Warning: {warning}</p>" in (report / "index.html").read_text()
 
 
-def test_scores_of_few_patients_are_named_in_a_split_of_many(of_bundle: EvaluationResult) -> None:
+def test_the_warning_names_scores_of_few_patients(of_bundle: EvaluationResult) -> None:
     data = replace(of_bundle.data, patients=FEW_PATIENTS)
     (warning,) = replace(of_bundle, data=data).warnings()
     assert "hd95_px" in warning
@@ -307,7 +307,7 @@ def test_only_a_report_is_replaced(report: Path, of_bundle: EvaluationResult, tm
     assert (tmp_path / "thesis" / "chapter.tex").exists()
 
 
-def test_coverage_is_said_with_every_control_and_group(of_bundle: EvaluationResult, report: Path) -> None:
+def test_coverage_is_reported_for_every_control_and_grouping(of_bundle: EvaluationResult, report: Path) -> None:
     numbers, rows = json.loads((report / "evaluation.json").read_text()), of_bundle.data.rows
     for control in numbers["controls"]:
         coverage = control["coverage"]
@@ -316,9 +316,9 @@ def test_coverage_is_said_with_every_control_and_group(of_bundle: EvaluationResu
     assert {group["by"]: group["coverage"]["rows"] for group in numbers["group_coverage"]} == {
         "target size": rows, "side named": rows, "zones named": rows,
     }  # fmt: skip
-    page, said = (report / "index.html").read_text(), remarks(of_bundle)
+    page, found = (report / "index.html").read_text(), remarks(of_bundle)
     fixed = next(c["coverage"] for c in numbers["controls"] if c["name"] == "fixed")
     assert fixed["rows"] < rows
     assert f"<td>{fixed['rows']} of {rows}</td>" in re.sub(r"<td[^>]*>", "<td>", page)
-    assert any(remark.startswith(f"Control fixed: {fixed['rows']} of {rows} rows; left out are") for remark in said)
-    assert f"Groups by side named: known of {rows} of {rows} rows." in said
+    assert any(remark.startswith(f"Control fixed: {fixed['rows']} of {rows} rows; left out:") for remark in found)
+    assert f"Groups by side named: known for {rows} of {rows} rows." in found

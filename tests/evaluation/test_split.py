@@ -1,4 +1,4 @@
-"""One pass over a split: what is asked of the network, and what is kept of its answers."""
+"""Tests of evaluating a split: network passes, controls, cases and errors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from PIL import Image
 from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.errors import DataError, ImageError
 from cclip_deploy.evaluation.controls import Control, make_controls
-from cclip_deploy.evaluation.split import MeasuringOptions, Worst, measure_split
+from cclip_deploy.evaluation.split import MeasurementOptions, TopCases, measure_split
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
 HW = (20, 30)
-OPTIONS = MeasuringOptions(threshold=0.5, tolerance_px=2.0, worst=3)
+OPTIONS = MeasurementOptions(threshold=0.5, tolerance_px=2.0, worst=3)
 
 
 class TopRows:
-    """Marks as many rows from the top as its prompt has words; counts image passes and questions."""
+    """Network that predicts as many rows from the top as the prompt has words, and counts passes and prompts."""
 
     threshold, prompt_length = 0.5, 8
 
@@ -53,7 +53,7 @@ def write(folder: Path, name: str, inside_rows: int) -> Path:
 
 
 def samples(folder: Path, *rows: tuple[str, str, int]) -> list[Sample]:
-    """(image, text, rows of the mask that are inside)"""
+    """Return samples from (image, text, number of mask rows inside)."""
     made = []
     for number, (image, text, inside) in enumerate(rows):
         path = folder / f"{image}.png"
@@ -63,26 +63,26 @@ def samples(folder: Path, *rows: tuple[str, str, int]) -> list[Sample]:
     return made
 
 
-def test_a_picture_is_passed_once_and_each_sentence_asked_once(tmp_path: Path, network: TopRows) -> None:
+def test_each_image_is_encoded_once_and_each_prompt_decoded_once(tmp_path: Path, network: TopRows) -> None:
     rows = samples(tmp_path, ("a", "one", 1), ("b", "two words", 2), ("a", "three more words", 3))
     network.passes.clear()
-    told: list[tuple[str, int, int]] = []
+    reported: list[tuple[str, int, int]] = []
     controls = [Control.single("fixed", ("one",) * 3), Control.single("empty", ("", None, ""))]
     measure_split(network, rows, controls, OPTIONS,
-                  lambda path, number, total: told.append((path.name, number, total)))  # fmt: skip
+                  lambda path, number, total: reported.append((path.name, number, total)))  # fmt: skip
     assert network.passes == [3, 2]  # a: one, three more words, empty; b: two words, one
-    assert told == [("a.png", 1, 2), ("b.png", 2, 2)]
+    assert reported == [("a.png", 1, 2), ("b.png", 2, 2)]
 
 
-def test_rows_keep_their_order_and_their_numbers(tmp_path: Path, network: TopRows) -> None:
+def test_rows_keep_their_order(tmp_path: Path, network: TopRows) -> None:
     rows = samples(tmp_path, ("a", "one", 1), ("b", "two words", 4), ("a", "three more words", 3))
     found = measure_split(network, rows, [], OPTIONS).rows
     assert [row.overlap.dice for row in found] == pytest.approx([1, 2 * 2 / 6, 1])
     assert [row.pixels for row in found] == [600] * 3
-    assert [int(row.levels.inside.sum()) for row in found] == [30, 120, 90]
+    assert [int(row.histogram.inside.sum()) for row in found] == [30, 120, 90]
 
 
-def test_a_control_is_scored_against_the_rows_own_reference_and_own_answer(tmp_path: Path, network: TopRows) -> None:
+def test_a_control_is_compared_with_the_rows_reference_and_own_prediction(tmp_path: Path, network: TopRows) -> None:
     rows = samples(tmp_path, ("a", "one", 2), ("a", "three more words", 3))
     shuffled = Control.single("shuffled", ("three more words", "one"))
     first, second = measure_split(network, rows, [shuffled], OPTIONS).rows
@@ -91,8 +91,8 @@ def test_a_control_is_scored_against_the_rows_own_reference_and_own_answer(tmp_p
     assert second.controls["shuffled"].dice == pytest.approx(2 * 1 / 4)
 
 
-def test_a_control_of_several_sentences_is_their_weighted_mean(tmp_path: Path, network: TopRows) -> None:
-    """Against plain numpy, with every mask drawn again; its own sentence among them, as one cut short may be."""
+def test_a_control_of_several_prompts_is_their_weighted_mean(tmp_path: Path, network: TopRows) -> None:
+    """Compare with NumPy. The row's own prompt is among the control's, as a truncated prompt may be."""
     rows = samples(tmp_path, ("a", "one", 2), ("a", "three more words", 3), ("b", "two words", 1))
     table = {"one": 0.5, "two words": 0.125, "five words are too many": 0.375}
     network.passes.clear()
@@ -106,49 +106,49 @@ def test_a_control_of_several_sentences_is_their_weighted_mean(tmp_path: Path, n
     assert found[2].controls == {}
 
 
-def test_the_empty_control_asks_start_and_end_alone(tmp_path: Path, network: TopRows) -> None:
+def test_the_empty_control_has_only_start_and_end_tokens(tmp_path: Path, network: TopRows) -> None:
     rows = samples(tmp_path, ("a", "one", 2), ("b", "two words", 2))
     found = measure_split(network, rows, make_controls([row.text for row in rows]), OPTIONS).rows
     assert [row.controls["empty"].iou_with_own for row in found] == [0, 0]
     assert "side-swapped" not in found[0].controls
 
 
-def test_long_prompts_are_cut_and_counted(tmp_path: Path, network: TopRows) -> None:
+def test_long_prompts_are_truncated_and_counted(tmp_path: Path, network: TopRows) -> None:
     rows = samples(tmp_path, ("a", "one", 1), ("b", "this sentence has more words than fit", 6))
     found = measure_split(network, rows, [], OPTIONS).rows
     assert [row.cut for row in found] == [False, True]
     assert found[1].overlap.dice == 1  # six of its seven words are left
 
 
-def test_the_worst_are_kept_apart_from_what_is_found_where_nothing_is(tmp_path: Path, network: TopRows) -> None:
+def test_worst_cases_and_false_positives_are_separate(tmp_path: Path, network: TopRows) -> None:
     rows = samples(
         tmp_path, ("a", "one", 9), ("b", "two words", 2), ("c", "three more words", 0), ("d", "one", 1), ("e", "one", 0)
     )
-    found = measure_split(network, rows, [], MeasuringOptions(0.5, 2.0, worst=2))
+    found = measure_split(network, rows, [], MeasurementOptions(0.5, 2.0, worst=2))
     assert [case.row for case in found.worst] == [0, 1]
-    assert [case.row for case in found.invented] == [2, 4]
+    assert [case.row for case in found.false_positives] == [2, 4]
     expected = np.zeros(HW, np.bool_)
     expected[:3] = True
-    np.testing.assert_array_equal(found.invented[0].mask(), expected)
-    assert found.rows[2].outlines is None
+    np.testing.assert_array_equal(found.false_positives[0].mask(), expected)
+    assert found.rows[2].boundary is None
 
 
-def test_no_more_masks_are_kept_than_asked_for() -> None:
-    worst, mask = Worst(2), np.ones((3, 5), np.bool_)
-    for row, badness in enumerate([0.1, 0.9, 0.5, 0.9, 0.2]):
-        worst.offer(row, badness, mask)
+def test_top_cases_hold_at_most_count_masks() -> None:
+    worst, mask = TopCases(2), np.ones((3, 5), np.bool_)
+    for row, score in enumerate([0.1, 0.9, 0.5, 0.9, 0.2]):
+        worst.add(row, score, mask)
     assert [case.row for case in worst.cases()] == [1, 3]
-    none = Worst(0)
-    none.offer(0, 1.0, mask)
+    none = TopCases(0)
+    none.add(0, 1.0, mask)
     assert none.cases() == ()
 
 
-def test_a_text_without_a_word_is_an_error(tmp_path: Path, network: TopRows) -> None:
+def test_a_prompt_without_a_word_is_an_error(tmp_path: Path, network: TopRows) -> None:
     with pytest.raises(DataError, match="holds no word"):
         measure_split(network, samples(tmp_path, ("a", " \t", 1)), [], OPTIONS)
 
 
-def test_a_broken_picture_ends_the_run_and_is_named(tmp_path: Path, network: TopRows) -> None:
+def test_a_damaged_image_is_an_error_that_names_it(tmp_path: Path, network: TopRows) -> None:
     rows = samples(tmp_path, ("a", "one", 1), ("b", "one", 1))
     rows[1].image.write_bytes(rows[1].image.read_bytes()[:40])
     with pytest.raises(ImageError, match=r"b\.png"):

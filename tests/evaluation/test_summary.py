@@ -1,4 +1,4 @@
-"""What is said of a split: means, pooled numbers, policies, curve, calibration and groups, against plain numpy."""
+"""Scores of a split against NumPy: means, pooled scores, policies, curve, calibration and subgroups."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.evaluation.controls import Control
-from cclip_deploy.evaluation.metrics import count_levels, measure_outlines, measure_overlap
-from cclip_deploy.evaluation.split import ControlAnswer, MeasuredRow, Measurements
+from cclip_deploy.evaluation.metrics import measure_boundary, measure_overlap, probability_histogram
+from cclip_deploy.evaluation.split import ControlMetrics, MeasuredRow, Measurements
 from cclip_deploy.evaluation.summary import Evaluation, LeftOut, summarize
 
 RNG = np.random.default_rng(17)
@@ -32,11 +32,11 @@ REFERENCES = [smooth(seed + 50) > 0.5 for seed in range(4)] + [np.zeros(HW, np.b
 MASKS = [probability >= 0.5 for probability in PROBABILITIES]
 
 
-def row(probability: np.ndarray, reference: np.ndarray, controls: dict[str, ControlAnswer]) -> MeasuredRow:
+def row(probability: np.ndarray, reference: np.ndarray, controls: dict[str, ControlMetrics]) -> MeasuredRow:
     mask = probability >= 0.5
     return MeasuredRow(
-        measure_overlap(mask, reference), measure_outlines(mask, reference), count_levels(probability, reference),
-        reference.size, False, controls,
+        measure_overlap(mask, reference), measure_boundary(mask, reference),
+        probability_histogram(probability, reference), reference.size, False, controls,
     )  # fmt: skip
 
 
@@ -46,10 +46,10 @@ def samples(count: int) -> list[Sample]:
 
 
 def evaluate(policy: str = "one", rows: slice = slice(None)) -> Evaluation:
-    answers: list[dict[str, ControlAnswer]] = [{"fixed": ControlAnswer(0.1, 0.2)}] * 3 + [{}, {}]
+    answers: list[dict[str, ControlMetrics]] = [{"fixed": ControlMetrics(0.1, 0.2)}] * 3 + [{}, {}]
     measured = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)][rows]
-    measurements = Measurements(tuple(measured), (), (), tuple(range(len(measured))), ())
-    control = Control(CONTROL.name, CONTROL.asked[rows], CONTROL.reasons[rows])
+    measurements = Measurements(tuple(measured), (), (), (), ())
+    control = Control(CONTROL.name, CONTROL.prompts[rows], CONTROL.reasons[rows])
     return summarize(measurements, samples(len(measured)), [control], policy)  # type: ignore[arg-type]
 
 
@@ -57,7 +57,7 @@ def plain_dice() -> list[float]:
     return [2 * (m & r).sum() / (m.sum() + r.sum()) for m, r in zip(MASKS, REFERENCES, strict=True)]
 
 
-def test_both_conventions_of_dice_are_reported() -> None:
+def test_mean_and_pooled_dice_match_numpy() -> None:
     scores = evaluate().scores
     assert scores.dice_per_image.value == pytest.approx(np.mean(plain_dice()))
     both = sum((m & r).sum() for m, r in zip(MASKS, REFERENCES, strict=True))
@@ -67,7 +67,7 @@ def test_both_conventions_of_dice_are_reported() -> None:
     assert (scores.dice_per_image.rows, scores.dice_per_image.patients) == (5, 3)
 
 
-def test_an_empty_reference_counts_or_is_left_out() -> None:
+def test_empty_references_follow_the_policy() -> None:
     one, without = evaluate("one").scores, evaluate("leave-out").scores
     assert one.dice_per_image.value == pytest.approx(sum(plain_dice()[:4]) / 5)
     assert without.dice_per_image.value == pytest.approx(sum(plain_dice()[:4]) / 4)
@@ -76,11 +76,11 @@ def test_an_empty_reference_counts_or_is_left_out() -> None:
     assert one.hd95_px.rows == 4
 
 
-def test_rows_with_an_empty_reference_are_left_out_of_every_mean_over_rows() -> None:
-    """All means are those of the same rows without the empty one; pooled numbers hold all pixels, as documented."""
-    answers = [{"fixed": ControlAnswer(0.1 * n, 0.2 * n)} for n in range(5)]
+def test_leaving_out_empty_references_affects_every_mean_over_rows() -> None:
+    """All means equal those without the empty row; pooled scores include all pixels."""
+    answers = [{"fixed": ControlMetrics(0.1 * n, 0.2 * n)} for n in range(5)]
     every = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)]
-    measured, filled = (Measurements(tuple(rows), (), (), tuple(range(len(rows))), ()) for rows in (every, every[:4]))
+    measured, filled = (Measurements(tuple(rows), (), (), (), ()) for rows in (every, every[:4]))
     without = summarize(measured, samples(5), [CONTROL], "leave-out")
     alone = summarize(filled, samples(4), [Control.single("fixed", (LEFT, LEFT, LEFT, None), "same")], "one")
     for name in ("dice_per_image", "iou_per_image", "hd95_px", "boundary_dice"):
@@ -102,7 +102,7 @@ def test_rows_with_an_empty_reference_are_left_out_of_every_mean_over_rows() -> 
     assert without.scores.dice_pooled == summarize(measured, samples(5), [CONTROL], "one").scores.dice_pooled
 
 
-def test_a_split_of_empty_references_alone_has_no_dice_without_them() -> None:
+def test_a_split_of_only_empty_references_has_no_dice_if_they_are_left_out() -> None:
     found = evaluate("leave-out", slice(4, 5))
     assert found.scores.dice_per_image.value is None
     assert found.scores.hd95_px.value is None
@@ -111,7 +111,7 @@ def test_a_split_of_empty_references_alone_has_no_dice_without_them() -> None:
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_the_curve_is_the_dice_at_every_threshold() -> None:
+def test_the_curve_matches_dice_at_every_threshold() -> None:
     curve = evaluate().curve
     for point in curve:
         masks = [p >= np.float32(point.threshold) for p in PROBABILITIES]
@@ -121,23 +121,23 @@ def test_the_curve_is_the_dice_at_every_threshold() -> None:
     assert curve[9].dice_pooled.value == pytest.approx(evaluate().scores.dice_pooled.value)
 
 
-def test_the_calibration_error_is_the_weighted_gap_of_the_bins() -> None:
+def test_the_calibration_error_matches_its_definition() -> None:
     found = evaluate()
     probability, inside = np.concatenate(PROBABILITIES).ravel(), np.concatenate(REFERENCES).ravel()
     level = np.minimum(np.digitize(probability, np.arange(1, 20) / 20), 19)
     gap = 0.0
-    for k, told in enumerate(found.calibration):
+    for k, found_bin in enumerate(found.calibration):
         chosen = level == k
-        assert told.pixels == chosen.sum()
+        assert found_bin.pixels == chosen.sum()
         if chosen.any():
-            assert told.mean_probability == pytest.approx(probability[chosen].mean(), rel=1e-5)
-            assert told.inside_share == pytest.approx(inside[chosen].mean())
+            assert found_bin.mean_probability == pytest.approx(probability[chosen].mean(), rel=1e-5)
+            assert found_bin.inside_share == pytest.approx(inside[chosen].mean())
             gap += chosen.mean() * abs(probability[chosen].mean() - inside[chosen].mean())
     assert found.scores.expected_calibration_error.value == pytest.approx(gap, rel=1e-4)
     assert found.scores.brier.value == pytest.approx(np.mean((probability - inside) ** 2), rel=1e-5)
 
 
-def test_a_control_is_compared_with_the_true_prompts_on_its_own_rows() -> None:
+def test_a_control_is_compared_with_the_true_prompts_on_the_same_rows() -> None:
     (control,) = evaluate().controls
     assert control.dice.rows == 3
     assert control.true_dice.value == pytest.approx(np.mean(plain_dice()[:3]))
@@ -145,7 +145,7 @@ def test_a_control_is_compared_with_the_true_prompts_on_its_own_rows() -> None:
     assert control.iou_with_own.value == pytest.approx(0.2)
 
 
-def test_a_control_says_how_many_rows_it_is_of_and_why_not_of_the_others() -> None:
+def test_a_control_reports_its_coverage_and_reasons() -> None:
     (control,) = evaluate().controls
     assert (control.coverage.show(), control.coverage.describe_left_out()) == ("3 of 5", "2: same")
     (control,) = evaluate("leave-out", slice(2, 5)).controls
@@ -153,7 +153,7 @@ def test_a_control_says_how_many_rows_it_is_of_and_why_not_of_the_others() -> No
     assert control.coverage.left_out == (LeftOut("same", 2),)
 
 
-def test_groups_say_how_many_rows_they_know() -> None:
+def test_groupings_report_their_coverage() -> None:
     found = {g.by: g.coverage for g in evaluate().group_coverage}
     assert {by: coverage.show() for by, coverage in found.items()} == {
         "target size": "5 of 5", "side named": "5 of 5", "zones named": "5 of 5",
@@ -161,7 +161,7 @@ def test_groups_say_how_many_rows_they_know() -> None:
     assert "view" not in {g.by for g in evaluate().groups}
 
 
-def test_groups_share_out_the_rows() -> None:
+def test_groups_partition_the_rows() -> None:
     groups = evaluate().groups
     sides = {g.group: g.dice_per_image for g in groups if g.by == "side named"}
     assert {side: estimate.rows for side, estimate in sides.items()} == {"left": 2, "right": 3}

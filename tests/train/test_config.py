@@ -1,4 +1,4 @@
-"""Recipes: the published ones are valid, wrong ones are refused by key."""
+"""Tests of training recipes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def test_published_recipes_are_valid(recipe: Path) -> None:
         ("learning_rate = inf", "learning_rate: input should be a finite number"),
         ("frozen = ['layer9']", "frozen.0: input should be 'stem', 'layer1'"),
         ("[devices]\nprecision = '8-bit'", "devices.precision: input should be '32-true'"),
-        ("clip_weights = 'openai'\nstart_checkpoint = 'a.pth'", "both say where the towers start"),
+        ("clip_weights = 'openai'\nstart_checkpoint = 'a.pth'", "both set the towers' initial weights"),
         ("image_size = 32\nimages_per_batch = 1", "images_per_batch 1 needs an image_size of at least 64"),
     ],
 )
-def test_a_wrong_recipe_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_recipe_is_refused_by_key(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(UsageError, match=words):
         TrainConfig.from_toml(tmp_path / "recipe.toml")
 
 
-def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no recipe"):
         TrainConfig.from_toml(tmp_path / "none.toml")

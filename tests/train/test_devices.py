@@ -1,4 +1,4 @@
-"""Two processes that train as one."""
+"""Tests of distributed training with two processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ precision = "64-true"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["joint", "alternating"])
-def test_two_processes_do_what_one_does_with_twice_the_batch(validated_folder: Path, tmp_path: Path, mode: str) -> None:
+def test_two_processes_equal_one_with_twice_the_batch(validated_folder: Path, tmp_path: Path, mode: str) -> None:
     settings = {
         "one": {"images": 2, "count": 1, "strategy": "auto"},
         "two": {"images": 1, "count": 2, "strategy": "ddp"},

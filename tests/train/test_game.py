@@ -1,4 +1,4 @@
-"""Who gets which gradient in each mode: against the plain forward pass and autograd, in float64."""
+"""Gradients of every mode against the published forward pass and autograd, in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import Game, TrainConfig
-from cclip_deploy.train.game import TensorBatch, main_losses, masker_losses, maskers_of, only_maskers_learn
+from cclip_deploy.train.game import TensorBatch, main_losses, masker_losses, maskers_of, train_only_maskers
 from cclip_deploy.train.losses import dice_bce
 from tests.train.test_shared_image_pass import batch_of, network
 
@@ -33,7 +33,7 @@ def gradients(model: CausalCLIPSeg, loss: Tensor) -> dict[str, Tensor]:
 
 
 def plain_losses(model: CausalCLIPSeg, batch: TensorBatch, *, detach: bool = False) -> tuple[Tensor, Tensor]:
-    """Both losses by the network's plain modules; with `detach` the maskers see features without history."""
+    """Compute both losses with the network's own modules; `detach` detaches the maskers' input."""
     levels = model.neck.levels(model.image_tower(batch.images))
     masks = model.neck.masks(tuple(q.detach() for q in levels) if detach else levels)  # type: ignore[arg-type]
     state = model.text_tower(batch.tokens[:, 0])
@@ -55,7 +55,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], names: 
         assert error <= 1e-10 * max(float(expected[name].norm()), 1e-4 * largest), name
 
 
-def test_alternating_holds_the_masks_in_the_main_step(batch: TensorBatch) -> None:
+def test_alternating_detaches_the_masks_in_the_main_step(batch: TensorBatch) -> None:
     model = network()
     plain = copy.deepcopy(model)
     got = gradients(model, main_losses(model, batch, TrainConfig(mode="alternating", game=GAME), 0).total)
@@ -66,10 +66,10 @@ def test_alternating_holds_the_masks_in_the_main_step(batch: TensorBatch) -> Non
     assert_close(got, want, others)
 
 
-def test_the_maskers_own_step_turns_the_second_sign_and_moves_nothing_else(batch: TensorBatch) -> None:
+def test_the_masker_step_negates_the_confounding_loss_and_trains_only_maskers(batch: TensorBatch) -> None:
     model = network()
     plain = copy.deepcopy(model)
-    with only_maskers_learn(model):
+    with train_only_maskers(model):
         got = gradients(model, masker_losses(model, batch, TrainConfig(mode="alternating", game=GAME)).total)
     causal, confounding = plain_losses(plain, batch)
     want = gradients(plain, 0.7 * causal - 0.2 * confounding)
@@ -78,7 +78,7 @@ def test_the_maskers_own_step_turns_the_second_sign_and_moves_nothing_else(batch
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_reversal_does_both_at_once(batch: TensorBatch) -> None:
+def test_reversal_trains_both_sides_in_one_step(batch: TensorBatch) -> None:
     model = network()
     plain = copy.deepcopy(model)
     got = gradients(model, main_losses(model, batch, TrainConfig(mode="reversal", game=GAME), 0).total)
@@ -90,7 +90,7 @@ def test_reversal_does_both_at_once(batch: TensorBatch) -> None:
     assert_close(got, everything, set(everything) - masker_names(model))
 
 
-def test_off_leaves_the_confounding_head_out(batch: TensorBatch) -> None:
+def test_off_does_not_train_the_confounding_head(batch: TensorBatch) -> None:
     model = network()
     losses = main_losses(model, batch, TrainConfig(), 0)
     got = gradients(model, losses.total)
@@ -100,7 +100,7 @@ def test_off_leaves_the_confounding_head_out(batch: TensorBatch) -> None:
 
 
 @pytest.mark.parametrize("mode", ["joint", "alternating", "reversal"])
-def test_with_masks_at_one_both_branches_see_everything(batch: TensorBatch, mode: str) -> None:
+def test_with_masks_at_one_both_branches_use_all_features(batch: TensorBatch, mode: str) -> None:
     model = network()
     model.confounding_head.load_state_dict(model.head.state_dict())
     config = TrainConfig.model_validate({"mode": mode, "game": {"masks_at_one_epochs": 2}})
@@ -114,7 +114,7 @@ def test_with_masks_at_one_both_branches_see_everything(batch: TensorBatch, mode
 
 
 @pytest.mark.parametrize("mode", ["off", "joint", "reversal"])
-def test_a_mask_budget_adds_its_squared_distances(batch: TensorBatch, mode: str) -> None:
+def test_the_mask_budget_adds_squared_distances(batch: TensorBatch, mode: str) -> None:
     model = network().eval()
     budget = {"mask_budget": 0.25, "mask_budget_weight": 3.0}
     without, having = (
@@ -124,24 +124,26 @@ def test_a_mask_budget_adds_its_squared_distances(batch: TensorBatch, mode: str)
     assert float((having.total - without.total).detach()) == pytest.approx(3 * distance, rel=1e-9)
 
 
-def test_the_maskers_step_has_the_budget_and_the_held_masks_have_no_gradient_from_it(batch: TensorBatch) -> None:
+def test_only_the_masker_step_has_gradients_of_the_budget(batch: TensorBatch) -> None:
     model = network()
     config = TrainConfig(mode="alternating", game=Game(causal_weight=0, confounding_weight=0, mask_budget=0.9))
     assert not main_losses(model, batch, config, 0).total.requires_grad or not (
         set(gradients(model, main_losses(model, batch, config, 0).total)) & masker_names(model)
     )
     biases = gradients(model, masker_losses(model, batch, config).total)
-    # The masks' mean is about 0.5: a higher bias of the last norm brings it nearer to 0.9.
+    # The mean of the masks is about 0.5; a higher bias of the last norm moves it towards 0.9.
     assert all((biases[f"neck.masker{level}.norm.bias"] < 0).all() for level in (3, 4, 5))
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_the_shared_blocks_statistics_can_follow_the_causal_features_alone(batch: TensorBatch, held: bool) -> None:
+@pytest.mark.parametrize("causal_only", [True, False])
+def test_the_shared_block_can_update_its_statistics_from_causal_features_only(
+    batch: TensorBatch, causal_only: bool
+) -> None:
     model = network()
     plain = copy.deepcopy(model)
-    game = Game(causal_statistics_only=held)
+    game = Game(causal_statistics_only=causal_only)
     losses = main_losses(model, batch, TrainConfig(mode="joint", game=game), 0)
-    if held:
+    if causal_only:
         plain.neck.causal_features(plain.image_tower(batch.images))
     else:
         plain.neck(plain.image_tower(batch.images))
@@ -158,17 +160,19 @@ def statistics(model: CausalCLIPSeg) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("player", ["the rest", "the maskers"])
-def test_batch_norms_count_a_batch_in_the_steps_of_their_own_player(batch: TensorBatch, player: str, own: bool) -> None:
+@pytest.mark.parametrize("trained", ["the rest", "the maskers"])
+def test_batch_norms_update_statistics_only_in_steps_that_train_them(
+    batch: TensorBatch, trained: str, own: bool
+) -> None:
     model = network()
     before, plain = statistics(model), copy.deepcopy(model)
     config = TrainConfig(mode="alternating", game=Game(own_step_statistics=own))
-    losses = main_losses(model, batch, config, 0) if player == "the rest" else masker_losses(model, batch, config)
+    losses = main_losses(model, batch, config, 0) if trained == "the rest" else masker_losses(model, batch, config)
     causal, _ = plain_losses(plain, batch)
     assert float(losses.causal) == pytest.approx(float(causal.detach()), rel=1e-10)
     maskers = {name for name in before if name.startswith("neck.masker")}
     assert len(maskers) == 3 * 4 * 3
-    moved = set(before) if not own else maskers if player == "the maskers" else set(before) - maskers
+    moved = set(before) if not own else maskers if trained == "the maskers" else set(before) - maskers
     after, everything = statistics(model), statistics(plain)
     for name, tensor in after.items():
         if name in moved:
@@ -179,7 +183,7 @@ def test_batch_norms_count_a_batch_in_the_steps_of_their_own_player(batch: Tenso
     assert all(norm.track_running_stats for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
-def test_frozen_statistics_stay_frozen_in_the_maskers_step(batch: TensorBatch) -> None:
+def test_frozen_statistics_do_not_change_in_the_masker_step(batch: TensorBatch) -> None:
     model = network()
     model.image_tower.eval()
     plain = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Losses against their definitions in NumPy, float64."""
+"""Losses against their definitions in NumPy, in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cclip_deploy.train.losses import dice_bce, soft_dice_loss
 
 
 @pytest.mark.parametrize("dice_weight", [0.0, 0.3, 1.0])
-def test_dice_bce_is_its_definition(dice_weight: float) -> None:
+def test_dice_bce_matches_its_definition(dice_weight: float) -> None:
     rng = np.random.default_rng(0)
     logits, target = rng.normal(0, 2, (2, 3, 5, 7)), (rng.random((2, 3, 5, 7)) > 0.6).astype(np.float64)
     p = 1 / (1 + np.exp(-logits))
@@ -24,13 +24,13 @@ def test_dice_bce_is_its_definition(dice_weight: float) -> None:
     assert loss.item() == pytest.approx(dice_weight * np.mean(each) + (1 - dice_weight) * bce, rel=1e-12)
 
 
-def test_a_sure_and_right_answer_costs_nothing_even_where_the_mask_is_empty() -> None:
+def test_a_perfect_prediction_has_zero_loss_even_for_an_empty_mask() -> None:
     target = torch.zeros(2, 4, 4, dtype=torch.float64)
     target[0, 1:3, 1:3] = 1
     assert dice_bce(200 * target - 100, target).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_the_dice_loss_of_an_empty_mask_falls_with_the_prediction() -> None:
+def test_the_dice_loss_of_an_empty_mask_decreases_with_the_prediction() -> None:
     target = torch.zeros(1, 4, 4)
     logits = torch.zeros(1, 4, 4, requires_grad=True)
     torch.autograd.backward(soft_dice_loss(logits, target))

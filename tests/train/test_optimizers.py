@@ -1,4 +1,4 @@
-"""Rates, schedules, frozen stages, and the average of the weights."""
+"""Tests of learning rates, schedules, frozen stages and the moving average."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import Game, TrainConfig
 from cclip_deploy.train.optimizers import (
     freeze,
-    learning_rate_share,
+    learning_rate_factor,
     make_average,
     make_optimizers,
-    set_rates,
+    set_learning_rates,
     start_training_mode,
 )
 
 
-def test_the_rate_rises_then_follows_its_schedule() -> None:
-    cosine = [learning_rate_share(step, 100, TrainConfig(warmup=0.1)) for step in range(100)]
+def test_the_learning_rate_warms_up_and_follows_its_schedule() -> None:
+    cosine = [learning_rate_factor(step, 100, TrainConfig(warmup=0.1)) for step in range(100)]
     assert cosine[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert cosine[10] == 1.0
     assert cosine[55] == pytest.approx(0.5)
     assert cosine[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
-    step = [learning_rate_share(step, 100, TrainConfig(warmup=0, schedule="step")) for step in range(100)]
+    step = [learning_rate_factor(step, 100, TrainConfig(warmup=0, schedule="step")) for step in range(100)]
     assert step == [1.0] * 70 + [0.1] * 30
 
 
-def test_every_parameter_learns_once_at_the_rate_of_its_part() -> None:
+def test_every_parameter_is_in_one_group_with_the_rate_of_its_part() -> None:
     model = CausalCLIPSeg(TINY)
     config = TrainConfig(mode="joint", learning_rate=1.0, tower_rate=0.1, game=Game(masker_rate=3.0))
     optimizers = make_optimizers(model, config)
-    set_rates(optimizers, 0.5)
+    set_learning_rates(optimizers, 0.5)
     rates = {id(p): group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
     assert len(optimizers) == 1
     assert len(rates) == sum(len(group["params"]) for group in optimizers[0].param_groups)
@@ -43,7 +43,7 @@ def test_every_parameter_learns_once_at_the_rate_of_its_part() -> None:
         assert rates[id(parameter)] == pytest.approx(want), name
 
 
-def test_alternating_gives_the_maskers_an_optimizer_of_their_own() -> None:
+def test_alternating_has_a_second_optimizer_for_the_maskers() -> None:
     model = CausalCLIPSeg(TINY)
     main, maskers = make_optimizers(model, TrainConfig(mode="alternating"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -53,14 +53,14 @@ def test_alternating_gives_the_maskers_an_optimizer_of_their_own() -> None:
     assert of_main == set(names.values()) - of_maskers
 
 
-def test_towers_move_by_their_share_of_the_rate() -> None:
-    """AdamW's first step moves every weight that has a gradient by the rate, whatever the gradient's size."""
+def test_towers_move_by_their_own_learning_rate() -> None:
+    """AdamW's first step moves every weight by its learning rate, independent of the size of the gradient."""
     model = CausalCLIPSeg(TINY)
     config = TrainConfig(learning_rate=1e-3, tower_rate=0.1, weight_decay=0.0)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     freeze(model, config)
     optimizers = make_optimizers(model, config)
-    set_rates(optimizers, 1.0)
+    set_learning_rates(optimizers, 1.0)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
     optimizers[0].step()
@@ -90,7 +90,7 @@ def test_frozen_stages_keep_weights_and_statistics() -> None:
     }
 
 
-def test_the_average_follows_weights_and_statistics_and_is_left_out_at_zero() -> None:
+def test_the_average_tracks_weights_and_statistics_and_is_none_without_decay() -> None:
     model = CausalCLIPSeg(TINY)
     assert make_average(model, TrainConfig()) is None
     average = make_average(model, TrainConfig(average_decay=0.75))

@@ -1,4 +1,4 @@
-"""A whole training: what it leaves, that it repeats itself and goes on, and what it refuses."""
+"""Tests of whole training runs: outputs, reproducibility, resuming and errors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
+from cclip_deploy.evaluation.evaluate import evaluate_dice
 from cclip_deploy.evaluation.models import CheckpointModel
-from cclip_deploy.evaluation.scores import evaluate_dice
 from cclip_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
-from cclip_deploy.train.config import DataSource, Devices, Game, SyntheticFilms, TrainConfig
+from cclip_deploy.train.config import DataSource, Devices, Game, SyntheticData, TrainConfig
 from cclip_deploy.train.loop import BEST, LAST, STOPPED_BATCH, TrainProgress
 from cclip_deploy.train.run import RunOptions, find_data, train
 from cclip_deploy.train.state import STATE
@@ -42,7 +42,7 @@ THOROUGH = SMALL.model_copy(
         "augmentation": Augmentation(gain=0.2, flip_share=0.5), "game": Game(mask_budget=0.5),
     }
 )  # fmt: skip
-"""Every part that has a state."""
+"""A recipe in which every stateful part is used."""
 
 
 class Killed(Exception):
@@ -50,7 +50,7 @@ class Killed(Exception):
 
 
 def stop_at(step: int):  # type: ignore[no-untyped-def]
-    """A listener that ends the training when it has heard of a step."""
+    """Return a progress callback that interrupts the training at a step."""
 
     def listen(progress: TrainProgress) -> None:
         if progress.step == step:
@@ -59,7 +59,7 @@ def stop_at(step: int):  # type: ignore[no-untyped-def]
     return listen
 
 
-def test_a_short_training_leaves_network_state_logs_and_record(data_folder: Path, tmp_path: Path) -> None:
+def test_a_run_writes_checkpoint_state_logs_and_record(data_folder: Path, tmp_path: Path) -> None:
     seen: list[TrainProgress] = []
     report = train(SMALL, data_folder, tmp_path / "run", seen.append)
     assert (report.images, report.rows, report.steps, report.cut_prompts, report.best_dice) == (4, 8, 2, 0, None)
@@ -76,7 +76,7 @@ def test_a_short_training_leaves_network_state_logs_and_record(data_folder: Path
     assert 0 <= report.waiting_share < 1
 
 
-def test_logs_hold_both_losses_masks_dice_and_pictures(validated_folder: Path, tmp_path: Path) -> None:
+def test_logs_contain_losses_mask_means_dice_and_images(validated_folder: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     report = train(SMALL.model_copy(update={"mode": "joint"}), validated_folder, tmp_path / "run")
@@ -90,7 +90,7 @@ def test_logs_hold_both_losses_masks_dice_and_pictures(validated_folder: Path, t
     assert (shown.width, shown.height) == (3 * 64, 2 * 64)
 
 
-def test_a_training_repeats_itself_bit_for_bit_and_leaves_the_callers_state_alone(
+def test_a_run_is_reproducible_bit_for_bit_and_restores_the_callers_random_state(
     data_folder: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(7)
@@ -115,7 +115,7 @@ def test_a_training_repeats_itself_bit_for_bit_and_leaves_the_callers_state_alon
     "save_minutes",
     [pytest.param(1e-9, id="saved each step"), pytest.param(10.0, id="saved each epoch", marks=pytest.mark.slow)],
 )
-def test_a_stopped_training_goes_on_bit_for_bit(validated_folder: Path, tmp_path: Path, save_minutes: float) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(validated_folder: Path, tmp_path: Path, save_minutes: float) -> None:
     config = THOROUGH.model_copy(update={"save_minutes": save_minutes})
     straight = train(config, validated_folder, tmp_path / "straight", options=QUIET)
     with pytest.raises(Killed):
@@ -128,7 +128,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(validated_folder: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_training_killed_in_mid_epoch_loses_at_most_what_was_not_saved(data_folder: Path, tmp_path: Path) -> None:
+def test_a_run_killed_within_an_epoch_resumes_from_its_last_state(data_folder: Path, tmp_path: Path) -> None:
     config = SMALL.model_copy(update={"images_per_batch": 1, "epochs": 2, "save_minutes": 1e-9})
     (tmp_path / "recipe.json").write_text(config.model_dump_json())
     code = """
@@ -154,20 +154,20 @@ train(TrainConfig.model_validate_json(Path(config).read_text()), Path(data), Pat
 
 
 @pytest.mark.parametrize("room_bytes", [100_000, None], ids=["network", "state"])
-def test_a_full_disk_leaves_the_checkpoint_and_state_before(
+def test_a_full_disk_keeps_the_previous_checkpoint_and_state(
     data_folder: Path, tmp_path: Path, room_bytes: int | None
 ) -> None:
-    """A limit on file sizes makes the second epoch's files fail as a full disk does, in the writer itself."""
+    """A file size limit makes writing fail in the second epoch, as a full disk does."""
     import resource
 
     config, run = SMALL.model_copy(update={"epochs": 2}), tmp_path / "run"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept: dict[str, bytes] = {}
+    saved: dict[str, bytes] = {}
 
     def fill_disk(progress: TrainProgress) -> None:
         if progress.step == 4:
-            kept.update({name: (run / name).read_bytes() for name in (LAST, STATE)})
-            room = room_bytes or len(kept[LAST]) + 100_000
+            saved.update({name: (run / name).read_bytes() for name in (LAST, STATE)})
+            room = room_bytes or len(saved[LAST]) + 100_000
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
 
     try:
@@ -175,13 +175,13 @@ def test_a_full_disk_leaves_the_checkpoint_and_state_before(
             train(config, data_folder, run, fill_disk, QUIET)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (run / STATE).read_bytes() == kept[STATE]
+    assert (run / STATE).read_bytes() == saved[STATE]
     load_checkpoint(run / LAST)
     assert {path.name for path in run.iterdir()} == {LAST, STATE, "run.json"}
     assert train(config, data_folder, run, options=GO_ON).resumed_at_step == 2
 
 
-def test_a_loss_that_is_no_number_stops_and_saves_the_batch(data_folder: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(data_folder: Path, tmp_path: Path) -> None:
     wild = SMALL.model_copy(update={"learning_rate": 1e30, "epochs": 4, "warmup": 0.0})
     with pytest.raises(
         UsageError, match=r"loss became nan at step 2 .*stopped_batch\.safetensors.*Lower learning_rate"
@@ -197,7 +197,7 @@ def test_a_loss_that_is_no_number_stops_and_saves_the_batch(data_folder: Path, t
     assert source["rows"][0]["text"].endswith(".")
 
 
-def test_training_stops_early_and_keeps_the_best(validated_folder: Path, tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best_checkpoint(validated_folder: Path, tmp_path: Path) -> None:
     config = SMALL.model_copy(update={"learning_rate": 1e-12, "epochs": 9, "patience": 2})
     report = train(config, validated_folder, tmp_path / "run", options=QUIET)
     assert (report.stopped_early, report.epochs, report.best_epoch) == (True, 3, 1)
@@ -205,15 +205,15 @@ def test_training_stops_early_and_keeps_the_best(validated_folder: Path, tmp_pat
     assert report.best_dice == report.history[0]["dice"]
 
 
-def test_patience_needs_a_split_to_validate_on(data_folder: Path, tmp_path: Path) -> None:
+def test_patience_needs_a_val_split(data_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rows of split 'val'"):
         train(SMALL.model_copy(update={"patience": 1}), data_folder, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_training_in_the_folder_is_refused_with_what_differs(data_folder: Path, tmp_path: Path) -> None:
+def test_resuming_another_training_is_refused_with_the_differences(data_folder: Path, tmp_path: Path) -> None:
     train(SMALL, data_folder, tmp_path / "run", options=QUIET)
-    with pytest.raises(UsageError, match="Go on with --resume"):
+    with pytest.raises(UsageError, match="Continue with --resume"):
         train(SMALL, data_folder, tmp_path / "run", options=QUIET)
     game = SMALL.model_copy(update={"learning_rate": 0.5, "game": Game(masker_steps=3), "loader_threads": 2})
     with pytest.raises(UsageError, match=r"differs in learning_rate \(0.001 then, 0.5 now\); game.masker_steps \(1"):
@@ -223,21 +223,21 @@ def test_another_training_in_the_folder_is_refused_with_what_differs(data_folder
         train(SMALL, tmp_path / "data", tmp_path / "run", options=GO_ON)
 
 
-def test_a_damaged_state_is_told(data_folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_state_is_refused(data_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / STATE).write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(DataError, match=r"state\.pt is a damaged state"):
+    with pytest.raises(DataError, match=r"state\.pt is a damaged training state"):
         train(SMALL, data_folder, tmp_path / "run", options=GO_ON)
 
 
-def test_a_state_that_would_run_code_is_refused(data_folder: Path, tmp_path: Path) -> None:
+def test_a_state_with_pickled_code_is_refused(data_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     torch.save({"format": "cclip-deploy training state 1", "identity": Path("x")}, tmp_path / "run" / STATE)
-    with pytest.raises(DataError, match=r"state\.pt is a damaged state"):
+    with pytest.raises(DataError, match=r"state\.pt is a damaged training state"):
         train(SMALL, data_folder, tmp_path / "run", options=GO_ON)
 
 
-def test_clip_starts_the_towers_and_frozen_stages_stay(data_folder: Path, tmp_path: Path) -> None:
+def test_clip_weights_initialize_the_towers_and_frozen_stages_keep_them(data_folder: Path, tmp_path: Path) -> None:
     twin = open_clip_twin(TINY, seed=3)
     save_file(twin.state_dict(), tmp_path / "clip.safetensors")
     config = SMALL.model_copy(update={"clip_weights": str(tmp_path / "clip.safetensors"), "frozen": ("stem", "layer2")})
@@ -260,7 +260,7 @@ def test_a_checkpoint_is_fine_tuned(data_folder: Path, tiny_checkpoint: Path, tm
     smaller = dataclasses.replace(TINY, name="smaller", text_layers=1)
     save_checkpoint(CausalCLIPSeg(smaller), tmp_path / "smaller.safetensors")
     other = SMALL.model_copy(update={"start_checkpoint": tmp_path / "smaller.safetensors"})
-    with pytest.raises(UsageError, match=r"config 'smaller', and the recipe trains 'tiny'"):
+    with pytest.raises(UsageError, match=r"config 'smaller', but the recipe trains 'tiny'"):
         train(other, data_folder, tmp_path / "other", options=QUIET)
 
 
@@ -274,9 +274,7 @@ def test_a_data_set_of_any_layout_trains(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "layout"), [("qata_cov19", "qata"), ("mosmed_plus", "mosmed")])
-def test_the_recipe_of_a_published_data_set_runs_on_a_tree_of_its_layout(
-    recipe: str, layout: str, tmp_path: Path
-) -> None:
+def test_recipes_of_published_data_sets_run_on_their_layouts(recipe: str, layout: str, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", {"train": 4, "val": 2, "test": 1}, (64, 64), seed=0, layout=layout)
     published = TrainConfig.from_toml(RECIPES / f"{recipe}.toml")
     small = {"model": "tiny", "image_size": 64, "images_per_batch": 4, "clip_weights": None, "threads": 1}
@@ -287,8 +285,8 @@ def test_the_recipe_of_a_published_data_set_runs_on_a_tree_of_its_layout(
     assert report.mask_means != (1, 1, 1), "the maskers' step sees their masks"
 
 
-def test_synthetic_films_are_drawn_where_the_folder_is_not_there(tmp_path: Path) -> None:
-    films = SyntheticFilms(images=10, prompts_per_image=2)
+def test_synthetic_images_are_generated_if_the_folder_does_not_exist(tmp_path: Path) -> None:
+    films = SyntheticData(images=10, prompts_per_image=2)
     config = SMALL.model_copy(update={"data": DataSource(folder=tmp_path / "films", synthetic=films)})
     assert find_data(config) == tmp_path / "films"
     assert {row.split for row in read_flat(tmp_path / "films")} == {"train", "val", "test"}
@@ -313,7 +311,7 @@ def test_half_precision_trains_and_float16_needs_a_gpu(data_folder: Path, tmp_pa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
-def test_a_gpu_that_is_not_there_is_an_environment_problem(data_folder: Path, tmp_path: Path) -> None:
+def test_a_missing_gpu_is_an_environment_issue(data_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentIssue, match="finds no GPU"):
         train(SMALL.model_copy(update={"devices": Devices(accelerator="cuda")}), data_folder, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -323,7 +321,7 @@ def test_a_gpu_that_is_not_there_is_an_environment_problem(data_folder: Path, tm
 def test_the_tiny_model_learns_to_follow_prompts_and_never_waits_for_data(
     tmp_path: Path, tokenizer: PromptTokenizer
 ) -> None:
-    """A short run: far from the demo's Dice, but the loss falls and the prompt already matters."""
+    """A short run does not reach the demo's Dice, but the loss decreases and the network follows its prompts."""
     write_dataset(tmp_path / "data", {"train": 60, "test": 16}, (64, 64), seed=0, prompts_per_film=8)
     config = TrainConfig(
         image_size=64, epochs=10, images_per_batch=4, prompts_per_image=8, learning_rate=4e-3, tower_rate=0.3,

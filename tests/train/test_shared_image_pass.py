@@ -1,4 +1,4 @@
-"""The training form against the plain one, in float64: logits, losses, every gradient, every statistic."""
+"""The training forward pass against the published form, in float64: logits, losses, gradients and statistics."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.game import TensorBatch, main_losses
 from cclip_deploy.train.losses import dice_bce
-from cclip_deploy.train.shared_image_pass import grouped_logits, head_logits
+from cclip_deploy.train.shared_image_pass import head_logits, multi_prompt_logits
 from tests.numerics import randomized
 
 LIMIT = 1e-10
 
 
 def network() -> CausalCLIPSeg:
-    """In training mode, nothing of it neutral."""
+    """Return a randomized network in training mode."""
     return randomized(CausalCLIPSeg(TINY)).train().requires_grad_(True)
 
 
@@ -34,7 +34,7 @@ def batch_of(images: int, prompts: int) -> TensorBatch:
 
 
 def assert_same(actual: nn.Module, expected: nn.Module) -> None:
-    """The same gradients and the same statistics, each tensor within LIMIT of the other."""
+    """Assert that gradients and batch-norm statistics agree within LIMIT."""
     pairs: list[tuple[str, Tensor, Tensor]] = []
     for (name, one), other in zip(actual.named_parameters(), expected.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None), name
@@ -42,13 +42,13 @@ def assert_same(actual: nn.Module, expected: nn.Module) -> None:
             pairs.append((name, one.grad, other.grad))
     largest = max(float(other.norm()) for _, _, other in pairs)
     for name, one, other in pairs:
-        # A bias before a batch norm has no gradient but rounding: it is measured against the whole.
+        # A bias before a batch norm has a gradient of rounding errors, so it is compared with the largest gradient.
         assert float((one - other).norm()) <= LIMIT * max(float(other.norm()), 1e-4 * largest), name
     for (name, one), other in zip(actual.named_buffers(), expected.buffers(), strict=True):
         assert float((one - other).double().norm()) <= LIMIT * float(other.double().norm()), name
 
 
-def test_both_heads_losses_gradients_and_batch_norm_statistics_are_the_plain_forms() -> None:
+def test_both_heads_match_the_published_form() -> None:
     fast, batch = network(), batch_of(2, 1)
     plain, start = copy.deepcopy(fast), copy.deepcopy(fast)
     losses = main_losses(fast, batch, TrainConfig(mode="joint", dice_weight=0.3), epoch=0)
@@ -59,14 +59,14 @@ def test_both_heads_losses_gradients_and_batch_norm_statistics_are_the_plain_for
     torch.autograd.backward(total)
     assert float(losses.total.detach()) == pytest.approx(float(total.detach()), rel=LIMIT)
     assert losses.confounding is not None
-    for told, branch in ((losses.causal, expected[0]), (losses.confounding, expected[1])):
-        assert float(told) == pytest.approx(float(branch.detach()), rel=LIMIT)
+    for loss, branch in ((losses.causal, expected[0]), (losses.confounding, expected[1])):
+        assert float(loss) == pytest.approx(float(branch.detach()), rel=LIMIT)
     assert_same(fast, plain)
     for head in (fast.head, fast.confounding_head):
         assert not torch.equal(head.block2[1].running_var, start.head.block2[1].running_var)
 
 
-def test_one_head_losses_gradients_and_statistics_are_the_plain_forms() -> None:
+def test_one_head_matches_the_published_form() -> None:
     fast, batch = network(), batch_of(2, 1)
     plain = copy.deepcopy(fast)
     torch.autograd.backward(main_losses(fast, batch, TrainConfig(), epoch=0).total)
@@ -74,7 +74,7 @@ def test_one_head_losses_gradients_and_statistics_are_the_plain_forms() -> None:
     assert_same(fast, plain)
 
 
-def test_a_batch_of_one_image_is_the_plain_forms_too() -> None:
+def test_a_batch_of_one_image_matches_the_published_form() -> None:
     fast, batch = network(), batch_of(1, 1)
     plain = copy.deepcopy(fast)
     torch.autograd.backward(main_losses(fast, batch, TrainConfig(), epoch=0).total)
@@ -82,17 +82,17 @@ def test_a_batch_of_one_image_is_the_plain_forms_too() -> None:
     assert_same(fast, plain)
 
 
-def test_prompts_grouped_by_image_give_what_row_by_row_gives() -> None:
+def test_prompts_that_share_an_image_pass_match_single_rows() -> None:
     model, batch = network().eval(), batch_of(2, 3)
     with torch.inference_mode():
-        grouped = grouped_logits(model, batch.images, batch.tokens)
+        grouped = multi_prompt_logits(model, batch.images, batch.tokens)
         rows = model.causal_logits(batch.images.repeat_interleave(3, dim=0), batch.tokens.flatten(0, 1))
     assert grouped.shape == (2, 3, 64, 96)
     assert (grouped.flatten(0, 1).unsqueeze(1) - rows).norm() < 1e-12 * rows.norm()
 
 
-def test_in_training_mode_grouped_prompts_have_the_gradient_of_rows() -> None:
-    """Batch statistics of an image that is repeated are those of the image alone."""
+def test_gradients_of_a_shared_image_pass_match_those_of_single_rows() -> None:
+    """Repeating images does not change batch statistics."""
     head = network().head
     plain = copy.deepcopy(head)
     features = torch.randn(2, 64, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

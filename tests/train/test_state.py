@@ -1,4 +1,4 @@
-"""What must be the same for a training to go on; a whole training that goes on is in test_run.py."""
+"""Tests of the identity of saved states; test_run.py tests resuming."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from cclip_deploy.train.state import Identity
 
 
 def of_older_version(config: TrainConfig) -> Identity:
-    """As it was written before `own_step_statistics` existed."""
+    """Return the identity as written before `own_step_statistics` existed."""
     recipe = config.model_dump(mode="json")
     del recipe["game"]["own_step_statistics"]
     return Identity(recipe, {})
 
 
-def test_a_state_of_an_older_version_goes_on_as_it_began() -> None:
+def test_a_state_of_an_older_version_resumes_with_its_behavior() -> None:
     joint = TrainConfig(mode="joint")
     assert of_older_version(joint).differences(Identity.of(joint, {})) == []
     now = TrainConfig(mode="alternating")

@@ -1,4 +1,4 @@
-"""Splits in the network's size: what is read, what is kept, and how another data set is told."""
+"""Tests of training sets: resizing, caching and fingerprints."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image
 from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
-from cclip_deploy.train.training_set import CachedSample, data_fingerprint, open_training_set
+from cclip_deploy.train.training_set import CachedArrays, data_fingerprint, open_training_set
 from tests.made_data import SMALL
 
 
-def test_masks_are_brought_to_the_networks_size(train_rows: list[Sample], tokenizer: PromptTokenizer) -> None:
+def test_masks_are_resized_to_the_networks_image_size(train_rows: list[Sample], tokenizer: PromptTokenizer) -> None:
     data = open_training_set(train_rows, tokenizer, SMALL)
     half = open_training_set(train_rows, tokenizer, SMALL.model_copy(update={"image_size": 32}))
     assert half.images[0].shape == (1, 32, 32)
@@ -25,38 +25,38 @@ def test_masks_are_brought_to_the_networks_size(train_rows: list[Sample], tokeni
         assert np.array_equal(half.masks[row], share > 0.5)
 
 
-def test_rows_know_their_image(train_rows: list[Sample], tokenizer: PromptTokenizer) -> None:
+def test_rows_are_mapped_to_their_images(train_rows: list[Sample], tokenizer: PromptTokenizer) -> None:
     data = open_training_set(train_rows, tokenizer, SMALL)
     assert [data.images.paths[image] for image in data.image_of_row] == [row.image for row in train_rows]
     assert sorted(np.concatenate(data.rows_of_image).tolist()) == list(range(8))
 
 
-def test_cut_prompts_are_counted(train_rows: list[Sample], tokenizer: PromptTokenizer) -> None:
+def test_truncated_prompts_are_counted(train_rows: list[Sample], tokenizer: PromptTokenizer) -> None:
     data = open_training_set(train_rows, tokenizer, SMALL.model_copy(update={"prompt_length": 8}))
     assert data.cut_prompts == 8
     assert data.tokens.shape == (8, 8)
 
 
-def test_what_has_room_is_read_once_and_the_rest_each_time() -> None:
+def test_files_are_read_once_if_they_fit_into_the_cache() -> None:
     reads: list[str] = []
 
     def read(path: Path) -> np.ndarray:
         reads.append(path.name)
         return np.zeros(10, np.bool_)
 
-    kept = CachedSample([Path("a"), Path("b"), Path("c")], read, room_bytes=25)
+    arrays = CachedArrays([Path("a"), Path("b"), Path("c")], read, capacity_bytes=25)
     for index in (0, 1, 2, 0, 1, 2):
-        kept[index]
+        arrays[index]
     assert reads == ["a", "b", "c", "c"]
 
 
-def test_a_fingerprint_names_what_differs_and_forgets_the_place(data_folder: Path, tmp_path: Path) -> None:
+def test_a_fingerprint_detects_changes_but_not_a_move(data_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(data_folder, tmp_path / "copy")
     rows = of_split(read_flat(data_folder), "train")
     copied = of_split(read_flat(tmp_path / "copy"), "train")
     assert data_fingerprint(rows) == data_fingerprint(copied)
-    retold = [dataclasses.replace(copied[0], text="Lower left lung."), *copied[1:]]
-    assert _differing(data_fingerprint(rows), data_fingerprint(retold)) == {"prompts"}
+    other_text = [dataclasses.replace(copied[0], text="Lower left lung."), *copied[1:]]
+    assert _differing(data_fingerprint(rows), data_fingerprint(other_text)) == {"prompts"}
     assert _differing(data_fingerprint(rows), data_fingerprint(copied[:-1])) >= {"rows", "masks", "prompts"}
     Image.new("L", (64, 64), 255).save(copied[0].mask)
     assert _differing(data_fingerprint(rows), data_fingerprint(copied)) == {"masks"}

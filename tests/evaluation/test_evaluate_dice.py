@@ -1,4 +1,4 @@
-"""Dice with true and with all other prompts, of networks whose answers are known."""
+"""Tests of `evaluate_dice` with networks of known predictions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError
-from cclip_deploy.evaluation.scores import DiceScores, evaluate_dice
+from cclip_deploy.evaluation.evaluate import DiceScores, evaluate_dice
 from cclip_deploy.imaging.reading import read_picture
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
@@ -22,7 +22,7 @@ Answer = Callable[[np.ndarray, bytes], np.ndarray]
 
 
 class Known:
-    """A network that answers by a rule."""
+    """Network whose predictions are given by a function."""
 
     threshold, prompt_length = 0.5, 40
 
@@ -48,12 +48,12 @@ def tokens(text: str) -> bytes:
 
 
 def obey(samples: Sequence[Sample]) -> Answer:
-    """Answers with the mask of the row that has this image and prompt, and with nothing to any other prompt."""
+    """Return a rule that predicts the mask of the row with this image and prompt, or an empty mask."""
     answers = {(read_picture(r.image).pixels.tobytes(), tokens(r.text)): read_mask(r.mask) for r in samples}
     return lambda pixels, row: answers.get((pixels.tobytes(), row), np.zeros(pixels.shape[:2], bool)).astype(np.float32)
 
 
-def test_a_network_that_obeys_loses_what_the_average_over_all_other_sentences_takes(samples: list[Sample]) -> None:
+def test_shuffled_dice_is_the_mean_over_all_other_prompts(samples: list[Sample]) -> None:
     scores = evaluate_dice(Known(obey(samples)), samples)
     expected = []
     for row in samples:
@@ -70,21 +70,21 @@ def test_a_network_that_obeys_loses_what_the_average_over_all_other_sentences_ta
 
 
 def test_the_shuffled_estimate_does_not_depend_on_the_seed(samples: list[Sample]) -> None:
-    """One turn of whole blocks of texts did: its spread over seeds was larger than its interval."""
+    """It did in an earlier version, which rotated the prompts by a random offset."""
     network = Known(obey(samples))
     scores: list[DiceScores] = [evaluate_dice(network, samples, seed=seed) for seed in range(3)]
     assert len({found.shuffled.value for found in scores}) == 1
     assert len({found.drop.value for found in scores}) == 1
 
 
-def test_a_network_deaf_to_the_prompt_loses_nothing(samples: list[Sample]) -> None:
+def test_a_network_that_ignores_the_prompt_has_no_drop(samples: list[Sample]) -> None:
     scores = evaluate_dice(Known(lambda pixels, row: np.full(pixels.shape[:2], 0.5, np.float32)), samples)
     areas = [read_mask(row.mask).mean() for row in samples]
     assert scores.true.value == pytest.approx(np.mean([2 * area / (1 + area) for area in areas])), "0.5 is inside"
     assert scores.drop.value == pytest.approx(0)
 
 
-def test_nothing_to_compare_is_an_error(samples: list[Sample], tmp_path: Path) -> None:
+def test_missing_rows_or_prompts_are_an_error(samples: list[Sample], tmp_path: Path) -> None:
     network = Known(lambda pixels, row: pixels)
     with pytest.raises(DataError, match="no rows"):
         evaluate_dice(network, [])
