@@ -16,7 +16,7 @@ from cclip_deploy.common.names import json_text
 from cclip_deploy.common.threads import torch_threads
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.errors import DataError, UsageError
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 
@@ -136,7 +136,7 @@ def _measure(cell: Trial, checkpoint: Path, tell: Tell) -> dict[str, float]:
         if answers:
             numbers["dice_shuffled"] = float(np.mean(answers))
     films = dict.fromkeys(row.image for row in data.test_rows(next(iter(data.tests))))
-    masks = measure_causal_masks(network.loaded.model, (read_picture(film).pixels for film in films), config.image_hw)
+    masks = measure_causal_masks(network.loaded.model, (read_image(film).pixels for film in films), config.image_hw)
     for name, levels in asdict(masks).items():
         numbers |= {f"mask_{name}_{level}": value for level, value in zip((3, 4, 5), levels, strict=True)}
     if data.films is not None:

@@ -86,7 +86,7 @@ def _run_stages(folder: Path, options: DemoOptions, command: str, tell: Progress
     recipe, data = options.recipe, folder / "data"
     tell(f"Drawing {options.train_films + options.test_films} synthetic films")
     counts = {"train": options.train_films, "test": options.test_films}
-    write_dataset(data, counts, recipe.image_hw, recipe.seed, prompts_per_film=recipe.prompts_per_image)
+    write_dataset(data, counts, recipe.image_hw, recipe.seed, prompts_per_image=recipe.prompts_per_image)
     running = RunOptions(tensorboard=False)
     trained = train(recipe, data, folder / "training", lambda p: _tell_step(tell, p), running)
     checkpoint = trained.checkpoint
@@ -95,7 +95,7 @@ def _run_stages(folder: Path, options: DemoOptions, command: str, tell: Progress
     pictures = _first_pictures(held_out, 2) + ([film] if film else [])
     exporting = ExportOptions(
         recipe.image_hw, recipe.prompt_length, with_masks=True, threads=options.threads,
-        reference_pictures=tuple(pictures),
+        reference_images=tuple(pictures),
     )  # fmt: skip
     bundle = export_bundle(checkpoint, folder / BUNDLE, exporting, command, tell).bundle
     engines, no_engine = _build(bundle, options, tell)

@@ -27,7 +27,7 @@ from cclip_deploy.evaluation.metrics import (
     measure_overlap,
 )
 from cclip_deploy.evaluation.models import EvaluatedModel
-from cclip_deploy.imaging.reading import failure_of, read_picture
+from cclip_deploy.imaging.reading import failure_of, read_image
 from cclip_deploy.inference.prompt_cache import Tokens
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
@@ -274,7 +274,7 @@ def _read_ahead(
 
 
 def _load(image: Path, masks: Sequence[Path]) -> _Loaded:
-    pixels = read_picture(image).pixels
+    pixels = read_image(image).pixels
     height, width = pixels.shape[:2]
     if len(masks) * height * width > MOST_MASK_BYTES:
         raise DataError(

@@ -40,7 +40,7 @@ class ExportOptions:
     with_confounding: bool = False
     threads: int | None = None
     replace: bool = False
-    reference_pictures: tuple[Path, ...] = ()
+    reference_images: tuple[Path, ...] = ()
     reference_prompts: tuple[str, ...] = ()
 
 
@@ -163,7 +163,7 @@ def _write_references(
     from cclip_deploy.runtime.pytorch import PyTorchBackend
 
     (folder / "reference").mkdir()
-    pictures, prompts = options.reference_pictures, options.reference_prompts
+    pictures, prompts = options.reference_images, options.reference_prompts
     files = []
     for reference in make_references(PyTorchBackend(loaded.model), manifest, pictures, prompts, on_progress):
         files.append(f"reference/{reference.name}.npz")

@@ -19,7 +19,7 @@ from cclip_deploy.common.paths import check_writable
 from cclip_deploy.common.threads import torch_threads
 from cclip_deploy.datasets.reading import DataSet, read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
-from cclip_deploy.datasets.synthetic.generator import share_out_films, write_dataset
+from cclip_deploy.datasets.synthetic.generator import split_counts, write_dataset
 from cclip_deploy.environment.packages import require_training_packages
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.model.config import CONFIGS
@@ -123,8 +123,8 @@ def find_data(config: TrainConfig, tell: Tell = lambda message: None) -> Path:
         raise UsageError("The recipe names no data set. Give --data FOLDER, or data.folder in the recipe.")
     if films is not None and not folder.exists():
         tell(f"Drawing {films.images} synthetic films into {folder}")
-        counts = share_out_films(films.images)
-        write_dataset(folder, counts, config.image_hw, films.seed, prompts_per_film=films.prompts_per_image)
+        counts = split_counts(films.images)
+        write_dataset(folder, counts, config.image_hw, films.seed, prompts_per_image=films.prompts_per_image)
     return folder
 
 

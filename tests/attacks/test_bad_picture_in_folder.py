@@ -95,15 +95,15 @@ def test_predict_names_a_bad_picture_and_does_the_others(
 def test_predict_goes_on_whatever_reading_a_picture_raises(
     segmenter: Segmenter, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Errors that come out of `read_picture` as they are, as if a decoder had been forgotten there."""
+    """Errors that come out of `read_image` as they are, as if a decoder had been forgotten there."""
     shutil.copy(folder / "a.png", folder / "b.png")
 
     def read(path: Path) -> images_module.Picture:
         if path.name == "b.png":
             raise error
-        return images_module.read_picture(path)
+        return images_module.read_image(path)
 
-    monkeypatch.setattr(pipeline, "read_picture", read)
+    monkeypatch.setattr(pipeline, "read_image", read)
     reason = check_the_others(segmenter, folder, tmp_path, "b.png")
     assert (str(error) or "takes more memory than there is") in reason
 

@@ -26,7 +26,7 @@ def test_what_is_changed_is_sound_before(kinds: tuple[Path, list[flip_inputs.Inp
         path = folder / f"sound{kind.suffix}"
         path.write_bytes(kind.content)
         if kind.read is flip_inputs._read_all:
-            assert flip_inputs.read_picture(path).pixels.size, kind.name
+            assert flip_inputs.read_image(path).pixels.size, kind.name
         else:
             kind.read(path)
 

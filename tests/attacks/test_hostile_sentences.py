@@ -21,10 +21,9 @@ from cclip_deploy.common.limits import LONGEST_PROMPT
 from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.errors import DataError, PromptError
 from cclip_deploy.inference.segmenter import Segmenter
-from cclip_deploy.prompts import corrections as spelling
-from cclip_deploy.prompts.corrections import respell
+from cclip_deploy.prompts import spelling
 from cclip_deploy.prompts.reader import meaning, mirror, read_prompt
-from cclip_deploy.prompts.spelling import repair_prompt, repair_prompts
+from cclip_deploy.prompts.spelling import repair_prompt, repair_prompts, respell
 from cclip_deploy.prompts.tokenizer import PromptTokenizer, clean_prompt
 from tests.attacks.test_hostile_masks import pair, write_set
 from tests.cli.run import invoke

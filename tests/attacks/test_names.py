@@ -39,7 +39,7 @@ def strict_json(content: bytes) -> Any:
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / f"set{ODD}"
-    write_dataset(folder, {"test": 2}, (64, 64), 0, prompts_per_film=1)
+    write_dataset(folder, {"test": 2}, (64, 64), 0, prompts_per_image=1)
     return folder
 
 

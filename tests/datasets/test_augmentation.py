@@ -10,7 +10,7 @@ from cclip_deploy.datasets.augmentation import Augmentation, Change, apply_chang
 from cclip_deploy.datasets.synthetic.generator import make_samples
 from cclip_deploy.prompts.template import parse
 
-STILL = Change(flip=False, turn_degrees=0.0, scale=1.0, gain=1.0, gamma=1.0)
+STILL = Change(flip=False, rotation_degrees=0.0, scale=1.0, gain=1.0, gamma=1.0)
 LEFT = "Unilateral pulmonary infection, one infected area, lower left lung."
 
 
@@ -53,7 +53,7 @@ def test_a_picture_is_not_flipped_where_one_of_its_texts_cannot_be() -> None:
 def test_a_quarter_turn_is_that_of_numpy() -> None:
     rng = np.random.default_rng(0)
     pixels, masks = rng.random((33, 33, 3), np.float32), rng.random((2, 33, 33)) > 0.5
-    turned = apply_change(changed(turn_degrees=90.0), pixels, masks, ("a", "b"))
+    turned = apply_change(changed(rotation_degrees=90.0), pixels, masks, ("a", "b"))
     assert np.allclose(turned[0], np.rot90(pixels), atol=1e-4)
     assert np.array_equal(turned[1], np.rot90(masks, axes=(1, 2)))
 
@@ -83,7 +83,12 @@ def test_draws_stay_in_their_ranges_and_repeat_themselves() -> None:
     draws = [draw_change(np.random.default_rng(seed), wide) for seed in range(500)]
     assert draws[7] == draw_change(np.random.default_rng(7), wide)
     assert abs(np.mean([draw.flip for draw in draws]) - 0.3) < 0.07
-    for name, low, high in (("turn_degrees", -10, 10), ("scale", 0.9, 1.1), ("gain", 0.8, 1.2), ("gamma", 0.7, 1.3)):
+    for name, low, high in (
+        ("rotation_degrees", -10, 10),
+        ("scale", 0.9, 1.1),
+        ("gain", 0.8, 1.2),
+        ("gamma", 0.7, 1.3),
+    ):
         values = [getattr(draw, name) for draw in draws]
         assert low <= min(values) < low + 0.05 * (high - low)
         assert high - 0.05 * (high - low) < max(values) <= high

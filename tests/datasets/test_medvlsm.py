@@ -69,12 +69,12 @@ def test_an_image_may_have_several_masks_with_their_own_texts(write: Callable[..
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({}, "holds no list of entries"),
-        ([], "holds no list of entries"),
+        ({}, "is not a list of entries"),
+        ([], "is not a list of entries"),
         ([3], "entry 1: img_name is None"),
         ([{"img_name": "b.jpg", "prompts": {"p1": "x"}}], "entry 1: mask_name is None"),
         ([{"img_name": "b.jpg", "mask_name": "m1.png"}], "entry 1: prompts is None"),
-        ([entry(p0="", p1=[])], r"entry 1: b\.jpg has no prompt but empty ones"),
+        ([entry(p0="", p1=[])], r"entry 1: b\.jpg has only empty prompts"),
         ([entry(p1=3)], "entry 1: prompt p1 is 3"),
         ([entry(p1=["x", None])], "entry 1: prompt p1 is"),
         ([entry(p1="x"), entry("c.png", p1="x")], r"entry 2: image .*c\.png does not exist"),

@@ -92,7 +92,7 @@ def test_prompts_without_a_word_are_refused_and_masks_of_more_values_named(
     folder: Path, tokenizer: PromptTokenizer
 ) -> None:
     (folder / "table.csv").write_text("image,mask,text\na.png,masks/full.png,\u0345\n", encoding="utf-8")
-    with pytest.raises(DataError, match="holds no word"):
+    with pytest.raises(DataError, match="has no word"):
         report(folder, tokenizer)
     (folder / "table.csv").write_text("image,mask,text\na.png,masks/gray.png,x\n")
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(folder / "masks/gray.png")

@@ -106,7 +106,7 @@ def test_pictures_and_prompts_of_ones_own_become_references(tiny_checkpoint: Pat
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "a.png")
     options = ExportOptions(
         TINY_HW, 24, with_masks=True, threads=THREADS,
-        reference_pictures=(tmp_path / "a.png",), reference_prompts=("heart", "left lung", "rib"),
+        reference_images=(tmp_path / "a.png",), reference_prompts=("heart", "left lung", "rib"),
     )  # fmt: skip
     made = export_bundle(tiny_checkpoint, tmp_path / "new.cclip", options, "test")
     assert load_references(made.bundle)[1].logits.shape == (1, 3, *TINY_HW)
@@ -135,7 +135,7 @@ def test_a_bundle_is_what_is_asked_for_else_what_its_checkpoint_was_trained_on(
     [
         ({"reference_prompts": ("heart", "")}, PromptError),
         ({"reference_prompts": ("heart " * 40,)}, PromptError),
-        ({"reference_pictures": (Path("/nowhere.png"),)}, ImageError),
+        ({"reference_images": (Path("/nowhere.png"),)}, ImageError),
     ],
 )
 @WITH_TRACING

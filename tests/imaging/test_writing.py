@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from cclip_deploy.errors import EnvironmentIssue, UsageError
-from cclip_deploy.imaging.reading import Picture
+from cclip_deploy.imaging.image import Picture
 from cclip_deploy.imaging.writing import OVERLAY_LONGEST_PX, draw_overlay, file_stem, write_segmentation
 
 CYAN, AMBER = np.array([56, 199, 214]), np.array([255, 179, 71])

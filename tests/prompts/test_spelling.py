@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cclip_deploy.prompts.corrections import KNOWN, LONGEST, respell
 from cclip_deploy.prompts.reader import read_prompt
-from cclip_deploy.prompts.spelling import Repair, repair_prompt, repair_prompts
+from cclip_deploy.prompts.spelling import KNOWN, LONGEST, Repair, repair_prompt, repair_prompts, respell
 from cclip_deploy.prompts.template import ZONES, Zones, parse, parse_or_none, render
 from tests.prompts.wordings import DEV, HELD_OUT, make, mistype
 

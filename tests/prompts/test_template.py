@@ -74,12 +74,12 @@ def test_parse_does_not_mind_case_spaces_order_and_number_word() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("A cat.", "not of the form"),
-        ("Unilateral pulmonary infection, one infected area, .", "not of the form"),
+        ("A cat.", "does not have the form"),
+        ("Unilateral pulmonary infection, one infected area, .", "does not have the form"),
         ("Unilateral pulmonary infection, one infected area, uppper left lung.", "'uppper'"),
         ("Unilateral pulmonary infection, one infected area, upper left.", "'upper left'"),
         ("Bilateral pulmonary infection, two infected areas, upper left lung and lower left lung.", "left lung twice"),
-        ("Bilateral pulmonary infection, one infected area, upper left lung.", "make it unilateral"),
+        ("Bilateral pulmonary infection, one infected area, upper left lung.", "are unilateral"),
         ("Unilateral pulmonary infection, one infected area, all upper left lung.", "'all'"),
     ],
 )

@@ -68,7 +68,7 @@ def test_one_picture_is_too_few_however_often_it_lies_there(copies: int, films: 
         shutil.copy(films / "images" / "train-00000.png", folder / f"{number}.png")
     options = CalibrationOptions((folder,))
     if copies == 0:
-        with pytest.raises(ImageError, match="has no picture"):
+        with pytest.raises(ImageError, match="has no image"):
             choose_pictures(options)
         return
     with pytest.raises(UsageError, match="1 different image to calibrate with; below 8"):

@@ -37,7 +37,7 @@ from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.tables import read_table
 from cclip_deploy.engines.profile import read_profile
 from cclip_deploy.errors import CclipError
-from cclip_deploy.imaging.reading import picture_orientation, picture_size, read_picture
+from cclip_deploy.imaging.reading import image_orientation, image_size, read_image
 from cclip_deploy.prompts.reader import mirror, read_prompt
 from cclip_deploy.prompts.spelling import repair_prompt
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
@@ -156,7 +156,7 @@ def _tell(kind: Input, number: int, seed: int, error: BaseException, path: Path)
 def _read_all(path: Path) -> None:
     """Everything that is done with an image and a mask of a data set; each may refuse."""
     refusals = []
-    for read in (read_picture, picture_size, picture_orientation, read_mask):
+    for read in (read_image, image_size, image_orientation, read_mask):
         try:
             read(path)
         except CclipError as error:
