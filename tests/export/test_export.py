@@ -165,14 +165,14 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (ExportOptions(prompt_length=2), "prompt length of 2"),
         (ExportOptions(prompt_length=0), "prompt length of 0"),
         (ExportOptions(prompt_length=78), "Use 3 to 77"),
-        (ExportOptions(plain=True, batch=0), "batch of 0"),
-        (ExportOptions(batch=2), "belongs to --plain"),
-        (ExportOptions(plain=True, with_masks=True), "belongs to the deploy form"),
-        (ExportOptions(plain=True, with_confounding=True), "belongs to the deploy form"),
+        (ExportOptions(plain=True, batch=0), "Batch size 0"),
+        (ExportOptions(batch=2), "--batch requires --plain"),
+        (ExportOptions(plain=True, with_masks=True), "exclude --plain"),
+        (ExportOptions(plain=True, with_confounding=True), "exclude --plain"),
     ],
 )
 @pytest.mark.usefixtures("no_work")
-def test_options_that_cannot_be_are_refused_before_any_work(
+def test_invalid_options_are_refused_before_any_work(
     options: ExportOptions, said: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=said) as caught:

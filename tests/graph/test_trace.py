@@ -155,7 +155,7 @@ def test_image_encoder_answers_any_number_of_pictures(batch: int, network: Causa
     image = pictures(batch)
     out = run("image_encoder", {"image": image})
     neck = network.neck(network.image_tower(torch.from_numpy(image)))
-    expected = (network.head.rise(neck.causal).permute(0, 2, 3, 1), *neck.masks, neck.confounding)
+    expected = (network.head.upsample(neck.causal).permute(0, 2, 3, 1), *neck.masks, neck.confounding)
     for name, value in zip(IMAGE_OUTPUTS, expected, strict=True):
         assert error(out[name], value) <= LIMIT
 
@@ -170,9 +170,9 @@ def test_mask_decoder_answers_every_prompt_on_every_picture(
     logits = run("mask_decoder", {"features": features, **kernels})["logits"]
     assert logits.shape == (batch, rows, *HW)
     state = network.text_tower(torch.from_numpy(tokens))
-    risen = network.head.rise(network.neck.causal_features(network.image_tower(torch.from_numpy(image))))
+    risen = network.head.upsample(network.neck.causal_features(network.image_tower(torch.from_numpy(image))))
     for picture in range(batch):
-        alone = network.head.answer(risen[picture : picture + 1].expand(rows, -1, -1, -1), state)
+        alone = network.head.apply_prompt(risen[picture : picture + 1].expand(rows, -1, -1, -1), state)
         assert error(logits[picture], alone[:, 0]) <= LIMIT
 
 

@@ -123,7 +123,7 @@ def test_clip_with_tensors_missing_is_refused_and_changes_nothing(
 
 
 def test_a_file_without_clip_s_names_is_no_clip(network: CausalCLIPSeg, tiny_checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no CLIP network"):
+    with pytest.raises(CheckpointError, match="is not a CLIP network"):
         load_clip_weights(network, str(tiny_checkpoint))
 
 

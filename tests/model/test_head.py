@@ -36,7 +36,7 @@ def test_rise_is_two_bilinear_quadruplings_each_before_a_block(head: MaskHead, h
     features = random_map(2, 64, *hw)
     expected = block(quadrupled(block(quadrupled(features), head.block1)), head.block2)
     assert expected.shape == (2, 32, 16 * hw[0], 16 * hw[1])
-    assert relative_error(head.rise(features), expected) <= 1e-12
+    assert relative_error(head.upsample(features), expected) <= 1e-12
 
 
 def test_prompt_s_numbers_are_channel_by_channel_3x3_kernels_and_the_bias_last(head: MaskHead) -> None:
@@ -68,11 +68,11 @@ def test_every_picture_is_convolved_with_the_kernel_of_its_own_prompt(head: Mask
             for column in range(5):
                 window = padded[:, row : row + 3, column : column + 3]
                 expected[sample, 0, row, column] = (window * kernel).sum() + values[sample, -1]
-    assert relative_error(head.answer(risen, state), expected) <= 1e-12
+    assert relative_error(head.apply_prompt(risen, state), expected) <= 1e-12
 
 
 def test_logits_are_the_answer_to_the_risen_features(head: MaskHead) -> None:
     features, state = random_map(2, 64, 2, 3), random_map(2, 64)
     logits = head(features, state)
     assert logits.shape == (2, 1, 32, 48)
-    assert torch.equal(logits, head.answer(head.rise(features), state))
+    assert torch.equal(logits, head.apply_prompt(head.upsample(features), state))

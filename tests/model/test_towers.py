@@ -151,5 +151,5 @@ def test_text_state_is_the_same_in_any_prompt_length_and_integer_type(text_tower
 
 
 def test_prompt_longer_than_the_context_is_refused_with_both_numbers(text_tower: TextTower) -> None:
-    with pytest.raises(PromptError, match="78 tokens do not fit the text tower's 77"):
+    with pytest.raises(PromptError, match="78 tokens exceed the text tower's limit of 77"):
         text_tower(torch.ones(1, 78, dtype=torch.int64))

@@ -40,7 +40,7 @@ def convolved(risen: Tensor, folded: FoldedKernel) -> Tensor:
 def test_folded_kernel_answers_as_the_head_does(height: int, width: int, batch: int, seed: int) -> None:
     risen, state = random_map(batch, 6, height, width, seed=seed), random_map(batch, 64, seed=seed)
     folded = FoldLastConvolution()(HEAD)(state)
-    assert relative_error(convolved(risen, folded), HEAD.answer(risen, state)) <= 1e-12
+    assert relative_error(convolved(risen, folded), HEAD.apply_prompt(risen, state)) <= 1e-12
 
 
 def test_folded_numbers_are_k_w_and_k_b() -> None:
