@@ -1,4 +1,4 @@
-"""A short form of tests/attacks/long/flip_inputs.py: changed inputs give an answer or one error."""
+"""Short run of tests/attacks/long/flip_inputs.py: corrupted inputs give a result or one error."""
 
 from __future__ import annotations
 

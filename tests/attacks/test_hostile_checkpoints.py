@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, lie, or would run code: one clear line each, and no code is run."""
+"""Checkpoints that are damaged, inconsistent or contain code are refused with one line, and no code runs."""
 
 from __future__ import annotations
 
@@ -137,11 +137,11 @@ def test_a_torchscript_archive_is_a_program_and_torch_s_warnings_about_it_stay_i
     ],
     ids=["empty", "byte", "PK", "zip", "pickle", "text", "git-lfs", "html", "png", "zeros", "ones", "json", "opcodes"],
 )  # fmt: skip
-def test_a_file_that_is_no_checkpoint_is_said_to_be_none(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
     assert "is not a checkpoint, or a damaged or truncated one" in refusal(content, tmp_path)
 
 
-def test_a_zip_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_zip_of_something_else_is_not_a_checkpoint(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr("readme/readme.txt", "hello")
@@ -247,7 +247,7 @@ def test_weights_of_a_type_that_networks_do_not_have_are_refused(
     assert f"has 1 tensor of another type: {name} {str(kind).removeprefix('torch.')}" in message
 
 
-def test_a_counter_that_is_no_whole_number_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_counter_that_is_not_a_whole_number_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(tiny_checkpoint)
     name = next(name for name in tensors if name.endswith("num_batches_tracked"))
     tensors[name] = torch.tensor(1.5)

@@ -1,4 +1,4 @@
-"""Masks and images of a data set that are made to harm: each ends in an error that names the file.
+"""Malicious masks and images of a data set are refused with an error that names the file.
 
 Before, a mask was opened with every format that Pillow knows, so a PostScript file named m.png started Ghostscript; and
 an image's EXIF orientation was applied but its mask's was not, so square ones were scored against the wrong place.
@@ -98,7 +98,7 @@ def test_every_layout_compares_the_orientations_of_a_square_pair(tmp_path: Path,
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_an_orientation_is_found_before_and_behind_the_pixels_of_a_png(tmp_path: Path, behind: bool) -> None:
+def test_an_orientation_is_found_before_and_after_the_pixels_of_a_png(tmp_path: Path, behind: bool) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     path = tmp_path / "a.png"
@@ -114,7 +114,7 @@ def test_an_orientation_is_found_before_and_behind_the_pixels_of_a_png(tmp_path:
     assert read_image(path).pixels.shape == (4, 6)
 
 
-def test_the_size_of_a_png_is_told_without_decoding_it(tmp_path: Path) -> None:
+def test_the_size_of_a_png_is_read_without_decoding_it(tmp_path: Path) -> None:
     """Before, each image and mask of a data set was decoded twice to compare sizes and orientations."""
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30)).astype(np.uint8)).save(path)

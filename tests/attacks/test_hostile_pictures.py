@@ -1,4 +1,4 @@
-"""Pictures made to break the reader: each ends in an ImageError that names the file, quietly, quickly and small."""
+"""Malicious images are refused with an ImageError that names the file, without warnings, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_every_truncation_before_the_pixels_end_is_an_error(
 @pytest.mark.parametrize("kind", MAKERS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=60)
-def test_changed_bytes_give_a_picture_or_an_error(
+def test_changed_bytes_give_an_image_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
 ) -> None:
     changed = bytearray(MAKERS[kind]())
@@ -201,7 +201,7 @@ def tiff_of_one_tile(width: int, length: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", HUGE)
-def test_a_picture_too_large_for_its_channels_sides_or_tiles_is_refused_in_50_mib(tmp_path: Path, kind: str) -> None:
+def test_an_image_too_large_for_its_channels_sides_or_tiles_is_refused_in_50_mib(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(HUGE[kind]())
     for read in (read_image, read_mask, image_size):
@@ -210,7 +210,7 @@ def test_a_picture_too_large_for_its_channels_sides_or_tiles_is_refused_in_50_mi
         assert "Reduce or crop the image" in said
 
 
-def test_the_largest_pictures_take_little_more_than_their_own_pixels(tmp_path: Path) -> None:
+def test_the_largest_images_take_little_more_than_their_own_pixels(tmp_path: Path) -> None:
     """Before, 16-bit gray was made float64 and divided there: five times its float32 pixels.
 
     The pixels of 4096x4096 as float32 are 64 MiB; the decoder's own buffer is half of that.
@@ -231,7 +231,7 @@ def test_a_mask_of_the_largest_size_is_written_in_little_memory(tmp_path: Path) 
     assert said.startswith("WrittenMask: ")
 
 
-def test_a_decoder_without_memory_is_the_pictures_failure(tmp_path: Path) -> None:
+def test_a_decoder_without_memory_is_an_error_of_that_image(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png(6000, 6000, bytes(6001 * 6000)))
     said = within(20, lambda: read_image(path))
@@ -355,7 +355,7 @@ def test_a_compressed_dicom_is_read_where_its_size_is_the_headers_and_refused_wh
         assert "the compressed image inside is 6000x6000" in said
 
 
-def test_runs_that_unpack_to_far_more_than_the_picture_are_counted_first(tmp_path: Path) -> None:
+def test_runs_that_unpack_to_far_more_than_the_image_are_counted_first(tmp_path: Path) -> None:
     """Before, 4 MB of runs unpacked to 256 MB, and each further one to 64."""
     path = tmp_path / "a.dcm"
     path.write_bytes(compressed_dicom(RLE, rle(b"\x81\x07" * 2_000_000), 64, 64))
@@ -469,7 +469,7 @@ def test_readers_in_several_threads_take_turns(tmp_path: Path) -> None:
     assert warnings.filters is before
 
 
-def test_pictures_are_opened_in_one_place_with_a_list_of_formats() -> None:
+def test_images_are_opened_in_one_place_with_a_list_of_formats() -> None:
     """Before, masks were opened with every format that Pillow knows, one of which starts Ghostscript."""
     root = Path(__file__).parents[2]
     sources = [

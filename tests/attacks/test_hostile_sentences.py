@@ -1,4 +1,4 @@
-"""Sentences made to take long or to break the reader: steps grow at most linearly, and errors are of the project's own.
+"""Malicious sentences are processed in linear time, or refused with one of the project's errors.
 
 Before issue 10 a word of 60 letters hung every command that repairs prompts (45 letters: 3.8 s). After it, a million
 characters were still cleaned and tokenized, and `²` before "lesions" and `&#99…9;` of 5,000 digits gave tracebacks.

@@ -1,4 +1,4 @@
-"""Tokenizers that are not CLIP's own: each is refused before the package tokenizers sees anything of it."""
+"""Tokenizer files that differ from CLIP's are refused before they are passed to the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ BYTES = {
 
 
 @pytest.mark.parametrize("content", BYTES.values(), ids=BYTES)
-def test_a_file_that_is_no_tokenizer_is_refused(content: bytes) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused(content: bytes) -> None:
     refusal(content)
 
 

@@ -32,7 +32,7 @@ def test_nothing_is_changed_by_default(film: tuple[np.ndarray, np.ndarray, tuple
     assert texts == film[2]
 
 
-def test_a_flip_swaps_picture_mask_and_words(film: tuple[np.ndarray, np.ndarray, tuple[str, ...]]) -> None:
+def test_a_flip_swaps_image_mask_and_words(film: tuple[np.ndarray, np.ndarray, tuple[str, ...]]) -> None:
     pixels, masks, texts = apply_change(changed(flip=True), *film)
     assert np.array_equal(pixels, film[0][:, ::-1])
     assert np.array_equal(masks, film[1][:, :, ::-1])
@@ -42,7 +42,7 @@ def test_a_flip_swaps_picture_mask_and_words(film: tuple[np.ndarray, np.ndarray,
     assert np.array_equal(back[0], film[0])
 
 
-def test_a_picture_is_not_flipped_where_one_of_its_texts_cannot_be() -> None:
+def test_an_image_is_not_flipped_where_one_of_its_texts_cannot_be() -> None:
     pixels, masks = np.arange(6, dtype=np.float32).reshape(2, 3) / 6, np.eye(2, 3, dtype=bool)[None].repeat(2, axis=0)
     kept = apply_change(changed(flip=True), pixels, masks, (LEFT, "leftmost nodule"))
     assert np.array_equal(kept[0], pixels)
@@ -97,7 +97,7 @@ def test_draws_stay_in_their_ranges_and_repeat_themselves() -> None:
 
 
 @pytest.mark.parametrize("values", [{"flip_share": 1.5}, {"rotation_degrees": 60}, {"scale": 1.0}, {"shear": 0.1}])
-def test_settings_that_mean_nothing_are_refused(values: dict[str, float]) -> None:
+def test_invalid_settings_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Augmentation(**values)
 

@@ -108,7 +108,7 @@ def test_a_mistake_in_the_table_is_named(lvit: Callable[[Rows], Path], rows: Row
         read_lvit(lvit(rows))
 
 
-def test_missing_and_doubtful_images_and_masks_of_another_size_are_named(lvit: Callable[[Rows], Path]) -> None:
+def test_missing_and_ambiguous_images_and_masks_of_another_size_are_named(lvit: Callable[[Rows], Path]) -> None:
     folder = lvit([HEADER, ("mask_a.png", "x")])
     draw(folder / "Train_Folder/labelcol/mask_a.png", width=9)
     with pytest.raises(DataError, match=r"row 2: mask .* is 9x6 pixels, its image 8x6"):
@@ -152,7 +152,7 @@ def test_a_workbook_with_a_wrong_extent_is_read_to_its_end(lvit: Callable[[Rows]
     assert [r.text for r in read_lvit(folder)] == ["x", "y"]
 
 
-def test_hidden_files_of_macos_are_no_pictures(lvit: Callable[[Rows], Path]) -> None:
+def test_hidden_files_of_macos_are_no_images(lvit: Callable[[Rows], Path]) -> None:
     folder = lvit([HEADER, ("mask_a.png", "x")])
     (folder / "Train_Folder/img/._a.png").write_bytes(b"Mac OS X")
     (folder / "Train_Folder/labelcol/._mask_a.png").write_bytes(b"Mac OS X")

@@ -90,7 +90,7 @@ def test_a_mistake_is_named_with_its_entry(write: Callable[..., Path], entries: 
 
 
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"\xff\xfe[]"], ids=range(3))
-def test_a_file_that_is_no_json_is_named(write: Callable[..., Path], content: bytes) -> None:
+def test_a_file_that_is_not_json_is_named(write: Callable[..., Path], content: bytes) -> None:
     folder = write([])
     (folder / "anns/train.json").write_bytes(content)
     with pytest.raises(DataError, match=r"train\.json cannot be read as"):

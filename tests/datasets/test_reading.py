@@ -92,7 +92,7 @@ def test_published_names_are_those_of_the_data_sets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("films", [5, 6, 11, 23, 500, 2729])
-def test_films_are_shared_out_as_languidemedseg_does(films: int) -> None:
+def test_images_are_split_as_languidemedseg_does(films: int) -> None:
     counts = split_counts(films)
     assert sum(counts.values()) == films
     assert min(counts.values()) >= 1

@@ -60,7 +60,7 @@ def test_every_count_is_that_of_the_rows(folder: Path, tokenizer: PromptTokenize
     assert report(folder, tokenizer, 42).splits["val"].cut_prompts == 0
 
 
-def test_shared_patients_and_shared_pictures_are_found(folder: Path, tokenizer: PromptTokenizer) -> None:
+def test_shared_patients_and_shared_images_are_found(folder: Path, tokenizer: PromptTokenizer) -> None:
     overlaps = {overlap.splits: overlap for overlap in report(folder, tokenizer).overlaps}
     assert (overlaps["train", "val"].patients, overlaps["train", "val"].examples) == (1, ("p2",))
     assert (overlaps["train", "test"].patients, overlaps["train", "test"].pictures) == (0, 1)
@@ -101,7 +101,7 @@ def test_prompts_without_a_word_are_refused_and_masks_of_more_values_named(
     assert "255 values besides 0" in reason
 
 
-def test_progress_is_told_mask_by_mask(folder: Path, tokenizer: PromptTokenizer) -> None:
+def test_progress_is_reported_mask_by_mask(folder: Path, tokenizer: PromptTokenizer) -> None:
     told: list[tuple[int, int]] = []
     report_data_set(read_data_set(folder), tokenizer, 32, lambda *pair: told.append(pair))
     assert told == [(1, 3), (2, 3), (3, 3)]

@@ -82,7 +82,7 @@ def test_graphs_have_the_names_and_dimensions_of_the_design(tiny_bundle: Bundle)
 
 
 @WITH_TRACING
-def test_what_was_compared_is_told_and_the_references_are_of_the_checkpoint(
+def test_what_was_compared_is_reported_and_the_references_are_of_the_checkpoint(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
@@ -100,7 +100,7 @@ def test_what_was_compared_is_told_and_the_references_are_of_the_checkpoint(
 
 
 @WITH_TRACING
-def test_pictures_and_prompts_of_ones_own_become_references(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_images_and_prompts_of_ones_own_become_references(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "a.png")
@@ -194,7 +194,7 @@ def test_an_output_that_exists_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("package", ["torch", "open_clip", "onnx", "onnxscript"])
-def test_a_missing_package_is_told_with_the_extra_that_has_it(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_extra_that_has_it(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import util
 
     real = util.find_spec
@@ -206,7 +206,7 @@ def test_a_missing_package_is_told_with_the_extra_that_has_it(package: str, monk
 @pytest.mark.parametrize(
     "content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(64), b"text\n"], ids=str
 )
-def test_a_file_that_is_no_checkpoint_leaves_nothing(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_leaves_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     wrong = tmp_path / "in" / "model.pth"
     wrong.write_bytes(content)

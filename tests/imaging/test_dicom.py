@@ -206,7 +206,7 @@ def test_padding_range_is_left_out_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("padding", [{}, {"PixelPaddingValue": 7}])
-def test_flat_picture_is_black(tmp_path: Path, padding: dict[str, Any]) -> None:
+def test_flat_image_is_black(tmp_path: Path, padding: dict[str, Any]) -> None:
     path = write_dicom(tmp_path / "a.dcm", np.full((3, 4), 7, np.uint16), **padding)
     np.testing.assert_array_equal(read_dicom(path).pixels, np.zeros((3, 4)))
 
@@ -254,7 +254,7 @@ def test_several_frames_are_refused_with_advice(tmp_path: Path) -> None:
     _assert_refused(path, ImageError, "2 frames", "Save the frame as a separate file")
 
 
-def test_report_without_picture_is_named(tmp_path: Path) -> None:
+def test_report_without_image_is_named(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", RAMP, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
     dataset = pydicom.dcmread(path)
     for name in ("Rows", "Columns", "PixelData"):
@@ -323,7 +323,7 @@ def test_missing_pydicom_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
         read_image(path)
 
 
-def test_real_chest_film_has_dark_lungs_and_dark_air() -> None:
+def test_real_chest_radiograph_has_dark_lungs_and_dark_air() -> None:
     picture = read_image(real_file("RG1_UNCR.dcm"))
     assert (picture.pixels.shape, picture.bits, picture.kind) == ((1955, 1841), 15, "dicom")
     lung, spine = picture.pixels[200:260, 570:640].mean(), picture.pixels[600:1300, 860:960].mean()

@@ -142,7 +142,7 @@ def test_constant_probability_stays_constant(value: float) -> None:
         (np.zeros((0, 4), np.float32), "from nan"),
     ],
 )
-def test_pixels_that_are_no_picture_are_refused(pixels: np.ndarray, words: str) -> None:
+def test_pixels_that_are_not_an_image_are_refused(pixels: np.ndarray, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         to_input(pixels, (32, 32), Preprocessing())
 

@@ -83,7 +83,7 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_image(tmp_path / "a.jpg").pixels[4, 4], [1, 0, 0], atol=0.03)
 
 
-def test_one_bit_picture_is_black_and_white(tmp_path: Path) -> None:
+def test_one_bit_image_is_black_and_white(tmp_path: Path) -> None:
     bits = np.array([[True, False], [False, True]])
     Image.fromarray(bits).save(tmp_path / "a.png")
     picture = read_image(tmp_path / "a.png")
@@ -108,7 +108,7 @@ def test_transparent_palette_entry_becomes_black(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_laid_on_black(tmp_path: Path, mode: str) -> None:
+def test_alpha_is_blended_with_black(tmp_path: Path, mode: str) -> None:
     value, alpha = 200, 51
     Image.new(mode, (3, 2), (*([value] * (len(mode) - 1)), alpha)).save(tmp_path / "a.png")
     pixels = read_image(tmp_path / "a.png").pixels
@@ -193,7 +193,7 @@ def test_several_pages_are_refused(tmp_path: Path) -> None:
             read_image(tmp_path / name)
 
 
-def test_phone_jpeg_with_a_second_picture_gives_the_first(tmp_path: Path) -> None:
+def test_phone_jpeg_with_a_second_image_gives_the_first(tmp_path: Path) -> None:
     first, second = Image.new("L", (16, 16), 200), Image.new("L", (16, 16), 10)
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
     picture = read_image(tmp_path / "a.jpg")
@@ -255,7 +255,7 @@ def test_finding_nothing_is_an_error(tmp_path: Path) -> None:
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["PNG", "JPEG", "TIFF", "BMP"]), st.booleans())
 @settings(deadline=None, max_examples=40)
-def test_any_picture_comes_out_in_unit_range_with_its_own_size(
+def test_any_image_comes_out_in_unit_range_with_its_own_size(
     tmp_path_factory: pytest.TempPathFactory, height: int, width: int, kind: str, color: bool
 ) -> None:
     shape = (height, width, 3) if color else (height, width)

@@ -113,7 +113,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.safetensors", b"the old one")]
 
 
-def test_a_folder_that_cannot_be_made_is_an_environment_problem(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_environment_issue(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(EnvironmentIssue, match="could not be written"):
         save_checkpoint(tiny_network, tmp_path / "file" / "model.safetensors")

@@ -73,7 +73,7 @@ def test_image_size_is_n_or_height_x_width(text: str | int, expected: tuple[int,
 
 
 @pytest.mark.parametrize("text", ["", "x", "224x", "x224", "big", "1e3", "224x224x3", "224.0", "224*224"])
-def test_text_that_is_no_image_size_is_refused_and_quoted(text: str) -> None:
+def test_text_that_is_not_an_image_size_is_refused_and_quoted(text: str) -> None:
     with pytest.raises(UsageError, match="is not N or HxW"):
         image_hw(text)
 
@@ -88,6 +88,6 @@ def test_text_that_is_no_image_size_is_refused_and_quoted(text: str) -> None:
         ((224, 16), "Use 32"),
     ],
 )
-def test_a_side_that_is_no_multiple_of_32_is_refused_with_the_nearest(hw: tuple[int, int], advice: str) -> None:
+def test_a_side_that_is_not_a_multiple_of_32_is_refused_with_the_nearest(hw: tuple[int, int], advice: str) -> None:
     with pytest.raises(UsageError, match=advice):
         check_image_hw(hw)

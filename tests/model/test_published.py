@@ -91,7 +91,7 @@ def test_unused_tensors_may_be_absent() -> None:
     ("blocks", "name"),
     [((3, 4, 6, 3), "RN50"), ((3, 4, 23, 3), "RN101"), ((4, 6, 10, 6), "RN50x4"), ((3, 15, 36, 10), "RN50x64")],
 )
-def test_image_towers_are_told_by_their_blocks(blocks: tuple[int, ...], name: str) -> None:
+def test_image_towers_are_recognized_by_their_blocks(blocks: tuple[int, ...], name: str) -> None:
     keys = [f"backbone.visual.layer{s}.{b}.conv1.weight" for s, n in enumerate(blocks, 1) for b in range(n)]
     assert image_tower_name(keys) == name
     if name != "RN101":

@@ -116,7 +116,7 @@ def test_stages_are_open_clip_s_unchanged(image_tower: ImageTower) -> None:
     assert relative_error(pyramid.v5, image_tower.attnpool(stages["layer4"])) <= 1e-12
 
 
-def test_image_that_is_no_multiple_of_32_is_refused(image_tower: ImageTower) -> None:
+def test_image_that_is_not_a_multiple_of_32_is_refused(image_tower: ImageTower) -> None:
     with pytest.raises(UsageError, match="48 is not a positive multiple of 32"):
         image_tower(random_map(1, 3, 64, 48))
 

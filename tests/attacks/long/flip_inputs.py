@@ -1,4 +1,4 @@
-"""Change bytes of every kind of input that users give, and read it: a plain answer or a CclipError may come out.
+"""Change bytes in every kind of user input and read it: the outcome must be a result or a CclipError.
 
     python -m tests.attacks.long.flip_inputs [--changes 40000] [--seed 0] [--mib 1500]
 

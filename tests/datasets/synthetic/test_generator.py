@@ -32,7 +32,7 @@ def rng(seed: int) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("image_hw", [(64, 64), (96, 96), (64, 160), (224, 224)])
-def test_a_film_has_the_asked_size_type_and_range(image_hw: tuple[int, int]) -> None:
+def test_an_image_has_the_requested_size_type_and_range(image_hw: tuple[int, int]) -> None:
     sample = make_sample(rng(0), image_hw)
     assert sample.image.shape == sample.mask.shape == image_hw
     assert (str(sample.image.dtype), str(sample.mask.dtype)) == ("float32", "bool")
@@ -41,7 +41,7 @@ def test_a_film_has_the_asked_size_type_and_range(image_hw: tuple[int, int]) -> 
     assert sample.image.max() - sample.image.min() > 0.5
 
 
-def test_the_same_seed_gives_the_same_film_and_another_seed_another() -> None:
+def test_the_same_seed_gives_the_same_image_and_another_seed_another() -> None:
     one, same, other = (make_sample(rng(seed), (64, 64)) for seed in (5, 5, 6))
     assert np.array_equal(one.image, same.image)
     assert np.array_equal(one.mask, same.mask)
@@ -129,7 +129,7 @@ def confounded(seed: int, *kinds: str, rho: float = 1.0) -> SyntheticSample:
 
 
 @pytest.mark.parametrize("kind", SIGNS)
-def test_a_sign_changes_the_picture_alone_and_stands_where_it_should(kind: str) -> None:
+def test_a_confounder_changes_the_image_alone_and_has_the_expected_place(kind: str) -> None:
     for seed in range(8):
         plain, sign = make_sample(rng(seed), (96, 96)), confounded(seed, kind)
         assert (sign.prompt, sign.present_zones) == (plain.prompt, plain.present_zones)
@@ -155,7 +155,7 @@ def test_a_sign_changes_the_picture_alone_and_stands_where_it_should(kind: str) 
             assert (edges[0] < 0.9 * edges[1]) == left
 
 
-def test_a_sign_that_is_switched_off_leaves_the_others_as_they_were() -> None:
+def test_a_confounder_that_is_switched_off_leaves_the_others_as_they_were() -> None:
     for seed in range(6):
         both, one = confounded(seed, "marker", "gain", rho=0.5), confounded(seed, "gain", rho=0.5)
         assert np.abs(both.image - one.image)[24:].max() < 1e-6, "the marker stands above"
@@ -163,20 +163,20 @@ def test_a_sign_that_is_switched_off_leaves_the_others_as_they_were() -> None:
 
 @pytest.mark.parametrize("kind", SIGNS)
 @pytest.mark.parametrize("rho", [0.95, 0.05])
-def test_every_sign_follows_the_target_with_its_own_chance(kind: str, rho: float) -> None:
+def test_every_confounder_follows_the_target_with_its_own_chance(kind: str, rho: float) -> None:
     signs = [choose_confounders(rng(seed), "left", Confounding(frozenset(SIGNS), rho)) for seed in range(400)]
     assert abs(np.mean([sign[kind] == "left" for sign in signs]) - rho) < 0.04
     together = np.mean([len(set(sign.values())) == 1 for sign in signs])
     assert together < 0.9, "each has a chance of its own"
 
 
-def test_what_a_command_line_says_of_confounders() -> None:
+def test_command_line_options_make_a_confounding() -> None:
     assert make_confounding((), None) is None
     assert make_confounding((), 0.5) == Confounding(frozenset(SIGNS), 0.5)
     assert make_confounding(["text"], None) == Confounding(frozenset({"text"}), 0.95)
 
 
-def test_absent_sites_are_asked_for_with_empty_masks_and_the_film_stays() -> None:
+def test_absent_sites_are_named_with_empty_masks_and_the_image_stays() -> None:
     shares, prompts = [], []
     for seed in range(40):
         plain, asked = (
@@ -209,21 +209,21 @@ def test_the_test_split_has_its_own_rho(tmp_path: Path) -> None:
         write_dataset(tmp_path / "x", {"train": 1}, (32, 32), 0, test_rho=0.5)
 
 
-def test_a_writer_says_how_far_it_is(tmp_path: Path) -> None:
+def test_a_writer_reports_progress(tmp_path: Path) -> None:
     said: list[tuple[int, int]] = []
     counts = {"train": 2, "test": 1}
     write_dataset(tmp_path / "x", counts, (32, 32), 0, on_progress=lambda *pair: said.append(pair))
     assert said == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_films_without_signs_are_those_of_the_first_release() -> None:
+def test_images_without_confounders_are_those_of_the_first_release() -> None:
     """The demo and every trained checkpoint rest on these pictures; the numbers are those of commit 14ac5f5."""
     image = 255 * make_samples(rng(0), (64, 64), 3)[0].image
     assert image.mean() == pytest.approx(123.28, abs=0.02)
     assert (image[20, 20], image[40, 30]) == pytest.approx((87, 202), abs=1)
 
 
-def test_impossible_films_are_refused() -> None:
+def test_impossible_images_are_refused() -> None:
     with pytest.raises(UsageError, match="too small"):
         make_sample(rng(0), (96, 16))
     with pytest.raises(UsageError, match="probability"):
@@ -272,13 +272,13 @@ def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("counts", [{}, {"train": 0}, {"train": -1}, {"training": 3}])
-def test_counts_that_mean_nothing_are_refused(tmp_path: Path, counts: dict[str, int]) -> None:
+def test_invalid_counts_are_refused(tmp_path: Path, counts: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         write_dataset(tmp_path / "data", counts, (32, 32), seed=0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lungs_of_a_sample_hold_its_lesions_and_do_not_depend_on_signs() -> None:
+def test_the_lungs_of_a_sample_hold_its_lesions_and_do_not_depend_on_confounders() -> None:
     plain, confounded = (
         make_samples(image_rng(3, "test", 0), (64, 64), 3, asking)
         for asking in (SyntheticOptions(), SyntheticOptions(Confounding(frozenset(CONFOUNDERS), 1.0)))
