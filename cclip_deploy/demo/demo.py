@@ -13,7 +13,7 @@ from cclip_deploy.benchmark.run import bench_bundle
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.files import restore_folder, whole_folder
 from cclip_deploy.common.paths import check_writable
-from cclip_deploy.datasets.flat import read_flat
+from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.demo.report import DemoFacts, save_report
@@ -90,7 +90,7 @@ def _run_stages(folder: Path, options: DemoOptions, command: str, tell: Progress
     running = RunOptions(tensorboard=False)
     trained = train(recipe, data, folder / "training", lambda p: _tell_step(tell, p), running)
     checkpoint = trained.checkpoint
-    held_out = of_split(read_flat(data), "test")
+    held_out = of_split(read_data_set(data).samples, "test")
     film = find_real_film()
     pictures = _first_pictures(held_out, 2) + ([film] if film else [])
     exporting = ExportOptions(

@@ -59,16 +59,6 @@ class Facts:
     zones: Zones
     count: int
 
-    @property
-    def side(self) -> str:
-        """left, right or both."""
-        return "both" if self.zones.left and self.zones.right else "left" if self.zones.left else "right"
-
-    @property
-    def zone_count(self) -> int:
-        """Number of zones named, of six."""
-        return len(self.zones.sites())
-
 
 def render(zones: Zones, count: int | None = None) -> str:
     """Render the sentence for `zones`, left lung first.
@@ -93,11 +83,6 @@ def render(zones: Zones, count: int | None = None) -> str:
     extent = "Unilateral" if len(areas) == 1 else "Bilateral"
     noun = "area" if count == 1 else "areas"
     return f"{extent} pulmonary infection, {NUMBERS[count - 1]} infected {noun}, {' and '.join(areas)}."
-
-
-def parse(text: str) -> Zones:
-    """Return the zones that a sentence names; see `parse_facts`."""
-    return parse_facts(text).zones
 
 
 def parse_facts(text: str) -> Facts:

@@ -1,4 +1,4 @@
-"""Changes to picture, mask and words together."""
+"""Consistent augmentation of image, mask and texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from cclip_deploy.datasets.augmentation import Augmentation, Change, apply_change, draw_change
 from cclip_deploy.datasets.synthetic.generator import make_samples
-from cclip_deploy.prompts.template import parse
+from cclip_deploy.prompts.template import parse_facts
 
 STILL = Change(flip=False, rotation_degrees=0.0, scale=1.0, gain=1.0, gamma=1.0)
 LEFT = "Unilateral pulmonary infection, one infected area, lower left lung."
@@ -36,7 +36,7 @@ def test_a_flip_swaps_image_mask_and_words(film: tuple[np.ndarray, np.ndarray, t
     pixels, masks, texts = apply_change(changed(flip=True), *film)
     assert np.array_equal(pixels, film[0][:, ::-1])
     assert np.array_equal(masks, film[1][:, :, ::-1])
-    assert [parse(text) for text in texts] == [parse(text).mirrored() for text in film[2]]
+    assert [parse_facts(text).zones for text in texts] == [parse_facts(text).zones.mirrored() for text in film[2]]
     back = apply_change(changed(flip=True), pixels, masks, texts)
     assert back[2] == film[2]
     assert np.array_equal(back[0], film[0])

@@ -1,4 +1,4 @@
-"""DICOM images in data sets of every layout, beside masks that stay PNG."""
+"""DICOM images with PNG masks in data sets of every layout."""
 
 from __future__ import annotations
 

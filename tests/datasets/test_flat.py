@@ -1,4 +1,4 @@
-"""The flat layout: what it reads, and what it says of each mistake."""
+"""Reading the flat layout, and its error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks from files: which are taken, how, and which are refused."""
+"""Reading masks: accepted and refused files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MedVLSM's layout: several prompts for a mask, several masks for an image, and its mistakes."""
+"""Reading MedVLSM's layout: several prompts per mask, several masks per image, and error messages."""
 
 from __future__ import annotations
 

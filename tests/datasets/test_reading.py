@@ -1,4 +1,4 @@
-"""Any layout that the generator writes is found, and reads back as what was drawn."""
+"""Every layout that the generator writes is detected and read back unchanged."""
 
 from __future__ import annotations
 

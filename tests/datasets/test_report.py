@@ -1,4 +1,4 @@
-"""The report of a data set: every count against one made by hand."""
+"""Data-set report, compared with counts made by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An export is compared before it is published, and a failed one leaves nothing behind."""
+"""Export compares graphs before it writes a bundle, and leaves nothing on failure."""
 
 from __future__ import annotations
 

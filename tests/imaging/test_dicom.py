@@ -1,4 +1,4 @@
-"""DICOM as a viewer shows it: LUTs, windows, polarity, depth, padding, and what is refused."""
+"""Reading DICOM: LUTs, windows, polarity, depth, padding, and refused files."""
 
 from __future__ import annotations
 

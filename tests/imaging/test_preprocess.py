@@ -1,4 +1,4 @@
-"""The way to the network's input and back, against plain float64 arithmetic."""
+"""Preprocessing and resizing back, compared with float64 arithmetic."""
 
 from __future__ import annotations
 

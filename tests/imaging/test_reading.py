@@ -1,4 +1,4 @@
-"""Reading PNG, JPEG, TIFF and BMP, and finding pictures on disk."""
+"""Reading PNG, JPEG, TIFF and BMP files, and finding image files."""
 
 from __future__ import annotations
 

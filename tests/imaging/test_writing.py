@@ -1,4 +1,4 @@
-"""What is written of a segmentation, how it is named, and what the overlay shows."""
+"""Files of a segmentation, their names, and the overlay."""
 
 from __future__ import annotations
 

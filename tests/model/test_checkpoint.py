@@ -1,4 +1,4 @@
-"""Checkpoints of both layouts: what is written is read back, and what does not fit is named."""
+"""Saving and loading checkpoints of both layouts, and error messages."""
 
 from __future__ import annotations
 

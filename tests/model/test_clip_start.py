@@ -1,4 +1,4 @@
-"""CLIP's own weights in both towers, from a file or by open_clip's name."""
+"""Loading CLIP's weights into both towers, from a file or by open_clip's name."""
 
 from __future__ import annotations
 

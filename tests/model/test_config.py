@@ -1,4 +1,4 @@
-"""The two configurations, their JSON form, and the image sizes that the network takes."""
+"""Network configurations, their JSON form, and supported image sizes."""
 
 from __future__ import annotations
 

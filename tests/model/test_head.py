@@ -1,4 +1,4 @@
-"""The mask head against loops over samples, pixels and taps, in float64."""
+"""Mask head, compared with loops over samples, pixels and taps in float64."""
 
 from __future__ import annotations
 

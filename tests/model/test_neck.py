@@ -1,4 +1,4 @@
-"""The causal neck against loops over pixels and plain convolutions, in float64."""
+"""Causal neck, compared with loops over pixels and plain convolutions in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole network: sizes, what depends on what, and what it costs."""
+"""Whole network: shapes, dependencies between inputs and outputs, and cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published names, and the published network's own numbers on its own weights."""
+"""Published tensor names, and outputs equal to those of the published network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both towers against open_clip's own CLIP, PyTorch's own attention and closed forms, in float64."""
+"""Both towers, compared with open_clip, PyTorch's attention and closed forms in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokenizer against open_clip's own, id for id."""
+"""Token ids are equal to those of open_clip."""
 
 from __future__ import annotations
 

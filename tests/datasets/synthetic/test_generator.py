@@ -1,4 +1,4 @@
-"""Synthetic films: where lesions lie, what prompts name, and that the writer is whole or absent."""
+"""Synthetic images: position of lesions, prompts, confounders, and complete or no output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cclip_deploy.datasets.synthetic.generator import (
 )
 from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.prompts.reader import read_prompt
-from cclip_deploy.prompts.template import SITES, parse
+from cclip_deploy.prompts.template import SITES, parse_facts
 from cclip_deploy.prompts.wordings import WORDINGS
 
 
@@ -56,7 +56,7 @@ def test_prompts_name_some_but_not_all_of_two_to_four_lesions() -> None:
         assert 2 <= len(present) <= 4
         assert named < present
         assert named
-        assert parse(sample.prompt) == sample.zones
+        assert parse_facts(sample.prompt).zones == sample.zones
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -298,7 +298,7 @@ def test_varied_wordings_name_the_same_zones_on_the_same_images() -> None:
             assert np.array_equal(one.mask, other.mask)
             reading = read_prompt(other.prompt)
             assert reading.complete
-            assert reading.zones == one.zones == parse(one.prompt)
+            assert reading.zones == one.zones == parse_facts(one.prompt).zones
             forms.add(other.prompt.split()[0] + str("with involvement" in other.prompt))
     assert len(forms) >= 6
     with pytest.raises(UsageError, match="qata or varied"):
