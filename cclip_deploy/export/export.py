@@ -38,7 +38,7 @@ class ExportOptions:
         batch: static batch size of the plain graph; the deploy graphs have a dynamic one.
         with_masks: add the causal masks as outputs of the image encoder.
         with_confounding: add the confounding features as output of the image encoder.
-        threads: CPU threads of PyTorch and ONNX Runtime; default: all cores.
+        threads: CPU threads of PyTorch and ONNX Runtime; default: their own.
         replace: replace an existing bundle.
         reference_images: images for reference outputs, besides seeded inputs.
         reference_prompts: prompts for reference outputs.

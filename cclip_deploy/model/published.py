@@ -21,9 +21,9 @@ PREFIXES = {
     "neck_ad.carafe.out.": "neck.carafe.out.",
     "neck_ad.aggr.": "neck.aggregate.",
     **{
-        f"neck_ad.masker{level}.{theirs}.": f"neck.masker{level}.{ours}."
+        f"neck_ad.masker{level}.{published}.": f"neck.masker{level}.{own}."
         for level in (3, 4, 5)
-        for theirs, ours in (
+        for published, own in (
             ("coordconv.conv1", "locate.block"),
             ("conv2", "mix"),
             ("coordconv2.conv1", "relocate.block"),
@@ -32,8 +32,8 @@ PREFIXES = {
         )
     },
     **{
-        f"{theirs}.{part}.": f"{ours}.{name}."
-        for theirs, ours in (("proj", "head"), ("proj_ad", "confounding_head"))
+        f"{published}.{part}.": f"{own}.{name}."
+        for published, own in (("proj", "head"), ("proj_ad", "confounding_head"))
         for part, name in (("vis.1", "block1"), ("vis.3", "block2"), ("vis.4", "mix"), ("txt", "prompt"))
     },
 }
@@ -74,9 +74,9 @@ def is_unused(key: str) -> bool:
 
 def network_name(key: str) -> str | None:
     """Return this network's name of a published tensor, or None if the published network has no such tensor."""
-    for theirs, ours in PREFIXES.items():
-        if key.startswith(theirs):
-            return ours + key[len(theirs) :]
+    for published, own in PREFIXES.items():
+        if key.startswith(published):
+            return own + key[len(published) :]
     return None
 
 
@@ -134,7 +134,7 @@ def list_names(names: Sequence[str]) -> str:
 
 def to_published(name: str) -> str:
     """Return the published name of a tensor of this network, for messages."""
-    for theirs, ours in PREFIXES.items():
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
+    for published, own in PREFIXES.items():
+        if name.startswith(own):
+            return published + name[len(own) :]
     raise KeyError(name)

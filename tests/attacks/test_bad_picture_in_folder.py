@@ -176,7 +176,7 @@ def test_the_command_writes_its_json_and_ends_with_6(tiny_bundle_path: Path, fol
     assert [Path(row["image"]).name for row in document["predictions"]] == GOOD
     ((failed,),) = [document["failed"]]
     assert Path(failed["image"]).name == "b.dcm"
-    assert "no decoder for that is installed" in failed["error"]
+    assert "no decoder for it is installed" in failed["error"]
     assert read_png(Path(document["predictions"][0]["files"]["mask"])).shape == (50, 40)
     alone = invoke("predict", tiny_bundle_path, folder / "b.dcm", "--prompt", "left lung", "-o", tmp_path / "out")
     assert alone.exit_code == 6

@@ -103,7 +103,7 @@ def test_an_environment_that_asks_for_unsafe_loading_is_not_obeyed(
 
 def test_a_whole_pickled_module_is_more_than_tensors(tmp_path: Path) -> None:
     message = refusal(saved(torch.nn.Linear(2, 2)), tmp_path)
-    assert "Save the state dict alone: torch.save(model.state_dict(), FILE)." in message
+    assert "Save only the state dict: torch.save(model.state_dict(), FILE)." in message
 
 
 def test_a_torchscript_archive_is_a_program_and_torch_s_warnings_about_it_stay_inside(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_file_that_is_cut_off_as_it_is_opened_is_refused(
         return found
 
     monkeypatch.setattr(io, "open", cutting)
-    with pytest.raises(CheckpointError, match=r"cut\.safetensors is (no checkpoint|a damaged)"):
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors is (not a checkpoint|a damaged)"):
         load_checkpoint(path)
 
 
@@ -342,7 +342,7 @@ def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path:
 
 def test_a_format_of_the_future_is_named(tmp_path: Path) -> None:
     content = save(SMALL, {"cclip-deploy checkpoint 2": json.dumps(TINY.to_dict())})
-    assert "'cclip-deploy checkpoint 2', and this version reads 'cclip-deploy checkpoint 1'" in refusal(
+    assert "'cclip-deploy checkpoint 2', but this version reads 'cclip-deploy checkpoint 1'" in refusal(
         content, tmp_path
     )
 

@@ -59,7 +59,7 @@ def test_every_live_name_is_translated_there_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"),
+    ("published", "own"),
     [
         ("backbone.visual.layer3.22.bn2.running_var", "image_tower.layer3.22.bn2.running_var"),
         ("backbone.visual.attnpool.connect.0.weight", "image_tower.attnpool.connect.0.weight"),
@@ -72,8 +72,8 @@ def test_every_live_name_is_translated_there_and_back() -> None:
         ("module.proj.txt.weight", None),
     ],
 )
-def test_published_names_have_the_paper_s_words_here(theirs: str, ours: str | None) -> None:
-    assert network_name(theirs) == ours
+def test_published_names_have_the_paper_s_words_here(published: str, own: str | None) -> None:
+    assert network_name(published) == own
 
 
 def test_no_published_name_of_a_tensor_that_is_not_ours() -> None:

@@ -99,8 +99,8 @@ def _collimate(pixels: Pixels, side: str) -> Pixels:
     """Darken a slightly oblique strip along the edge of a side."""
     rows, columns = (np.linspace(0, 1, n, dtype=np.float32) for n in pixels.shape)
     from_edge = 1 - columns[None, :] if side == "left" else columns[None, :]
-    open_share = np.clip((from_edge - 0.045 - 0.025 * rows[:, None]) * pixels.shape[1] + 0.5, 0, 1)
-    return np.asarray(pixels * (0.02 + 0.98 * open_share), np.float32)
+    exposed = np.clip((from_edge - 0.045 - 0.025 * rows[:, None]) * pixels.shape[1] + 0.5, 0, 1)
+    return np.asarray(pixels * (0.02 + 0.98 * exposed), np.float32)
 
 
 def _burn_in(pixels: Pixels, side: str) -> Pixels:

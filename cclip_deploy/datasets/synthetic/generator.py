@@ -93,9 +93,9 @@ class SyntheticOptions:
         if self.wordings not in WORDINGS:
             raise UsageError(f"Unknown wordings {self.wordings!r}. Use {' or '.join(WORDINGS)}.")
         for name in ("absent_share", "typo_share"):
-            share = getattr(self, name)
-            if not 0 <= share <= 1:
-                raise UsageError(f"{name} is {share}; the allowed range is 0 to 1.")
+            fraction = getattr(self, name)
+            if not 0 <= fraction <= 1:
+                raise UsageError(f"{name} is {fraction}; the allowed range is 0 to 1.")
 
 
 DEFAULT_OPTIONS = SyntheticOptions()
@@ -187,21 +187,21 @@ def _to_sample(radiograph: Radiograph, target: Sequence[Site]) -> SyntheticSampl
 
 
 def _name_absent_sites(
-    rng: np.random.Generator, targets: Sequence[list[Site]], present: Sequence[Site], share: float
+    rng: np.random.Generator, targets: Sequence[list[Site]], present: Sequence[Site], fraction: float
 ) -> list[list[Site]]:
     """Replace a random fraction of the targets by distinct sets of one or two sites without a lesion."""
     absent = [site for site in SITES if site not in present]
     choices = [[site] for site in absent] + [list(pair) for pair in combinations(absent, 2)]
     unused = [choices[i] for i in rng.permutation(len(choices))]
-    replaced = rng.random(len(targets)) < share
+    replaced = rng.random(len(targets)) < fraction
     return [unused.pop() if swap and unused else target for target, swap in zip(targets, replaced, strict=True)]
 
 
-def _mistype(rng: np.random.Generator, prompt: str, share: float) -> str:
-    """Apply one matching typing error of TYPOS with probability `share`."""
+def _mistype(rng: np.random.Generator, prompt: str, fraction: float) -> str:
+    """Apply one matching typing error of TYPOS with probability `fraction`."""
     chance, which = rng.random(2)
     fitting = [(right, wrong) for right, wrong in TYPOS if right in prompt]
-    if chance >= share or not fitting:
+    if chance >= fraction or not fitting:
         return prompt
     right, wrong = fitting[int(which * len(fitting))]
     return prompt.replace(right, wrong, 1)
