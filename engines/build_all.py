@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.bundle.precision import PRECISIONS, is_quantized
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.cli.entry import run_script
 from cclip_deploy.engines.build import SERVED, BuildOptions, build_engines
 from cclip_deploy.quantization.calibrate import CalibrationOptions, default_cache
@@ -24,12 +24,12 @@ def main() -> None:
 
     pictures = arguments.calibration
     calibration = CalibrationOptions((pictures,), cache=default_cache()) if pictures else None
-    for precision in PRECISIONS:
-        if is_quantized(precision) and not pictures:
+    for precision in Precision:
+        if precision.is_quantized and not pictures:
             continue
         options = BuildOptions(
             precision, arguments.backend, tuple(arguments.graph or SERVED), threads=arguments.threads,
-            calibration=calibration if is_quantized(precision) else None,
+            calibration=calibration if precision.is_quantized else None,
         )  # fmt: skip
         build_engines(Bundle.open(arguments.bundle), options, print)
     for engine in describe_bundle(arguments.bundle)["engines"]:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from cclip_deploy.benchmark.precision_table import measure_precisions
-from cclip_deploy.bundle.precision import PRECISIONS
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.cli.console import write_json
 from cclip_deploy.cli.entry import run_script
 
@@ -19,12 +19,12 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--calibration", type=Path, required=True, help="images, or a data set's training split")
     parser.add_argument("--evaluation-set", type=Path, required=True, help="images, or a data set's test split")
-    parser.add_argument("--precision", action="append", choices=PRECISIONS[1:], help="may be repeated; all but fp32")
+    parser.add_argument("--precision", action="append", choices=[*Precision][1:], help="may be repeated; all but fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write every number")
     given = parser.parse_args()
 
-    precisions = given.precision or PRECISIONS[1:]
+    precisions = [Precision(name) for name in given.precision or [*Precision][1:]]
     result = measure_precisions(given.bundle, precisions, given.calibration, given.evaluation_set, given.threads)
     if given.json:
         write_json(given.json, result)

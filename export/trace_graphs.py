@@ -24,13 +24,13 @@ def main() -> None:
     require_export_packages()
     import torch
 
+    from cclip_deploy.common.threads import check_threads
     from cclip_deploy.graph.cost import count_multiply_adds
     from cclip_deploy.graph.deploy import to_deploy_form
     from cclip_deploy.graph.entry import save_graph
     from cclip_deploy.graph.trace import plan_deploy_graphs, trace
     from cclip_deploy.model.checkpoint import load_checkpoint
     from cclip_deploy.model.config import image_hw
-    from cclip_deploy.runtime.backend import check_threads
 
     check_threads(arguments.threads)
     torch.set_num_threads(arguments.threads)

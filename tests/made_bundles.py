@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from cclip_deploy.bundle.bundle import Bundle, edited_bundle, write_manifest
-from cclip_deploy.bundle.precision import Precision, is_quantized
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.engines.build import SERVED, BuildOptions, build_engines
 from cclip_deploy.engines.convert import ConvertOptions, convert_graphs
@@ -55,7 +55,7 @@ def add_precisions(
     calibration = CalibrationOptions((films / "images",), "min-max")
     for precision in precisions:
         bundle = Bundle.open(path)
-        chosen = calibration if is_quantized(precision) else None
+        chosen = calibration if Precision(precision).is_quantized else None
         options = ConvertOptions(precision, SERVED, chosen, keep, io, THREADS)
         with edited_bundle(bundle) as folder:
             write_manifest(folder, convert_graphs(bundle, options, folder, lambda _: None).manifest)

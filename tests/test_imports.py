@@ -81,7 +81,7 @@ from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
 from cclip_deploy.inference.segmenter import Segmenter
 bundle, film, output = map(Path, sys.argv[1:])
 opened = Bundle.open(bundle)
-done = predict(Segmenter(opened, OnnxRuntimeBackend(opened, threads=1)), [film], ["left lung"], output)
+done = predict(Segmenter.of_bundle(opened, OnnxRuntimeBackend(opened, threads=1)), [film], ["left lung"], output)
 assert len(done.done) == 1 and done.done[0].written.mask.is_file()
 """
     arguments = (str(tiny_bundle_path), str(tmp_path / "film.png"), str(tmp_path / "out"))

@@ -18,10 +18,10 @@ from cclip_deploy.common.threads import set_torch_threads
 from cclip_deploy.errors import UsageError
 from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.graph_model import load_model
-from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
+from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 from cclip_deploy.runtime.openvino.arithmetic import arithmetic_of
 from cclip_deploy.runtime.openvino.backend import OpenVinoBackend, compile_graph, load_openvino
-from cclip_deploy.runtime.registry import open_backend
+from cclip_deploy.runtime.registry import BackendConfig, open_backend
 
 if TYPE_CHECKING:
     import torch
@@ -190,7 +190,7 @@ class Baselines:
     def _plain(self, plain: Bundle) -> Prepared:
         device = self.options.device
         cache = self.options.choice_of("onnxruntime").engine_cache
-        backend = open_backend("onnxruntime", plain, "fp32", device, self.options.threads, engine_cache=cache)
+        backend = open_backend(BackendConfig("onnxruntime", device, self.options.threads, engine_cache=cache), plain)
         return Prepared(lambda image, tokens: backend.run("plain", {"image": image, "tokens": tokens})["logits"])
 
     def _slimmed(self, plain: Bundle) -> Prepared:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from cclip_deploy.benchmark.candidate import BenchCandidate, Floats, Form, Tokens
 from cclip_deploy.benchmark.plan import (
     DECODE,
@@ -25,24 +23,18 @@ from cclip_deploy.bundle.bundle import CHAIN, Bundle
 from cclip_deploy.bundle.manifest import graph_key
 from cclip_deploy.errors import CclipError, UsageError
 from cclip_deploy.inference.prompt_cache import PromptKernels
-from cclip_deploy.inference.segmenter import PROMPTS_AT_ONCE, Features, Segmenter
+from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import can_chain
-from cclip_deploy.runtime.backend import Arrays, Backend, DeviceBackend, DeviceTensor, TensorsOrArrays
-from cclip_deploy.runtime.registry import BackendConfig, OpenBackend, engine_precisions, opened
+from cclip_deploy.runtime.backend import Arrays, Backend, DeviceTensor
+from cclip_deploy.runtime.registry import BACKENDS, BackendConfig, OpenBackend, engine_precisions, opened
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
 
-LABELS = {
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "tensorrt": "TensorRT",
-    "tensorrt-rtx": "TensorRT-RTX",
-}
 HALF = ("fp16", "bf16")
 
 
 def name_of(stage: str, precision: str, backend: str) -> str:
     """A candidate's name; ONNX Runtime, the default, is not named."""
-    return f"{stage} {precision}" if backend == "onnxruntime" else f"{stage} {precision}, {LABELS[backend]}"
+    return f"{stage} {precision}" if backend == "onnxruntime" else f"{stage} {precision}, {BACKENDS[backend].label}"
 
 
 def bundle_candidates(
@@ -67,7 +59,9 @@ def bundle_candidates(
             if reason is None:
                 try:
                     ours = stack.enter_context(opened(choice, bundle, precision))
-                    found += _OnBackend(bundle, ours, inputs, options, _device(ours, choice)).candidates()
+                    found += _OnBackend(
+                        bundle, ours, Segmenter.of_bundle(bundle, ours.backend), inputs, options, _device(ours, choice)
+                    ).candidates()
                 except CclipError as error:
                     problems.append(error)
                     reason = str(error)
@@ -94,7 +88,7 @@ def _why_not(bundle: Bundle, precision: str, choice: BackendConfig, options: Ben
 
 def _device(ours: OpenBackend, choice: BackendConfig) -> str:
     """Where a backend really runs; engines run on a CUDA device."""
-    if ours.why is not None:
+    if ours.fallback_reason is not None:
         return "cpu"
     return "cuda" if choice.runs_engines else choice.device
 
@@ -105,6 +99,7 @@ class _OnBackend:
 
     bundle: Bundle
     ours: OpenBackend
+    segmenter: Segmenter
     inputs: BenchInputs
     options: BenchOptions
     device: str
@@ -120,15 +115,15 @@ class _OnBackend:
             CclipError: the backend cannot run a graph, or the bundle lacks an engine.
         """
         self._load()
-        kernels = self._encode(self.inputs.tokens)
+        kernels = self.segmenter.run_prompt_encoder(self.inputs.tokens)
         one = kernels.part(0, 1)
-        features = self._features(self.inputs.image)
+        features = self.segmenter.run_image_encoder(self.inputs.image)
         cost = {name: self.bundle.graph(name).multiply_adds for name in CHAIN}
         image_cost, prompt_cost, decoder_cost = (cost[name] for name in CHAIN)
         found = [
             self._with_prompt(sum(cost.values())),
             self._named(
-                Form.CACHED, WHOLE, lambda: self._decode(self._features(self.inputs.image), one),
+                Form.CACHED, WHOLE, lambda: self._image_and_kernels(self.inputs.image, one),
                 includes_prompt_encoding=False, multiply_adds=image_cost + decoder_cost, answer=self._chain,
             ),
             self._named(
@@ -136,7 +131,7 @@ class _OnBackend:
                 includes_prompt_encoding=True, multiply_adds=prompt_cost,
             ),
             self._named(
-                Form.MORE, DECODE, lambda: self._decode(features, one),
+                Form.MORE, DECODE, lambda: self.segmenter.run_mask_decoder(features, one),
                 includes_prompt_encoding=False, multiply_adds=decoder_cost,
             ),
         ]  # fmt: skip
@@ -155,10 +150,6 @@ class _OnBackend:
         )  # fmt: skip
 
     def _load(self) -> None:
-        if isinstance(self.backend, TensorRtBackend):
-            missing = [graph for graph in CHAIN if graph not in self.backend.graphs]
-            if missing:
-                raise UsageError(f"the bundle has no engine of {', '.join(missing)}")
         for graph in (*CHAIN, *["fused"] * self._has_fused()):
             self.backend.load(graph)
 
@@ -168,8 +159,8 @@ class _OnBackend:
         extra: dict[str, object] = {"threads": self.options.threads, "ran": self.ours.ran}
         if self.ours.arithmetic is not None:
             extra["arithmetic"] = self.ours.arithmetic
-        if self.ours.why is not None:
-            extra |= {"asked": self.ours.asked, "fallback_reason": self.ours.why}
+        if self.ours.fallback_reason is not None:
+            extra |= {"asked": self.ours.requested, "fallback_reason": self.ours.fallback_reason}
         backend, precision = self.backend.name, self.backend.precision
         return BenchCandidate(
             name_of(name or form, precision, backend), backend, precision, stage, run, extra,
@@ -178,16 +169,15 @@ class _OnBackend:
 
     def _workloads(self, kernels: PromptKernels, cost: Mapping[str, int]) -> Iterator[BenchCandidate]:
         """Every workload twice: its prompts encoded in the timed region, once for all images, and encoded before."""
-        segmenter = Segmenter(self.bundle, self.backend)
         image_cost, prompt_cost, decoder_cost = (cost[name] for name in CHAIN)
 
         def answer(pictures: int, of_prompts: PromptKernels) -> list[Floats]:
             images = (self.inputs.images[n : n + 1] for n in range(pictures))
-            return [segmenter.decode(self._features(image), of_prompts) for image in images]
+            return [self.segmenter.decode(self.segmenter.run_image_encoder(image), of_prompts) for image in images]
 
         for pictures, prompts in self.options.workloads:
             stage = workload_stage(pictures, prompts)
-            with_prompt_encoding = partial(self._encode, self.inputs.tokens[:prompts])
+            with_prompt_encoding = partial(self.segmenter.run_prompt_encoder, self.inputs.tokens[:prompts])
             cached = partial(kernels.part, 0, prompts)
             for form, get_kernels in ((Form.NEW_PROMPTS, with_prompt_encoding), (Form.CACHED_PROMPTS, cached)):
                 is_new = form is Form.NEW_PROMPTS
@@ -201,12 +191,6 @@ class _OnBackend:
                     includes_prompt_encoding=is_new, multiply_adds=operations,
                 )  # fmt: skip
 
-    def _encode(self, tokens: Tokens) -> PromptKernels:
-        """Kernels of prompts (P, L), `PROMPTS_AT_ONCE` in a run, as a segmenter computes them."""
-        parts = [tokens[start : start + PROMPTS_AT_ONCE] for start in range(0, len(tokens), PROMPTS_AT_ONCE)]
-        answers = [self.backend.run("prompt_encoder", {"tokens": part}) for part in parts]
-        return PromptKernels.join([PromptKernels(a["kernel"], a["tap_bias"], a["bias"]) for a in answers])
-
     def _has_fused(self) -> bool:
         if isinstance(self.backend, TensorRtBackend):
             return "fused" in self.backend.graphs
@@ -214,24 +198,15 @@ class _OnBackend:
 
     def _image_pass(self) -> None:
         """Until the features are there, wherever they are."""
-        features = self._features(self.inputs.image)
+        features = self.segmenter.run_image_encoder(self.inputs.image)
         if isinstance(features, DeviceTensor):
             features.wait()
 
-    def _features(self, image: Floats) -> Features:
-        if isinstance(self.backend, DeviceBackend):
-            return self.backend.run_on_device("image_encoder", {"image": image}, ["features"])["features"]
-        return self.backend.run("image_encoder", {"image": image})["features"]
-
-    def _decode(self, features: Features, kernels: PromptKernels) -> Floats:
-        prompt = {"kernel": kernels.kernel, "tap_bias": kernels.tap_bias, "bias": kernels.bias}
-        if isinstance(self.backend, DeviceBackend):
-            inputs: TensorsOrArrays = {"features": features, **prompt}
-            return self.backend.run("mask_decoder", inputs)["logits"]
-        return self.backend.run("mask_decoder", {"features": np.asarray(features), **prompt})["logits"]
+    def _image_and_kernels(self, image: Floats, kernels: PromptKernels) -> Floats:
+        return self.segmenter.run_mask_decoder(self.segmenter.run_image_encoder(image), kernels)
 
     def _chain(self, image: Floats, tokens: Tokens) -> Floats:
-        return self._decode(self._features(image), self._encode(tokens))
+        return self._image_and_kernels(image, self.segmenter.run_prompt_encoder(tokens))
 
     def _fused(self, image: Floats, tokens: Tokens) -> Floats:
         pair: Arrays = {"image": image, "tokens": tokens}

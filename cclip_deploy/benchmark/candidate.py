@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.benchmark.latency import Candidate
-from cclip_deploy.bundle.precision import product_type
+from cclip_deploy.bundle.precision import Precision
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
@@ -85,7 +85,7 @@ class BenchCandidate(Candidate):
     @property
     def precision_class(self) -> str:
         """fp32, fp16, bf16, int8 or fp8: `int8-fp16` is of the class int8."""
-        return product_type(self.precision)
+        return Precision(self.precision).product_type
 
     def facts(self) -> dict[str, object]:
         return {

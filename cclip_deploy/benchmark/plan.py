@@ -13,7 +13,7 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.threads import check_threads
 from cclip_deploy.errors import UsageError
 from cclip_deploy.parity.reference import END_ID, FIRST_WORD, LAST_WORD, SEED, START_ID, seeded_inputs
-from cclip_deploy.runtime.onnxruntime.cpu import Device
+from cclip_deploy.runtime.onnxruntime.session import Device
 from cclip_deploy.runtime.registry import BackendConfig, BackendName
 
 Progress = Callable[[str], None]

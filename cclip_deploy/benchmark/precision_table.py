@@ -13,7 +13,7 @@ from typing import Any
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import installed_versions, utc_now
-from cclip_deploy.bundle.precision import Precision, is_quantized
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.engines.build import BuildOptions, build_engines
 from cclip_deploy.parity.compare import Check
 from cclip_deploy.quantization.agreement import MaskAgreement, evaluation_images, measure_mask_agreement
@@ -98,7 +98,7 @@ def measure_precision(
     path: Path, precision: Precision, calibration: CalibrationOptions, judging: CalibrationOptions, threads: int
 ) -> PrecisionCost:
     """One precision; run it in a process of its own, whose peak memory is this build's."""
-    chosen = calibration if is_quantized(precision) else None
+    chosen = calibration if Precision(precision).is_quantized else None
     engines = build_engines(Bundle.open(path), BuildOptions(precision, threads=threads, calibration=chosen), print)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     layers = LayerTable.from_dict(json.loads((path / engines[0].layers).read_bytes()))

@@ -1,4 +1,4 @@
-"""The bundle: a folder that is exported, verified, moved and served as one, every byte of it under a checksum."""
+"""Bundles: folders with the graphs, engines, tokenizer and references of a network, all files with checksums."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from cclip_deploy.bundle.checksums import (
     require_listed,
 )
 from cclip_deploy.bundle.manifest import GraphEntry, Manifest, graph_key
-from cclip_deploy.bundle.precision import build_command, precision_of
+from cclip_deploy.bundle.precision import parse_precision
 from cclip_deploy.common.files import link_or_copy, restore_folder, whole_folder
 from cclip_deploy.errors import BundleError, UsageError
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
 CHAIN = ("image_encoder", "prompt_encoder", "mask_decoder")
-"""The graphs that serve: a picture's features and a prompt's kernel make a mask."""
+"""The graphs that segmentation needs: image features and prompt kernels are combined into masks."""
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 MANIFEST_BYTES, TOKENIZER_BYTES, RECORD_BYTES = 16 * 2**20, 32 * 2**20, 64 * 2**20
-"""The largest files of each kind that are read; records are calibrations and layer tables."""
+"""Size limits in bytes; records are calibration records and layer tables."""
 OPEN_ATTEMPTS, OPEN_PAUSE_S = 5, 0.01
 LOADED_FOLDERS = ("graphs", "engines")
-"""What lies here is given to runtimes, some of which open neighbors of a file, so nothing may lie here unlisted."""
+"""Folders without unlisted files, because some runtimes open files beside the one they are given."""
 
 
 class Bundle:
-    """A bundle opened for reading, as it was at that moment.
+    """A bundle opened for reading.
 
-    SHA256SUMS is read once. Every later read gives the bytes that it lists or is a BundleError, so what a program loads
-    early and late, or loads again, is of one bundle, even where another one has taken its place meanwhile.
+    SHA256SUMS is read once, when the bundle is opened. Every later read returns the bytes that it lists or raises
+    BundleError, so a program never mixes files of two bundles, even if the folder is replaced meanwhile.
     """
 
     def __init__(self, path: Path, manifest: Manifest, sums: Mapping[str, str]) -> None:
@@ -55,10 +55,10 @@ class Bundle:
 
     @staticmethod
     def open(path: Path) -> Bundle:
-        """Read and check SHA256SUMS and the manifest; BundleError says what is wrong and what to do.
+        """Read and check SHA256SUMS and the manifest; raise BundleError if they are damaged or missing.
 
-        While a bundle is replaced, its name is missing for a moment, or the two files are of two bundles; then it is
-        tried again.
+        While a bundle is being replaced, the folder can be missing for a moment, or the two files can belong to
+        different bundles. Opening is then tried again.
         """
         path = Path(path)
         for _ in range(OPEN_ATTEMPTS - 1):
@@ -73,10 +73,10 @@ class Bundle:
 
     @staticmethod
     def unsealed(folder: Path, manifest: Manifest, sums: Mapping[str, str] | None = None) -> Bundle:
-        """A bundle that is being made; never for one that was found on a disk.
+        """Return a bundle that is still being written by this process.
 
-        Files are checked against the manifest's hashes and, where it has none, against `sums`, those of the bundle that
-        they were linked from. A file with neither is taken as it is.
+        Files are checked against the manifest's hashes or, if it has none, against `sums`: the checksums of the bundle
+        that they were linked from. Files in neither are not checked.
         """
         bundle = Bundle(folder, manifest, {**(sums or {}), **dict(file_hashes(manifest))})
         bundle._is_unsealed = True
@@ -84,25 +84,24 @@ class Bundle:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over all of the bundle: that of its SHA256SUMS."""
+        """SHA-256 of SHA256SUMS, and thus of the whole bundle."""
         return hash_bytes(format_sums(self.sums).encode())
 
     def read(self, name: str, most_bytes: int = FILE_BYTES) -> bytes:
-        """The content of a file, its checksum verified on these bytes.
+        """Return the content of a file after verifying its checksum.
 
         Raises:
-            BundleError: it has no checksum or another content, is missing, or has more than `most_bytes` bytes.
+            BundleError: the file is missing, has no or another checksum, or has more than `most_bytes` bytes.
         """
         ahead = self._ahead.pop(name, None)
         return self._read(name, most_bytes) if ahead is None else ahead.result()
 
     def read_ahead(self, precision: str, *graphs: str) -> None:
-        """Begin to read graphs, one after the other, beside the caller's own work.
+        """Start reading graphs in a background thread, in order.
 
-        The bytes are kept until `read` takes them, which raises what went wrong. A graph that the bundle lacks is
-        passed over: whoever needs it gets the error.
+        `read` returns the bytes, or raises the error that occurred. Graphs that the bundle lacks are skipped.
         """
-        keys = [graph_key(name, precision_of(name, precision)) for name in graphs]
+        keys = [graph_key(name, parse_precision(precision).of_graph(name)) for name in graphs]
         thread = ThreadPoolExecutor(1, "cclip-reads")
         for file in (self.manifest.graphs[key].file for key in keys if key in self.manifest.graphs):
             if file not in self._ahead:
@@ -110,7 +109,7 @@ class Bundle:
         thread.shutdown(wait=False)
 
     def check(self, name: str) -> int:
-        """Verify a file's checksum once, without keeping its content; returns its size in bytes."""
+        """Verify a file's checksum, once, and return its size in bytes."""
         if name not in self._sizes:
             with self._explained(name):
                 digest, size = hash_file(self.path / name)
@@ -119,23 +118,24 @@ class Bundle:
         return self._sizes[name]
 
     def check_all(self) -> tuple[str, ...]:
-        """Verify every checksum; returns the names of files that lie in the folder without one, as `strays` does."""
+        """Verify every checksum and return the names of files without one; see `strays`."""
         for name in self.sums:
             self._sizes.pop(name, None)
             self.check(name)
         return self.strays()
 
     def strays(self) -> tuple[str, ...]:
-        """The names of files that lie in the folder without a checksum.
+        """Return the names of files in the folder that have no checksum.
 
-        BundleError where one of those is among the graphs or engines.
+        Raises:
+            BundleError: one of them is among the graphs or engines.
         """
         _refuse_unlisted(self.path, self.sums)
         present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
         return tuple(sorted(present - set(self.sums) - {SUMS}))
 
     def require_in_place(self) -> None:
-        """BundleError where another bundle, or none, lies in this one's place."""
+        """Raise BundleError if the folder holds another bundle now, or none."""
         if not self._is_unsealed and _sums_of(self.path) != format_sums(self.sums).encode():
             raise BundleError(
                 f"{self.path} was replaced or changed since it was opened. Open it again; nothing else was loaded."
@@ -150,7 +150,7 @@ class Bundle:
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """Refuse a file without a checksum, and say of any other failure whether the bundle was replaced."""
+        """Raise BundleError for a file without a checksum, and report if the bundle was replaced in other failures."""
         if not self._is_unsealed:
             require_listed(self.path, name, self.sums)
         try:
@@ -162,7 +162,7 @@ class Bundle:
             raise
 
     def graph(self, name: str) -> GraphEntry:
-        """The entry of a graph; UsageError lists what there is."""
+        """Return the manifest's entry of a graph; raise UsageError if there is none."""
         try:
             return self.manifest.graphs[name]
         except KeyError:
@@ -170,41 +170,42 @@ class Bundle:
             raise UsageError(f"{self.path} has no graph {name!r}; it has {have}. Build or export it first.") from None
 
     def graph_in(self, name: str, precision: str) -> GraphEntry:
-        """The entry of a graph in a precision; a prompt encoder or mask decoder is never quantized, so in the rest's.
+        """Return the manifest's entry of a graph in a network of a precision; see `Precision.of_graph`.
 
-        UsageError, where the bundle does not have it, names the command that makes it: no other precision stands in.
+        Raises:
+            UsageError: the bundle does not have it; the message names the command that builds it.
         """
-        held = precision_of(name, precision)
-        key = graph_key(name, held)
-        if key in self.manifest.graphs or held == "fp32":
+        network = parse_precision(precision)
+        key = graph_key(name, network.of_graph(name))
+        if key in self.manifest.graphs or network.of_graph(name) == "fp32":
             return self.graph(key)
-        made_by = build_command(precision, *(() if name in CHAIN else (f"--graph {name}",)))
+        command = network.build_command(*(() if name in CHAIN else (f"--graph {name}",)))
         have = ", ".join(self.manifest.graphs)
-        raise UsageError(f"{self.path} has no graph {key!r}; it has {have}. Make it: {made_by}")
+        raise UsageError(f"{self.path} has no graph {key!r}; it has {have}. Build it: {command}")
 
     def chain(self, precision: str) -> dict[str, GraphEntry]:
-        """Every graph that serves, in a precision; raises as `graph_in` does where one is missing."""
+        """Return the entries of the graphs in `CHAIN`, in a precision; raise like `graph_in` if one is missing."""
         return {name: self.graph_in(name, precision) for name in CHAIN}
 
     def tokenizer(self) -> PromptTokenizer:
-        """The tokenizer that the prompts of this bundle go through."""
+        """Return the bundle's tokenizer."""
         if self._tokenizer is None:
             content = self.read(TOKENIZER, TOKENIZER_BYTES)
             self._tokenizer = PromptTokenizer.parse(content, self.path / TOKENIZER)
         return self._tokenizer
 
     def precisions(self) -> tuple[str, ...]:
-        """The precisions that every graph of this bundle exists in."""
+        """Return the precisions of this bundle's graphs."""
         return tuple(dict.fromkeys(entry.precision for entry in self.manifest.graphs.values()))
 
 
 @contextmanager
 def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill; it takes its name only when the block ends well, else nothing is left of it.
+    """Yield a temporary folder to fill; it is renamed to `path` if the block succeeds, and removed otherwise.
 
     Raises:
-        UsageError: something is at `path` already and `replace` is false, or it is no bundle.
-        TargetInUse: another run is writing it.
+        UsageError: `path` exists, and `replace` is false or it is not a bundle.
+        TargetInUse: another process is writing to `path`.
         EnvironmentIssue: the disk is full or not writable.
     """
     path = Path(path)
@@ -219,22 +220,20 @@ def new_bundle(path: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def edited_bundle(bundle: Bundle) -> Iterator[Path]:
-    """A copy of a bundle by hard links, to add files to; it replaces the old one when the block ends well.
+    """Yield a hard-linked copy of a bundle to add files to; it replaces the bundle if the block succeeds.
 
-    No other run can edit the bundle meanwhile. Never write into an existing file of the copy: it is the old bundle's
-    too. Write a new one, or unlink first.
+    The bundle is locked meanwhile. Never write into an existing file of the copy, which is a file of the old bundle
+    too: unlink it first.
 
     Raises:
-        TargetInUse: another run is editing or replacing it.
-        BundleError: it is no longer the bundle that was opened, or a file was altered, before the block or in it, or
-            has no checksum: it must not get a new one that calls it right.
+        TargetInUse: another process is editing or replacing the bundle.
+        BundleError: the bundle was replaced since it was opened, or a file was altered or has no checksum.
     """
     with whole_folder(bundle.path) as unfinished:
         bundle.require_in_place()
         if strays := bundle.strays():
             raise BundleError(
-                f"{bundle.path} holds {', '.join(strays)}, which no checksum covers. Move that elsewhere and run it "
-                "again."
+                f"{bundle.path} contains {', '.join(strays)} without a checksum. Move that elsewhere and run again."
             )
         for name in bundle.sums:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +248,7 @@ def edited_bundle(bundle: Bundle) -> Iterator[Path]:
 
 
 def check_output(path: Path, replace: bool) -> None:
-    """UsageError where a new bundle cannot go; asked before any work is done."""
+    """Raise UsageError if a new bundle cannot be written to `path`."""
     path = Path(path)
     restore_folder(path)
     if not path.exists():
@@ -257,17 +256,17 @@ def check_output(path: Path, replace: bool) -> None:
     if not replace:
         raise UsageError(f"{path} exists already. Choose another output, or give --force to replace it.")
     if not (path / MANIFEST).is_file() or not (path / SUMS).is_file():
-        raise UsageError(f"{path} is no bundle, so --force will not replace it. Choose another output.")
+        raise UsageError(f"{path} is not a bundle, so --force does not replace it. Choose another output.")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a folder that `new_bundle` or `edited_bundle` gave."""
+    """Write the manifest into a folder from `new_bundle` or `edited_bundle`."""
     (folder / MANIFEST).unlink(missing_ok=True)
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def _seal(folder: Path, edited: Bundle | None = None) -> None:
-    """Write SHA256SUMS; what is still a link to a file of the bundle that was edited has to have its checksum."""
+    """Write SHA256SUMS; raise BundleError if a file that is linked from the edited bundle was altered."""
     (folder / SUMS).unlink(missing_ok=True)
     sums = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -283,7 +282,7 @@ def _is_link_to(old: Path, new: Path) -> bool:
 
 
 def _sums_of(path: Path) -> bytes | None:
-    """SHA256SUMS as it lies there now, None where there is none to read."""
+    """Return the current content of SHA256SUMS; None if it cannot be read."""
     try:
         return read_file(path / SUMS, SUMS_BYTES)
     except BundleError:
@@ -294,9 +293,9 @@ def _open(path: Path) -> Bundle:
     if not path.is_dir():
         restore_folder(path)
     if not path.is_dir():
-        raise BundleError(f"There is no bundle at {path}. Make one: cclip-deploy export CHECKPOINT -o {path}")
+        raise BundleError(f"There is no bundle at {path}. Export one: cclip-deploy export CHECKPOINT -o {path}")
     if not (path / SUMS).is_file() or not (path / MANIFEST).is_file():
-        raise BundleError(f"{path} is no bundle: it lacks {MANIFEST} or {SUMS}. Give the folder that export wrote.")
+        raise BundleError(f"{path} is not a bundle: {MANIFEST} or {SUMS} is missing. Use a folder that export wrote.")
     sums = parse_sums(read_file(path / SUMS, SUMS_BYTES), path / SUMS)
     content = read_file(path / MANIFEST, MANIFEST_BYTES)
     require_listed(path, MANIFEST, sums)
@@ -307,13 +306,13 @@ def _open(path: Path) -> Bundle:
 
 
 def _refuse_unlisted(folder: Path, sums: Mapping[str, str]) -> None:
-    """Raise BundleError where anything that SHA256SUMS does not list lies among the graphs or engines."""
+    """Raise BundleError if a file among the graphs or engines is not listed in SHA256SUMS."""
     for kind in LOADED_FOLDERS:
         if (folder / kind).is_symlink():
-            raise BundleError(f"{folder / kind} is a link. Copy or export the bundle again.")
+            raise BundleError(f"{folder / kind} is a symbolic link. Copy or export the bundle again.")
         for path in (folder / kind).rglob("*"):
             name = path.relative_to(folder).as_posix()
             if name not in sums and (path.is_symlink() or not path.is_dir()):
                 raise BundleError(
-                    f"{folder} holds {name}, which {SUMS} does not list: a runtime might load it. Move it elsewhere."
+                    f"{folder} contains {name}, which {SUMS} does not list; a runtime might load it. Move it elsewhere."
                 )

@@ -1,4 +1,4 @@
-"""A manifest against the bundle that it lies in: its schema, the files that it names, and what each was made from."""
+"""Checks of a bundle's manifest: schema, file hashes, and the source of every graph."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pydantic import ValidationError
 
 from cclip_deploy.bundle.checksums import SUMS
 from cclip_deploy.bundle.manifest import SCHEMA_VERSION, CalibrationEntry, EngineEntry, GraphEntry, Manifest
-from cclip_deploy.bundle.precision import is_quantized
 from cclip_deploy.errors import BundleError
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:
-    """The manifest of these bytes; BundleError, which names `path`, where they are none."""
+    """Parse a manifest; raise BundleError, which names `path`, if it is invalid."""
     try:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
@@ -31,7 +30,7 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
 
 
 def file_hashes(manifest: Manifest) -> list[tuple[str, str]]:
-    """The files whose SHA-256 the manifest has, each with it."""
+    """Return (file, SHA-256) of each file whose hash is in the manifest."""
     graphs = manifest.graphs.values()
     records = [graph.calibration for graph in graphs if graph.calibration]
     entries: list[GraphEntry | EngineEntry | CalibrationEntry] = [*graphs, *manifest.engines, *records]
@@ -39,20 +38,21 @@ def file_hashes(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def check_chain(path: Path, manifest: Manifest, sums: Mapping[str, str]) -> None:
-    """Raise BundleError where the manifest speaks of other files, origins or sizes than the bundle has."""
+    """Raise BundleError if the manifest and the bundle differ in files, sources of graphs, or sizes."""
     for file, sha256 in file_hashes(manifest):
         if sums.get(file) != sha256:
             raise BundleError(
-                f"{path} speaks of a {file} with SHA-256 {sha256[:12]}, {SUMS} of another. "
-                "Copy or export the bundle again."
+                f"{path} lists {file} with SHA-256 {sha256[:12]}, {SUMS} with another. Copy or export the bundle again."
             )
     for name, graph in manifest.graphs.items():
         source = manifest.graphs.get(name.removesuffix(f".{graph.precision}"))
         origin = manifest.checkpoint.sha256 if graph.precision == "fp32" else source and source.sha256
-        if is_quantized(graph.precision) and graph.calibration is None:
-            raise BundleError(f"{path}: graph {name} does not say what it was calibrated with. Build it again.")
+        if graph.precision.is_quantized and graph.calibration is None:
+            raise BundleError(f"{path}: graph {name} has no calibration record. Build it again.")
         if graph.made_from_sha256 != origin:
-            raise BundleError(f"{path}: graph {name} was not made from what lies in this bundle. Build it again.")
+            raise BundleError(
+                f"{path}: graph {name} was made from another checkpoint or graph than this bundle's. Build it again."
+            )
         for tensor in graph.inputs:
             sides = {
                 "image": (tensor.shape[2:], manifest.image_hw),
@@ -61,4 +61,6 @@ def check_chain(path: Path, manifest: Manifest, sums: Mapping[str, str]) -> None
             }
             have, expected = sides.get(tensor.name, ((), ()))
             if have != expected:
-                raise BundleError(f"{path}: input {tensor.name} of {name} is {tensor.shape}, not of size {expected}.")
+                raise BundleError(
+                    f"{path}: input {tensor.name} of {name} has shape {tensor.shape}, expected size {expected}."
+                )

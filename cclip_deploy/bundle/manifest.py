@@ -1,4 +1,4 @@
-"""What a bundle says of itself: its manifest, entry by entry."""
+"""The manifest of a bundle, `manifest.json`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ VERSIONED = ("cclip-deploy", "torch", "open_clip_torch", "onnx", "onnxscript", "
 
 
 def inside(path: str) -> str:
-    """A path that stays inside the bundle; ValueError for any other."""
+    """Return a relative path inside the bundle; raise ValueError for any other."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path:
-        raise ValueError(f"{path!r} leaves the bundle")
+        raise ValueError(f"{path!r} is outside the bundle")
     if PurePosixPath(path).as_posix() != path or not path.isprintable():
-        raise ValueError(f"{path!r} is not written in the plain form folder/file")
+        raise ValueError(f"{path!r} is not of the form folder/file")
     return path
 
 
 def _named(model: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model.get("name"), str):
-        raise ValueError("a model has a name")
+        raise ValueError("the model has no name")
     return model
 
 
@@ -40,7 +40,7 @@ def _small(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     for tensor in tensors:
         sizes = [side for side in tensor.shape if isinstance(side, int)]
         if len(tensor.shape) > MOST_SIDES or any(not 0 < size < 2**31 for size in sizes):
-            raise ValueError(f"{tensor.name} has a shape of no tensor: {str(tensor.shape)[:80]}")
+            raise ValueError(f"{tensor.name} has an invalid shape: {str(tensor.shape)[:80]}")
     return tensors
 
 
@@ -52,7 +52,7 @@ Side = Annotated[int, Field(gt=0, le=LARGEST_SIDE)]
 
 
 class TensorSpec(StrictModel):
-    """An input or output; a string in `shape` is a dynamic dimension's name."""
+    """An input or output of a graph. A string in `shape` names a dynamic dimension."""
 
     name: str
     dtype: str
@@ -63,17 +63,19 @@ Tensors = Annotated[tuple[TensorSpec, ...], Field(max_length=MOST_TENSORS), Afte
 
 
 class CalibrationEntry(StrictModel):
-    """The calibration record that a quantized graph took its scales from."""
+    """The calibration record of a quantized graph."""
 
     file: RelativePath
     sha256: Sha256
 
 
 class GraphEntry(StrictModel):
-    """One ONNX graph, and the hash of what it was made from: the checkpoint, or the FP32 graph.
+    """An ONNX graph.
 
-    `high_precision_nodes` are the products that a derived graph was asked to keep in a higher precision; None where
-    that was not recorded.
+    Attributes:
+        made_from_sha256: hash of its source: the checkpoint, or the FP32 graph for a lower precision.
+        multiply_adds: for one image and one prompt.
+        high_precision_nodes: products that were kept in a higher precision on request; None if that was not recorded.
     """
 
     file: RelativePath
@@ -95,7 +97,7 @@ Shape = Annotated[tuple[int, ...], Field(max_length=MOST_SIDES)]
 
 
 class EngineTarget(StrictModel):
-    """The GPUs of an engine: of these compute capabilities or, `and_later`, from the least on; of one name, if any."""
+    """The GPUs that an engine runs on: their compute capabilities (with `and_later`, also newer ones) and name."""
 
     compute_capabilities: Annotated[tuple[Name, ...], Field(max_length=32)]
     and_later: bool = False
@@ -103,9 +105,14 @@ class EngineTarget(StrictModel):
 
 
 class EngineEntry(StrictModel):
-    """One built engine, the graph it was built from, and where its layer table lies.
+    """A built engine.
 
-    `timing_cache_sha256` is the cache that the build began with: the same one again may choose other kernels.
+    Attributes:
+        graph_sha256: hash of the graph that it was built from.
+        layers: file of its layer table.
+        shapes: smallest, best and largest shape of each input.
+        stripped: whether the weights were left out, so that it has to be refitted from the graph.
+        timing_cache_sha256: hash of the timing cache that the build started with.
     """
 
     graph: Name
@@ -134,7 +141,7 @@ class CheckpointOrigin(StrictModel):
 
 
 class Manifest(StrictModel):
-    """All that a bundle says of itself."""
+    """The content of `manifest.json`."""
 
     schema_version: int = SCHEMA_VERSION
     created: Name
@@ -153,12 +160,12 @@ class Manifest(StrictModel):
 
 
 def graph_key(graph: str, precision: str) -> str:
-    """The manifest's name of a graph in a precision: `fused`, `fused.fp16`."""
+    """Return the manifest's key of a graph in a precision: `fused`, `fused.fp16`."""
     return graph if precision == "fp32" else f"{graph}.{precision}"
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that shape a bundle, of those installed."""
+    """Return the versions of the installed packages that affect a bundle."""
     found = {}
     for name in VERSIONED:
         try:
@@ -169,5 +176,5 @@ def installed_versions() -> dict[str, str]:
 
 
 def utc_now() -> str:
-    """The time, to the second, as ISO 8601 in UTC."""
+    """Return the current time in UTC as ISO 8601, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")

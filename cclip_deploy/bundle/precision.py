@@ -1,41 +1,70 @@
-"""The precisions of graphs and engines, and what the part of a network that is not quantized runs in."""
+"""Precisions of graphs and engines."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from enum import StrEnum
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-fp16", "fp8-fp16"]
-"""`int8` and `fp8` leave the rest in FP32, `int8-fp16` and `fp8-fp16` in FP16."""
+from cclip_deploy.errors import UsageError
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-REST: dict[str, Precision] = {"int8": "fp32", "fp8": "fp32", "int8-fp16": "fp16", "fp8-fp16": "fp16"}
-"""What a quantized network runs in where it is not quantized."""
 NEVER_QUANTIZED = ("prompt_encoder", "mask_decoder")
-"""Graphs of which nothing can be quantized: in a quantized precision they come in that of the rest."""
+"""Graphs without quantizable products: in a quantized precision they have the precision of the rest."""
 
 
-def product_type(precision: str) -> str:
-    """The type that convolutions and products of a graph of this precision run in, as the layer table names it."""
-    return precision.split("-")[0]
+class Precision(StrEnum):
+    """The precision of a network: of its convolutions and matrix products and, after a hyphen, of the rest.
+
+    In `int8` and `fp8`, what is not quantized is FP32; in `int8-fp16` and `fp8-fp16` it is FP16.
+    """
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
+    INT8_FP16 = "int8-fp16"
+    FP8_FP16 = "fp8-fp16"
+
+    @property
+    def product_type(self) -> str:
+        """Type of the convolutions and matrix products: `int8` for `int8-fp16`."""
+        return self.split("-")[0]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether graphs of this precision hold quantized values and scales, so that they need calibration."""
+        return self.product_type in ("int8", "fp8")
+
+    @property
+    def rest(self) -> Precision:
+        """Precision of graphs and operators that are not quantized; the precision itself if nothing is."""
+        if not self.is_quantized:
+            return self
+        return Precision.FP16 if self.endswith("-fp16") else Precision.FP32
+
+    @property
+    def high_precision(self) -> Precision:
+        """Precision of the products that are kept in a higher precision than `product_type`."""
+        return self.rest if self.is_quantized else Precision.FP32
+
+    @property
+    def has_16_bits(self) -> bool:
+        """Whether anything is computed in FP16 or BF16."""
+        return self.rest in (Precision.FP16, Precision.BF16)
+
+    def of_graph(self, graph: str) -> Precision:
+        """Precision of a graph in a network of this precision."""
+        return self.rest if graph in NEVER_QUANTIZED else self
+
+    def build_command(self, *options: str) -> str:
+        """Return the command that adds graphs and engines of this precision to a bundle."""
+        flags = [f"--{part}" for part in self.split("-")]
+        data = ["--calibration DATA"] if self.is_quantized else []
+        return " ".join(["cclip-deploy build-engine BUNDLE", *flags, *data, *options])
 
 
-def precision_of(graph: str, precision: str) -> str:
-    """The precision that a graph has in a network of `precision`: another one only where nothing can be quantized."""
-    return REST.get(precision, precision) if graph in NEVER_QUANTIZED else precision
-
-
-def build_command(precision: str, *options: str) -> str:
-    """The command that adds a precision's graphs and engines to a bundle."""
-    flags = [f"--{part}" for part in precision.split("-")]
-    data = ["--calibration DATA"] if is_quantized(precision) else []
-    return " ".join(["cclip-deploy build-engine BUNDLE", *flags, *data, *options])
-
-
-def rest_type(precision: str) -> str:
-    """The type of the products that are kept out of it on purpose."""
-    return REST.get(precision, "fp32")
-
-
-def is_quantized(precision: str) -> bool:
-    """Whether graphs of this precision hold codes and scales, so that they need a calibration."""
-    return precision in REST
+def parse_precision(name: str) -> Precision:
+    """Return the precision of a name; raise UsageError if there is none."""
+    try:
+        return Precision(name)
+    except ValueError:
+        raise UsageError(f"There is no precision {name!r}. Use one of {', '.join(Precision)}.") from None

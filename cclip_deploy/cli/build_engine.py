@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cclip_deploy.bundle.precision import PRECISIONS, Precision
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.cli import options
 from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table
 from cclip_deploy.common.paths import check_writable
@@ -133,7 +133,7 @@ def build_engine(
 def _precision(asked: dict[str, bool]) -> Precision:
     """The one precision that the flags name together; FP16 where none is given."""
     name = "-".join(kind for kind in ("fp32", "bf16", "int8", "fp8", "fp16") if asked[kind]) or "fp16"
-    for precision in PRECISIONS:
+    for precision in Precision:
         if precision == name:
             return precision
     raise UsageError(

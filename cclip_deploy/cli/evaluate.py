@@ -54,7 +54,7 @@ def evaluate(
         typer.Option(help="Of a bundle: graphs in ONNX Runtime (unless given) or OpenVINO, or the bundle's engines."),
     ] = None,
     device: options.Device = "cpu",
-    precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = Precision.FP32,
     threads: options.Threads = None,
     allow_fallback: options.AllowFallback = False,
     gpu_interface: options.GpuInterface = "cuda-python",

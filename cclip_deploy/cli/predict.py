@@ -13,6 +13,7 @@ from cclip_deploy.cli.console import picture_progress, print_json, reports_error
 from cclip_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from cclip_deploy.bundle.bundle import Bundle
     from cclip_deploy.inference.explain import Explainer
     from cclip_deploy.inference.segmenter import Segmenter
 
@@ -39,7 +40,7 @@ def predict(
     ] = None,
     backend: options.Backend = "onnxruntime",
     device: options.Device = "cpu",
-    precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="Which of the bundle's graphs or engines.")] = Precision.FP32,
     threads: options.Threads = None,
     allow_fallback: options.AllowFallback = False,
     gpu_interface: options.GpuInterface = "cuda-python",
@@ -66,11 +67,11 @@ def predict(
     prompts = repair_prompts(prompt, repair)
     choice = options.choice(backend, device, threads, allow_fallback, gpu_interface, cuda_graphs, engine_cache)
     with open_choice(choice, opened, precision) as runs, picture_progress(quiet=json) as on_picture:
-        segmenter = Segmenter(opened, runs.backend, prompt_cache)
-        explainer = _open_explainer(segmenter, checkpoint) if explain else None
+        segmenter = Segmenter.of_bundle(opened, runs.backend, prompt_cache)
+        explainer = _open_explainer(opened, segmenter, checkpoint) if explain else None
         chosen = PredictOptions(threshold, force, explainer)
         found = run(segmenter, images, [p.text for p in prompts], output, chosen, on_picture)
-        ran = report_run(runs, segmenter)
+        ran = report_run(runs, opened)
     if json:
         failed = [{"image": str(path), "error": reason} for path, reason in found.failed]
         counts = found.prompt_counts.to_dict()
@@ -98,9 +99,9 @@ def predict(
     refuse_failures(found)
 
 
-def _open_explainer(segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
+def _open_explainer(bundle: Bundle, segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
     from cclip_deploy.common.plotting import require_matplotlib
     from cclip_deploy.inference.explain import open_explainer
 
     require_matplotlib("Drawing an explanation")
-    return open_explainer(segmenter, checkpoint)
+    return open_explainer(bundle, segmenter, checkpoint)

@@ -44,6 +44,7 @@ def tune_precision(
 ) -> None:
     """Find which blocks must stay in a [bold]higher precision[/] for the masks to hold, and write a profile of it."""
     from cclip_deploy.bundle.bundle import Bundle
+    from cclip_deploy.bundle.precision import Precision
     from cclip_deploy.datasets.image_sets import DataSetOptions
     from cclip_deploy.quantization.calibrate import CalibrationOptions, default_cache
     from cclip_deploy.quantization.pareto_plot import draw_pareto_front
@@ -61,7 +62,7 @@ def tune_precision(
     with progress(quiet=json) as tell:
         profile = tune(
             Bundle.open(bundle),
-            TuneOptions(precision, evaluation, calibrating or None, budget, pictures, data_sets, threads),
+            TuneOptions(Precision(precision), evaluation, calibrating or None, budget, pictures, data_sets, threads),
             tell,
         )
     write_tuned_profile(profile, output)

@@ -51,7 +51,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         EnvironmentIssue: the disk is full or cannot be written; what was at `path` is still there.
         DataError: another file cannot be read in the block.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     with scratch_folder(path) as unfinished:
         yield unfinished
         _sync_tree(unfinished)
@@ -61,7 +61,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """As `whole_folder`, but never put in place: a folder to work in, on the disk of `path`."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     unfinished = temporary_path(path)
     with _held(path.parent, lock_beside(path), path):
         try:
@@ -84,7 +84,7 @@ def writing_into(folder: Path) -> Iterator[None]:
         TargetInUse: another run writes into it.
         EnvironmentIssue: it cannot be made or written.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, where a folder is expected. Choose another output.")
     with _held(folder, folder / f".{LOCK}", folder):
@@ -154,7 +154,7 @@ def restore_folder(path: Path) -> None:
     Raises:
         EnvironmentIssue: the folder cannot be put back; the message says what to rename.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     for _ in range(_SWAP_TRIES):
         found = [] if path.exists() else temporaries(path.parent, path.name, "old")
         if not found:

@@ -15,7 +15,7 @@ MAX_SIDE = 2**15
 """Pixels of a side of a picture."""
 LARGEST_PICTURE_FILE = 2**29
 """Bytes of a picture's file."""
-MOST_PICTURE_BYTES = 2**30
+MOST_PICTURE_BYTES = 2**29
 """Bytes of all pictures, masks and probabilities that are read ahead or wait to be written."""
 
 MOST_MASK_BYTES = 2**32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from cclip_deploy.errors import CclipError, DataError
 
 BAD_PATHS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR})
 _SHOWN_LETTERS = 300
+_SMALL_READ = 2**16
 _LONG_KEY = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){{{MOST_KEY_PARTS}}}""")
 
 
@@ -68,6 +70,24 @@ def is_there(path: Path) -> bool:
         return path.exists()
     except OSError:
         return True
+
+
+class BoundedFile(io.BufferedReader):
+    """A file to read, which never takes more memory for a read than it has bytes left.
+
+    Python sets aside as much as is asked, and decoders ask for the lengths that a stranger's file says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Up to `size` bytes; all that are left unless given."""
+        if size is not None and 0 <= size <= _SMALL_READ:
+            return super().read(size)
+        left = max(0, self._size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def read_text(path: Path, what: str, most_bytes: int, error: type[CclipError] = DataError) -> str:

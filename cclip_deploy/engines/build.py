@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cclip_deploy.bundle.bundle import CHAIN, Bundle, edited_bundle, write_manifest
 from cclip_deploy.bundle.manifest import EngineEntry, EngineTarget, GraphEntry, TensorSpec, graph_key
-from cclip_deploy.bundle.precision import Precision, is_quantized
+from cclip_deploy.bundle.precision import Precision, parse_precision
 from cclip_deploy.engines.convert import ConvertedGraphs, ConvertOptions, convert_graphs
 from cclip_deploy.errors import UsageError
 from cclip_deploy.graph.precision.convert import InputsAndOutputs
@@ -21,7 +21,6 @@ from cclip_deploy.runtime.graph_check import read_checked
 from cclip_deploy.runtime.tensorrt.binding import BindingName, check_targets, load_binding
 from cclip_deploy.runtime.tensorrt.builder import BuiltEngine, EngineOptions, build_engine
 from cclip_deploy.runtime.tensorrt.device import GpuInterface
-from cclip_deploy.runtime.tensorrt.layers import check_precision
 from cclip_deploy.runtime.tensorrt.open_device import open_gpu
 from cclip_deploy.runtime.tensorrt.settings import EngineSettings, engine_target, is_rtx
 from cclip_deploy.verify.engine_proof import proof_record
@@ -38,7 +37,7 @@ class BuildOptions:
     `calibration` belongs to the quantized precisions, `keep` names nodes and blocks that stay in a higher one.
     """
 
-    precision: Precision = "fp16"
+    precision: Precision = Precision.FP16
     backend: BindingName = "tensorrt-rtx"
     graphs: tuple[str, ...] = SERVED
     max_batch: int = 8
@@ -67,7 +66,7 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
         EnvironmentIssue: the binding or the onnx package is missing.
         ParityError: a graph of this precision strays from the reference, or an engine does not run in the precision.
     """
-    check_precision(options.precision)
+    parse_precision(options.precision)
     check_targets(options.precision, options.settings.compute_capabilities)
     _check_plan(bundle, options)
     binding = load_binding(options.backend)
@@ -79,7 +78,7 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
         derived = convert_graphs(bundle, wanted, folder, on_progress)
         manifest = derived.manifest
         unsealed = Bundle.unsealed(folder, manifest, bundle.sums)
-        if is_quantized(options.precision) and options.calibration and options.calibration.evaluation_set:
+        if Precision(options.precision).is_quantized and options.calibration and options.calibration.evaluation_set:
             on_progress(f"Comparing {options.precision} masks with FP32's on the evaluation set")
             images = evaluation_images(options.calibration, on_progress)
             agreement = hold_masks_to_fp32(unsealed, options.precision, images, options.threads)

@@ -11,7 +11,7 @@ import numpy as np
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import CalibrationEntry, GraphEntry, Manifest, graph_key
-from cclip_deploy.bundle.precision import REST, Precision, is_quantized, precision_of, product_type
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.graph.precision.convert import ConvertedGraph, InputsAndOutputs
 from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures
@@ -63,7 +63,7 @@ def convert_graphs(bundle: Bundle, options: ConvertOptions, folder: Path, on_pro
     for name in options.graphs:
         bundle.check(bundle.graph(name).file)
     if options.precision == "fp32" and options.io == "fp32":
-        return ConvertedGraphs(bundle.manifest, dict.fromkeys(options.graphs, "fp32"))
+        return ConvertedGraphs(bundle.manifest, dict.fromkeys(options.graphs, Precision.FP32))
     if options.precision == "fp32":
         raise UsageError("FP32 graphs keep FP32 inputs and outputs; --io fp16 belongs to a lower precision.")
     _require_onnx(options.precision)
@@ -97,19 +97,19 @@ class _Work:
 
         model = load_model(self.bundle, name)
         precision = self.options.precision
-        if is_quantized(precision) and not tensors_to_calibrate(model):
-            precision = REST[precision]
+        if Precision(precision).is_quantized and not tensors_to_calibrate(model):
+            precision = Precision(precision).rest
         self.precisions[name] = precision
         if precision == "fp32":
             return
         keep = matching(model, self.options.keep)
         self.found |= keep
-        ranges, calibration = self._calibrated(name, model) if is_quantized(precision) else (None, None)
+        ranges, calibration = self._calibrated(name, model) if Precision(precision).is_quantized else (None, None)
         self.on_progress(f"Converting {name} to {precision}")
         lowered = lower(model, precision, ranges, keep, self.options.io)
         self.kept[name] = lowered.kept
         high = tuple(sorted(named_products(model, keep)))
-        if is_quantized(precision):
+        if Precision(precision).is_quantized:
             self._tell_share(name, precision, model, lowered.kept)
         entry = self._write(name, precision, lowered, calibration)
         self.entries[graph_key(name, precision)] = entry.model_copy(update={"high_precision_nodes": high})
@@ -119,7 +119,7 @@ class _Work:
         from cclip_deploy.graph.precision.convert import product_names
 
         share = share_of(model, product_names(model) - kept, {"batch": 1, "prompts": 1})
-        self.on_progress(f"{name}: {share:.1%} of the multiply-adds in {product_type(precision)}")
+        self.on_progress(f"{name}: {share:.1%} of the multiply-adds in {Precision(precision).product_type}")
 
     def _calibrated(self, name: str, model: onnx.ModelProto) -> tuple[dict[str, float], CalibrationEntry]:
         options = self.options.calibration
@@ -143,10 +143,12 @@ class _Work:
 
     def refuse_what_was_not_found(self) -> None:
         precision = self.options.precision
-        if is_quantized(precision) and not any(is_quantized(given) for given in self.precisions.values()):
+        if Precision(precision).is_quantized and not any(
+            Precision(given).is_quantized for given in self.precisions.values()
+        ):
             raise UsageError(
                 f"Nothing of {', '.join(self.precisions)} can be quantized. Name image_encoder too, or build in "
-                f"{REST[precision]}."
+                f"{Precision(precision).rest}."
             )
         if unknown := sorted(set(self.options.keep) - self.found):
             raise UsageError(
@@ -156,9 +158,9 @@ class _Work:
 
 
 def _check_options(options: ConvertOptions) -> None:
-    if is_quantized(options.precision) and options.calibration is None:
+    if Precision(options.precision).is_quantized and options.calibration is None:
         raise UsageError(f"{options.precision} needs pictures to calibrate with: give --calibration DIR.")
-    if options.calibration is not None and not is_quantized(options.precision):
+    if options.calibration is not None and not Precision(options.precision).is_quantized:
         raise UsageError(f"{options.precision} has no scales to calibrate. Leave --calibration out, or ask for --int8.")
 
 
@@ -193,12 +195,12 @@ def _compare(bundle: Bundle, folder: Path, manifest: Manifest, work: _Work, on_p
 
 def _name_what_is_not_finite(bundle: Bundle, checks: list[Check], references: list[Reference]) -> None:
     """ParityError that names the first layer with a NaN or an overflow, where a graph gave such values."""
-    from cclip_deploy.parity.nan_check import refuse_non_finite
+    from cclip_deploy.parity.nan_check import require_finite
 
     for check in checks:
         if np.isfinite(check.value) or check.graph not in bundle.manifest.graphs or check.metric == "layer_error":
             continue
         reference = next(r for r in references if r.name == check.name.split("/")[1])
-        keys = (check.graph, graph_key(check.graph, precision_of(check.graph, check.precision)))
+        keys = (check.graph, graph_key(check.graph, Precision(check.precision).of_graph(check.graph)))
         full, low = (load_model(bundle, key) for key in keys)
-        refuse_non_finite(check.graph, low, full, check.precision, reference.inputs_of(check.graph))
+        require_finite(check.graph, low, full, check.precision, reference.inputs_of(check.graph))

@@ -42,7 +42,7 @@ class NetworkConfig:
 
     path: Path
     runs: BackendConfig | None = None
-    precision: Precision = "fp32"
+    precision: Precision = Precision.FP32
     threads: int | None = None
     image_hw: tuple[int, int] | None = None
     prompt_length: int | None = None

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import CHAIN, Bundle
-from cclip_deploy.errors import CheckpointError
-from cclip_deploy.imaging.preprocess import Preprocessing, to_input, to_source
-from cclip_deploy.inference.prompt_cache import PromptCache, PromptKernels, Tokens
-from cclip_deploy.inference.segmenter import PROMPTS_AT_ONCE, Segmenter, chain_precisions, sigmoid
+from cclip_deploy.errors import CheckpointError, ParityError
+from cclip_deploy.imaging.preprocess import Preprocessing
+from cclip_deploy.inference.prompt_cache import Tokens
+from cclip_deploy.inference.segmenter import Segmenter, SegmenterSpec, chain_precisions
 from cclip_deploy.model.config import InputForm
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.runtime.registry import OpenBackend
@@ -46,7 +46,7 @@ class BundleModel:
     def __init__(self, bundle: Bundle, runs: OpenBackend) -> None:
         """UsageError where the bundle lacks a graph or engine of the backend's precision."""
         self.graphs = chain_precisions(runs.backend, bundle)
-        self.segmenter, self.runs = Segmenter(bundle, runs.backend), runs
+        self.bundle, self.segmenter, self.runs = bundle, Segmenter.of_bundle(bundle, runs.backend), runs
         self.tokenizer = bundle.tokenizer()
         self.prompt_length, self.threshold = bundle.manifest.prompt_length, bundle.manifest.threshold
 
@@ -54,11 +54,10 @@ class BundleModel:
         return self.segmenter.answer(pixels, rows)
 
     def describe(self) -> dict[str, Any]:
-        bundle, backend = self.segmenter.bundle, self.segmenter.backend
-        manifest = bundle.manifest
+        manifest, backend = self.bundle.manifest, self.segmenter.backend
         return {
             "kind": "bundle",
-            "name": bundle.path.name,
+            "name": self.bundle.path.name,
             "model": manifest.model["name"],
             "checkpoint_sha256": manifest.checkpoint.sha256,
             "backend": backend.name,
@@ -78,20 +77,15 @@ class CheckpointModel:
 
         self.loaded, self.form = loaded, form
         self.tokenizer, self.prompt_length, self.threshold = tokenizer, form.prompt_length, THRESHOLD
-        self._backend = PyTorchBackend(loaded.model)
-        self._cache = PromptCache(None)
+        self.segmenter = Segmenter(PyTorchBackend(loaded.model), checkpoint_spec(loaded, form, tokenizer))
 
     def answer(self, pixels: Floats, rows: Sequence[Tokens]) -> Iterator[Floats]:
-        image = to_input(pixels, self.form.image_hw, Preprocessing())
-        features = self._backend.run("image_encoder", {"image": image})["features"]
-        for start in range(0, len(rows), PROMPTS_AT_ONCE):
-            part = self._cache.kernels(rows[start : start + PROMPTS_AT_ONCE], self._encode_prompts)
-            inputs = {"features": features, "kernel": part.kernel, "tap_bias": part.tap_bias, "bias": part.bias}
-            every = self._backend.run("mask_decoder", inputs)["logits"][0]
-            if not np.isfinite(every).all():
-                raise CheckpointError(f"{self.loaded.path} gives logits that are not finite, so no mask. Train again.")
-            for logits in every:
-                yield to_source(sigmoid(logits), (pixels.shape[0], pixels.shape[1]))
+        try:
+            yield from self.segmenter.answer(pixels, rows)
+        except ParityError as error:
+            raise CheckpointError(
+                f"{self.loaded.path} gives values that are not finite, so there is no mask. Train again."
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -102,10 +96,15 @@ class CheckpointModel:
             "backend": "pytorch",
             "precision": "fp32",
             "graphs": dict.fromkeys(CHAIN, "fp32"),
-            "ran": OpenBackend(self._backend, "pytorch on cpu", "pytorch on cpu").to_dict(),
+            "ran": OpenBackend(self.segmenter.backend, "pytorch on cpu", "pytorch on cpu").to_dict(),
             "image_hw": list(self.form.image_hw),
             "prompt_length": self.form.prompt_length,
         }
 
-    def _encode_prompts(self, tokens: Tokens) -> PromptKernels:
-        return PromptKernels(**self._backend.run("prompt_encoder", {"tokens": tokens}))
+
+def checkpoint_spec(loaded: LoadedCheckpoint, form: InputForm, tokenizer: PromptTokenizer) -> SegmenterSpec:
+    """Return how to segment with a checkpoint at the input sizes of `form`."""
+    return SegmenterSpec(
+        str(loaded.path), form.image_hw, form.prompt_length, Preprocessing(), tokenizer,
+        tokenizer.vocabulary_size, THRESHOLD,
+    )  # fmt: skip

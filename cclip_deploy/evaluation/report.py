@@ -38,8 +38,8 @@ def check_report_folder(folder: Path, replace: bool) -> None:
         EnvironmentIssue: the folder cannot be written, or matplotlib is missing.
     """
     require_matplotlib("A report (-o)")
-    restore_folder(folder)
     check_writable(folder)
+    restore_folder(folder)
     if not folder.exists():
         return
     if not replace:

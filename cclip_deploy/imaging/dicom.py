@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cclip_deploy.common.paths import BoundedFile
 from cclip_deploy.errors import EnvironmentIssue, ImageError
 from cclip_deploy.imaging.dicom_frames import check_frame
-from cclip_deploy.imaging.image import Picture, check_image_size, decoding, row_strips
+from cclip_deploy.imaging.image import Picture, check_image_size, decoding
+from cclip_deploy.imaging.raster_pixels import row_strips
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 Values = NDArray[np.float64]
 
+_PREAMBLE_BYTES = 132
 _GREY = frozenset({"MONOCHROME1", "MONOCHROME2"})
 _NEEDED = ("Rows", "Columns", "BitsStored", "PhotometricInterpretation")
 
@@ -38,13 +41,13 @@ def read_dicom(path: Path) -> Picture:
         EnvironmentIssue: pydicom, or a decoder for the file's compression, is not installed.
     """
     pydicom = _import_pydicom()
-    with decoding(path):
-        _check_decoder(path, _transfer_syntax(path))
-        header = pydicom.dcmread(path, stop_before_pixels=True)
+    with decoding(path), BoundedFile(path) as file:
+        _check_decoder(path, _transfer_syntax(path, file))
+        header = pydicom.dcmread(file, stop_before_pixels=True)
         _check_header(path, header)
         if header.file_meta.TransferSyntaxUID.is_encapsulated:
-            check_frame(path, pydicom, header)
-        stored = pydicom.pixels.pixel_array(path)
+            check_frame(path, file, header)
+        stored = pydicom.pixels.pixel_array(file)
         show = _gray if header.PhotometricInterpretation in _GREY else _color
         pixels, bits = show(path, stored, header)
         if not np.isfinite(pixels).all():
@@ -55,9 +58,9 @@ def read_dicom(path: Path) -> Picture:
 def dicom_size(path: Path) -> tuple[int, int]:
     """Return width and height in pixels from the header; raises like `read_dicom` but needs no decoder."""
     pydicom = _import_pydicom()
-    with decoding(path):
-        _transfer_syntax(path)
-        header = pydicom.dcmread(path, stop_before_pixels=True)
+    with decoding(path), BoundedFile(path) as file:
+        _transfer_syntax(path, file)
+        header = pydicom.dcmread(file, stop_before_pixels=True)
         _check_header(path, header)
         return int(header.Columns), int(header.Rows)
 
@@ -73,11 +76,15 @@ def _import_pydicom() -> Any:
     return pydicom
 
 
-def _transfer_syntax(path: Path) -> UID:
+def _transfer_syntax(path: Path, file: BinaryIO) -> UID:
     """Return the transfer syntax; refuse a deflated one, whose header alone could exhaust memory."""
-    from pydicom.filereader import read_file_meta_info
+    from pydicom.filereader import read_dataset
 
-    syntax: UID | None = read_file_meta_info(path).get("TransferSyntaxUID")
+    file.seek(_PREAMBLE_BYTES)
+    meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, *_: tag.group != 2)
+    file.seek(0)
+
+    syntax: UID | None = meta.get("TransferSyntaxUID")
     if syntax is None:
         raise ImageError(f"{path} has no transfer syntax (0002,0010). Export it again as a DICOM file.")
     if syntax.is_transfer_syntax and syntax.is_deflated:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from cclip_deploy.common.limits import MAX_PIXELS, MAX_SIDE, MAX_VALUES
 from cclip_deploy.errors import CclipError, ImageError
 
-_STRIP_VALUES = 2**20
 _DECODING = threading.Lock()
 
 
@@ -48,12 +46,6 @@ def check_image_size(path: Path, width: int, height: int, channels: int = 1) -> 
             f"{MAX_SIDE:,}, up to {MAX_PIXELS:,} pixels, and up to {MAX_VALUES:,} pixels times channels. Reduce or "
             "crop the image first."
         )
-
-
-def row_strips(shape: Sequence[int]) -> Iterator[slice]:
-    """Yield slices of rows with about a million values each, to process an array without a full-size temporary."""
-    rows = max(1, _STRIP_VALUES // max(1, math.prod(shape[1:])))
-    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 @contextmanager

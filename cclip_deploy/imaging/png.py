@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.errors import UsageError
+from cclip_deploy.imaging.raster_pixels import row_strips
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _COLOUR = 0, 2
@@ -35,19 +36,23 @@ def encode_png(pixels: NDArray[Any], text: Mapping[str, str] = MappingProxyType(
         )
     height, width = pixels.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _GREY if gray else _COLOUR, 0, 0, 0)
-    body = zlib.compress(_filter_rows(pixels).data, _ZLIB_LEVEL)
+    body = zlib.compressobj(_ZLIB_LEVEL)
+    parts = [body.compress(_filter_rows(pixels, rows).data) for rows in row_strips(pixels.shape)]
+    content = b"".join([*parts, body.flush()])
     texts = b"".join(_chunk(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in text.items())
-    return _SIGNATURE + _chunk(b"IHDR", header) + texts + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
+    return _SIGNATURE + _chunk(b"IHDR", header) + texts + _chunk(b"IDAT", content) + _chunk(b"IEND", b"")
 
 
-def _filter_rows(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    big_endian = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder(">"))
-    rows = big_endian.reshape(len(pixels), -1).view(np.uint8)  # (H, bytes of a row)
+def _filter_rows(pixels: NDArray[Any], strip: slice) -> NDArray[np.uint8]:
+    """Rows of a strip as differences from the row above, which of the first row of all is zeros."""
+    above = max(0, strip.start - 1)
+    big_endian = np.ascontiguousarray(pixels[above : strip.stop], dtype=pixels.dtype.newbyteorder(">"))
+    rows = big_endian.reshape(len(big_endian), -1).view(np.uint8)  # (rows, bytes of a row)
     filtered = np.empty((len(rows), rows.shape[1] + 1), np.uint8)
     filtered[:, 0] = _FILTER_UP
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    return filtered
+    return filtered[strip.start - above :]
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:

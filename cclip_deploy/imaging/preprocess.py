@@ -11,6 +11,7 @@ from pydantic import Field
 
 from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.errors import UsageError
+from cclip_deploy.imaging.raster_pixels import image_strips
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -76,6 +77,8 @@ def check_unit_range(what: str, values: NDArray[Any]) -> None:
 def _resize(values: NDArray[Any], hw: tuple[int, int], resample: Image.Resampling) -> NDArray[np.float32]:
     if min(hw) < 1:
         raise UsageError(f"Cannot resize to {hw[0]}x{hw[1]} pixels; both sides must be at least 1.")
-    image = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
-    resized: NDArray[np.float32] = np.clip(np.asarray(image.resize((hw[1], hw[0]), resample)), 0, 1)
+    image = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).resize((hw[1], hw[0]), resample)
+    resized = np.empty(hw, np.float32)
+    for rows, strip in image_strips(image):
+        np.clip(np.asarray(strip), 0, 1, out=resized[rows])
     return resized

@@ -8,25 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from cclip_deploy.common.limits import LARGEST_PICTURE_FILE, MAX_PIXELS
-from cclip_deploy.common.paths import check_regular_file
+from cclip_deploy.common.paths import BoundedFile, check_regular_file
 from cclip_deploy.errors import CclipError, ImageError, UsageError
 from cclip_deploy.imaging.dicom import dicom_size, read_dicom
-from cclip_deploy.imaging.image import Picture, check_image_size, decoding, row_strips
+from cclip_deploy.imaging.image import Picture, check_image_size, decoding
+from cclip_deploy.imaging.raster_pixels import UPRIGHT, orientation_of, read_pixels
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _KINDS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "TIFF": "tiff", "BMP": "bmp"}
-_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_WHITE_IS_ZERO = 258, 262, 0
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _GREY_MODES = frozenset({"1", "L", "I", "F"})
 _METADATA_CHUNKS, _MOST_CHUNKS = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"}), 100_000
-_EXIF_ORIENTATION, _UPRIGHT, _ON_ITS_SIDE = 274, 1, frozenset({5, 6, 7, 8})
+_ON_ITS_SIDE = frozenset({5, 6, 7, 8})
 
 
 def read_image(path: Path) -> Picture:
@@ -65,7 +63,7 @@ def image_size(path: Path) -> tuple[int, int]:
 def image_orientation(path: Path) -> int:
     """Return the EXIF orientation, 1 to 8, of an image file; 1 (upright) for DICOM and for files without the tag."""
     if is_dicom_file(path):
-        return _UPRIGHT
+        return UPRIGHT
     with open_raster(path) as image:
         return _orientation(path, image)
 
@@ -79,7 +77,7 @@ def open_raster(path: Path) -> Iterator[Image.Image]:
     """
     _check_file(path)
     # Pass a file object: Pillow memory-maps a file given by name, and then misreads TIFFs of orientation 5 to 8.
-    with decoding(path), path.open("rb") as file, _open(path, file) as image:
+    with decoding(path), BoundedFile(path) as file, _open(path, file) as image:
         check_image_size(path, *image.size, _channels(image))
         tags = getattr(image, "tag_v2", {})
         tile = (tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_LENGTH, 1))
@@ -162,9 +160,8 @@ def _decode(path: Path, image: Image.Image) -> Picture:
     kind = _KINDS[str(image.format)]
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise ImageError(f"{path} has several pages or frames. Save the one you want as a separate file.")
-    image.load()
-    pixels, bits = _deep_gray(path, image) if image.mode.startswith(("I", "F")) else _shallow(image)
-    return Picture(path=path, pixels=np.ascontiguousarray(pixels), kind=kind, bits=bits)
+    pixels, bits = read_pixels(path, image)
+    return Picture(path=path, pixels=pixels, kind=kind, bits=bits)
 
 
 def _channels(image: Image.Image) -> int:
@@ -178,8 +175,7 @@ def _orientation(path: Path, image: Image.Image) -> int:
     # For PNG, Pillow's getexif decodes the whole file, because metadata may follow the pixels.
     decode = image.format != "PNG" or _has_metadata_after_pixels(path)
     exif = image.getexif() if decode else Image.Image.getexif(image)
-    found = exif.get(_EXIF_ORIENTATION, _UPRIGHT)
-    return found if found in range(1, 9) else _UPRIGHT
+    return orientation_of(exif)
 
 
 def _has_metadata_after_pixels(path: Path) -> bool:
@@ -212,37 +208,3 @@ def _open(path: Path, file: BinaryIO) -> Image.Image:
             f"{path} is not a complete PNG, JPEG, TIFF, BMP or DICOM file (it starts with bytes "
             f"{file.read(8).hex(' ')}). Export the image to one of these; DICOM needs its 128-byte preamble."
         ) from error
-
-
-def _deep_gray(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], int]:
-    """Scale gray of more than 8 bits to (H, W) in [0, 1]; Pillow ignores depth and polarity of such TIFFs."""
-    tags = getattr(image, "tag_v2", {})
-    bits = {"I": 16, "F": 32}.get(image.mode) or int(tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0])
-    white = 1 if image.mode == "F" else 2**bits - 1
-    values = np.asarray(ImageOps.exif_transpose(image))
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= white):
-        raise ImageError(
-            f"{path} has values from {low:g} to {high:g}; the allowed range is 0 to {white}. "
-            "Scale them and save a 16-bit gray PNG or TIFF."
-        )
-    inverted = tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO
-    pixels = np.empty(values.shape, np.float32)
-    for rows in row_strips(values.shape):
-        scaled = np.divide(values[rows], white, dtype=np.float64)
-        pixels[rows] = 1 - scaled if inverted else scaled
-    return pixels, bits
-
-
-def _shallow(image: Image.Image) -> tuple[NDArray[np.float32], int]:
-    """Scale images of at most 8 bits per channel to gray (H, W) or color (H, W, 3) in [0, 1]."""
-    bits = 1 if image.mode == "1" else 8
-    color, gray = ("RGBA", "LA") if image.has_transparency_data else ("RGB", "L")
-    image = ImageOps.exif_transpose(image)
-    image = image.convert(gray if image.mode in {"1", "L", "LA", "La"} else color)
-    values = np.asarray(image).astype(np.float32)
-    values /= 255
-    if image.mode in {"LA", "RGBA"}:
-        values[..., :-1] *= values[..., -1:]
-        values = values[..., :-1]
-    return (values[..., 0] if image.mode == "LA" else values), bits

@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cclip_deploy.common.files import replace_together
 from cclip_deploy.errors import EnvironmentIssue, UsageError
-from cclip_deploy.imaging.image import Picture, row_strips
+from cclip_deploy.imaging.image import Picture
 from cclip_deploy.imaging.png import encode_png
 from cclip_deploy.imaging.preprocess import check_unit_range
+from cclip_deploy.imaging.raster_pixels import row_strips
 from cclip_deploy.imaging.reading import image_stem, open_raster
 
 OVERLAY_LONGEST_PX = 1024
@@ -70,13 +71,10 @@ def write_segmentation(
         raise UsageError(f"{stem!r} cannot begin a file name. Make one with file_stem.")
     mask = probability >= threshold
     written = WrittenMask(*(folder / f"{stem}-{what}.png" for what in ("mask", "probability", "overlay")))
-    deep = np.empty(probability.shape, np.uint16)
-    for rows in row_strips(probability.shape):
-        deep[rows] = np.rint(np.multiply(probability[rows], 65535, dtype=np.float64))
     source = {SOURCE: picture.sha256} if picture.sha256 else {}
     encoded = {
         written.mask: encode_png(mask.view(np.uint8) * np.uint8(255), source),
-        written.probability: encode_png(deep),
+        written.probability: encode_png(_to_uint16(probability)),
         written.overlay: encode_png(np.asarray(draw_overlay(picture.pixels, mask, prompt))),
     }
     try:
@@ -153,6 +151,13 @@ def draw_overlay(
 def _slug(text: str, separators: str) -> str:
     latin = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(separators, "-", latin).strip("-.")
+
+
+def _to_uint16(probability: NDArray[Any]) -> NDArray[np.uint16]:
+    scaled = np.empty(probability.shape, np.uint16)
+    for rows in row_strips(probability.shape):
+        scaled[rows] = np.rint(np.multiply(probability[rows], 65535, dtype=np.float64))
+    return scaled
 
 
 def _writing_issue(folder: Path, error: OSError) -> EnvironmentIssue:

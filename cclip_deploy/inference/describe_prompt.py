@@ -1,4 +1,4 @@
-"""What becomes of a prompt: repaired, read, and cut into tokens."""
+"""Describe how a prompt is repaired, parsed and tokenized."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ SHORTEST_LENGTH, LONGEST_LENGTH, USUAL_LENGTH = 3, 77, 32
 
 
 def open_tokenizer(bundle: Path | None, length: int | None) -> tuple[PromptTokenizer, int]:
-    """A bundle's tokenizer and prompt length, or open_clip's and the usual one; a length that is given holds.
+    """Return the tokenizer and prompt length of a bundle, or open_clip's tokenizer and the default length.
+
+    Args:
+        bundle: a bundle's folder, if any.
+        length: used instead of the bundle's or the default length.
 
     Raises:
         BundleError: the bundle cannot be opened.
-        EnvironmentIssue: no bundle, and open_clip is not installed.
+        EnvironmentIssue: there is no bundle, and open_clip is not installed.
         UsageError: the length is out of range.
     """
     if length is not None and not SHORTEST_LENGTH <= length <= LONGEST_LENGTH:
@@ -32,14 +36,14 @@ def open_tokenizer(bundle: Path | None, length: int | None) -> tuple[PromptToken
     except ImportError as error:
         raise EnvironmentIssue(
             "Counting tokens without a bundle needs open_clip. Install it: pip install 'cclip-deploy[export]', "
-            "or name a bundle with --bundle."
+            "or give a bundle with --bundle."
         ) from error
 
 
 def describe_prompt(written: str, tokenizer: PromptTokenizer, length: int, repair: bool = True) -> dict[str, Any]:
-    """The repaired text, what was repaired, which sites it names (null where it names none for sure), and its tokens.
+    """Return the repaired text, the repairs, the lung zones that it names, and its tokens, as JSON.
 
-    PromptError where the text is empty.
+    Zones are null if the text does not name any unambiguously. Raise PromptError if the text is empty.
     """
     (prompt,) = repair_prompts([written], repair)
     reading = read_prompt(prompt.text)

@@ -1,4 +1,4 @@
-"""An explanation as one picture: the answer, the causal masks and the confounding branch, over the film."""
+"""Plot an explanation: mask, causal masks and confounding features over the image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_TITLE = 110
 
 @dataclass(frozen=True)
 class Panel:
-    """A map (h, w) to lay over the film, what it is, and the range of its colors."""
+    """A map (h, w) to draw over the image, its title, and its color range."""
 
     values: Floats
     title: str
@@ -35,13 +35,13 @@ class Panel:
 def write_explanation(
     path: Path, pixels: Floats, mask: NDArray[np.bool_], prompt: str, seen: Seen, answer: Floats | None
 ) -> Path:
-    """Write a PNG, whole or not at all; EnvironmentIssue where the disk does not take it.
+    """Write the plot as PNG, atomically, and return its path; raise EnvironmentIssue if that fails.
 
     Args:
-        path: of the picture to write.
-        pixels: the film, (H, W) or (H, W, 3) in [0, 1].
-        mask: what was segmented, (H, W).
-        prompt: what was asked.
+        path: of the PNG file.
+        pixels: the image, (H, W) or (H, W, 3) in [0, 1].
+        mask: the segmentation, (H, W).
+        prompt: title of the plot.
         seen: the maps, (h, w) each.
         answer: the confounding branch's probability (H, W), if there is one.
     """
@@ -51,7 +51,7 @@ def write_explanation(
 
 
 def _panels(seen: Seen, answer: Floats | None) -> list[Panel]:
-    """One color range for all masks, so that they can be compared."""
+    """Return the panels; all causal masks have the same color range."""
     panels = []
     if seen.masks:
         limits = min(float(m.min()) for m in seen.masks.values()), max(float(m.max()) for m in seen.masks.values())
@@ -82,23 +82,23 @@ def _draw(pixels: Floats, mask: NDArray[np.bool_], prompt: str, panels: list[Pan
     every = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes in every:
         axes.set_axis_off()
-    _film(every[0], pixels)
+    _draw_image(every[0], pixels)
     if mask.any():
         every[0].contour(mask, levels=[0.5], colors=["#38C7D6"], linewidths=1.6)
-    _title(every[0], "Answer of the causal branch", f"{mask.mean():.1%} of the picture")
+    _title(every[0], "Answer of the causal branch", f"{mask.mean():.1%} of the image")
     for axes, panel in zip(every[1:], panels, strict=False):
-        _film(axes, pixels)
+        _draw_image(axes, pixels)
         drawn = axes.imshow(
             panel.values, cmap=COLOR_MAP, vmin=panel.limits[0], vmax=max(panel.limits[1], panel.limits[0] + 1e-6),
             alpha=0.6, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear",
         )  # fmt: skip
         bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02)
-        _calm_bar(bar, panel.unit)
+        _style_bar(bar, panel.unit)
         _title(axes, panel.title, panel.below)
     return figure
 
 
-def _film(axes: Any, pixels: Floats) -> None:
+def _draw_image(axes: Any, pixels: Floats) -> None:
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
 
 
@@ -107,7 +107,7 @@ def _title(axes: Any, title: str, below: str) -> None:
     axes.text(0, 1.015, below, transform=axes.transAxes, fontsize=9, color=QUIET, va="bottom")
 
 
-def _calm_bar(bar: Any, unit: str) -> None:
+def _style_bar(bar: Any, unit: str) -> None:
     bar.solids.set_alpha(1)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8.5, colors=INK)

@@ -1,4 +1,4 @@
-"""Predict: pictures and prompts to masks on disk, one image pass a picture; reading and writing happen beside it."""
+"""Segment image files and write the masks; reading and writing run in threads beside the network."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from cclip_deploy.inference.segmenter import Segmenter
 
 READ_AHEAD, WRITE_BEHIND, WRITERS = 2, 4, 2
 BYTES_PER_PIXEL = 16
-"""Of a mask that is written: its probability and what becomes of it."""
+"""Memory of a mask that waits to be written: its probabilities and what is made from them."""
 _NICENESS = 10
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One prompt on one picture. Shares and probabilities are in [0, 1], in the picture's own pixels."""
+    """The result for one image and prompt. Fractions and probabilities are in [0, 1], at the size of the image file."""
 
     image: Path
     prompt: str
@@ -48,7 +48,7 @@ class Prediction:
     explanation: Path | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """The form of `predict --json`."""
+        """Return the JSON form of `predict --json`."""
         files = {"mask": self.written.mask, "probability": self.written.probability, "overlay": self.written.overlay}
         if self.explanation is not None:
             files["explanation"] = self.explanation
@@ -64,7 +64,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was written, which pictures could not be read, with the reason, and where the prompts' kernels came from."""
+    """The results, the images that could not be used with the reason, and where prompt kernels came from."""
 
     done: tuple[Prediction, ...]
     failed: tuple[tuple[Path, str], ...]
@@ -73,12 +73,12 @@ class Predictions:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How masks are made and written.
+    """How masks are computed and written.
 
     Attributes:
-        threshold: probability from which a pixel counts, between 0 and 1; None is the bundle's own.
-        replace: masks of other pictures may be replaced.
-        explainer: draws an explanation beside every mask.
+        threshold: probability from which a pixel is part of the mask, between 0 and 1; None is the bundle's threshold.
+        replace: whether masks of other images may be replaced.
+        explainer: if given, an explanation is written beside every mask.
     """
 
     threshold: float | None = None
@@ -94,26 +94,31 @@ def predict(
     options: PredictOptions = PredictOptions(),
     on_picture: Callable[[Path, int, int], None] = lambda path, number, total: None,
 ) -> Predictions:
-    """Segment every prompt on every picture; a picture that cannot be used is reported and the rest go on.
+    """Segment every image with every prompt and write the masks.
 
-    One thread reads a few pictures ahead and two write behind, while this one runs the network. At most
-    `READ_AHEAD` pictures wait to be segmented and `WRITE_BEHIND` masks to be written, whatever the number of pictures
-    and prompts, and fewer where they are so large that they pass `MOST_PICTURE_BYTES`. Whatever reading a picture
-    raises, and a lack of memory afterwards, is that picture's failure. Results have the order of the pictures and
-    prompts. `on_picture` is called with each picture, its number and how many there are, when its turn comes.
-    No other run can write into the output meanwhile. Masks of the same picture file are replaced, and those of another
-    one only where `options.replace`.
+    One thread reads ahead and two write, while the calling thread runs the network. At most `READ_AHEAD` images wait to
+    be segmented and `WRITE_BEHIND` masks to be written, and fewer if they exceed `MOST_PICTURE_BYTES`. An image that
+    cannot be read, or for which memory runs out, is reported in the result; the others are processed. Results are in
+    the order of images and prompts. The output folder is locked meanwhile.
+
+    Args:
+        segmenter: of a bundle.
+        images: files and folders.
+        prompts: at least one.
+        output: folder to write to. Masks of the same image file in it are replaced.
+        options: threshold, replacement and explanations.
+        on_picture: called with each image, its number from 1 and the number of images, before it is segmented.
 
     Raises:
-        UsageError: no prompt, an output that is a file, or that holds masks of another picture under the same name.
-        TargetInUse: another run writes into the output.
-        ImageError: a picture does not exist, or a folder holds none.
-        PromptError: a prompt is empty or too long, before anything is written.
-        EnvironmentIssue: the output cannot be written; what was written before is whole.
+        UsageError: there is no prompt, or `output` is a file or holds masks of another image under the same name.
+        TargetInUse: another process is writing to `output`.
+        ImageError: an image does not exist, or a folder holds none.
+        PromptError: a prompt is empty or too long; raised before anything is written.
+        EnvironmentIssue: `output` is not writable; files that were written before are complete.
     """
     if options.threshold is not None and not 0 < options.threshold < 1:
         raise UsageError(
-            f"A threshold of {options.threshold} is not between 0 and 1. Leave it out for the bundle's own."
+            f"The threshold {options.threshold} is not between 0 and 1. Leave it out to use the bundle's threshold."
         )
     check_writable(output)
     with writing_into(output):
@@ -121,7 +126,7 @@ def predict(
         used: set[str] = set()
         stems = {path: [file_stem(path, prompt, used) for prompt in prompts] for path in paths}
         if not options.replace:
-            _refuse_other_pictures(output, stems)
+            _check_existing_masks(output, stems)
         return _predict(segmenter, stems, prompts, output, options, on_picture)
 
 
@@ -135,17 +140,18 @@ def _predict(
 ) -> Predictions:
     counted_before = segmenter.prompt_counts
     segmenter.prepare(prompts)
-    limit = segmenter.bundle.manifest.threshold if options.threshold is None else options.threshold
+    limit = segmenter.spec.threshold if options.threshold is None else options.threshold
     run, found = _Run(segmenter, stems, prompts, output, limit, options.explainer), _Found()
     with _threads(WRITERS, "writer") as writers, _threads(1, "reader") as reader, closing(Room()) as room:
         for number, (path, read) in enumerate(_read_ahead(reader, list(stems), room), start=1):
             on_picture(path, number, len(stems))
             try:
                 picture = read.result()
-            except Exception as error:  # whatever a decoder raises on a stranger's bytes
+            except Exception as error:  # decoders raise many kinds of errors on damaged files
                 found.fail(path, error)
                 continue
-            at_once = room.most_bytes // (BYTES_PER_PIXEL * picture.pixels[..., :1].size)
+            height, width = picture.pixels.shape[:2]
+            at_once = room.most_bytes // (BYTES_PER_PIXEL * height * width)
             try:
                 for write in run.masks(picture):
                     found.writing.append((path, writers.submit(write)))
@@ -160,7 +166,7 @@ def _predict(
 
 @dataclass
 class _Run:
-    """What is segmented and written, the same for every picture."""
+    """The parameters of a run that are the same for every image."""
 
     segmenter: Segmenter
     stems: Mapping[Path, Sequence[str]]
@@ -170,7 +176,7 @@ class _Run:
     explainer: Explainer | None
 
     def masks(self, picture: Picture) -> Iterator[Callable[[], Prediction]]:
-        """For each prompt what writes its mask; the network runs here."""
+        """Run the network, and yield a function for each prompt that writes its mask."""
         seen = None if self.explainer is None else self.explainer.look(picture.pixels)
         features = None if seen is None else seen.features
         probabilities = self.segmenter.probabilities(picture.pixels, self.prompts, features)
@@ -185,14 +191,14 @@ class _Run:
 
 @dataclass
 class _Found:
-    """Results and failures so far, and the masks that are being written."""
+    """Results, failures, and the masks that are being written."""
 
     done: list[Prediction] = field(default_factory=list)
     failed: dict[Path, str] = field(default_factory=dict)
     writing: deque[tuple[Path, Future[Prediction]]] = field(default_factory=deque)
 
     def collect(self, most: int) -> None:
-        """Take the oldest results, waiting until at most so many are under way; raises what a writer raised."""
+        """Wait until at most `most` masks are being written; raise what a writer raised."""
         while len(self.writing) > most:
             path, future = self.writing.popleft()
             try:
@@ -201,37 +207,37 @@ class _Found:
                 self.fail(path, error)
 
     def fail(self, path: Path, error: Exception) -> None:
-        """Keep the first reason why a picture failed."""
+        """Record why an image failed; the first reason counts."""
         self.failed.setdefault(path, failure_of(path, error))
 
 
 def refuse_failures(predictions: Predictions) -> None:
-    """ImageError that tells of the pictures that could not be read, if there were any."""
+    """Raise ImageError if images could not be used."""
     if not predictions.failed:
         return
     (path, reason), count = predictions.failed[0], len(predictions.failed)
     if count == 1 and not predictions.done:
         raise ImageError(reason)
     raise ImageError(
-        f"{count} of {count + len({p.image for p in predictions.done})} pictures could not be used "
+        f"{count} of {count + len({p.image for p in predictions.done})} images could not be used "
         f"(the others are done); first: {path}: {reason}"
     )
 
 
-def _refuse_other_pictures(output: Path, stems: Mapping[Path, Sequence[str]]) -> None:
-    """UsageError where masks that are there already are of another picture, or do not say of which."""
+def _check_existing_masks(output: Path, stems: Mapping[Path, Sequence[str]]) -> None:
+    """Raise UsageError if existing masks are of other images, or do not contain the hash of their image."""
     for path, names in stems.items():
         there = [mask for mask in (mask_path(output, name) for name in names) if mask.exists()]
         try:
             sha256 = sha256_input(path) if there else ""
-        except DataError:  # a picture that cannot be read has no masks to write
+        except DataError:  # nothing will be written for an unreadable image
             continue
         for mask in there:
             source = _source_of(mask)
             if source != sha256:
-                said = "does not say what picture it is of" if source is None else "is of another picture"
+                problem = "does not contain the hash of its image" if source is None else "is of another image"
                 raise UsageError(
-                    f"{mask} is there and {said}; the mask of {path} would replace it. Choose another output folder, "
+                    f"{mask} exists and {problem}; the mask of {path} would replace it. Choose another output folder, "
                     "or give --force to replace it."
                 )
 
@@ -245,24 +251,24 @@ def _source_of(mask: Path) -> str | None:
 
 @contextmanager
 def _threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """Threads that are gone when the block ends: what they have begun is finished, what waits is dropped."""
-    pool = ThreadPoolExecutor(count, f"cclip-{name}", initializer=_step_back)
+    """Yield a thread pool; at the end, running tasks are completed and waiting ones cancelled."""
+    pool = ThreadPoolExecutor(count, f"cclip-{name}", initializer=_lower_priority)
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _step_back() -> None:
-    """Leave the cores to the network's threads, which wait for each other: one that is delayed delays all."""
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own to lower
+def _lower_priority() -> None:
+    """Lower this thread's priority: the network's threads wait for each other, so a delayed one delays all."""
+    if sys.platform == "linux":  # other systems have no priority per thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _read_ahead(
     reader: ThreadPoolExecutor, paths: Sequence[Path], room: Room
 ) -> Iterator[tuple[Path, Future[Picture]]]:
-    """Each path with its picture, which the reader begins a little before it is needed, as far as there is room."""
+    """Yield each path with its image, which is read ahead as far as memory allows."""
 
     def read(path: Path) -> Picture:
         picture = replace(read_image(path), sha256=sha256_input(path))
@@ -293,7 +299,7 @@ def _write(
         prompt=prompt,
         area_share=float(inside.mean()),
         mean_probability=float(probability.mean()),
-        mean_probability_inside=float(probability[inside].mean()) if inside.any() else None,
+        mean_probability_inside=float(probability.mean(where=inside, dtype=np.float64)) if inside.any() else None,
         written=write_segmentation(picture, prompt, probability, output, stem, threshold),
         explanation=explanation,
     )

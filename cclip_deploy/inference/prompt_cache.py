@@ -1,4 +1,4 @@
-"""Prompt kernels that were computed before: the last used ones in memory and, with a folder, all of them on disk."""
+"""Cache of prompt kernels: recently used ones in memory and, optionally, all of them on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Tokens = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PromptKernels:
-    """The last convolutions of P prompts: kernel (P, 9, 256), tap_bias (P, 9), bias (P,), all float32."""
+    """Weights of the last convolution for P prompts: kernel (P, 9, 256), tap_bias (P, 9), bias (P,), all float32."""
 
     kernel: Floats
     tap_bias: Floats
@@ -40,12 +40,12 @@ class PromptKernels:
         return len(self.bias)
 
     def part(self, start: int, stop: int) -> PromptKernels:
-        """The prompts from `start` to before `stop`."""
+        """Return the kernels of prompts `start` to `stop - 1`."""
         return PromptKernels(self.kernel[start:stop], self.tap_bias[start:stop], self.bias[start:stop])
 
     @staticmethod
     def join(parts: Sequence[PromptKernels]) -> PromptKernels:
-        """All prompts of the parts, in order."""
+        """Concatenate the kernels of several groups of prompts."""
         return PromptKernels(
             np.concatenate([part.kernel for part in parts]),
             np.concatenate([part.tap_bias for part in parts]),
@@ -55,7 +55,7 @@ class PromptKernels:
 
 @dataclass(frozen=True)
 class CacheCounts:
-    """How prompts were answered, each look-up counted once; `rebuilt` were computed because their file was unusable."""
+    """Number of look-ups by where the kernel came from; `rebuilt` were computed because their file was unusable."""
 
     memory_hits: int = 0
     disk_hits: int = 0
@@ -63,25 +63,24 @@ class CacheCounts:
     rebuilt: int = 0
 
     def to_dict(self) -> dict[str, int]:
-        """The form of `predict --json`."""
+        """Return the JSON form of `predict --json`."""
         return asdict(self)
 
     def describe(self) -> str:
-        """The form of `predict`'s summary."""
-        told = f"{self.misses} computed, {self.memory_hits} from memory, {self.disk_hits} from disk"
-        return f"Prompt kernels: {told}" + (
-            f", {self.rebuilt} rebuilt because their file was unusable" * bool(self.rebuilt)
-        )
+        """Return the counts as a sentence."""
+        counts = f"{self.misses} computed, {self.memory_hits} from memory, {self.disk_hits} from disk"
+        rebuilt = f", {self.rebuilt} rebuilt because their file was unusable" if self.rebuilt else ""
+        return f"Prompt kernels: {counts}{rebuilt}"
 
     def since(self, earlier: CacheCounts) -> CacheCounts:
-        """What was counted after `earlier`."""
-        then = asdict(earlier)
-        return CacheCounts(**{name: count - then[name] for name, count in asdict(self).items()})
+        """Return the difference to `earlier` counts."""
+        before = asdict(earlier)
+        return CacheCounts(**{name: count - before[name] for name, count in asdict(self).items()})
 
 
 @dataclass(frozen=True)
 class KernelOrigin:
-    """What, besides the prompt, decides a kernel's numbers; `channels` is the width of the features."""
+    """What a kernel depends on besides the prompt. `channels` is the number of feature channels."""
 
     graph_sha256: str
     precision: str
@@ -90,36 +89,35 @@ class KernelOrigin:
     channels: int
 
     def header(self, tokens: Tokens) -> bytes:
-        """The facts of one prompt's kernel as one line of JSON; their SHA-256 is its name on disk."""
+        """Return the origin and tokens of a kernel as a line of JSON; its SHA-256 is the file name."""
         facts = {"format": 1, **asdict(self), "tokens": tokens.tolist()}
         return json.dumps(facts, separators=(",", ":")).encode() + b"\n"
 
 
 class UnusableKernel(Exception):
-    """A file of the prompt cache is damaged, of another origin or no file; the kernel is computed again."""
+    """A cache file is damaged or of another origin; the kernel is computed again."""
 
 
 class KernelFolder:
-    """Prompt kernels as files, one a prompt, shared by any number of processes.
+    """A folder with one file per prompt kernel, which processes can share.
 
-    A file is the SHA-256 of all that follows, the line of facts, then kernel (9, channels), tap bias (9,) and bias as
-    little-endian float32. The reader knows the facts and so every byte of the line and the length: a file that
-    differs, whose checksum fails or that holds a number that is not finite is not used. Files are written under a
-    hidden name and renamed, so that none is ever seen half-written; two writers of one prompt write the same facts.
-    What a killed process left under a hidden name is removed when the folder is next opened.
+    A file contains the SHA-256 of the rest, the header line of `KernelOrigin`, then kernel (9, channels), tap bias (9,)
+    and bias as little-endian float32. A file is not used if its header, length or checksum is wrong, or a number is not
+    finite. Files are written under a hidden name and renamed, so none is read half-written. Hidden files that a killed
+    process left are removed when the folder is opened.
     """
 
     def __init__(self, folder: Path, origin: KernelOrigin) -> None:
-        """Make the folder, and see that it takes a file before anything is computed for it.
+        """Create the folder, and check that it is writable before anything is computed.
 
         Raises:
-            UsageError: a file lies at its place.
-            EnvironmentIssue: it cannot be made or written, or the disk is full.
+            UsageError: `folder` is a file.
+            EnvironmentIssue: the folder cannot be created or written, or the disk is full.
         """
         self.folder = Path(folder)
         self.origin = origin
         if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"{self.folder} is a file, where a folder for prompt kernels is expected. Choose another.")
+            raise UsageError(f"{self.folder} is a file; the prompt cache needs a folder. Choose another.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
@@ -129,14 +127,14 @@ class KernelFolder:
             raise _cache_problem(self.folder, error) from error
 
     def path(self, tokens: Tokens) -> Path:
-        """Where the kernel of a prompt lies."""
+        """Return the file of a prompt's kernel."""
         return self.folder / (hashlib.sha256(self.origin.header(tokens)).hexdigest() + SUFFIX)
 
     def read(self, tokens: Tokens) -> PromptKernels | None:
-        """The kernel (1 prompt), or None where there is none.
+        """Return the kernel of one prompt; None if there is no file.
 
         Raises:
-            UnusableKernel: what lies there is damaged, or of something else.
+            UnusableKernel: the file is damaged, or of another origin.
         """
         header = self.origin.header(tokens)
         expected_bytes = _DIGEST_BYTES + len(header) + 4 * self._floats()
@@ -153,10 +151,10 @@ class KernelFolder:
         return PromptKernels(kernel.reshape(1, 9, -1), tap_bias.reshape(1, 9), bias)
 
     def write(self, tokens: Tokens, kernels: PromptKernels) -> None:
-        """Keep the kernel of one prompt; it is whole on disk, or not there.
+        """Write the kernel of one prompt atomically.
 
         Raises:
-            EnvironmentIssue: the disk is full, or the folder cannot be written any more.
+            EnvironmentIssue: the disk is full, or the folder is not writable.
         """
         arrays = (kernels.kernel, kernels.tap_bias, kernels.bias)
         body = self.origin.header(tokens) + b"".join(a.astype(_LITTLE_ENDIAN).tobytes() for a in arrays)
@@ -173,34 +171,36 @@ class KernelFolder:
 
 
 class PromptCache:
-    """Kernels by token row: the last `capacity` used in memory, 9 kB each, and every one in `folder` if there is one.
+    """Kernels by token row: the last `capacity` used in memory, 9 kB each, and all of them in `folder`, if given.
 
-    The token row is the normalized prompt. open_clip's cleaning repairs encodings, resolves HTML entities, squeezes
-    blanks and lowers letters before it splits, and the network sees only what comes out: "Left  Lung" and "left lung"
-    are one row and share an entry, and no two prompts that the network could tell apart do. What a backend rounds
-    differently (about 1e-6) is no part of the key: a kernel serves every backend of its precision.
+    Prompts with equal tokens, such as "Left  Lung" and "left lung", share an entry. The backend is not part of the key:
+    rounding differences between backends of one precision are about 1e-6.
 
-    May be used by several threads; each prompt is computed once.
+    Thread-safe; each prompt is computed once.
     """
 
     def __init__(self, folder: KernelFolder | None = None, capacity: int = KERNELS_IN_MEMORY) -> None:
         if capacity < 1:
-            raise UsageError(f"A prompt cache of {capacity} kernels keeps nothing. Give 1 or more.")
+            raise UsageError(f"The capacity of the prompt cache is {capacity}; it must be 1 or more.")
         self.folder = folder
         self.capacity = capacity
         self.counts = CacheCounts()
-        self._kept: OrderedDict[bytes, PromptKernels] = OrderedDict()
+        self._entries: OrderedDict[bytes, PromptKernels] = OrderedDict()
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     def kernels(self, rows: Sequence[Tokens], compute: Callable[[Tokens], PromptKernels]) -> PromptKernels:
-        """The kernels of token rows (L,), in order; `compute` is asked once for the distinct ones that are nowhere.
+        """Return the kernels of token rows (L,), in order.
+
+        Args:
+            rows: token rows.
+            compute: called once with the distinct rows (P, L) that are not cached.
 
         Raises:
-            ParityError: a computed kernel is not finite; it is not kept.
-            EnvironmentIssue: the folder cannot be written.
+            ParityError: a computed kernel is not finite; it is not cached.
+            EnvironmentIssue: the folder is not writable.
         """
         keys = [row.tobytes() for row in rows]
         distinct = dict(zip(keys, rows, strict=True))
@@ -210,12 +210,12 @@ class PromptCache:
             if absent:
                 found |= self._compute(absent, compute)
             self._count(memory_hits=len(keys) - len(distinct), misses=len(absent) - unusable, rebuilt=unusable)
-            self._keep(found)
+            self._store(found)
         return PromptKernels.join([found[key] for key in keys])
 
     def _find(self, rows: dict[bytes, Tokens]) -> tuple[dict[bytes, PromptKernels], int]:
-        """What memory and disk have, and how many files were unusable."""
-        found = {key: self._kept[key] for key in rows if key in self._kept}
+        """Return the kernels in memory and on disk, and the number of unusable files."""
+        found = {key: self._entries[key] for key in rows if key in self._entries}
         self._count(memory_hits=len(found))
         unusable = 0
         for key, row in rows.items():
@@ -237,28 +237,28 @@ class PromptCache:
         computed = compute(np.stack(list(rows.values())))
         if not all(np.isfinite(array).all() for array in (computed.kernel, computed.tap_bias, computed.bias)):
             raise ParityError(
-                "The prompt encoder gave numbers that are not finite. Check it: cclip-deploy verify BUNDLE."
+                "The prompt encoder gave values that are not finite. Check the bundle: cclip-deploy verify BUNDLE."
             )
-        # Joining copies; a mere slice would keep all of its chunk in memory.
+        # Joining copies: a slice would hold the memory of the whole array.
         single = {key: PromptKernels.join([computed.part(i, i + 1)]) for i, key in enumerate(rows)}
         if self.folder is not None:
             for key, kernels in single.items():
                 self.folder.write(rows[key], kernels)
         return single
 
-    def _keep(self, found: dict[bytes, PromptKernels]) -> None:
+    def _store(self, found: dict[bytes, PromptKernels]) -> None:
         for key, kernels in found.items():
-            self._kept[key] = kernels
-            self._kept.move_to_end(key)
-        while len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
+            self._entries[key] = kernels
+            self._entries.move_to_end(key)
+        while len(self._entries) > self.capacity:
+            self._entries.popitem(last=False)
 
     def _count(self, **more: int) -> None:
         self.counts = replace(self.counts, **{name: getattr(self.counts, name) + n for name, n in more.items()})
 
 
 def _read_regular_file(path: Path, most_bytes: int) -> bytes | None:
-    """At most so many bytes, None where there is nothing; b"" where it cannot be read or is no file: no pipe hangs."""
+    """Return at most so many bytes; None if there is no file, b"" if it is unreadable or not a regular file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return b""
@@ -272,4 +272,4 @@ def _read_regular_file(path: Path, most_bytes: int) -> bytes | None:
 
 def _cache_problem(folder: Path, error: OSError) -> EnvironmentIssue:
     problem = disk_problem(folder, error)
-    return EnvironmentIssue(f"The prompt cache cannot be used. {problem} Or leave --prompt-cache out.")
+    return EnvironmentIssue(f"The prompt cache cannot be used. {problem} Or leave out --prompt-cache.")

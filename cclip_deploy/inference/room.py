@@ -1,4 +1,4 @@
-"""Room in memory for pictures that are read ahead and masks that wait to be written."""
+"""Memory limit shared by the threads of `predict`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from cclip_deploy.common.limits import MOST_PICTURE_BYTES
 
 
 class Room:
-    """So many bytes, which threads take before they go on and give back when they are done.
+    """A counter of bytes that threads reserve before they allocate and release afterwards.
 
-    Something larger than the whole room gets in alone.
+    A reservation larger than the limit waits until nothing else is reserved.
     """
 
     def __init__(self, most_bytes: int = MOST_PICTURE_BYTES) -> None:
@@ -20,19 +20,19 @@ class Room:
         self._changed = threading.Condition()
 
     def take(self, count: int) -> None:
-        """Wait until there is room for `count` bytes, or until the room is closed."""
+        """Reserve `count` bytes; wait until they are available or `close` is called."""
         with self._changed:
             self._changed.wait_for(lambda: not self._open or not self._taken or self._taken + count <= self.most_bytes)
             self._taken += count
 
     def give(self, count: int) -> None:
-        """Give back what was taken."""
+        """Release `count` bytes."""
         with self._changed:
             self._taken -= count
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let everybody in who waits: the work has ended."""
+        """Stop waiting in all threads."""
         with self._changed:
             self._open = False
             self._changed.notify_all()

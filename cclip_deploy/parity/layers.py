@@ -1,8 +1,8 @@
-"""Layer-by-layer comparison of a low-precision graph with the FP32 weights that it was made from.
+"""Compare the layers of a low-precision graph with the FP32 graph.
 
-Each layer with learned constants is computed twice from the same inputs, those that the low-precision graph gives it:
-once as that graph has it, once with FP32's weights. So errors of earlier layers do not add up, and the limit of one
-layer is near the rounding of its weights, however wide the limits of the whole graph's outputs have to be.
+Each layer with learned constants is computed twice from the same inputs, those in the low-precision graph: in low
+precision, and with FP32 weights. Errors of earlier layers therefore do not accumulate, and the limit for one layer can
+be close to the rounding error of its weights.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cclip_deploy.bundle.precision import Precision, product_type
+from cclip_deploy.bundle.precision import Precision
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 LAYER_LIMITS = {"fp16": 4e-3, "bf16": 2.5e-2, "int8": 5e-2, "fp8": 1.5e-1}
-"""Largest relative error ‖a−b‖/‖b‖ of one layer's output. Largest seen on sound graphs: docs/decisions/0003."""
+"""Limits of the relative error ‖a−b‖/‖b‖ of one layer's output; docs/decisions/0003 has measured values."""
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """Relative error of one layer's output, given the layer's own inputs."""
+    """Relative error of one layer's output, given the same inputs."""
 
     node: str
     op_type: str
@@ -33,37 +33,33 @@ class LayerError:
 
 
 def layer_limit(precision: Precision) -> float:
-    """The largest allowed error of one layer in a precision."""
-    return LAYER_LIMITS[product_type(precision)]
+    """Return the largest allowed error of a layer in a precision."""
+    return LAYER_LIMITS[Precision(precision).product_type]
 
 
 def layer_errors(
     model: ModelProto, full: ModelProto, precision: str, inputs: Mapping[str, NDArray[np.generic]]
 ) -> list[LayerError]:
-    """Errors of all layers with learned constants, in the graph's order.
+    """Return the errors of all layers with learned constants, in graph order.
 
     Args:
-        model: graph of the precision.
-        full: FP32 graph that it was made from.
-        precision: what `model` is in.
+        model: the low-precision graph.
+        full: its FP32 graph.
+        precision: of `model`.
         inputs: arrays by input name.
     """
     import onnx
 
     from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
-    from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
+    from cclip_deploy.runtime.graph_model import run_on_cpu
 
     shown = onnx.ModelProto()
     shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)
-    layers = _add_twins(shown, full)
+    layers = _add_fp32_layers(shown, full)
     if not layers:
         return []
-    session = make_session(load_onnxruntime("cpu"), shown.SerializeToString(), "cpu", None, precision)
-    halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
-    wanted = {tensor.name for tensor in session.get_inputs()}
-    feeds = {n: v.astype(np.float16) if n in halves else v for n, v in inputs.items() if n in wanted}
     names = [name for node in layers for name in (f"{node.name}/distance", f"{node.name}/size")]
-    values = iter(session.run(names, feeds))
+    values = iter(run_on_cpu(shown, names, precision, inputs))
     return [
         LayerError(node.name, node.op_type, _relative(float(distance), float(size)))
         for node, distance, size in zip(layers, values, values, strict=True)
@@ -76,8 +72,8 @@ def _relative(squared_distance: float, squared_size: float) -> float:
     return float(np.sqrt(squared_distance / squared_size))
 
 
-def _add_twins(shown: ModelProto, full: ModelProto) -> list[NodeProto]:
-    """Add to a graph, for each layer, the FP32 layer of the same inputs and both sums of squares."""
+def _add_fp32_layers(shown: ModelProto, full: ModelProto) -> list[NodeProto]:
+    """Add to a graph, for each layer, its FP32 layer with the same inputs, and the sums of squares for its error."""
     from onnx import NodeProto, helper, numpy_helper
 
     from cclip_deploy.graph.precision.onnx_graph import float_constants, raise_opset, tensor_types
@@ -105,12 +101,12 @@ def _add_twins(shown: ModelProto, full: ModelProto) -> list[NodeProto]:
             values = numpy_helper.to_array(constants[name])
             shown.graph.initializer.append(numpy_helper.from_array(values, f"{name}/full"))
             stored.add(name)
-        mine, theirs = low[node.name].output[0], twin.output[0]
+        output, truth = low[node.name].output[0], twin.output[0]
         shown.graph.node.extend([
             twin,
-            helper.make_node("Sub", [mine, theirs], [f"{node.name}/difference"]),
+            helper.make_node("Sub", [output, truth], [f"{node.name}/difference"]),
             helper.make_node("ReduceSumSquare", [f"{node.name}/difference"], [f"{node.name}/distance"], keepdims=0),
-            helper.make_node("ReduceSumSquare", [theirs], [f"{node.name}/size"], keepdims=0),
+            helper.make_node("ReduceSumSquare", [truth], [f"{node.name}/size"], keepdims=0),
         ])  # fmt: skip
         shown.graph.output.extend(
             helper.make_tensor_value_info(f"{node.name}/{kind}", 1, []) for kind in ("distance", "size")

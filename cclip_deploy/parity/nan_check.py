@@ -1,4 +1,4 @@
-"""Which layer of a low-precision graph first gives a value that is not finite."""
+"""Find the first layer of a low-precision graph whose output is not finite."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 _FLOATS = (1, 10, 16)  # TensorProto.FLOAT, FLOAT16, BFLOAT16
 
 
-def refuse_non_finite(
+def require_finite(
     name: str, model: ModelProto, full: ModelProto, precision: str, inputs: Mapping[str, NDArray[np.generic]]
 ) -> None:
-    """ParityError that names the first node with a NaN or an overflow, if an output of the graph has one.
+    """Raise ParityError if an output of a graph is not finite; the message names the first such node.
 
     Args:
-        name: the graph's, for the message.
-        model: the graph of the precision.
-        full: the FP32 graph that it was made from; what is infinite there (a mask) may be so here.
-        precision: what `model` is in.
+        name: of the graph, for the message.
+        model: the low-precision graph.
+        full: its FP32 graph; tensors that are infinite there, such as attention masks, may be infinite in `model`.
+        precision: of `model`.
         inputs: arrays by input name.
     """
     outputs = _run(model, [value.name for value in model.graph.output], precision, inputs)
@@ -33,15 +33,15 @@ def refuse_non_finite(
         return
     found = first_non_finite(model, full, precision, inputs)
     raise ParityError(
-        f"The {precision} graph of {name} gives values that are not finite. They begin at {found}. Keep that node in a "
-        "higher precision (keep), or choose bf16, which has float32's range. Nothing was published."
+        f"The {precision} graph of {name} gives values that are not finite, first at {found}. Keep that node in a "
+        "higher precision (--keep), or use bf16, which has the range of float32. Nothing was written."
     )
 
 
 def first_non_finite(
     model: ModelProto, full: ModelProto, precision: str, inputs: Mapping[str, NDArray[np.generic]]
 ) -> str:
-    """The first node, in the graph's order, that gives a NaN or an infinity where the FP32 graph gives none."""
+    """Return the first node, in graph order, whose output is not finite although the FP32 graph's is."""
     from cclip_deploy.graph.precision.onnx_graph import tensor_types
 
     allowed = _non_finite(full, "fp32", inputs)
@@ -67,20 +67,16 @@ def _non_finite(model: ModelProto, precision: str, inputs: Mapping[str, NDArray[
 def _run(
     model: ModelProto, tensors: list[str], precision: str, inputs: Mapping[str, NDArray[np.generic]]
 ) -> dict[str, NDArray[np.generic]]:
-    """These tensors of a graph, computed by ONNX Runtime on the CPU."""
+    """Compute tensors of a graph with ONNX Runtime on the CPU."""
     import onnx
 
     from cclip_deploy.graph.precision.onnx_graph import tensor_types
     from cclip_deploy.graph.precision.rounding import emulate_rounding, is_narrow
-    from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
+    from cclip_deploy.runtime.graph_model import run_on_cpu
 
     shown = onnx.ModelProto()
     shown.CopyFrom(emulate_rounding(model) if is_narrow(model) else model)
     types = tensor_types(shown, {})
     known = {value.name for value in shown.graph.output}
     shown.graph.output.extend(onnx.helper.make_tensor_value_info(n, types[n], None) for n in tensors if n not in known)
-    session = make_session(load_onnxruntime("cpu"), shown.SerializeToString(), "cpu", None, precision)
-    halves = {tensor.name for tensor in session.get_inputs() if tensor.type == "tensor(float16)"}
-    wanted = {tensor.name for tensor in session.get_inputs()}
-    feeds = {n: v.astype(np.float16) if n in halves else v for n, v in inputs.items() if n in wanted}
-    return dict(zip(tensors, session.run(tensors, feeds), strict=True)) if tensors else {}
+    return dict(zip(tensors, run_on_cpu(shown, tensors, precision, inputs), strict=True)) if tensors else {}

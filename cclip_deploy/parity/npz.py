@@ -1,4 +1,4 @@
-"""Arrays of an npz file, bounded in number and size before memory is taken for them, and never a pickle."""
+"""Read npz files safely: number and size of the arrays are checked before they are loaded; pickles are rejected."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ _DIRECTORY_ENTRY = b"PK\x01\x02"
 
 
 def read_arrays(content: bytes, most_bytes: int, cost: Callable[[str], int] = lambda _: 1) -> dict[str, Array]:
-    """The arrays of an npz file by name.
+    """Return the arrays of an npz file by name.
 
     Args:
         content: the file's bytes.
-        most_bytes: of all arrays together.
-        cost: how often the bytes of an array of this name count.
+        most_bytes: limit for all arrays together.
+        cost: factor by which the bytes of an array count, from its name.
 
     Raises:
-        ValueError: there are too many arrays or bytes, two of one name, or one whose header does not fit its content.
-        Exception: as `zipfile`, `zlib` and numpy raise for damaged files.
+        ValueError: there are too many arrays or bytes, two arrays of one name, or a header contradicts the content.
+        Exception: what `zipfile`, `zlib` and numpy raise for damaged files.
     """
     if content.count(_DIRECTORY_ENTRY) > MOST_ARRAYS:
         raise ValueError(f"more than {MOST_ARRAYS} arrays")
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         members = {member.filename.removesuffix(".npy"): member for member in file.infolist()}
         if len(members) < len(file.infolist()):
-            raise ValueError("two arrays of one name")
+            raise ValueError("two arrays with the same name")
         total = sum(member.file_size * cost(name) for name, member in members.items())
         if total > most_bytes:
-            raise ValueError(f"arrays of {total:,} bytes, where at most {most_bytes:,} are read")
+            raise ValueError(f"arrays of {total:,} bytes; the limit is {most_bytes:,}")
         for name, member in members.items():
             with file.open(member) as stream:
-                if _announced_bytes(stream) != member.file_size:
-                    raise ValueError(f"array {name!r} does not fit its header")
+                if _size_from_header(stream) != member.file_size:
+                    raise ValueError(f"array {name!r} does not match its header")
         return {name: _read(file, member) for name, member in members.items()}
 
 
-def _announced_bytes(stream: IO[bytes]) -> int:
-    """How long an npy file has to be, by its header."""
+def _size_from_header(stream: IO[bytes]) -> int:
+    """Return the size in bytes of an npy file according to its header."""
     version = npy.read_magic(stream)
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     if version not in readers:

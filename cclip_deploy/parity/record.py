@@ -1,4 +1,4 @@
-"""Record reference answers: sentences and raw pictures through open_clip, the trained preprocessing and PyTorch."""
+"""Record references: run prompts and images through open_clip, the trained preprocessing and PyTorch."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ FURTHER_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Raw pictures and prompts, and PyTorch's logits of all pairs."""
+class _Pairs:
+    """Images and prompts, and PyTorch's logits of all pairs."""
 
     prompts: tuple[str, ...]
     tokens: NDArray[np.int64]  # (P, L)
@@ -46,11 +46,11 @@ class _Asked:
     image: Floats  # (B, 3, H, W)
     logits: Floats  # (B, P, H, W)
 
-    def with_prompts(self, columns: Sequence[int]) -> _Asked:
-        """These prompts alone."""
+    def with_prompts(self, columns: Sequence[int]) -> _Pairs:
+        """Return a selection of the prompts."""
         chosen = list(columns)
         prompts = tuple(self.prompts[column] for column in chosen)
-        return _Asked(prompts, self.tokens[chosen], self.pictures, self.image, self.logits[:, chosen])
+        return _Pairs(prompts, self.tokens[chosen], self.pictures, self.image, self.logits[:, chosen])
 
     def useful(self) -> NDArray[np.bool_]:
         return useful(self.logits)
@@ -63,43 +63,47 @@ def make_references(
     prompts: Sequence[str] = (),
     on_progress: Progress = lambda _: None,
 ) -> list[Reference]:
-    """The references of a bundle: `seeded` noise, and `pictures` from sentences and raw pictures to masks.
+    """Record the references of a bundle: `seeded` (noise) and `pictures` (from prompts and images to masks).
 
-    Of the manifest, only the sizes and the names of the graphs are read. Where no pictures or prompts are given, some
-    are drawn, and those are kept whose masks cover between 2 % and 98 % of their picture, as far as there are any.
+    Args:
+        network: plain PyTorch.
+        manifest: gives input sizes and names of graphs; nothing else is read.
+        pictures: image files; synthetic radiographs by default.
+        prompts: by default, the prompts with the most useful masks among a fixed list.
+        on_progress: called with a line for each step.
 
     Raises:
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         PromptError: a prompt is empty or too long.
     """
     graphs, image_hw = tuple(manifest.graphs), manifest.image_hw
-    on_progress("Asking PyTorch for reference answers (pictures)")
-    asked = _choose(network, manifest, pictures, prompts)
-    source = record_source(asked.prompts, asked.pictures, asked.logits, image_hw)
-    on_progress("Asking PyTorch for reference answers (seeded)")
+    on_progress("Recording references from images")
+    recording = _choose(network, manifest, pictures, prompts)
+    source = record_source(recording.prompts, recording.pictures, recording.logits, image_hw)
+    on_progress("Recording references from seeded noise")
     seeded = record("seeded", network, *seeded_inputs(image_hw, manifest.prompt_length), graphs)
-    return [seeded, record("pictures", network, asked.image, asked.tokens, graphs, (source, asked.logits))]
+    return [seeded, record("pictures", network, recording.image, recording.tokens, graphs, (source, recording.logits))]
 
 
-def _choose(network: PyTorchBackend, manifest: Manifest, pictures: Sequence[Path], prompts: Sequence[str]) -> _Asked:
+def _choose(network: PyTorchBackend, manifest: Manifest, pictures: Sequence[Path], prompts: Sequence[str]) -> _Pairs:
     tokenizer = PromptTokenizer.from_open_clip()
     given = tuple(_raw(read_image(path).pixels, manifest.image_hw) for path in pictures)
-    best: _Asked | None = None
-    for raw, own_prompts in [(given, ())] if given else _drawings(manifest.image_hw):
+    best: _Pairs | None = None
+    for raw, own_prompts in [(given, ())] if given else _synthetic_images(manifest.image_hw):
         texts = tuple(prompts) or _fitting((*own_prompts, *PICTURE_PROMPTS, *FURTHER_PROMPTS), tokenizer, manifest)
-        asked = _ask(network, manifest, tokenizer, texts, raw)
+        recording = _record_logits(network, manifest, tokenizer, texts, raw)
         if not prompts:
-            asked = asked.with_prompts(_most_useful(asked.useful()))
-        if best is None or asked.useful().sum() > best.useful().sum():
-            best = asked
+            recording = recording.with_prompts(_most_useful(recording.useful()))
+        if best is None or recording.useful().sum() > best.useful().sum():
+            best = recording
         if best.useful().all():
             break
-    assert best is not None  # there is at least one set of pictures
+    assert best is not None  # there is at least one set of images
     return best
 
 
 def _raw(pixels: Floats, image_hw: tuple[int, int]) -> Array:
-    """A picture as a reference keeps it: of a larger one, at most `LARGEST` times the network's size, in 16 bits."""
+    """Return the stored form of an image: images above `LARGEST` times the network's size are reduced, in 16 bits."""
     hw = (min(pixels.shape[0], LARGEST * image_hw[0]), min(pixels.shape[1], LARGEST * image_hw[1]))
     if hw == pixels.shape[:2]:
         return pack_pixels(pixels)
@@ -107,20 +111,20 @@ def _raw(pixels: Floats, image_hw: tuple[int, int]) -> Array:
     return reduced[0] if len(reduced) == 1 else np.ascontiguousarray(np.moveaxis(reduced, 0, -1))
 
 
-def _ask(
+def _record_logits(
     network: PyTorchBackend,
     manifest: Manifest,
     tokenizer: PromptTokenizer,
     texts: tuple[str, ...],
     raw: tuple[Array, ...],
-) -> _Asked:
+) -> _Pairs:
     length = manifest.prompt_length
     for text in texts:
-        tokenizer.encode(text, length)  # a PromptError where it is empty or too long
+        tokenizer.encode(text, length)  # raises PromptError
     tokens = open_clip_ids(texts)[:, :length]
     inputs = [to_input(unpack_pixels(picture), manifest.image_hw, TRAINED_PREPROCESSING) for picture in raw]
     image = np.concatenate(inputs)
-    return _Asked(texts, tokens, raw, image, network.all_pairs(image, tokens))
+    return _Pairs(texts, tokens, raw, image, network.all_pairs(image, tokens))
 
 
 def _fitting(texts: Sequence[str], tokenizer: PromptTokenizer, manifest: Manifest) -> tuple[str, ...]:
@@ -129,13 +133,13 @@ def _fitting(texts: Sequence[str], tokenizer: PromptTokenizer, manifest: Manifes
 
 
 def _most_useful(found: NDArray[np.bool_]) -> tuple[int, ...]:
-    """The prompts, few, with the most useful masks over all pictures; the first of equals."""
+    """Return the columns of the `PROMPTS_KEPT` prompts with the most useful masks over all images."""
     count = min(PROMPTS_KEPT, found.shape[1])
     return max(combinations(range(found.shape[1]), count), key=lambda columns: int(found[:, columns].sum()))
 
 
-def _drawings(image_hw: tuple[int, int]) -> Iterator[tuple[tuple[Array, ...], tuple[str, ...]]]:
-    """Pairs of synthetic radiographs of other sizes than the network's, larger and smaller, with their own prompts."""
+def _synthetic_images(image_hw: tuple[int, int]) -> Iterator[tuple[tuple[Array, ...], tuple[str, ...]]]:
+    """Yield pairs of synthetic radiographs, one larger and one smaller than the network's input, with their prompts."""
     height, width = image_hw
     sizes = ((height * 3 // 2, width * 5 // 4), (height * 3 // 4, width * 2 // 3))
     for number in range(DRAWINGS):

@@ -1,4 +1,4 @@
-"""Reference answers: inputs and what the plain PyTorch network computed for them, small enough for a bundle."""
+"""References: inputs and the outputs of the plain PyTorch network, subsampled to fit into a bundle."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ Floats = NDArray[np.float32]
 
 SEED = 20240
 REFERENCE_BYTES = 2**30
-"""Of all arrays of a bundle's references, which `verify` holds in memory."""
+"""Size limit for all arrays of a bundle's references, which `verify` holds in memory."""
 START_ID, END_ID, FIRST_WORD, LAST_WORD = 49406, 49407, 320, 49000
 PICTURE_PROMPTS = (
     "Bilateral pulmonary infection, two infected areas, lower left lung and upper right lung.",
     "Unilateral pulmonary infection, one infected area, middle left lung.",
 )
 SHORTEST_PROMPT = "lung"
-# Features are large: every 16th channel and every 4th pixel of them is kept, and every 8th channel of the neck's maps.
 _EIGHTH = (slice(None), slice(None, None, 8))
-THIN = {
+SUBSAMPLED = {
     "features": (slice(None), slice(None, None, 4), slice(None, None, 4), slice(None, None, 16)),
     **dict.fromkeys(("mask3", "mask4", "mask5", "confounding_features"), _EIGHTH),
 }
+"""Slices of large outputs that references contain."""
 TILE = 16
-_NO_NPZ = (
+"""Side of the tiles, in pixels, of which the mask decoder's features consist."""
+_NPZ_ERRORS = (
     OSError,
     EOFError,
     ValueError,
@@ -56,7 +57,7 @@ _NO_NPZ = (
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs and answers. Logits are of every prompt on every picture: (B, P, H, W)."""
+    """Inputs, the logits of every prompt on every image, and the outputs of each graph."""
 
     name: str
     image: Floats  # (B, 3, H, W)
@@ -65,20 +66,20 @@ class Reference:
     outputs: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict)
     decoder_inputs: Mapping[str, Floats] = field(default_factory=dict)
     source: Source | None = None
-    """Sentences and raw pictures that `tokens` and `image` come from; None in seeded and in older references."""
+    """Sentences and images that `tokens` and `image` were made from; None in seeded and older references."""
 
     def pairs(self) -> tuple[Floats, NDArray[np.int64]]:
-        """Every picture with every prompt, row by row: (B P, 3, H, W) and (B P, L)."""
+        """Return all pairs of image and prompt, one per row: (B P, 3, H, W) and (B P, L)."""
         return np.repeat(self.image, len(self.tokens), axis=0), np.tile(self.tokens, (len(self.image), 1))
 
     def inputs_of(self, graph: str) -> dict[str, Array]:
-        """All inputs that a graph may have, by name; those of `fused` and `plain` row by row."""
+        """Return the inputs of a graph by name, and those of other graphs; pairs for `fused` and `plain`."""
         images, tokens = self.pairs() if graph in ("fused", "plain") else (self.image, self.tokens)
         return {"image": images, "tokens": tokens, **(expand(self.decoder_inputs) if self.decoder_inputs else {})}
 
 
 def seeded_inputs(image_hw: tuple[int, int], prompt_length: int) -> tuple[Floats, NDArray[np.int64]]:
-    """Two pictures of colored blocks and noise, two prompts of random words; the same on every machine."""
+    """Return two images of colored blocks and noise, and two prompts of random words, the same on every machine."""
     rng = np.random.default_rng(SEED)
     height, width = image_hw
     blocks = rng.normal(0, 1, (2, 3, height // TILE, width // TILE))
@@ -91,7 +92,7 @@ def seeded_inputs(image_hw: tuple[int, int], prompt_length: int) -> tuple[Floats
 
 
 def drawn_films(image_hw: tuple[int, int]) -> list[Floats]:
-    """Two chest films of the synthetic generator, in the bundle's size."""
+    """Return two synthetic chest radiographs (H, W)."""
     return [make_sample(np.random.default_rng(SEED + n), image_hw).image for n in range(2)]
 
 
@@ -103,15 +104,21 @@ def record(
     graphs: Sequence[str],
     known: tuple[Source, Floats] | None = None,
 ) -> Reference:
-    """Ask plain PyTorch for everything that the given graphs of a bundle will be compared with.
+    """Record the outputs of plain PyTorch that a bundle's graphs are compared with.
 
-    `known` is what image and tokens come from, with their logits, where these were computed before.
+    Args:
+        name: of the reference.
+        reference: plain PyTorch.
+        image: (B, 3, H, W).
+        tokens: (P, L).
+        graphs: names of the bundle's graphs.
+        known: the source of image and tokens, and the logits (B, P, H, W), if they were computed before.
     """
     source, logits = known or (None, reference.all_pairs(image, tokens))
     outputs: dict[str, dict[str, Floats]] = {}
     decoder_inputs: dict[str, Floats] = {}
     if "image_encoder" in graphs:
-        outputs["image_encoder"] = _thin(reference.run("image_encoder", {"image": image}))
+        outputs["image_encoder"] = _subsample_all(reference.run("image_encoder", {"image": image}))
     if "prompt_encoder" in graphs:
         outputs["prompt_encoder"] = reference.run("prompt_encoder", {"tokens": tokens})
     if "mask_decoder" in graphs:
@@ -121,18 +128,18 @@ def record(
 
 
 def expand(decoder_inputs: Mapping[str, Floats]) -> dict[str, Floats]:
-    """The mask decoder's inputs with the features' tiles blown up to pixels: (1, H, W, 256)."""
+    """Return the mask decoder's inputs, with each feature repeated over a tile of pixels: (1, H, W, 256)."""
     tile = decoder_inputs["features"]
     return {**decoder_inputs, "features": tile.repeat(TILE, axis=1).repeat(TILE, axis=2)}
 
 
-def thin(name: str, value: Floats) -> Floats:
-    """The part of an output that references keep; all of it where it is small."""
-    return value[THIN[name]] if name in THIN else value
+def subsample(name: str, value: Floats) -> Floats:
+    """Return the part of an output that references contain; all of a small output."""
+    return value[SUBSAMPLED[name]] if name in SUBSAMPLED else value
 
 
 def save_reference(reference: Reference, path: Path) -> None:
-    """Write a reference as one compressed npz file."""
+    """Write a reference as a compressed npz file."""
     arrays: dict[str, Array] = {"image": reference.image, "tokens": reference.tokens, "logits": reference.logits}
     arrays |= {f"in/{key}": value for key, value in reference.decoder_inputs.items()}
     for graph, outputs in reference.outputs.items():
@@ -143,11 +150,10 @@ def save_reference(reference: Reference, path: Path) -> None:
 
 
 def load_references(bundle: Bundle) -> list[Reference]:
-    """The references that a bundle carries, their checksums verified.
+    """Load a bundle's references.
 
     Raises:
-        BundleError: there are none, they have more than `REFERENCE_BYTES` bytes in all, or they do not answer for every
-            graph of the bundle.
+        BundleError: there are none, they are larger than `REFERENCE_BYTES` in total, or they lack outputs of a graph.
     """
     references: list[Reference] = []
     bytes_left = REFERENCE_BYTES
@@ -157,12 +163,12 @@ def load_references(bundle: Bundle) -> list[Reference]:
         references.append(_reference(bundle.path / name, arrays))
         _check_answers(references[-1], bundle)
     if not references:
-        raise BundleError(f"{bundle.path} carries no reference answers. Export it again.")
+        raise BundleError(f"{bundle.path} has no references. Export it again.")
     return references
 
 
 def _check_answers(reference: Reference, bundle: Bundle) -> None:
-    """Raise BundleError unless inputs and logits belong together and every FP32 graph's outputs have an answer."""
+    """Raise BundleError unless the shapes agree and the outputs of every FP32 graph are there."""
     manifest = bundle.manifest
     faults = []
     if reference.image.ndim != 4 or reference.image.shape[1:] != (3, *manifest.image_hw) or not reference.image.size:
@@ -187,12 +193,12 @@ def _check_answers(reference: Reference, bundle: Bundle) -> None:
             faults += _decoder_faults(reference, graph)
     if faults:
         raise BundleError(
-            f"Reference {reference.name} of {bundle.path} does not fit its graphs: {', '.join(faults)}. Export again."
+            f"Reference {reference.name} of {bundle.path} does not match its graphs: {', '.join(faults)}. Export again."
         )
 
 
 def _kind_faults(reference: Reference) -> list[str]:
-    """Arrays that are no float32, and tokens that are no int64."""
+    """Return arrays that are not float32, and tokens that are not int64."""
     outputs = {f"{graph}/{key}": array for graph, each in reference.outputs.items() for key, array in each.items()}
     floats = {"image": reference.image, "logits": reference.logits, **reference.decoder_inputs, **outputs}
     faults = [f"{name} of {array.dtype}" for name, array in floats.items() if array.dtype != np.float32]
@@ -200,7 +206,7 @@ def _kind_faults(reference: Reference) -> list[str]:
 
 
 def _decoder_faults(reference: Reference, graph: GraphEntry) -> list[str]:
-    """Inputs of the mask decoder that are missing or, once their tiles are blown up, not of the graph's shape."""
+    """Return inputs of the mask decoder that are missing or, after `expand`, not of the graph's shape."""
     faults = []
     for tensor in graph.inputs:
         array = reference.decoder_inputs.get(tensor.name)
@@ -209,7 +215,9 @@ def _decoder_faults(reference: Reference, graph: GraphEntry) -> list[str]:
             continue
         scale = (1, TILE, TILE, 1) if tensor.name == "features" else (1,) * array.ndim
         sides = [side * factor for side, factor in zip(array.shape, scale, strict=False)]
-        fits = all(side == told or isinstance(told, str) for side, told in zip(sides, tensor.shape, strict=False))
+        fits = all(
+            side == expected or isinstance(expected, str) for side, expected in zip(sides, tensor.shape, strict=False)
+        )
         if array.ndim != len(tensor.shape) or not fits or (tensor.name == "features" and len(array) != 1):
             faults.append(f"{tensor.name} {array.shape}")
     return faults
@@ -227,17 +235,17 @@ def _source_faults(reference: Reference, source: Source) -> list[str]:
 
 
 def _cost(key: str) -> int:
-    """How many bytes an array takes for each one of its file: masks are kept as bits."""
+    """Return the bytes in memory for each byte in the file: masks are stored as bits."""
     return 8 if key.startswith("source/mask/") else 1
 
 
 def _arrays(bundle: Bundle, name: str, most_bytes: int) -> dict[str, Any]:
     try:
         return read_arrays(bundle.read(name, REFERENCE_BYTES), most_bytes, _cost)
-    except _NO_NPZ as error:
+    except _NPZ_ERRORS as error:
         raise BundleError(
-            f"{bundle.path / name} holds no reference answers, or too large ones: {error}. Export the bundle again, "
-            "with fewer or smaller pictures if these are your own."
+            f"{bundle.path / name} is not a reference, or too large: {error}. Export the bundle again, with fewer or "
+            "smaller images if you gave your own."
         ) from error
 
 
@@ -251,12 +259,12 @@ def _reference(path: Path, arrays: Mapping[str, Any]) -> Reference:
         inputs = {key.removeprefix("in/"): value for key, value in arrays.items() if key.startswith("in/")}
         source = Source.from_arrays(arrays)
         return Reference(path.stem, arrays["image"], arrays["tokens"], arrays["logits"], outputs, inputs, source)
-    except _NO_NPZ as error:
-        raise BundleError(f"{path} holds no reference answers: {error}. Export the bundle again.") from error
+    except _NPZ_ERRORS as error:
+        raise BundleError(f"{path} is not a reference: {error}. Export the bundle again.") from error
 
 
-def _thin(outputs: Mapping[str, Floats]) -> dict[str, Floats]:
-    return {name: np.ascontiguousarray(thin(name, value)) for name, value in outputs.items()}
+def _subsample_all(outputs: Mapping[str, Floats]) -> dict[str, Floats]:
+    return {name: np.ascontiguousarray(subsample(name, value)) for name, value in outputs.items()}
 
 
 def _decoder_inputs(width: int, image_hw: tuple[int, ...]) -> dict[str, Floats]:

@@ -1,7 +1,7 @@
-"""What a reference begins and ends with: sentences and raw pictures, and masks of the pictures' own sizes.
+"""Source of a reference: sentences and images, with the expected tokens, network inputs and masks.
 
-Everything expected here comes from open_clip and from the checkpoint's own preprocessing and threshold, never from the
-bundle that is verified.
+Expected values come from open_clip and from the checkpoint's preprocessing and threshold, never from the bundle that is
+verified.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Masks = NDArray[np.bool_]
 
 SEED = 20241
 CONTEXT = 77
-"""Tokens of CLIP's context; the ids of a sentence are kept in full, whatever prompt length a graph has."""
+"""Context length of CLIP; ids are stored at this length for every prompt length."""
 TRAINED_PREPROCESSING = Preprocessing()
-"""Of every checkpoint: neither layout records another one, and training uses CLIP's."""
+"""Preprocessing of every checkpoint: CLIP's, which training uses."""
 TRAINED_THRESHOLD = 0.5
 WORDS_APART, WORDS_IN_SENTENCE = 450, 12
 PROBE_SENTENCES = (
@@ -49,24 +49,24 @@ PROBE_SENTENCES = (
     "na\u00efve  fa\u00e7ade \u2013 \u00b5m\t\u2018quoted\u2019 &lt;5 &amp;amp; more",
     "<start_of_text> lung <end_of_text>",
 )
-"""Upper and lower case, both sides, punctuation, contractions, digits, typing errors, accents, and a long one."""
+"""Cases: upper and lower case, both sides, punctuation, contractions, digits, typing errors, accents, a long one."""
 _DEPTHS = ((np.uint8, 255), (np.uint16, 65535))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Sentences, raw pictures, and what has to come of them at each stage before and after the graphs.
+    """Sentences and images, and the expected values of each stage before and after the graphs.
 
     Attributes:
         sentences: the first P are the prompts of the reference's tokens.
         ids: open_clip's ids of each sentence, (N, 77), zeros after the end token.
-        vocabulary_sha256: of open_clip's vocabulary and merges, by `vocabulary_hash`.
-        pictures: (h, w) or (h, w, 3), uint8 or uint16 (the largest value is white) or float32 in [0, 1]. The first B
-            are those of the reference's logits; the rest show the preprocessing only.
-        probe_inputs: network input of the pictures after the first B, (M - B, 3, H, W).
-        masks: of each of the first B pictures the masks of all prompts, (P, h, w).
-        preprocessing: what the checkpoint was trained with.
-        threshold: probability from which on a pixel is inside.
+        vocabulary_sha256: `vocabulary_hash` of open_clip's vocabulary and merges.
+        pictures: images (h, w) or (h, w, 3), uint8 or uint16 (the largest value is white) or float32 in [0, 1]. The
+            first B are those of the reference's logits; the others only check the preprocessing.
+        probe_inputs: network inputs of the images after the first B, (M - B, 3, H, W).
+        masks: masks (P, h, w) of all prompts, for each of the first B images.
+        preprocessing: that the checkpoint was trained with.
+        threshold: probability from which a pixel is part of the mask.
     """
 
     sentences: tuple[str, ...]
@@ -79,7 +79,7 @@ class Source:
     threshold: float = TRAINED_THRESHOLD
 
     def to_arrays(self) -> dict[str, Array]:
-        """Named arrays for a reference file; `from_arrays` reads them back."""
+        """Return named arrays for a reference file; inverse of `from_arrays`."""
         arrays: dict[str, Array] = {
             "source/sentences": np.array(self.sentences),
             "source/ids": self.ids,
@@ -95,11 +95,11 @@ class Source:
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, Array]) -> Source | None:
-        """The source among a reference file's arrays; None where it was recorded without one.
+        """Return the source from a reference file's arrays; None if there is none.
 
         Raises:
             KeyError: an array is missing.
-            ValueError: one does not fit the others.
+            ValueError: the shapes of arrays do not match.
         """
         if not any(name.startswith("source/") for name in arrays):
             return None
@@ -135,11 +135,11 @@ class Source:
             if masks.shape[1:] != picture.shape[:2]:
                 raise ValueError(f"source masks {masks.shape} of a picture {picture.shape}")
         if len(self.masks) + len(self.probe_inputs) != len(self.pictures):
-            raise ValueError(f"source answers for other than its {len(self.pictures)} pictures")
+            raise ValueError(f"source masks and inputs do not match its {len(self.pictures)} pictures")
 
 
 def pack_pixels(pixels: Floats) -> Array:
-    """Pixels in [0, 1] as uint8 or uint16 where that loses nothing, else as they are."""
+    """Return pixels in [0, 1] as uint8 or uint16 if that is exact, else unchanged."""
     for kind, white in _DEPTHS:
         packed = np.rint(pixels * np.float64(white)).astype(kind)
         if np.array_equal(unpack_pixels(packed), pixels):
@@ -148,7 +148,7 @@ def pack_pixels(pixels: Floats) -> Array:
 
 
 def unpack_pixels(picture: Array) -> Floats:
-    """The float32 pixels in [0, 1] of a picture that is kept as whole numbers."""
+    """Return the pixels of a stored image as float32 in [0, 1]."""
     for kind, white in _DEPTHS:
         if picture.dtype == kind:
             return (picture.astype(np.float64) / white).astype(np.float32)
@@ -156,7 +156,7 @@ def unpack_pixels(picture: Array) -> Floats:
 
 
 def probe_pictures(image_hw: tuple[int, int]) -> tuple[Array, ...]:
-    """Two color pictures of blocks and noise, neither of the network's size or shape: a larger and a smaller one."""
+    """Return two color images of blocks and noise, one larger and one smaller than the network's input."""
     rng = np.random.default_rng(SEED)
     height, width = image_hw
     pictures = []
@@ -171,12 +171,12 @@ def probe_pictures(image_hw: tuple[int, int]) -> tuple[Array, ...]:
 def record_source(
     prompts: Sequence[str], pictures: Sequence[Array], logits: Floats, image_hw: tuple[int, int]
 ) -> Source:
-    """The source of a reference: prompts and pictures as given, further sentences and pictures, and their answers.
+    """Return the source of a reference, with further sentences and images that check tokenizer and preprocessing.
 
     Args:
-        prompts: P sentences whose tokens the network answered for.
-        pictures: B raw pictures.
-        logits: PyTorch's, (B, P, H, W).
+        prompts: P prompts.
+        pictures: B images.
+        logits: PyTorch's logits of all pairs, (B, P, H, W).
         image_hw: size of the network's input.
     """
     sentences = (*prompts, *PROBE_SENTENCES, *vocabulary_sentences())
@@ -200,19 +200,19 @@ def _open_clip() -> Any:
 
 
 def open_clip_ids(sentences: Sequence[str]) -> NDArray[np.int64]:
-    """Ids by open_clip's own tokenizer, (N, 77)."""
+    """Return ids from open_clip's tokenizer, (N, 77)."""
     ids: NDArray[np.int64] = _open_clip()(list(sentences), context_length=CONTEXT).numpy().astype(np.int64)
     return ids
 
 
 def vocabulary_sentences() -> tuple[str, ...]:
-    """Sentences of words from all over open_clip's vocabulary, so that a shift anywhere in it changes some id."""
-    theirs = _open_clip()
+    """Return sentences of words from the whole vocabulary of open_clip, so that a shift anywhere changes an id."""
+    open_clip = _open_clip()
     words = []
-    for start in range(512, len(theirs.encoder) - WORDS_APART, WORDS_APART):
+    for start in range(512, len(open_clip.encoder) - WORDS_APART, WORDS_APART):
         for place in range(start, start + WORDS_APART):
-            word = theirs.decode([place])
-            if word.strip().isascii() and word.strip().isalpha() and theirs.encode(word.strip()) == [place]:
+            word = open_clip.decode([place])
+            if word.strip().isascii() and word.strip().isalpha() and open_clip.encode(word.strip()) == [place]:
                 words.append(word.strip())
                 break
     return tuple(
@@ -221,19 +221,19 @@ def vocabulary_sentences() -> tuple[str, ...]:
 
 
 def open_clip_vocabulary_hash() -> str:
-    """`vocabulary_hash` of open_clip's own tables."""
-    theirs = _open_clip()
-    return vocabulary_hash(theirs.encoder, sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__))
+    """Return the `vocabulary_hash` of open_clip's tables."""
+    open_clip = _open_clip()
+    return vocabulary_hash(open_clip.encoder, sorted(open_clip.bpe_ranks, key=open_clip.bpe_ranks.__getitem__))
 
 
 def vocabulary_hash(vocabulary: Mapping[str, int], merges: Sequence[Sequence[str]]) -> str:
-    """SHA-256 over all tokens with their ids and all merges in their order."""
-    told = json.dumps([sorted(vocabulary.items()), [list(pair) for pair in merges]])
-    return hashlib.sha256(told.encode()).hexdigest()
+    """Return the SHA-256 of all tokens with their ids and all merges in order."""
+    content = json.dumps([sorted(vocabulary.items()), [list(pair) for pair in merges]])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def tokenizer_hash(tokenizer: PromptTokenizer) -> str:
-    """`vocabulary_hash` of a bundle's tokenizer."""
+    """Return the `vocabulary_hash` of a bundle's tokenizer."""
     model = json.loads(tokenizer.to_json())["model"]
     return vocabulary_hash(
         model["vocab"], [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]

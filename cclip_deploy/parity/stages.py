@@ -1,4 +1,4 @@
-"""Checks of the stages around the graphs: tokenizer, preprocessing, threshold, and masks from end to end."""
+"""Parity checks of the stages around the graphs: tokenizer, preprocessing, threshold, and end-to-end masks."""
 
 from __future__ import annotations
 
@@ -19,45 +19,46 @@ from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.runtime.backend import Backend
 
 INPUT_NOISE = 1e-5
-"""Largest max|a−b|/max|b| of a network input: float32 noise of another processor's resize."""
+"""Limit of max|a−b|/max|b| of a network input: rounding differences of resizing between processors."""
 IDS_SHOWN = 4
 
 Ids = NDArray[np.int64]
 
 
 def stage_checks(bundle: Bundle, references: Sequence[Reference]) -> Iterator[Check]:
-    """Compare tokenizer, preprocessing and threshold with what the references that begin with sentences were made by.
+    """Compare a bundle's tokenizer, preprocessing and threshold with those that its references were recorded with.
 
-    The names of the checks begin with the stage; `detail` names the sentence, field or picture that differs.
+    References without a source are skipped. The names of the checks start with the stage; `detail` names the sentence,
+    field or image that differs.
     """
     for reference in references:
         if (source := reference.source) is None:
             continue
         yield from _tokenizer_checks(bundle, reference, source)
         yield from _preprocessing_checks(bundle, reference, source)
-        mine, theirs = bundle.manifest.threshold, source.threshold
+        found, expected = bundle.manifest.threshold, source.threshold
         yield _stage(
-            "threshold", "value", [] if mine == theirs else [f"the bundle has {mine}, the checkpoint {theirs}"]
+            "threshold", "value", [] if found == expected else [f"the bundle has {found}, the checkpoint {expected}"]
         )
 
 
 def mask_stage_checks(bundle: Bundle, backend: Backend, references: Sequence[Reference]) -> Iterator[Check]:
-    """Segment the references' raw pictures, as `predict` does, and compare the masks at the pictures' own size."""
+    """Segment the references' source images like `predict`, and compare the masks at the size of these images."""
     for reference in references:
         if reference.source is not None:
             yield from _mask_checks(bundle, backend, reference, reference.source)
 
 
-def check_tokenizer_file(bundle: Bundle, theirs: PromptTokenizer) -> Check:
-    """Compare tokenizer.json field by field with one that was built from open_clip's tables."""
+def check_tokenizer_file(bundle: Bundle, reference: PromptTokenizer) -> Check:
+    """Compare tokenizer.json field by field with one built from open_clip's tables."""
     try:
-        mine = json.loads(bundle.tokenizer().to_json())
+        found = json.loads(bundle.tokenizer().to_json())
     except DataError as error:
         return _stage("tokenizer", "fields", [str(error)])
-    expected = json.loads(theirs.to_json())
-    mine |= {f"model.{name}": value for name, value in mine.pop("model").items()}
+    expected = json.loads(reference.to_json())
+    found |= {f"model.{name}": value for name, value in found.pop("model").items()}
     expected |= {f"model.{name}": value for name, value in expected.pop("model").items()}
-    fields = sorted(name for name in mine.keys() | expected.keys() if mine.get(name) != expected.get(name))
+    fields = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     return _stage("tokenizer", "fields", [f"{name} of tokenizer.json differs from open_clip's" for name in fields])
 
 
@@ -66,15 +67,15 @@ def _mask_checks(bundle: Bundle, backend: Backend, reference: Reference, source:
     graph, name = "chain", f"chain/{reference.name}/masks"
     limits = limits_of(backend.precision, reference.name)
     try:
-        segmenter = Segmenter(bundle, backend)
+        segmenter = Segmenter.of_bundle(bundle, backend)
         pictures = [unpack_pixels(picture) for picture in source.pictures[: len(source.masks)]]
         found = [np.stack(list(segmenter.probabilities(picture, prompts))) for picture in pictures]
     except (DataError, ParityError, PromptError) as error:
         yield Check(name, graph, backend.name, backend.precision, "flipped_share", 1.0, 0.0, False, str(error))
         return
-    for number, (probabilities, theirs) in enumerate(zip(found, source.masks, strict=True)):
-        ours = probabilities >= bundle.manifest.threshold
-        yield from mask_checks(f"{name}/{number}", graph, backend, ours[None], theirs[None], limits)
+    for number, (probabilities, expected) in enumerate(zip(found, source.masks, strict=True)):
+        masks = probabilities >= bundle.manifest.threshold
+        yield from mask_checks(f"{name}/{number}", graph, backend, masks[None], expected[None], limits)
 
 
 def _tokenizer_checks(bundle: Bundle, reference: Reference, source: Source) -> Iterator[Check]:
@@ -102,14 +103,12 @@ def _ids_fault(tokenizer: PromptTokenizer, sentence: str, row: Ids) -> str | Non
     place = next(
         (n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected))
     )
-    return (
-        f"sentence {sentence!r} gives ids {_shown(ids[place:])} from token {place} on, open_clip gives "
-        f"{_shown(expected[place:])}"
-    )
+    found, truth = _shown(ids[place:]), _shown(expected[place:])
+    return f"sentence {sentence!r} has ids {found} from token {place} on, expected {truth}"
 
 
 def _row_faults(tokenizer: PromptTokenizer, reference: Reference, source: Source) -> Iterator[str]:
-    """The graph's own token rows, as `predict` makes them: of the graph's length, padded."""
+    """Compare the token rows that `predict` computes, padded to the graph's length."""
     length = reference.tokens.shape[1]
     for sentence, expected in zip(source.sentences, reference.tokens, strict=False):
         try:
@@ -118,20 +117,20 @@ def _row_faults(tokenizer: PromptTokenizer, reference: Reference, source: Source
             yield f"sentence {sentence!r}: {error}"
             continue
         if not np.array_equal(row, expected):
-            yield f"sentence {sentence!r} gives tokens {_shown(row)}, the reference has {_shown(expected)}"
+            yield f"sentence {sentence!r} has tokens {_shown(row)}, expected {_shown(expected)}"
 
 
 def _preprocessing_checks(bundle: Bundle, reference: Reference, source: Source) -> Iterator[Check]:
-    mine, theirs = bundle.manifest.preprocessing.model_dump(), source.preprocessing.model_dump()
-    for field in mine:
-        same = mine[field] == theirs[field]
-        told = f"the bundle has {_plain(mine[field])}, the checkpoint {_plain(theirs[field])}"
-        yield _stage("preprocessing", field, [] if same else [told])
+    own, trained = bundle.manifest.preprocessing.model_dump(), source.preprocessing.model_dump()
+    for field in own:
+        same = own[field] == trained[field]
+        fault = f"the bundle has {_plain(own[field])}, the checkpoint {_plain(trained[field])}"
+        yield _stage("preprocessing", field, [] if same else [fault])
     expected = [*reference.image, *source.probe_inputs]
     for number, (picture, truth) in enumerate(zip(source.pictures, expected, strict=True)):
         found = to_input(unpack_pixels(picture), bundle.manifest.image_hw, bundle.manifest.preprocessing)[0]
         error = float(np.abs(found - truth).max() / np.abs(truth).max())
-        detail = None if error <= INPUT_NOISE else f"network input of picture {number}, {picture.shape}"
+        detail = None if error <= INPUT_NOISE else f"network input of image {number}, {picture.shape}"
         yield Check(
             f"preprocessing/{reference.name}/input/{number}", "preprocessing", "bundle", "all", "input_error", error,
             INPUT_NOISE, error <= INPUT_NOISE, detail,

@@ -64,7 +64,7 @@ def measure_mask_agreement(
         threads: of ONNX Runtime on the CPU.
     """
     full, low = (
-        Segmenter(bundle, OnnxRuntimeBackend(bundle, kind, "cpu", threads, rounds_as_written=True))
+        Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, kind, "cpu", threads, rounds_as_written=True))
         for kind in ("fp32", precision)
     )
     tokenizer, length = bundle.tokenizer(), bundle.manifest.prompt_length

@@ -191,7 +191,7 @@ def _statistics(
     on_progress: Progress,
 ) -> dict[str, TensorStatistics]:
     from cclip_deploy.parity.reference import seeded_inputs
-    from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
+    from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 
     manifest = bundle.manifest
     session = make_session(load_onnxruntime("cpu"), with_outputs(model, tensors).SerializeToString(), threads=threads)

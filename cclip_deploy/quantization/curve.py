@@ -36,7 +36,7 @@ def measure_curve(
     bundle: Bundle,
     options: CalibrationOptions,
     counts: Sequence[int],
-    precision: Precision = "int8",
+    precision: Precision = Precision.INT8,
     methods: Sequence[Method] = METHODS,
     threads: int | None = None,
     on_progress: Callable[[str], None] = lambda _: None,

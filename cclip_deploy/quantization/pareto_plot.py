@@ -37,7 +37,7 @@ def draw_pareto_front(profile: TunedProfile, path: Path) -> None:
         f"chosen: {tuned.share:.0%}, {tuned.held_out.mean:.4f}", (100 * tuned.share, tuned.held_out.mean), (-14, -24),
         textcoords="offset points", color=INK, fontweight="bold", ha="right",
     )  # fmt: skip
-    low = profile.precision.split("-")[0].upper()
+    low = profile.precision.product_type.upper()
     axes.set_xlabel(f"multiply-adds of the image encoder in {low}, %", color=QUIET)
     axes.set_ylabel(f"Dice to FP32's masks, {len(tuned.held_out_pictures)} held-out pictures", color=QUIET)
     axes.set_title(f"{profile.precision}: what each share costs (dotted: the budget)", color=INK, loc="left")

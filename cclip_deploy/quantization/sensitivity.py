@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.bundle.precision import Precision, is_quantized, rest_type
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.image_sets import SetImage
 from cclip_deploy.evaluation.split import encode_texts
 from cclip_deploy.imaging.preprocess import to_input
@@ -22,7 +22,8 @@ from cclip_deploy.inference.prompt_cache import PromptKernels
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import mask_dices
 from cclip_deploy.runtime.graph_model import load_model
-from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend, load_onnxruntime, make_session
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -61,8 +62,8 @@ class SensitivityEvaluator:
         """
         self.precision, self.threads = precision, threads
         self._runtime = load_onnxruntime("cpu")
-        full = Segmenter(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", threads))
-        rest = rest_type(precision) if is_quantized(precision) else precision
+        full = Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", threads))
+        rest = Precision(precision).rest
         self._parts = {} if rest == "fp32" else self._lowered_parts(bundle, rest)
         self._full = full
         self.cases: list[_Case] = []
@@ -87,8 +88,7 @@ class SensitivityEvaluator:
         image = to_input(read_image(source.path).pixels, manifest.image_hw, manifest.preprocessing)
         rows, _ = encode_texts(source.prompts[:MOST_PROMPTS], bundle.tokenizer(), manifest.prompt_length)
         kernels = self._full.encode_tokens(rows)
-        features = self._full.backend.run("image_encoder", {"image": image})["features"]
-        logits = self._full.decode(features, kernels)
+        logits = self._full.decode(self._full.run_image_encoder(image), kernels)
         if not self._parts:
             return _Case(image, (kernels, kernels), logits)
         names = ("kernel", "tap_bias", "bias")

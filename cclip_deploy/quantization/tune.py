@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.bundle.precision import REST, Precision, is_quantized
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.image_sets import DataSetOptions, read_image_set
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.quantization.agreement import LEAST_DICE, LEAST_MEAN_DICE, with_prompts
@@ -120,7 +120,7 @@ class _Search:
 
     def refuse_what_no_block_mends(self) -> None:
         """ParityError where the budget breaks with every block kept: what is left is not the blocks' to mend."""
-        rest = REST.get(self.options.precision, self.options.precision)
+        rest = Precision(self.options.precision).rest
         self._tell_step("Masks with every block kept", 2 * len(self.blocks))
         best = _agreement(self.trial.judge(self._all_kept(rest), self.tuning))
         if not _holds(best, self.options.budget):
@@ -134,7 +134,9 @@ class _Search:
     def _all_kept(self, rest: Precision) -> ModelProto:
         from cclip_deploy.graph.precision.convert import lower
 
-        return lower(self.model, rest, keep=() if is_quantized(self.options.precision) else tuple(self.blocks)).model
+        return lower(
+            self.model, rest, keep=() if Precision(self.options.precision).is_quantized else tuple(self.blocks)
+        ).model
 
     def damages(self) -> dict[str, float]:
         """For each block: 1 - mean Dice on the tuning part with that block alone in the low precision."""
@@ -191,7 +193,7 @@ def blocks_of(model: ModelProto, precision: Precision) -> dict[str, tuple[str, .
     from cclip_deploy.graph.precision.onnx_graph import varying_tensors
     from cclip_deploy.graph.precision.quantize import PRODUCTS, plan_quantization
 
-    if is_quantized(precision):
+    if Precision(precision).is_quantized:
         plan = plan_quantization(model)
         weights = {product.node: product.weight_input for product in plan.products}
         named = [(node, node.input[weights[node.name]]) for node in model.graph.node if node.name in weights]
@@ -224,8 +226,8 @@ def _multiply_adds(model: ModelProto, blocks: Mapping[str, Sequence[str]]) -> tu
 def _check(options: TuneOptions) -> None:
     if options.precision == "fp32":
         raise UsageError("FP32 is what is tuned against. Name a lower precision.")
-    if is_quantized(options.precision) != (options.calibration is not None):
-        wants = "needs" if is_quantized(options.precision) else "takes no"
+    if Precision(options.precision).is_quantized != (options.calibration is not None):
+        wants = "needs" if Precision(options.precision).is_quantized else "takes no"
         raise UsageError(f"{options.precision} {wants} --calibration.")
     if not all(0 < least <= 1 for least in (options.budget.mean, options.budget.worst)):
         raise UsageError(f"A budget is a Dice above 0, up to 1, not {options.budget.mean}, {options.budget.worst}.")
@@ -258,11 +260,11 @@ def _profile(
             f"{best.tuning.mean:.4f} and {best.tuning.worst:.4f}. Lower the budget, calibrate with other images, or "
             "take a higher precision."
         )
-    rest = REST.get(options.precision, "fp32")
+    rest = Precision(options.precision).high_precision
     halves = search.halves
     return TunedProfile(
         name=f"tuned-{options.precision}",
-        why=f"{chosen.share:.1%} of the image encoder's multiply-adds in {options.precision.split('-')[0]}, "
+        why=f"{chosen.share:.1%} of the image encoder's multiply-adds in {Precision(options.precision).product_type}, "
         f"{len(chosen.kept)} of {len(search.blocks)} blocks in {rest}; mean Dice to FP32 "
         f"{chosen.held_out.mean:.4f} on {len(halves.held_out.images)} held-out images. Not run on a GPU.",
         precision=options.precision,

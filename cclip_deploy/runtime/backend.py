@@ -1,4 +1,4 @@
-"""The protocol that everything which computes a bundle's graphs follows, and what all of them check of a graph."""
+"""Backend protocol, and checks that all backends share."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ Arrays = Mapping[str, NDArray[np.generic]]
 
 
 class Backend(Protocol):
-    """Runs graphs by name, on arrays by name; inputs and outputs are those of the bundle's manifest."""
+    """Runs graphs. Names, shapes and types of inputs and outputs are those of the bundle's manifest."""
 
     name: str
     precision: str
 
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        """Compute one graph; loads it at the first call."""
+        """Run a graph; it is loaded on the first call."""
         ...
 
     def load(self, graph: str) -> None:
-        """Load a graph now, so that the first run pays nothing for it."""
+        """Load a graph, so that its first run is not slower than the others."""
         ...
 
     def unload(self, graph: str) -> None:
-        """Free what a graph takes; the next run loads it again. Nothing happens where it is not loaded."""
+        """Free the memory of a graph, if it is loaded; the next run loads it again."""
         ...
 
 
 @runtime_checkable
 class DeviceTensor(Protocol):
-    """An output that stayed where it was computed, for the next graph; freed when the last reference to it goes."""
+    """An output in device memory that can be the input of another graph; freed with its last reference."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     def numpy(self) -> NDArray[np.float32]:
-        """A copy in host memory."""
+        """Return a copy in host memory."""
         ...
 
     def wait(self) -> None:
-        """Until it is computed."""
+        """Wait until it is computed."""
         ...
 
     def close(self) -> None:
@@ -61,27 +61,27 @@ TensorsOrArrays = Mapping[str, NDArray[np.generic] | DeviceTensor]
 
 @runtime_checkable
 class DeviceBackend(Protocol):
-    """A backend with memory of its own: what one graph computes need not leave it before the next reads it."""
+    """A backend with device memory, where outputs can stay between two graphs."""
 
     def run_on_device(self, graph: str, inputs: TensorsOrArrays, names: Sequence[str]) -> dict[str, DeviceTensor]:
-        """Compute one graph and keep these of its outputs; the others are dropped."""
+        """Run a graph and return the named outputs in device memory."""
         ...
 
     def run(self, graph: str, inputs: TensorsOrArrays) -> dict[str, NDArray[np.float32]]:
-        """As `Backend.run`; inputs may be what `run_on_device` of the same backend gave."""
+        """Like `Backend.run`; inputs may also be outputs of `run_on_device` of the same backend."""
         ...
 
 
 def check_tensors(path: Path, entry: GraphEntry, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
-    """Raise BundleError unless a graph takes and gives what the manifest says; dynamic sides may bear any name."""
-    for what, have, told in (("inputs", inputs, entry.inputs), ("outputs", outputs, entry.outputs)):
-        real, expected = ({t.name: (t.dtype, _sides(t.shape)) for t in tensors} for tensors in (have, told))
+    """Raise BundleError unless inputs and outputs match the manifest; dynamic dimensions may have any name."""
+    for what, found, listed in (("inputs", inputs, entry.inputs), ("outputs", outputs, entry.outputs)):
+        real, expected = ({t.name: (t.dtype, _sides(t.shape)) for t in tensors} for tensors in (found, listed))
         if real != expected:
             raise BundleError(f"{path} has {what} {real}, the manifest says {expected}. Export the bundle again.")
 
 
 def check_answer(path: Path, entry: GraphEntry, inputs: Arrays, outputs: Arrays) -> None:
-    """Raise BundleError unless outputs have the shapes that the manifest says for these inputs."""
+    """Raise BundleError unless outputs have the shapes that the manifest gives for these inputs."""
     sides: dict[str, int] = {}
     for tensor in entry.inputs:
         if tensor.name in inputs:
@@ -97,13 +97,13 @@ def check_answer(path: Path, entry: GraphEntry, inputs: Arrays, outputs: Arrays)
 
 
 def run_failure(runtime: str, path: Path, error: Exception) -> CclipError:
-    """What a runtime raised while it ran a graph, as an error that names the graph."""
+    """Convert an exception of a runtime into an error that names the graph."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
     reason = " ".join(lines)[:300] or type(error).__name__
     if isinstance(error, MemoryError) or any(words in reason.lower() for words in _NO_MEMORY):
         return EnvironmentIssue(
-            f"{runtime} has not enough memory to run {path}: {reason}. Use a smaller image, fewer prompts at once, or "
-            "a machine with more memory."
+            f"{runtime} ran out of memory while running {path}: {reason}. Use a smaller image, fewer prompts at once, "
+            "or a machine with more memory."
         )
     return BundleError(f"{runtime} cannot run {path}: {reason}. Check it: cclip-deploy verify BUNDLE.")
 

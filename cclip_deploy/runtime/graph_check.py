@@ -1,4 +1,4 @@
-"""Check a bundle's graph before a runtime or parser gets it. Needs neither onnx nor any runtime."""
+"""Check the graphs of untrusted bundles before they are parsed or loaded. Needs neither onnx nor a runtime."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from cclip_deploy.runtime.onnx_wire import Graph, GraphError, read_model
 from cclip_deploy.runtime.shape_rules import RULES, Shape
 
 OPSETS = range(18, 23)
-"""Versions of the standard operators that exports are written in; the rules for shapes are those of these."""
+"""ONNX operator set versions of exported graphs, for which `shape_rules` is written."""
 MOST_NODES = 20_000
 ROWS = 16
-"""Images and prompts at once, for which sizes are checked."""
+"""Batch and prompt count for which tensor sizes are checked."""
 ELEMENTS_PER_PIXEL = 16_384
-"""Of all tensors of a graph together, for one image and prompt: three times what an rn101 network has."""
+"""Limit for all tensors of a graph together, for one image and prompt: three times that of an rn101 network."""
 ELEMENTS_PER_ROW = 2**26
-"""The same of what does not grow with the image; rn101's text tower has a third of it."""
+"""The same for tensors that do not grow with the image; the text tower of rn101 has a third of it."""
 COPIES_OF_WEIGHTS = 4
 MOST_LETTERS = 400
-"""Of a message, as it quotes names from the file."""
+"""Length limit of messages, which quote names from the file."""
 
 
 def read_checked(bundle: Bundle, entry: GraphEntry) -> bytes:
-    """The content of a bundle's graph, its checksum verified and its structure checked.
+    """Return the content of a bundle's graph after checking its checksum and structure.
 
     Raises:
-        BundleError: as `check_graph` does, or the file is not the one that SHA256SUMS names.
+        BundleError: the checksum is wrong, or `check_graph` raises.
     """
     content = bundle.read(entry.file)
     check_graph(content, bundle.path / entry.file, entry)
@@ -38,22 +38,16 @@ def read_checked(bundle: Bundle, entry: GraphEntry) -> bytes:
 
 
 def check_graph(content: bytes, path: Path, entry: GraphEntry) -> None:
-    """Refuse a graph that is not made as exports make theirs.
+    """Raise BundleError unless a graph has the form of exported graphs. Linear in the length of `content`.
 
-    Checked are the operators, that there are no functions, subgraphs or weights in another file, that every weight has
-    as many bytes as its shape needs, and the size of all tensors together for `ROWS` images and prompts at once, which
-    may be no more than a multiple of the image's pixels. Linear in the length of `content`.
-
-    Not checked: how long a graph takes (a product of matrices within the size may still be slow: set `seconds_limit`),
-    how much scratch memory a runtime needs beside the tensors, and sizes for more than `ROWS` rows.
+    Checks that all operators are known, that there are no functions, subgraphs or external weights, that every weight
+    has the size of its shape, and that all tensors together, for `ROWS` images and prompts, stay below a multiple of
+    the number of pixels. Does not check the run time (set `seconds_limit`), scratch memory, or sizes above `ROWS` rows.
 
     Args:
         content: an ONNX file.
         path: its name, for the message.
-        entry: its entry in the manifest, whose inputs name the shapes.
-
-    Raises:
-        BundleError: something of this does not hold; the message says what.
+        entry: its entry in the manifest, which gives the shapes of the inputs.
     """
     try:
         graph = read_model(content)
@@ -62,18 +56,22 @@ def check_graph(content: bytes, path: Path, entry: GraphEntry) -> None:
     except GraphError as error:
         reason = str(error)[:MOST_LETTERS]
         raise BundleError(
-            f"{path} is no graph that cclip-deploy exports: {reason}. It was not loaded. Export the bundle again."
+            f"{path} is not a graph that cclip-deploy exports: {reason}. It was not loaded. Export the bundle again."
         ) from error
 
 
 def _check_operators(graph: Graph) -> None:
     if graph.opsets.get("") not in OPSETS:
-        raise GraphError(f"it needs the operators {dict(graph.opsets)}, exports use {OPSETS[0]} to {OPSETS[-1]} of ''")
+        raise GraphError(
+            f"it needs the operator sets {dict(graph.opsets)}, exports use {OPSETS[0]} to {OPSETS[-1]} of ''"
+        )
     if len(graph.nodes) > MOST_NODES:
         raise GraphError(f"it has {len(graph.nodes)} nodes, more than {MOST_NODES}")
     for node in graph.nodes:
         if node.domain or node.op not in RULES:
-            raise GraphError(f"node {node.name!r} is the operator {node.op!r} of {node.domain!r}, which no export has")
+            raise GraphError(
+                f"node {node.name!r} has operator {node.op!r} of {node.domain!r}, which exports do not use"
+            )
 
 
 def _check_sizes(graph: Graph, entry: GraphEntry) -> None:
@@ -98,7 +96,7 @@ def _bound(shape: tuple[int | str, ...]) -> Shape:
 
 
 def _pixels(entry: GraphEntry) -> int:
-    """Of one image; 0 for a graph that takes none."""
+    """Return the number of pixels of one image; 0 for a graph without image input."""
     sides = {"image": slice(2, 4), "features": slice(1, 3)}  # (B, 3, H, W), (B, H, W, C)
     found = [_bound(tensor.shape)[sides[tensor.name]] for tensor in entry.inputs if tensor.name in sides]
     return max((prod(pair) for pair in found), default=0)

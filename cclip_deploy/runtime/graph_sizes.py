@@ -1,7 +1,4 @@
-"""Infer the shape of every tensor of a graph from the shapes of its inputs, without the onnx package.
-
-Only for the operators that exported graphs consist of.
-"""
+"""Shape inference for the operators of exported graphs, without the onnx package."""
 
 from __future__ import annotations
 
@@ -15,21 +12,21 @@ from cclip_deploy.runtime.shape_rules import MOST_VALUES, RULES, Call, Known, Sh
 
 INT64 = 7
 ITEM_BYTES = {1: 4, 2: 1, 3: 1, INT64: 8, 10: 2, 16: 2, 17: 1}
-"""Of each TensorProto.DataType that exports have: float32, uint8, int8, int64, float16, bfloat16, float8e4m3fn."""
+"""Bytes per element of a TensorProto.DataType: float32, uint8, int8, int64, float16, bfloat16, float8e4m3fn."""
 MOST_AXES, MOST_ELEMENTS = 16, 2**48
-"""Of any tensor; no number of this module grows beyond them."""
+"""Limits for a tensor, which bound all numbers in this module."""
 
 
 def tensor_shapes(graph: Graph, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shape of every tensor of a graph.
+    """Return the shape of every tensor of a graph.
 
     Args:
-        graph: what `read_model` gave.
-        inputs: a shape of each of its inputs, without dynamic sides.
+        graph: from `read_model`.
+        inputs: shape of each input, without dynamic dimensions.
 
     Raises:
-        GraphError: an operator has no rule here, a shape depends on data or contradicts another one, a tensor is made
-            twice or used before it is made, or a weight's size is not that of its shape.
+        GraphError: an operator has no rule, a shape depends on data or contradicts another, a tensor is computed twice
+            or used before it is computed, or a weight has another size than its shape.
     """
     known: dict[str, Known] = {}
     for name, shape in inputs.items():
@@ -44,7 +41,7 @@ def tensor_shapes(graph: Graph, inputs: Mapping[str, Shape]) -> dict[str, Shape]
 
 def _add(known: dict[str, Known], name: str, tensor: Known) -> None:
     if name in known:
-        raise GraphError(f"tensor {name!r} is made twice")
+        raise GraphError(f"tensor {name!r} is computed twice")
     if len(tensor.shape) > MOST_AXES or min(tensor.shape, default=0) < 0 or prod(tensor.shape) > MOST_ELEMENTS:
         raise GraphError(f"tensor {name!r} has shape {tensor.shape}")
     known[name] = tensor
@@ -52,7 +49,7 @@ def _add(known: dict[str, Known], name: str, tensor: Known) -> None:
 
 def _constant(tensor: Tensor) -> Known:
     if tensor.data_type not in ITEM_BYTES:
-        raise GraphError(f"tensor {tensor.name!r} has data type {tensor.data_type}, which no export has")
+        raise GraphError(f"tensor {tensor.name!r} has data type {tensor.data_type}, which exports do not use")
     count = prod(tensor.dims)
     if min(tensor.dims, default=0) < 0 or count * ITEM_BYTES[tensor.data_type] != len(tensor.data):
         raise GraphError(f"tensor {tensor.name!r} of shape {tensor.dims} has {len(tensor.data)} bytes")
@@ -64,15 +61,15 @@ def _constant(tensor: Tensor) -> Known:
 
 def _outputs(node: Node, known: Mapping[str, Known]) -> list[Known]:
     if unknown := [name for name in node.inputs if name and name not in known]:
-        raise GraphError(f"{node} takes {unknown[0]!r}, which nothing before it makes")
+        raise GraphError(f"{node} uses {unknown[0]!r}, which no earlier node computes")
     if node.op not in RULES:
-        raise GraphError(f"{node} is an operator that no exported graph has")
+        raise GraphError(f"{node} has an operator that exports do not use")
     call = Call(node, tuple(known[name] if name else None for name in node.inputs))
     try:
         found = RULES[node.op](call)
     except (GraphError, ArithmeticError, LookupError, ValueError) as error:
         shapes = [tensor and tensor.shape for tensor in call.inputs]
-        raise GraphError(f"{node} of inputs {shapes} gives no known shape ({error})") from error
+        raise GraphError(f"{node} with inputs {shapes} has no known output shape ({error})") from error
     outputs = found if isinstance(found, list) else [found if isinstance(found, Known) else Known(found)]
     if len(outputs) != len(node.outputs):
         raise GraphError(f"{node} has {len(node.outputs)} outputs")

@@ -1,7 +1,7 @@
-"""Read the structure of an ONNX file from its bytes, without the onnx package.
+"""Parse the structure of an ONNX file, a protocol buffer, without the onnx package.
 
-ONNX files are protocol buffers. The reader knows the fields that exported graphs have, and refuses every other one: a
-field that is skipped here but read by a runtime could hold anything. Weights are views into the file, never copied.
+Fields that exported graphs do not use are rejected, not skipped, because a runtime might read them. Weights are views
+into the file and are not copied.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 
 VARINT, BYTES, FIXED32 = 0, 2, 5
 MOST_FIELDS = 200_000
-"""Of one file; that of an rn101 network has 15,000. It bounds the time that reading takes."""
+"""Limit for a file, which bounds the parsing time; a graph of rn101 has 15,000 fields."""
 MOST_PACKED_BYTES = 10_000
-"""Of one list of integers."""
+"""Limit for a packed list of integers."""
 
 Attribute = int | float | bytes | tuple[int, ...]
 
 
 class GraphError(ValueError):
-    """A file is not an ONNX graph of the form that exports have; the message says where."""
+    """A file is not an ONNX graph of the form that exports have."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A weight or constant: `data` is its little-endian content, `data_type` a number of TensorProto.DataType."""
+    """A weight or constant; `data` is little-endian, `data_type` a TensorProto.DataType."""
 
     name: str
     data_type: int
@@ -36,7 +36,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Node:
-    """One operator."""
+    """A node of the graph."""
 
     op: str
     domain: str
@@ -51,7 +51,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A model's only graph, with the operator sets that it uses by domain."""
+    """The graph of a model, and the version of each operator set by domain."""
 
     opsets: Mapping[str, int]
     nodes: tuple[Node, ...]
@@ -61,7 +61,7 @@ class Graph:
 
 
 class _Field(NamedTuple):
-    """A field that may be there: its wire type, and whether it may be there more than once."""
+    """An allowed field: its wire type, and whether it may be repeated."""
 
     wire: int
     repeated: bool = False
@@ -81,12 +81,12 @@ _VALUE = {1: _TEXT, 2: _TEXT, 3: _TEXT, 4: _MANY}
 
 _REFUSED = {
     ("model", 20): "training information",
-    ("model", 25): "functions of its own",
-    ("model", 26): "a division among devices",
-    ("graph", 14): "annotations of quantization",
+    ("model", 25): "local functions",
+    ("model", 26): "device configurations",
+    ("graph", 14): "quantization annotations",
     ("graph", 15): "sparse weights",
     ("node", 8): "an overloaded function",
-    ("node", 10): "a division among devices",
+    ("node", 10): "device configurations",
     ("attribute", 5): "a tensor as an attribute",
     ("attribute", 6): "a subgraph",
     ("attribute", 7): "a list of numbers",
@@ -96,24 +96,24 @@ _REFUSED = {
     ("attribute", 21): "a reference to a function's attribute",
     ("attribute", 22): "sparse weights",
     ("attribute", 23): "sparse weights",
-    ("tensor", 13): "weights in another file",
+    ("tensor", 13): "external weights",
 }
 _ATTRIBUTE_VALUE = {1: 2, 2: 3, 3: 4, 7: 8}
 """The field of an attribute's value by AttributeProto.AttributeType: FLOAT, INT, STRING, INTS."""
 
 
 def read_model(content: bytes) -> Graph:
-    """The graph of an ONNX file.
+    """Parse an ONNX file.
 
     Raises:
-        GraphError: the bytes are no ONNX model, hold a field that no export has (subgraphs, functions, sparse weights,
-            weights in another file), a field twice, or more than `MOST_FIELDS` fields.
+        GraphError: the bytes are not an ONNX model, contain a field that exports do not use (subgraphs, functions,
+            sparse or external weights), a field twice, or more than `MOST_FIELDS` fields.
     """
     return _Reader().model(memoryview(content))
 
 
 class _Message:
-    """The fields of one message, their wire types checked; an absent one has protobuf's default value."""
+    """The fields of a message; absent fields have protobuf's default value."""
 
     def __init__(self, what: str, values: Mapping[int, list[Any]]) -> None:
         self.what = what
@@ -136,7 +136,7 @@ class _Message:
         return tuple(_text(view, self.what) for view in self.views(key))
 
     def integers(self, key: int) -> tuple[int, ...]:
-        """A list of integers, each a field of its own or packed into one."""
+        """Return a repeated integer field, packed or not."""
         found: list[int] = []
         for value in self._values.get(key, []):
             found += [value] if isinstance(value, int) else _unpacked(value)
@@ -144,7 +144,7 @@ class _Message:
 
 
 class _Reader:
-    """Counts the fields that it has read."""
+    """Parses messages and limits the number of fields."""
 
     def __init__(self) -> None:
         self._left = MOST_FIELDS
@@ -177,7 +177,7 @@ class _Reader:
         attribute = self._message("attribute", view, _ATTRIBUTE)
         name, kind = attribute.text(1), attribute.number(20)
         if kind not in _ATTRIBUTE_VALUE:
-            raise GraphError(f"attribute {name!r} has type {kind}, which no exported graph has")
+            raise GraphError(f"attribute {name!r} has type {kind}, which exports do not use")
         values: dict[int, Attribute] = {
             1: struct.unpack("<f", attribute.view(2) or bytes(4))[0],
             2: attribute.number(3),
@@ -190,51 +190,53 @@ class _Reader:
         tensor = self._message("tensor", view, _TENSOR)
         name = tensor.text(8)
         if tensor.number(14):
-            raise GraphError(f"tensor {name!r} has its weights in another file")
+            raise GraphError(f"tensor {name!r} has its external weights")
         return Tensor(name, tensor.number(2), tensor.integers(1), tensor.view(9))
 
     def _message(self, what: str, view: memoryview, known: Mapping[int, _Field]) -> _Message:
         values: dict[int, list[Any]] = {}
-        place = 0
-        while place < len(view):
+        position = 0
+        while position < len(view):
             self._left -= 1
             if self._left < 0:
                 raise GraphError(f"it has more than {MOST_FIELDS} fields")
-            key, place = _varint(view, place)
+            key, position = _varint(view, position)
             number, wire = key >> 3, key & 7
             if number not in known:
-                raise GraphError(f"a {what} has {_REFUSED.get((what, number), f'field {number}')}, which no export has")
+                raise GraphError(
+                    f"a {what} has {_REFUSED.get((what, number), f'field {number}')}, which exports do not use"
+                )
             expected = known[number]
             if wire != expected.wire and not (expected is _INTS and wire == BYTES):
-                raise GraphError(f"field {number} of a {what} is of wire type {wire}")
+                raise GraphError(f"field {number} of a {what} has wire type {wire}")
             if number in values and not expected.repeated:
-                raise GraphError(f"field {number} of a {what} is there twice")
-            value, place = _value(view, place, wire)
+                raise GraphError(f"field {number} of a {what} occurs twice")
+            value, position = _value(view, position, wire)
             values.setdefault(number, []).append(value)
         return _Message(what, values)
 
 
-def _value(view: memoryview, place: int, wire: int) -> tuple[int | memoryview, int]:
-    """A field's content and the place after it."""
+def _value(view: memoryview, position: int, wire: int) -> tuple[int | memoryview, int]:
+    """Return a field's content and the position after it."""
     if wire == VARINT:
-        return _varint(view, place)
-    length, place = (4, place) if wire == FIXED32 else _varint(view, place)
-    if length > len(view) - place:
+        return _varint(view, position)
+    length, position = (4, position) if wire == FIXED32 else _varint(view, position)
+    if length > len(view) - position:
         raise GraphError("it ends in the middle of a field")
-    return view[place : place + length], place + length
+    return view[position : position + length], position + length
 
 
-def _varint(view: memoryview, place: int) -> tuple[int, int]:
-    """A number of at most 64 bits and the place after it."""
+def _varint(view: memoryview, position: int) -> tuple[int, int]:
+    """Return a number of at most 64 bits and the position after it."""
     number = 0
     for shift in range(0, 70, 7):
-        if place >= len(view):
+        if position >= len(view):
             raise GraphError("it ends in the middle of a number")
-        byte = view[place]
-        place += 1
+        byte = view[position]
+        position += 1
         number |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return number & (2**64 - 1), place
+            return number & (2**64 - 1), position
     raise GraphError("a number has more than 64 bits")
 
 
@@ -245,9 +247,9 @@ def _signed(number: int) -> int:
 def _unpacked(view: memoryview) -> list[int]:
     if len(view) > MOST_PACKED_BYTES:
         raise GraphError(f"a list of integers has {len(view)} bytes")
-    numbers, place = [], 0
-    while place < len(view):
-        number, place = _varint(view, place)
+    numbers, position = [], 0
+    while position < len(view):
+        number, position = _varint(view, position)
         numbers.append(number)
     return numbers
 

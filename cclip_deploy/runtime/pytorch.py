@@ -1,4 +1,4 @@
-"""PyTorch in the published order of operations: what every other backend is compared with."""
+"""PyTorch backend: the published network without rewrites, the reference for all other backends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cclip_deploy.runtime.backend import Arrays
 
 
 class PyTorchBackend:
-    """The reference: it answers for every graph by the plain network, never by the rewritten one."""
+    """Computes every graph with the plain network."""
 
     name = "pytorch"
     precision = "fp32"
@@ -25,10 +25,10 @@ class PyTorchBackend:
         self.model = model.eval()
 
     def load(self, graph: str) -> None:
-        """Nothing to do: the weights are in memory."""
+        """Do nothing: the weights are in memory."""
 
     def unload(self, graph: str) -> None:
-        """Nothing to do: all graphs share the weights."""
+        """Do nothing: all graphs share the weights."""
 
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         compute: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -45,13 +45,13 @@ class PyTorchBackend:
             return {name: value.numpy() for name, value in compute[graph](**tensors).items()}
 
     def all_pairs(self, image: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits of every prompt on every picture, (B, P, H, W): published order, the picture's part done once."""
+        """Return the logits of every prompt on every image, (B, P, H, W), with one image pass per image."""
         with torch.inference_mode():
             states = self.model.text_tower(torch.from_numpy(tokens))
             head, rows = self.model.head, []
-            for picture in torch.from_numpy(image).unsqueeze(1):
-                risen = head.upsample(self.model.neck.causal_features(self.model.image_tower(picture)))
-                rows.append(torch.cat([head.apply_prompt(risen, state) for state in states.unsqueeze(1)], dim=1))
+            for row in torch.from_numpy(image).unsqueeze(1):
+                features = head.upsample(self.model.neck.causal_features(self.model.image_tower(row)))
+                rows.append(torch.cat([head.apply_prompt(features, state) for state in states.unsqueeze(1)], dim=1))
             return torch.cat(rows).numpy()
 
     def _rows(self, image: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -64,14 +64,14 @@ class PyTorchBackend:
         return {"features": features, **masks, "confounding_features": neck.confounding}
 
     def _prompt_encoder(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The last 1x1 layer folded into the kernel, as the graphs have it: K W1, K b1, b (spec: exact rewrite 4)."""
+        """Fold the last 1x1 convolution (W1, b1) into the kernel K like the exported graphs: K W1, K b1, b."""
         head = self.model.head
         kernel = head.kernel(self.model.text_tower(tokens))
         rows = prompt_kernel_rows(kernel.weight)  # (P, 9, 256)
         return {"kernel": rows @ head.mix.weight.flatten(1), "tap_bias": rows @ head.mix.bias, "bias": kernel.bias}  # type: ignore[operator]
 
     def _mask_decoder(self, features: Tensor, kernel: Tensor, tap_bias: Tensor, bias: Tensor) -> dict[str, Tensor]:
-        """The tap biases as one more channel of ones, and one convolution a prompt: no shifted sums."""
+        """Convolve with the kernel of each prompt; the tap biases are the weights of an additional channel of ones."""
         features = features.permute(0, 3, 1, 2)
         ones = torch.ones_like(features[:, :1])
         weight = torch.cat([kernel, tap_bias.unsqueeze(2)], dim=2)  # (P, 9, 257)

@@ -1,4 +1,4 @@
-"""One rule for each operator of exported graphs: the shape of its result from its inputs' shapes and attributes."""
+"""Shape rules of the operators of exported graphs: output shape from input shapes and attributes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from cclip_deploy.runtime.onnx_wire import Attribute, GraphError, Node
 Shape = tuple[int, ...]
 
 MOST_VALUES = 64
-"""Of a constant whose values decide a shape."""
+"""Size limit of constants whose values determine shapes."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a tensor: its shape and, of a small constant, its values."""
+    """The shape of a tensor and, for a small constant, its values."""
 
     shape: Shape
     values: tuple[int, ...] | tuple[float, ...] | None = None
 
     @property
     def integers(self) -> tuple[int, ...]:
-        """The values of an integer constant; GraphError where they are not known."""
+        """The values of an integer constant; raises GraphError if they are not known."""
         if self.values is None:
             raise GraphError("a shape depends on data")
         return tuple(int(value) for value in self.values)
@@ -32,7 +32,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Call:
-    """A node and what is known of its inputs."""
+    """A node and the shapes of its inputs."""
 
     node: Node
     inputs: tuple[Known | None, ...]
@@ -102,7 +102,7 @@ def _gemm(call: Call) -> Shape:
 
 
 def _window(call: Call, kernel: Sequence[int], channels: int) -> Shape:
-    """Output of a convolution or pool, (N, channels, *sides)."""
+    """Return the output shape of a convolution or pooling, (N, channels, *sides)."""
     if call.attribute("auto_pad", b"NOTSET") != b"NOTSET":
         raise GraphError("its padding is automatic")
     batch, _, *sides = call.shape()
@@ -202,7 +202,7 @@ def _reshape(call: Call) -> Shape:
 
 def _resize(call: Call) -> Shape:
     if call.attribute("keep_aspect_ratio_policy", b"stretch") != b"stretch" or "axes" in call.node.attributes:
-        raise GraphError("the sides of its result are not given one by one")
+        raise GraphError("the output sides are not given one by one")
     if call.has(3):
         return call.integers(3)
     scales = call.inputs[2] if call.has(2) else None
@@ -239,7 +239,7 @@ def _squeeze(call: Call) -> Shape:
     shape = call.shape()
     axes = {_axis(axis, len(shape)) for axis in call.integers(1)}
     if any(shape[axis] != 1 for axis in axes):
-        raise GraphError("a side that is dropped is not 1")
+        raise GraphError("a removed side is not 1")
     return tuple(side for axis, side in enumerate(shape) if axis not in axes)
 
 
@@ -254,7 +254,7 @@ def _transpose(call: Call) -> Shape:
     shape = call.shape()
     order = call.numbers("perm", range(len(shape))[::-1])
     if sorted(order) != list(range(len(shape))):
-        raise GraphError(f"{order} is no order of the axes")
+        raise GraphError(f"{order} is not a permutation of the axes")
     return tuple(shape[axis] for axis in order)
 
 
@@ -293,4 +293,4 @@ RULES: dict[str, Rule] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
-"""The operators of exported graphs; a test compares them with those of every graph that this version makes."""
+"""Rules by operator; a test compares the operators with those of all graphs that this version exports."""

@@ -1,4 +1,4 @@
-"""End a run of a graph that takes too long, for services that run bundles of others."""
+"""Stop runs of a graph that take too long, for services that run untrusted bundles."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from cclip_deploy.errors import EnvironmentIssue, UsageError
 
 
 def check_seconds_limit(seconds: float | None) -> None:
-    """UsageError for a limit that is not positive; None is no limit."""
+    """Raise UsageError if a limit is not positive; None means no limit."""
     if seconds is not None and not 0 < seconds < float("inf"):
-        raise UsageError(f"seconds_limit is {seconds}; give a positive number of seconds, or None for no limit.")
+        raise UsageError(f"seconds_limit is {seconds}; it must be a positive number of seconds, or None for no limit.")
 
 
 @contextmanager
 def time_limit(seconds: float | None, stop: Callable[[], object], what: str) -> Iterator[None]:
-    """Call `stop` in another thread where the block still runs after so many seconds.
+    """Call `stop` from another thread if the block runs longer than `seconds`.
 
-    `stop` has to make the block raise. A runtime stops between two operators, so one operator alone is waited for.
+    `stop` has to make the block raise. Runtimes stop between two operators, so a single operator is not interrupted.
 
     Raises:
         EnvironmentIssue: the block raised after `stop` was called; the message names `what`.

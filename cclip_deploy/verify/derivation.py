@@ -1,4 +1,4 @@
-"""Check low-precision graphs against what the bundle's FP32 graphs and recorded ranges give, node by node."""
+"""Check that low-precision graphs are conversions of the bundle's FP32 graphs with the recorded ranges."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ LAYERS_SHOWN = 3
 def derivation_checks(
     bundle: Bundle, references: Sequence[Reference], on_progress: Progress = lambda _: None
 ) -> tuple[list[Check], list[str]]:
-    """Derive every low-precision graph again and compare it with the bundle's, then compare layer by layer.
+    """Convert every low-precision graph again, compare it with the bundle's, and compare its layers with FP32.
 
-    Returns the checks, and notes on what could not be checked: without the package onnx, nothing.
+    Returns:
+        The checks, and notes on what could not be checked. Without the package onnx, there are no checks.
     """
     low = [name for name, entry in bundle.manifest.graphs.items() if entry.precision != "fp32"]
     if not low:
         return [], []
     if importlib.util.find_spec("onnx") is None:
         return [], [
-            f"{', '.join(low)} could not be derived again from FP32 and compared node by node, which needs the package "
-            "onnx; judged by their outputs alone."
+            f"{', '.join(low)} were checked by their outputs only: converting FP32 again and comparing nodes needs the "
+            "package onnx."
         ]
     checks: list[Check] = []
     for name in low:
-        on_progress(f"Deriving {name} again from FP32")
+        on_progress(f"Converting {name} again from FP32")
         found, full = _models(bundle, name)
         checks.append(_derivation_check(bundle, name, found, full))
         checks += layer_checks(bundle, name, references, (found, full))
@@ -55,17 +56,21 @@ def derivation_checks(
     if not unrecorded:
         return checks, []
     return checks, [
-        f"The bundle does not record which products of {', '.join(unrecorded)} stay in a higher precision; that was "
-        "read from the graphs themselves. Build them again to have it recorded."
+        f"The bundle does not record which products of {', '.join(unrecorded)} are in a higher precision; this was "
+        "read from the graphs. Build them again to record it."
     ]
 
 
 def layer_checks(
     bundle: Bundle, name: str, references: Sequence[Reference], models: tuple[ModelProto, ModelProto] | None = None
 ) -> list[Check]:
-    """The worst layer of a low-precision graph against FP32's layer of the same inputs, on the last reference.
+    """Check the layers of a low-precision graph against FP32 on the last reference; the value is the worst layer's.
 
-    `models` are the graph and its FP32 source, where they are loaded already.
+    Args:
+        bundle: holds both graphs.
+        name: manifest key of the graph.
+        references: of the bundle.
+        models: the graph and its FP32 graph, if they are loaded already.
     """
     from cclip_deploy.parity.layers import layer_errors, layer_limit
 
@@ -78,17 +83,17 @@ def layer_checks(
     limit = layer_limit(entry.precision)
     worst = max(errors, key=lambda layer: np.inf if np.isnan(layer.error) else layer.error)
     wrong = [layer for layer in errors if not layer.error <= limit]
-    told = ", ".join(f"node {layer.node!r} ({layer.op_type}): {layer.error:.3g}" for layer in wrong[:LAYERS_SHOWN])
+    listed = ", ".join(f"node {layer.node!r} ({layer.op_type}): {layer.error:.3g}" for layer in wrong[:LAYERS_SHOWN])
     return [
         Check(
             f"{graph}/layers", graph, BACKEND, entry.precision, "layer_error", worst.error, limit, not wrong,
-            f"{len(wrong)} of {len(errors)} layers: {told}" if wrong else None,
+            f"{len(wrong)} of {len(errors)} layers: {listed}" if wrong else None,
         )
     ]  # fmt: skip
 
 
 def _models(bundle: Bundle, name: str) -> tuple[ModelProto, ModelProto]:
-    """A low-precision graph and the FP32 graph that it is made from."""
+    """Load a low-precision graph and its FP32 graph."""
     return load_model(bundle, name), load_model(bundle, name.split(".")[0])
 
 
@@ -105,8 +110,8 @@ def _derivation_check(bundle: Bundle, name: str, found: ModelProto, full: ModelP
         expected = lower(full, entry.precision, ranges, keep, _io_of(entry)).model
         faults = list(islice(differences(found, expected), DIFFERENCES_COUNTED))
     except CclipError as error:
-        faults = [f"FP32 and the recorded ranges give no {entry.precision} graph: {error}"]
-    detail = f"{faults[0]}; that is not what FP32 and the recorded ranges give" if faults else None
+        faults = [f"FP32 cannot be converted to {entry.precision} with the recorded ranges: {error}"]
+    detail = f"{faults[0]}, unlike the conversion of FP32 with the recorded ranges" if faults else None
     return Check(
         f"{graph}/derivation", graph, BACKEND, entry.precision, "differences", len(faults), 0.0, not faults, detail
     )

@@ -1,7 +1,7 @@
-"""The record beside an engine: the layers of its build, and the engine and graph that they belong to, by their hashes.
+"""Prove the precision of engines without a GPU, from the layer record of their build.
 
-TensorRT opens an engine only where its GPU is. So what a record proves rests on its hashes, on marks that every engine
-of the binding has (read from real builds of TensorRT-RTX 1.7), and on the layers themselves, judged anew each time.
+TensorRT opens an engine only on its GPU. A record is therefore checked by the hashes of its engine and graph, by marks
+that every engine file has (observed in TensorRT-RTX 1.7), and by the layers, which are analyzed again each time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from cclip_deploy.bundle.bundle import RECORD_BYTES, Bundle
 from cclip_deploy.bundle.manifest import EngineEntry, GraphEntry, graph_key
-from cclip_deploy.bundle.precision import Precision, is_quantized, product_type, rest_type
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import BundleError, ParityError
 from cclip_deploy.parity.compare import Check
 from cclip_deploy.runtime.graph_model import load_model
@@ -22,15 +22,15 @@ from cclip_deploy.runtime.tensorrt.builder import BuiltEngine
 from cclip_deploy.runtime.tensorrt.layers import LayerTable, product_nodes, prove_precision
 
 MAGIC = {"tensorrt-rtx": (b"vtrt",), "tensorrt": (b"ftrt", b"ptrt")}
-"""How a serialized engine begins. Plain TensorRT's are those that published tools look for: none was built here."""
+"""First bytes of engine files. Those of TensorRT are taken from published tools and were not tested."""
 LENGTH_BYTES = slice(16, 24)
-"""Where a TensorRT-RTX engine holds its own length, little-endian."""
+"""Position of the file length in a TensorRT-RTX engine, little-endian."""
 NODE = "[ONNX Layer: {}]"
-"""How a TensorRT-RTX engine holds the name of an ONNX node."""
+"""Form in which a TensorRT-RTX engine contains the name of an ONNX node."""
 
 
 def proof_record(built: BuiltEngine, precision: Precision, engine_sha256: str, graph_sha256: str) -> dict[str, Any]:
-    """The record of a built engine in plain JSON form."""
+    """Return the JSON record of a built engine."""
     return {
         "asked": precision,
         "engine_sha256": engine_sha256,
@@ -42,10 +42,13 @@ def proof_record(built: BuiltEngine, precision: Precision, engine_sha256: str, g
 
 
 def engine_checks(bundle: Bundle) -> tuple[list[Check], list[str]]:
-    """Each engine's precision and graph, checked without running it, and notes on what is proved of it or why nothing.
+    """Check the precision and graph of each engine without running it.
+
+    Returns:
+        The checks, and notes on engines that are not proved or that run some products in a higher precision.
 
     Raises:
-        BundleError: an engine's record is no layer table.
+        BundleError: an engine's record is not a layer table.
     """
     checks, notes = [], []
     for engine in bundle.manifest.engines:
@@ -58,7 +61,7 @@ def engine_checks(bundle: Bundle) -> tuple[list[Check], list[str]]:
             products, kept = len(record["products"]), len(record["kept"])
             notes.append(
                 f"{engine.file} runs {products - kept} of {products} convolutions and matrix products in "
-                f"{product_type(engine.precision)}, the others in {rest_type(engine.precision)}."
+                f"{engine.precision.product_type}, the others in {engine.precision.high_precision}."
             )
         measured = {"precision_honoured": reason is None, "graph_unchanged": graph.sha256 == engine.graph_sha256}
         for metric, holds in measured.items():
@@ -70,9 +73,9 @@ def engine_checks(bundle: Bundle) -> tuple[list[Check], list[str]]:
 
 
 def _why_not_proved(bundle: Bundle, engine: EngineEntry, graph: GraphEntry, record: Mapping[str, Any]) -> str | None:
-    """Why nothing proves that an engine is a graph's, in its precision; None where its record proves it."""
+    """Return why an engine is not proved to be built from a graph in its precision; None if it is proved."""
     if "engine_sha256" not in record or "graph_sha256" not in record:
-        return "its record does not say which engine it belongs to. Build the engine again."
+        return "its record has no hashes of its engine and graph. Build the engine again."
     if record["engine_sha256"] != engine.sha256:
         return "its record belongs to another engine. Build the engine again."
     if record["graph_sha256"] != graph.sha256:
@@ -85,7 +88,7 @@ def _why_not_proved(bundle: Bundle, engine: EngineEntry, graph: GraphEntry, reco
 
 
 def _read_record(content: bytes, path: Path) -> Mapping[str, Any]:
-    """A record with its `table` read; BundleError where it is none."""
+    """Parse a record and its layer table; raise BundleError if it is invalid."""
     try:
         record = json.loads(content)
         lists = {name: frozenset(record.get(name, ())) for name in ("products", "kept")}
@@ -93,40 +96,40 @@ def _read_record(content: bytes, path: Path) -> Mapping[str, Any]:
             raise KeyError("products")
         return {**record, **lists, "table": LayerTable.from_dict(record)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BundleError(f"{path} is no layer table: {error!r}. Build the engine again.") from error
+        raise BundleError(f"{path} is not a layer table: {error!r}. Build the engine again.") from error
 
 
 def _why_no_engine(content: bytes, engine: EngineEntry, graph: GraphEntry, table: LayerTable) -> str | None:
-    """Why bytes are not an engine of its binding with a graph's inputs and outputs and a table's nodes."""
+    """Return why bytes are not an engine with a graph's inputs and outputs and a table's nodes; None if they are."""
     magic = MAGIC.get(engine.backend, ())
     if len(content) < LENGTH_BYTES.stop:
-        return f"the file is no {engine.backend} engine."
+        return f"the file is not a {engine.backend} engine."
     if not content[:4].startswith(magic):
-        return f"the file is no {engine.backend} engine: it begins with {content[:4]!r}."
+        return f"the file is not a {engine.backend} engine: it starts with {content[:4]!r}."
     names = [tensor.name for tensor in (*graph.inputs, *graph.outputs)]
     if engine.backend == "tensorrt-rtx":
         length = int.from_bytes(content[LENGTH_BYTES], "little")
         if length != len(content):
-            return f"the file is no whole engine: it has {len(content)} bytes, its header says {length}."
+            return f"the engine is truncated or extended: it has {len(content)} bytes, its header says {length}."
         names += [NODE.format(node) for node in sorted({node for row in table.rows for node in row.origins})]
     missing = next((name for name in names if name.encode() not in content), None)
-    return None if missing is None else f"{missing} of its graph does not occur in the file: it is another engine."
+    return None if missing is None else f"the file does not contain {missing} of its graph: it is another engine."
 
 
 def _why_other_products(bundle: Bundle, engine: EngineEntry, record: Mapping[str, Any]) -> str | None:
-    """Why the products of a record are not those of its graph; None, too, where the package onnx is not installed."""
+    """Return why the products of a record are not its graph's; None if they are, or onnx is not installed."""
     if importlib.util.find_spec("onnx") is None:
         return None
     precision, model = engine.precision, load_model(bundle, graph_key(engine.graph, engine.precision))
     products = product_nodes(model)
     if record["products"] != products:
         other = sorted(record["products"] ^ products)
-        return f"its record does not name the graph's own products; {other[0]} is not in both."
-    if is_quantized(precision):
+        return f"its record and its graph differ in their products; first: {other[0]}."
+    if precision.is_quantized:
         codes = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
         quantized = {node.name for node in model.graph.node if not codes.isdisjoint(node.input)}
         if other := sorted(record["kept"] ^ (products - quantized)):
-            return f"its record and its graph differ in what is kept out of {precision}; first: {other[0]}."
+            return f"its record and its graph differ in the products in a higher precision; first: {other[0]}."
     return None
 
 

@@ -1,4 +1,4 @@
-"""Inspect: what a bundle holds, told after every checksum was verified; needs neither torch nor onnx."""
+"""Describe the content of a bundle after verifying all checksums; needs neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cclip_deploy.runtime.tensorrt.layers import LayerTable
 
 
 def describe_bundle(path: Path) -> dict[str, Any]:
-    """The contract of `inspect --json`: graphs and engines, with what they were made from."""
+    """Return the JSON form of `inspect --json`: graphs and engines, with their sources."""
     bundle = Bundle.open(path)
     strays = bundle.check_all()
     manifest = bundle.manifest
@@ -55,7 +55,7 @@ def _engine(bundle: Bundle, engine: EngineEntry) -> dict[str, Any]:
         table = LayerTable.from_dict(json.loads(content))
     except (ValueError, RecursionError) as error:
         raise BundleError(
-            f"{bundle.path / engine.layers} is no layer table: {error}. Build the engine again."
+            f"{bundle.path / engine.layers} is not a layer table: {error}. Build the engine again."
         ) from error
     return {
         **engine.model_dump(mode="json"),

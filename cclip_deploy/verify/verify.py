@@ -1,4 +1,4 @@
-"""Verify: a bundle's graphs against PyTorch's answers, recorded at export or computed afresh."""
+"""Verify a bundle: checksums, parity of every graph with PyTorch, and the precision of every engine."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks, what a reader must know beside them, and what ran in each precision."""
+    """The result: all checks, notes on their limits, and what ran in each precision."""
 
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
     ran: tuple[dict[str, Any], ...] = ()
     not_verified: tuple[dict[str, str], ...] = ()
-    """The graphs that the backend cannot run, each with the reason."""
+    """The graphs that the backend cannot run, with the reason."""
 
     @property
     def passed(self) -> bool:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """The form of `verify --json`."""
+        """Return the JSON form of `verify --json`."""
         return {
             "passed": self.passed,
             "checks": [check.to_dict() for check in self.checks],
@@ -58,7 +58,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """`checkpoint` computes the reference afresh; pictures and prompts of one's own need it."""
+    """How to verify. With `checkpoint`, references are computed again; `pictures` and `prompts` need it."""
 
     checkpoint: Path | None = None
     pictures: tuple[Path, ...] = ()
@@ -68,12 +68,11 @@ class VerifyOptions:
 
 
 def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress = lambda _: None) -> Verification:
-    """Check every checksum, every graph in every precision, and every engine's proof of precision.
+    """Check all checksums, every graph in every precision, and the proof of every engine's precision.
 
     Raises:
-        BundleError: a file was altered, is among the graphs or engines without being listed, or is a graph that no
-            export makes.
-        UsageError: pictures were given without a checkpoint to ask.
+        BundleError: a file was altered, a graph or engine is not listed, or a graph is not one that export writes.
+        UsageError: images or prompts were given without a checkpoint.
     """
     on_progress("Checking checksums")
     strays = bundle.check_all()
@@ -81,55 +80,69 @@ def verify_bundle(bundle: Bundle, options: VerifyOptions, on_progress: Progress 
         read_checked(bundle, entry)
     references, notes, checks = _references(bundle, options, on_progress)
     checks += stage_checks(bundle, references)
-    has_onnx = importlib.util.find_spec("onnx") is not None
-    choice, ran, run_engines = replace(options.choice, threads=options.threads), [], set[str]()
-    precisions, not_run = precisions_to_run(choice, bundle)
-    outputs: list[Check] = []
+    config = replace(options.choice, threads=options.threads)
+    run = _run_graphs(bundle, config, references, on_progress)
+    derived, derivation_notes = derivation_checks(bundle, references, on_progress)
+    engines, engine_notes = engine_checks(bundle)
+    # The first failed check is the one that is reported, so causes come before consequences.
+    checks += [check for check in run.checks if check.precision == "fp32"] + derived
+    checks += [check for check in run.checks if check.precision != "fp32"] + engines
+    notes += run.notes + derivation_notes + engine_notes + _calibration_notes(bundle)
+    notes += _rounding_notes(bundle, run.ran)
+    if strays:
+        notes.append(f"{', '.join(strays)} have no checksum and are not loaded.")
+    notes += _reference_notes(references)
+    notes += [
+        f"{engine.file} was checked by the record of its build, not run: that needs a GPU and --backend "
+        f"{engine.backend}."
+        for engine in bundle.manifest.engines
+        if engine.file not in run.engines
+    ]
+    not_verified = tuple(
+        {"graph": name, "backend": config.backend, "reason": run.not_run[graph.precision]}
+        for name, graph in bundle.manifest.graphs.items()
+        if graph.precision in run.not_run
+    )
+    return Verification(tuple(checks), tuple(notes), tuple(run.ran), not_verified)
+
+
+@dataclass
+class _Run:
+    """Checks of the graphs that a backend ran, by precision."""
+
+    not_run: dict[str, str]
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ran: list[dict[str, Any]] = field(default_factory=list)
+    engines: set[str] = field(default_factory=set)
+
+
+def _run_graphs(bundle: Bundle, config: BackendConfig, references: Sequence[Reference], on_progress: Progress) -> _Run:
+    precisions, not_run = precisions_to_run(config, bundle)
+    run = _Run(not_run)
     for precision in precisions:
-        with opened(choice, bundle, precision, has_onnx) as found:
+        with opened(config, bundle, precision, _has_onnx()) as found:
             graphs = _graphs_of(bundle, found)
             on_progress(f"Comparing {precision} graphs on {found.ran}: {', '.join(graphs)}")
             with_chain = can_chain(bundle.manifest, precision) and _runs_chain(found)
-            outputs += check_graphs(found.backend, graphs, references, plain_batch(bundle.manifest), with_chain)
+            run.checks += check_graphs(found.backend, graphs, references, plain_batch(bundle.manifest), with_chain)
             if with_chain:
-                outputs += mask_stage_checks(bundle, found.backend, references)
+                run.checks += mask_stage_checks(bundle, found.backend, references)
             chain = chain_precisions(found.backend, bundle) if with_chain else {}
             chain |= dict.fromkeys(graphs, precision)
-            ran.append({**found.to_dict(), "graphs": chain})
-            notes += [told for told in [found.told()] if told] + found.arithmetic_notes(chain)
+            run.ran.append({**found.to_dict(), "graphs": chain})
+            run.notes += found.notes(chain)
             if isinstance(found.backend, TensorRtBackend):
-                run_engines |= {entry.file for entry in found.backend.entries}
-    derived, derivation_notes = derivation_checks(bundle, references, on_progress)
-    engines, engine_notes = engine_checks(bundle)
-    # The first failed check is the one that is named, so a cause comes before what follows from it.
-    checks += [check for check in outputs if check.precision == "fp32"] + derived
-    checks += [check for check in outputs if check.precision != "fp32"] + engines
-    notes += derivation_notes + engine_notes + _calibration_notes(bundle)
-    narrow = [name for name, graph in bundle.manifest.graphs.items() if "16" in graph.precision]
-    if narrow and any(row["ran"] == "onnxruntime on cpu" for row in ran):
-        told = (
-            "ran in FP32 arithmetic with every result rounded as the graph says: no CPU kernel does so"
-            if has_onnx
-            else "ran without the roundings between operators, which a CPU makes only with the package onnx"
-        )
-        notes.append(f"{', '.join(narrow)} {told}.")
-    if strays:
-        notes.append(f"No checksum covers {', '.join(strays)}; nothing of it is loaded.")
-    notes += _reference_notes(references)
-    for engine in bundle.manifest.engines:
-        if engine.file not in run_engines:
-            judged = "was judged by the record of its build, not run: that needs a GPU"
-            notes.append(f"{engine.file} {judged} and --backend {engine.backend}.")
-    not_verified = tuple(
-        {"graph": name, "backend": choice.backend, "reason": not_run[graph.precision]}
-        for name, graph in bundle.manifest.graphs.items()
-        if graph.precision in not_run
-    )
-    return Verification(tuple(checks), tuple(notes), tuple(ran), not_verified)
+                run.engines |= {entry.file for entry in found.backend.entries}
+    return run
+
+
+def _has_onnx() -> bool:
+    return importlib.util.find_spec("onnx") is not None
 
 
 def _graphs_of(bundle: Bundle, found: OpenBackend) -> list[str]:
-    """The graphs of this precision that the backend can run: an engine backend those that were built in it."""
+    """Return the graphs of the backend's precision that it can run."""
     backend = found.backend
     if isinstance(backend, TensorRtBackend):
         return [entry.graph for entry in backend.entries if entry.precision == backend.precision]
@@ -147,11 +160,11 @@ def _base_names(bundle: Bundle) -> list[str]:
 def _references(
     bundle: Bundle, options: VerifyOptions, on_progress: Progress
 ) -> tuple[list[Reference], list[str], list[Check]]:
-    """References, recorded or computed afresh, with notes on them and checks that only a checkpoint allows."""
+    """Load or compute the references; return them with notes and with checks that need a checkpoint."""
     if options.checkpoint is None:
         if options.pictures or options.prompts:
             raise UsageError(
-                "Pictures and prompts of your own need the network to answer for them: give --checkpoint FILE too."
+                "Images and prompts of your own need the network to compute references: give --checkpoint FILE too."
             )
         return load_references(bundle), [], []
     from cclip_deploy.environment.packages import require_export_packages
@@ -159,7 +172,7 @@ def _references(
     require_export_packages()
     from cclip_deploy.model.checkpoint import load_checkpoint
 
-    on_progress(f"Computing reference answers from {options.checkpoint}")
+    on_progress(f"Computing references from {options.checkpoint}")
     loaded = load_checkpoint(options.checkpoint)
     notes = []
     if loaded.sha256 != bundle.manifest.checkpoint.sha256:
@@ -168,47 +181,60 @@ def _references(
             f"({bundle.manifest.checkpoint.name}, SHA-256 {bundle.manifest.checkpoint.sha256[:12]}…)."
         )
     tokenizer = check_tokenizer_file(bundle, PromptTokenizer.from_open_clip())
-    return _record_afresh(bundle, loaded, options), notes, [tokenizer]
+    return _record_references(bundle, loaded, options), notes, [tokenizer]
 
 
-def _record_afresh(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOptions) -> list[Reference]:
-    """References by the checkpoint, open_clip and the trained preprocessing; of the bundle, only sizes are read."""
+def _record_references(bundle: Bundle, loaded: LoadedCheckpoint, options: VerifyOptions) -> list[Reference]:
+    """Compute references from the checkpoint; only sizes and names of graphs are read from the bundle."""
     from cclip_deploy.parity.record import make_references
     from cclip_deploy.runtime.pytorch import PyTorchBackend
 
     if loaded.config.to_dict() != bundle.manifest.model:
         raise UsageError(
-            f"{options.checkpoint} is a {loaded.config.name!r} network, the bundle holds "
-            f"{bundle.manifest.model['name']!r}. Give the checkpoint that it was exported from."
+            f"{options.checkpoint} is a {loaded.config.name!r} network, the bundle has "
+            f"{bundle.manifest.model['name']!r}. Use the checkpoint that it was exported from."
         )
     set_torch_threads(options.threads)
     pictures = find_images(options.pictures) if options.pictures else []
     return make_references(PyTorchBackend(loaded.model), bundle.manifest, pictures, options.prompts)
 
 
+def _rounding_notes(bundle: Bundle, ran: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a note on how 16-bit graphs were run on the CPU."""
+    half = [name for name, graph in bundle.manifest.graphs.items() if graph.precision.has_16_bits]
+    if not half or not any(row["ran"] == "onnxruntime on cpu" for row in ran):
+        return []
+    how = (
+        "ran in FP32 arithmetic with every result rounded to 16 bits, because no CPU kernel does so"
+        if _has_onnx()
+        else "ran without rounding between operators, which needs the package onnx on a CPU"
+    )
+    return [f"{', '.join(half)} {how}."]
+
+
 def _reference_notes(references: Sequence[Reference]) -> list[str]:
-    """What the references do not show."""
+    """Return notes on what the references cannot show."""
     notes = []
     if not any(reference.source for reference in references):
         notes.append(
-            "The references of this bundle begin with tokens and normalized pixels, so tokenizer, preprocessing and "
+            "The references of this bundle start from tokens and normalized pixels, so tokenizer, preprocessing and "
             "threshold were not checked. Export it again, or give --checkpoint FILE."
         )
     for name in without_useful_masks(references):
         notes.append(
-            f"No {name} reference mask covers between 2 % and 98 % of its picture: there, masks say little beside the "
-            "tensor errors."
+            f"No mask of the reference {name} covers between 2 % and 98 % of its image, so mask agreement says little "
+            "there beyond the tensor errors."
         )
     return notes
 
 
 def _calibration_notes(bundle: Bundle) -> list[str]:
-    """What each quantized graph was calibrated with; BundleError where its record is none or another graph's."""
+    """Return notes on the calibration of each quantized graph; raise BundleError for a wrong record."""
     notes = []
     for name, graph in bundle.manifest.graphs.items():
         if graph.calibration is not None:
             record = read_record(bundle, graph)
-            apart = f"none of them among {record.evaluation_pictures} evaluation pictures"
-            told = apart if record.evaluation_pictures else "no evaluation set was named to keep apart from them"
-            notes.append(f"{name} was calibrated on {len(record.pictures)} pictures ({record.method}); {told}.")
+            disjoint = f"none of them is among the {record.evaluation_pictures} evaluation images"
+            evaluation = disjoint if record.evaluation_pictures else "no evaluation set was given to keep separate"
+            notes.append(f"{name} was calibrated on {len(record.pictures)} images ({record.method}); {evaluation}.")
     return notes

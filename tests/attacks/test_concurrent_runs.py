@@ -204,7 +204,7 @@ def test_masks_of_another_patient_are_not_replaced_silently(tiny_bundle_path: Pa
     masks = digests(films.out)
     code, said = films.predict("two")
     assert code == 2
-    assert "film-lung-mask.png is there and is of another picture" in said
+    assert "film-lung-mask.png exists and is of another image" in said
     assert "--force" in said
     assert digests(films.out) == masks
     assert films.predict("one")[0] == 0
@@ -223,7 +223,7 @@ def test_a_mask_that_does_not_say_of_what_it_is_is_not_replaced(tiny_bundle_path
     Image.new("L", (40, 40)).save(films.out / "film-lung-mask.png")
     code, said = films.predict("one")
     assert code == 2
-    assert "does not say what picture it is of" in said
+    assert "does not contain the hash of its image" in said
     assert os.listdir(films.out) == ["film-lung-mask.png"]
 
 

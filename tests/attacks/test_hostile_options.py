@@ -156,7 +156,10 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(
         'name = "a"\nquestion = "q"\nrecipe = "a.toml"\nseeds = [0]\nreference = "x"\n[arms.x]\n[arms.y]\nseed = 1\n'
     )
     began = "the work began"
-    for module in ("train.loop.run_epochs", "runtime.onnx_runtime.make_session", "data.synthetic.write_layout"):
+    works = (
+        "train.loop.run_epochs", "runtime.onnxruntime.cpu.make_session", "datasets.synthetic.generator.write_layout",
+    )  # fmt: skip
+    for module in works:
         name, function = module.rsplit(".", 1)
         monkeypatch.setattr(
             __import__(f"cclip_deploy.{name}", fromlist=["x"]), function, lambda *a, **k: pytest.fail(began)

@@ -192,7 +192,7 @@ def test_a_bundle_with_a_hostile_tokenizer_is_refused_when_it_is_opened_to_serve
     reseal(copy)
     bundle = Bundle.open(copy)
     with pytest.raises(DataError, match="padding differ"):
-        Segmenter(bundle, OnnxRuntimeBackend(bundle, threads=1))
+        Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, threads=1))
 
 
 @pytest.mark.parametrize("backend", [OnnxRuntimeBackend, OpenVinoBackend])
@@ -201,8 +201,8 @@ def test_ids_outside_the_vocabulary_do_not_reach_a_backend(tiny_bundle: Bundle, 
     """Before: a traceback from ONNX Runtime, and an answer from OpenVINO."""
     row = np.zeros(24, np.int64)
     row[:3] = 49406, number, 49407
-    with pytest.raises(UsageError, match=r"Token ids reach from .*; those of .* are 0 to 49407"):
-        Segmenter(tiny_bundle, backend(tiny_bundle, threads=1)).encode_tokens([row])
+    with pytest.raises(UsageError, match=r"Token ids range from .*; .* allows 0 to 49407"):
+        Segmenter.of_bundle(tiny_bundle, backend(tiny_bundle, threads=1)).encode_tokens([row])
 
 
 @pytest.mark.parametrize("size", [49407, 0, -5, "many", None])
@@ -213,4 +213,4 @@ def test_a_network_with_fewer_tokens_than_the_tokenizer_is_refused(
     reseal(copy, lambda manifest: manifest["model"].update(vocabulary_size=size))
     bundle = Bundle.open(copy)
     with pytest.raises(BundleError, match=r"tokenizer of 49408 tokens and a network of"):
-        Segmenter(bundle, OnnxRuntimeBackend(bundle, threads=1))
+        Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, threads=1))

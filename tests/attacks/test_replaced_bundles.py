@@ -95,7 +95,7 @@ def before_opening(
 
 
 def masks(bundle: Bundle, backend: Backend) -> np.ndarray:
-    return np.stack(list(Segmenter(bundle, backend).probabilities(PIXELS, PROMPTS)))
+    return np.stack(list(Segmenter.of_bundle(bundle, backend).probabilities(PIXELS, PROMPTS)))
 
 
 @pytest.fixture(scope="session")
@@ -242,7 +242,7 @@ def test_a_graph_that_was_unloaded_is_not_loaded_again_from_another_bundle(
 ) -> None:
     bundle = Bundle.open(served)
     backend = OnnxRuntimeBackend(bundle, threads=1)
-    segmenter = Segmenter(bundle, backend)
+    segmenter = Segmenter.of_bundle(bundle, backend)
     segmenter.warm_up()
     segmenter.prepare(PROMPTS)  # unloads the prompt encoder
     put_in_place(other_bundle, served)
@@ -259,7 +259,7 @@ def test_no_kernel_of_another_bundle_is_kept_under_this_ones_hash(
 ) -> None:
     cache = tmp_path / "kernels"
     bundle = Bundle.open(served)
-    segmenter = Segmenter(bundle, OnnxRuntimeBackend(bundle, threads=1), cache)
+    segmenter = Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, threads=1), cache)
     segmenter.prepare(["a first prompt"])
     put_in_place(other_bundle, served)
     with pytest.raises(BundleError, match=REPLACED):
@@ -269,7 +269,7 @@ def test_no_kernel_of_another_bundle_is_kept_under_this_ones_hash(
     for path in (tiny_bundle_path, other_bundle):  # later processes, with one folder
         opened = Bundle.open(path)
         with_cache, without = (
-            Segmenter(opened, OnnxRuntimeBackend(opened, threads=1), folder).encode_prompts(PROMPTS)
+            Segmenter.of_bundle(opened, OnnxRuntimeBackend(opened, threads=1), folder).encode_prompts(PROMPTS)
             for folder in (cache, None)
         )
         np.testing.assert_array_equal(with_cache.kernel, without.kernel)
@@ -284,7 +284,7 @@ def same(one: PromptKernels, two: PromptKernels) -> bool:
 def test_a_backend_of_another_bundle_is_refused(tiny_bundle: Bundle, other_bundle: Path) -> None:
     """It would compute kernels that go under this bundle's hash."""
     with pytest.raises(UsageError, match="opened with another bundle"):
-        Segmenter(tiny_bundle, OnnxRuntimeBackend(Bundle.open(other_bundle), threads=1))
+        Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(Bundle.open(other_bundle), threads=1))
 
 
 def test_references_exchanged_between_check_and_load_are_not_used(

@@ -1,4 +1,4 @@
-"""A bundle appears whole or not at all, and nothing of it is loaded that its checksums do not cover."""
+"""Bundles are written atomically, and only files with a correct checksum are loaded."""
 
 from __future__ import annotations
 
@@ -73,17 +73,17 @@ def test_a_missing_file_is_named(copy: Path, name: str) -> None:
         Bundle.open(copy).check_all()
 
 
-def test_what_is_no_folder_or_no_bundle_is_said_so(tmp_path: Path) -> None:
+def test_a_path_without_a_bundle_raises(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="There is no bundle at"):
         Bundle.open(tmp_path / "nothing")
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="There is no bundle at"):
         Bundle.open(tmp_path / "file")
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         Bundle.open(tmp_path)
 
 
-def test_a_file_that_cannot_be_read_is_a_message(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_raises(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **options: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -101,7 +101,7 @@ def test_a_file_without_a_checksum_is_listed_and_not_loaded(copy: Path) -> None:
         bundle.read("reports/stray.txt")
 
 
-def test_an_unknown_graph_is_answered_with_those_there_are(tiny_bundle: Bundle) -> None:
+def test_an_unknown_graph_raises_with_the_known_ones(tiny_bundle: Bundle) -> None:
     with pytest.raises(UsageError, match=r"no graph 'image'; it has prompt_encoder, image_encoder"):
         tiny_bundle.graph("image")
     assert graph_key("fused", "fp32") == "fused"
@@ -128,22 +128,23 @@ def set_key(*path: str, to: Any) -> Change:
         (set_key("schema_version", to=1), "has schema 1, this version reads 2"),
         (lambda manifest: manifest.pop("preprocessing"), "preprocessing"),
         (set_key("preprocessing", "std", to=[1, 1, 0]), "preprocessing.std"),
-        (set_key("graphs", "fused", "sha256", to="0" * 64), "SHA256SUMS of another"),
-        (set_key("graphs", "fused", "made_from_sha256", to="0" * 64), "fused was not made from"),
-        (set_key("image_hw", to=[96, 64]), "is .*not of size"),
-        (set_key("prompt_length", to=32), "is .*not of size"),
+        (set_key("graphs", "fused", "sha256", to="0" * 64), "SHA256SUMS with another"),
+        (
+            set_key("graphs", "fused", "made_from_sha256", to="0" * 64),
+            "fused was made from another checkpoint or graph",
+        ),
+        (set_key("image_hw", to=[96, 64]), "has shape .*expected size"),
+        (set_key("prompt_length", to=32), "has shape .*expected size"),
     ],
 )
-def test_a_manifest_that_is_not_understood_or_contradicts_the_bundle_is_refused(
-    copy: Path, change: Change, said: str
-) -> None:
+def test_an_invalid_or_contradictory_manifest_raises(copy: Path, change: Change, said: str) -> None:
     reseal(copy, change)
     with pytest.raises(BundleError, match=said):
         Bundle.open(copy)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe{}", b"[" * 100_000])
-def test_a_manifest_that_is_no_json_object_is_refused(copy: Path, content: bytes) -> None:
+def test_a_manifest_that_is_not_a_json_object_raises(copy: Path, content: bytes) -> None:
     (copy / "manifest.json").write_bytes(content)
     seal(copy)
     with pytest.raises(BundleError, match="is not a manifest"):
@@ -155,7 +156,7 @@ def fill(folder: Path, source: Path) -> None:
     shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("SHA256SUMS"))
 
 
-def test_a_new_bundle_takes_its_name_when_it_is_whole(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_a_new_bundle_is_renamed_when_it_is_complete(tiny_bundle_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "new.cclip"
     with new_bundle(path) as folder:
         fill(folder, tiny_bundle_path)
@@ -195,7 +196,7 @@ def test_a_replacement_that_fails_leaves_the_old_bundle(copy: Path, failure: Bas
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.EIO, "I/O error")], ids=["ctrl-c", "disk"])
-def test_a_failure_at_the_last_rename_brings_the_old_bundle_back(
+def test_a_failed_rename_restores_the_old_bundle(
     copy: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
     before, rename = digests(copy), Path.rename
@@ -212,12 +213,12 @@ def test_a_failure_at_the_last_rename_brings_the_old_bundle_back(
     assert os.listdir(copy.parent) == [copy.name]
 
 
-def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentIssue, match="The disk is full"), new_bundle(tmp_path / "new"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_parent_that_is_a_file_is_a_message(tmp_path: Path) -> None:
+def test_a_parent_that_is_a_file_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(EnvironmentIssue, match="could not be written"), new_bundle(tmp_path / "file" / "new"):
         pass
@@ -232,7 +233,7 @@ def test_force_replaces_bundles_and_nothing_else(copy: Path, tmp_path: Path) -> 
     website.mkdir()
     (website / "manifest.json").write_text("{}")
     for other in (website, website / "manifest.json", tmp_path):
-        with pytest.raises(UsageError, match="is no bundle"):
+        with pytest.raises(UsageError, match="is not a bundle"):
             check_output(other, replace=True)
     with new_bundle(copy, replace=True) as folder:
         (folder / "manifest.json").write_text("{}")
@@ -240,7 +241,7 @@ def test_force_replaces_bundles_and_nothing_else(copy: Path, tmp_path: Path) -> 
     assert sorted(os.listdir(copy.parent)) == [copy.name]
 
 
-def test_what_somebody_else_put_there_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "new.cclip"
 
     def make_second() -> None:
@@ -290,12 +291,12 @@ def test_an_edit_gives_no_new_checksum_to_an_altered_file(copy: Path) -> None:
 
 def test_an_edit_gives_no_checksum_to_a_stray_file_and_does_not_delete_it(copy: Path) -> None:
     (copy / "notes.txt").write_text("mine")
-    with pytest.raises(BundleError, match=r"notes\.txt, which no checksum covers"), edited_bundle(Bundle.open(copy)):
+    with pytest.raises(BundleError, match=r"notes\.txt without a checksum"), edited_bundle(Bundle.open(copy)):
         pass
     assert (copy / "notes.txt").read_text() == "mine"
 
 
-def test_a_disk_that_fills_while_an_edit_copies_is_told_as_such(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_during_an_edit_is_reported(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*args: object) -> None:
         raise OSError(errno.EPERM, "no hard links here")
 
@@ -332,7 +333,7 @@ def test_a_bundle_that_is_the_working_folder_can_be_edited(copy: Path, monkeypat
     assert Bundle.open(copy).manifest.command == "edited"
 
 
-def test_reading_ahead_reads_once_gives_each_content_once_and_tells_what_it_found_when_asked(
+def test_read_ahead_reads_each_file_once_and_raises_on_read(
     tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
@@ -369,7 +370,7 @@ def with_graphs(bundle: Bundle, *keys: str) -> Bundle:
     return Bundle.unsealed(bundle.path, manifest)
 
 
-def test_only_a_prompt_encoder_and_a_mask_decoder_come_in_the_rests_precision(tiny_bundle: Bundle) -> None:
+def test_prompt_encoder_and_mask_decoder_have_the_precision_of_the_rest(tiny_bundle: Bundle) -> None:
     lowered = with_graphs(
         tiny_bundle, "image_encoder.int8", "image_encoder.int8-fp16", "prompt_encoder.fp16", "mask_decoder.fp16"
     )
@@ -395,9 +396,9 @@ def test_only_a_prompt_encoder_and_a_mask_decoder_come_in_the_rests_precision(ti
         ("mask_decoder", "fp16", (), "--fp16"),
     ],
 )
-def test_a_graph_that_is_not_there_is_named_with_the_command_that_makes_it(
+def test_a_missing_graph_raises_with_the_command_that_builds_it(
     tiny_bundle: Bundle, graph: str, precision: str, have: tuple[str, ...], command: str
 ) -> None:
     with pytest.raises(UsageError, match="has no graph") as caught:
         with_graphs(tiny_bundle, *have).graph_in(graph, precision)
-    assert str(caught.value).endswith(f"Make it: cclip-deploy build-engine BUNDLE {command}")
+    assert str(caught.value).endswith(f"Build it: cclip-deploy build-engine BUNDLE {command}")

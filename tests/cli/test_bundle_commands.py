@@ -82,7 +82,7 @@ def test_a_changed_byte_ends_every_command_with_6(command: str, copy: Path) -> N
 def test_what_is_no_bundle_ends_every_command_with_6(command: str, tmp_path: Path) -> None:
     done = invoke(command, tmp_path / "none.cclip")
     assert (done.exit_code, done.stdout) == (6, "")
-    assert "Make one: cclip-deploy export CHECKPOINT" in done.stderr
+    assert "Export one: cclip-deploy export CHECKPOINT" in done.stderr
 
 
 def test_pictures_without_a_checkpoint_are_a_usage_error(tiny_bundle_path: Path) -> None:

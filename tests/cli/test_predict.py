@@ -101,7 +101,7 @@ def test_an_unreadable_picture_among_good_ones_ends_with_6_when_the_rest_is_done
     assert len(told["predictions"]) == 3
     assert [row.keys() for row in told["failed"]] == [{"image", "error"}]
     assert told["failed"][0]["image"] == str(films / "broken.png")
-    assert done.stderr.startswith("Error: 1 of 4 pictures could not be used (the others are done); first: ")
+    assert done.stderr.startswith("Error: 1 of 4 images could not be used (the others are done); first: ")
     assert len(os.listdir(tmp_path / "out")) == 9
 
 
@@ -220,7 +220,7 @@ def test_a_precision_that_the_bundle_lacks_runs_no_other(
         "-o", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 2
-    assert f"Make it: cclip-deploy build-engine BUNDLE {flags}\n" in done.stderr
+    assert f"Build it: cclip-deploy build-engine BUNDLE {flags}\n" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -116,7 +116,7 @@ def test_a_low_precision_is_measured_and_named(
         NetworkConfig(low_bundle_path, BackendConfig(backend, threads=THREADS), precision), films, EvaluationOptions()
     )
     bundle = Bundle.open(low_bundle_path)
-    segmenter = Segmenter(bundle, open_backend(backend, bundle, precision, threads=THREADS))
+    segmenter = Segmenter.of_bundle(bundle, open_backend(BackendConfig(backend, threads=THREADS), bundle, precision))
     expected = []
     for row in read_flat(films):
         probability = next(segmenter.probabilities(read_image(row.image).pixels, [row.text]))

@@ -48,7 +48,7 @@ def samples(count: int) -> list[Sample]:
 def evaluate(policy: str = "one", rows: slice = slice(None)) -> Evaluation:
     answers: list[dict[str, ControlAnswer]] = [{"fixed": ControlAnswer(0.1, 0.2)}] * 3 + [{}, {}]
     measured = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)][rows]
-    measurements = Measurements(tuple(measured), (), ())
+    measurements = Measurements(tuple(measured), (), (), tuple(range(len(measured))), ())
     control = Control(CONTROL.name, CONTROL.asked[rows], CONTROL.reasons[rows])
     return summarize(measurements, samples(len(measured)), [control], policy)  # type: ignore[arg-type]
 
@@ -80,7 +80,7 @@ def test_rows_with_an_empty_reference_are_left_out_of_every_mean_over_rows() -> 
     """All means are those of the same rows without the empty one; pooled numbers hold all pixels, as documented."""
     answers = [{"fixed": ControlAnswer(0.1 * n, 0.2 * n)} for n in range(5)]
     every = [row(*pair) for pair in zip(PROBABILITIES, REFERENCES, answers, strict=True)]
-    measured, filled = (Measurements(tuple(rows), (), ()) for rows in (every, every[:4]))
+    measured, filled = (Measurements(tuple(rows), (), (), tuple(range(len(rows))), ()) for rows in (every, every[:4]))
     without = summarize(measured, samples(5), [CONTROL], "leave-out")
     alone = summarize(filled, samples(4), [Control.single("fixed", (LEFT, LEFT, LEFT, None), "same")], "one")
     for name in ("dice_per_image", "iou_per_image", "hd95_px", "boundary_dice"):

@@ -189,7 +189,7 @@ def test_an_output_that_exists_is_refused_before_any_work(
     mine.mkdir()
     with pytest.raises(UsageError, match=r"exists already.*--force"):
         export_bundle(tiny_checkpoint, tiny_bundle_path, OPTIONS, "test")
-    with pytest.raises(UsageError, match="is no bundle, so --force will not replace it"):
+    with pytest.raises(UsageError, match="is not a bundle, so --force does not replace it"):
         export_bundle(tiny_checkpoint, mine, ExportOptions(TINY_HW, 24, replace=True), "test")
 
 
@@ -227,7 +227,7 @@ def test_a_truncated_checkpoint_leaves_nothing(tiny_checkpoint: Path, tmp_path: 
 
 STAGES = [
     "Checking and writing graphs",
-    "Asking PyTorch for reference answers (pictures)",
+    "Recording references from images",
     "Comparing every graph with PyTorch",
 ]
 

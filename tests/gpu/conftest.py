@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cclip_deploy.bundle.bundle import Bundle
-from cclip_deploy.bundle.precision import Precision, is_quantized
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.engines.build import BuildOptions, build_engines
 from cclip_deploy.environment.fingerprint import fingerprint
@@ -63,7 +63,7 @@ def build_once(
             pytest.skip(f"FP8 needs compute capability 8.9, this GPU has {facts.compute_capability}")
         if (binding, precision) not in built:
             path = copy_of(tiny_bundle_path, tmp_path_factory.mktemp("engines"), f"{precision}.cclip")
-            calibration = CalibrationOptions((films,), "min-max") if is_quantized(precision) else None
+            calibration = CalibrationOptions((films,), "min-max") if Precision(precision).is_quantized else None
             options = BuildOptions(precision, binding, threads=THREADS, calibration=calibration)
             for entry in build_engines(Bundle.open(path), options):
                 results.add(

@@ -24,8 +24,7 @@ def provider_reason(device: str) -> str | None:
     """Why this onnxruntime has no such provider; None where it has."""
     import onnxruntime
 
-    from cclip_deploy.runtime.onnxruntime.cpu import INSTALL, PROVIDERS
-    from cclip_deploy.runtime.onnxruntime.gpu import RTX_PLUGIN
+    from cclip_deploy.runtime.onnxruntime.session import INSTALL, PROVIDERS, RTX_PLUGIN
 
     if PROVIDERS[device] in onnxruntime.get_available_providers():
         return None

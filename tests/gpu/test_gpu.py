@@ -22,8 +22,8 @@ from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import check_graphs
 from cclip_deploy.parity.reference import expand, load_references, seeded_inputs
-from cclip_deploy.runtime.onnxruntime.cpu import Device
 from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend
+from cclip_deploy.runtime.onnxruntime.session import Device
 from cclip_deploy.runtime.registry import BackendConfig, engine_precisions
 from cclip_deploy.runtime.tensorrt.binding import BindingName
 from cclip_deploy.runtime.tensorrt.device import Gpu, GpuFacts
@@ -101,7 +101,7 @@ def test_a_thousand_runs_take_no_more_memory(
     bundle = build_once(binding, "fp16")
     pixels = np.random.default_rng(0).random((80, 70), np.float32)
     with TensorRtBackend(bundle, "fp16", binding, GpuOptions(cuda_graphs=graphs)) as backend:
-        segmenter = Segmenter(bundle, backend)
+        segmenter = Segmenter.of_bundle(bundle, backend)
         kernels = segmenter.encode_prompts(["left lung", "both lungs"])
         for _ in range(10):
             segmenter.decode(segmenter.encode_image(pixels), kernels)

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from cclip_deploy.graph.precision.convert import lower, tensors_to_calibrate
-from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
+from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 from cclip_deploy.runtime.openvino.backend import compile_graph, load_openvino, read_graph
 from tests.graph.precision.test_float16 import make_model, normal
 

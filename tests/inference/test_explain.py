@@ -1,4 +1,4 @@
-"""What the causal neck did with a picture, from a bundle's outputs and from its checkpoint, and the drawing of it."""
+"""Explanations from a bundle's outputs and from its checkpoint, and their plots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PIXELS = np.random.default_rng(2).random((48, 60), np.float32)
 
 def segmenter_of(path: Path) -> Segmenter:
     bundle = Bundle.open(path)
-    return Segmenter(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", THREADS))
+    return Segmenter.of_bundle(bundle, OnnxRuntimeBackend(bundle, "fp32", "cpu", THREADS))
 
 
 @pytest.fixture
@@ -35,12 +35,14 @@ def segmenter(tiny_bundle_path: Path) -> Segmenter:
 
 
 @pytest.fixture
-def by_checkpoint(segmenter: Segmenter, tiny_checkpoint: Path) -> CheckpointExplainer:
-    return CheckpointExplainer(segmenter, load_checkpoint(tiny_checkpoint))
+def by_checkpoint(tiny_bundle: Bundle, tiny_checkpoint: Path) -> CheckpointExplainer:
+    return CheckpointExplainer(tiny_bundle, load_checkpoint(tiny_checkpoint))
 
 
-def test_the_bundles_masks_are_the_checkpoints(segmenter: Segmenter, by_checkpoint: CheckpointExplainer) -> None:
-    theirs, ours = by_checkpoint.look(PIXELS), BundleExplainer(segmenter).look(PIXELS)
+def test_masks_of_bundle_and_checkpoint_agree(
+    tiny_bundle: Bundle, segmenter: Segmenter, by_checkpoint: CheckpointExplainer
+) -> None:
+    theirs, ours = by_checkpoint.look(PIXELS), BundleExplainer(tiny_bundle, segmenter).look(PIXELS)
     assert list(ours.masks) == ["M3", "M4", "M5"]
     for name, mask in ours.masks.items():
         assert mask.shape == (TINY_HW[0] // 16, TINY_HW[1] // 16)
@@ -50,8 +52,8 @@ def test_the_bundles_masks_are_the_checkpoints(segmenter: Segmenter, by_checkpoi
     assert theirs.confounding is not None
 
 
-def test_one_image_pass_gives_answer_and_explanation(segmenter: Segmenter) -> None:
-    seen = BundleExplainer(segmenter).look(PIXELS)
+def test_one_image_pass_gives_answer_and_explanation(tiny_bundle: Bundle, segmenter: Segmenter) -> None:
+    seen = BundleExplainer(tiny_bundle, segmenter).look(PIXELS)
     assert seen.features is not None
     (with_features,) = segmenter.probabilities(PIXELS, [PROMPT], seen.features)
     (alone,) = segmenter.probabilities(PIXELS, [PROMPT])
@@ -81,9 +83,9 @@ def test_a_bundle_without_further_outputs_says_how_to_get_them(
     bare = copy_of(tiny_bundle_path, tmp_path)
     reseal(bare, _forget_masks)
     with pytest.raises(UsageError, match="--with-masks --with-confounding") as caught:
-        open_explainer(segmenter_of(bare), None)
+        open_explainer(Bundle.open(bare), segmenter_of(bare), None)
     assert "--checkpoint" in str(caught.value)
-    assert len(open_explainer(segmenter_of(bare), tiny_checkpoint).look(PIXELS).masks) == 3
+    assert len(open_explainer(Bundle.open(bare), segmenter_of(bare), tiny_checkpoint).look(PIXELS).masks) == 3
 
 
 def _forget_masks(manifest: dict[str, Any]) -> None:
@@ -91,16 +93,18 @@ def _forget_masks(manifest: dict[str, Any]) -> None:
     encoder["outputs"] = [output for output in encoder["outputs"] if not output["name"].startswith("mask")]
 
 
-def test_another_checkpoint_is_refused(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_another_checkpoint_is_refused(tiny_bundle: Bundle, segmenter: Segmenter, tmp_path: Path) -> None:
     save_checkpoint(random_network(seed=1), tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="was exported from"):
-        open_explainer(segmenter, tmp_path / "other.safetensors")
+        open_explainer(tiny_bundle, segmenter, tmp_path / "other.safetensors")
 
 
-def test_predict_draws_an_explanation_beside_every_mask(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_predict_draws_an_explanation_beside_every_mask(
+    tiny_bundle: Bundle, segmenter: Segmenter, tmp_path: Path
+) -> None:
     Image.fromarray(np.uint8(PIXELS * 255)).save(tmp_path / "film.png")
     found = predict(segmenter, [tmp_path / "film.png"], [PROMPT, "$right$"], tmp_path / "out",
-                    PredictOptions(explainer=BundleExplainer(segmenter)))  # fmt: skip
+                    PredictOptions(explainer=BundleExplainer(tiny_bundle, segmenter)))  # fmt: skip
     names = [Path(str(row.explanation)).name for row in found.done]
     assert names == ["film-lower-left-lung-explanation.png", "film-right-explanation.png"]
     assert found.done[0].to_dict()["files"]["explanation"].endswith(names[0])  # type: ignore[index]

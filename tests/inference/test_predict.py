@@ -1,4 +1,4 @@
-"""Masks on disk in the picture's own size, one image pass a picture, and bad pictures told apart from good ones."""
+"""`predict` writes masks at the size of the image files and reports unreadable images."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def fake() -> Brightness:
 
 @pytest.fixture
 def fast(tiny_bundle: Bundle, fake: Brightness) -> Segmenter:
-    return Segmenter(tiny_bundle, fake)
+    return Segmenter.of_bundle(tiny_bundle, fake)
 
 
 @pytest.fixture
 def real(tiny_bundle: Bundle) -> Segmenter:
-    return Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS))
+    return Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS))
 
 
 def save_png(path: Path, shape: tuple[int, ...] = (50, 40), dtype: type = np.uint8) -> Path:
@@ -76,9 +76,7 @@ def read_png(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_a_network_is_asked_once_for_a_picture_however_many_prompts(
-    fast: Segmenter, fake: Brightness, tmp_path: Path
-) -> None:
+def test_each_image_is_encoded_once_for_all_prompts(fast: Segmenter, fake: Brightness, tmp_path: Path) -> None:
     pictures = [save_png(tmp_path / f"{n}.png") for n in range(3)]
     found = predict(fast, pictures, [*PROMPTS, "heart"], tmp_path / "out")
     assert fake.runs.count("image_encoder") == 3
@@ -146,7 +144,7 @@ def test_answers_do_not_depend_on_the_order_or_number_of_prompts(tiny_bundle: Bu
     prompts = [*PROMPTS, "heart", "spine", "rib"]
 
     def means(asked: list[str], folder: str) -> dict[str, float]:
-        fresh = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS))
+        fresh = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS))
         return {row.prompt: row.mean_probability for row in predict(fresh, [path], asked, tmp_path / folder).done}
 
     together = means(prompts, "a")
@@ -189,7 +187,7 @@ def test_the_threshold_is_the_bundles_unless_one_is_given(fast: Segmenter, tmp_p
     assert not (tmp_path / "d").exists()
 
 
-def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(fast: Segmenter, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_reported_and_the_others_are_segmented(fast: Segmenter, tmp_path: Path) -> None:
     folder = tmp_path / "films"
     folder.mkdir()
     for name in ("a.png", "c.png", "e.png"):
@@ -203,11 +201,11 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(fast: Seg
     assert all(str(path) in reason for path, reason in found.failed)
     assert len(os.listdir(tmp_path / "out")) == 3 * 2 * 3
     assert seen == [("a.png", 1, 5), ("b.png", 2, 5), ("c.png", 3, 5), ("d.dcm", 4, 5), ("e.png", 5, 5)]
-    with pytest.raises(ImageError, match=r"2 of 5 pictures could not be used \(the others are done\); first: .*b\.png"):
+    with pytest.raises(ImageError, match=r"2 of 5 images could not be used \(the others are done\); first: .*b\.png"):
         refuse_failures(found)
 
 
-def test_one_bad_picture_alone_is_its_own_message(fast: Segmenter, tmp_path: Path) -> None:
+def test_a_single_unreadable_image_raises_its_own_error(fast: Segmenter, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"nothing")
     found = predict(fast, [tmp_path / "a.png"], ["lung"], tmp_path / "out")
     with pytest.raises(ImageError, match=r"a\.png is not a complete PNG") as caught:
@@ -230,13 +228,13 @@ def test_prompts_are_refused_before_anything_is_written(
     assert fake.runs == []
 
 
-def test_a_missing_picture_is_told_before_anything_is_written(fast: Segmenter, tmp_path: Path) -> None:
+def test_a_missing_image_raises_before_anything_is_written(fast: Segmenter, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="does not exist"):
         predict(fast, [save_png(tmp_path / "a.png"), tmp_path / "b.png"], ["lung"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_a_file_or_cannot_be_made_is_a_message(fast: Segmenter, tmp_path: Path) -> None:
+def test_an_output_that_is_not_a_writable_folder_raises(fast: Segmenter, tmp_path: Path) -> None:
     path = save_png(tmp_path / "a.png")
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UsageError, match="is a file, where a folder"):
@@ -246,7 +244,7 @@ def test_an_output_that_is_a_file_or_cannot_be_made_is_a_message(fast: Segmenter
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_pictures_and_prompts_of_like_names_do_not_overwrite_each_other(fast: Segmenter, tmp_path: Path) -> None:
+def test_similar_names_of_images_and_prompts_do_not_collide(fast: Segmenter, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         save_png(tmp_path / folder / "film.png")
@@ -256,10 +254,10 @@ def test_pictures_and_prompts_of_like_names_do_not_overwrite_each_other(fast: Se
     assert len(os.listdir(tmp_path / "out")) == 24
 
 
-def test_ten_thousand_prompts_are_asked_in_portions_of_sixteen(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_ten_thousand_prompts_run_in_batches_of_sixteen(tiny_bundle: Bundle, tmp_path: Path) -> None:
     """Writing thirty thousand files is not the point, so the segmenter is asked as `predict` asks it."""
     fake = Brightness()
-    probabilities = Segmenter(tiny_bundle, fake).probabilities(
+    probabilities = Segmenter.of_bundle(tiny_bundle, fake).probabilities(
         np.zeros((8, 8), np.float32), [f"x {n}" for n in range(10**4)]
     )
     assert sum(p.shape == (8, 8) for p in probabilities) == 10**4
@@ -267,7 +265,7 @@ def test_ten_thousand_prompts_are_asked_in_portions_of_sixteen(tiny_bundle: Bund
     assert fake.runs.count("mask_decoder") == 625
 
 
-def test_the_brightness_network_is_what_the_files_show(fast: Segmenter, tmp_path: Path) -> None:
+def test_files_contain_the_output_of_the_network(fast: Segmenter, tmp_path: Path) -> None:
     """Closed form: logits 4 mean(normalized) - 0.1 words, of a picture that is not resized."""
     path = save_png(tmp_path / "a.png", (64, 96))
     row = predict(fast, [path], ["lung"], tmp_path / "out").done[0]
@@ -319,7 +317,7 @@ def test_a_network_that_fails_leaves_no_thread(
     assert our_threads() == []
 
 
-def test_ten_thousand_prompts_keep_few_arrays_alive(
+def test_ten_thousand_prompts_hold_few_arrays_in_memory(
     fast: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: weakref.WeakSet[np.ndarray] = weakref.WeakSet()
@@ -347,7 +345,7 @@ def test_ten_thousand_prompts_keep_few_arrays_alive(
     assert sum(found.prompt_counts.to_dict().values()) == 10_000
 
 
-def test_only_a_few_pictures_are_read_ahead(fast: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_few_images_are_read_ahead(fast: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [save_png(tmp_path / f"{n:02}.png") for n in range(20)]
     read: list[Path] = []
     distance: list[int] = []
@@ -365,9 +363,9 @@ def test_only_a_few_pictures_are_read_ahead(fast: Segmenter, tmp_path: Path, mon
 
 def test_counts_are_those_of_this_run(tiny_bundle: Bundle, tmp_path: Path) -> None:
     film = save_png(tmp_path / "a.png")
-    segmenter = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
+    segmenter = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
     first = predict(segmenter, [film, film], PROMPTS, tmp_path / "out").prompt_counts
     assert (first.misses, first.disk_hits, first.rebuilt) == (2, 0, 0)
     assert predict(segmenter, [film], PROMPTS, tmp_path / "out").prompt_counts.misses == 0
-    again = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
+    again = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=THREADS), tmp_path / "cache")
     assert predict(again, [film], PROMPTS, tmp_path / "out").prompt_counts == CacheCounts(memory_hits=2, disk_hits=2)

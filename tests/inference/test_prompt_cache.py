@@ -1,4 +1,4 @@
-"""Kernels come back as they were computed or are computed again, whatever lies in the folder and whoever writes it."""
+"""Cached kernels equal computed ones; damaged and foreign files are not used."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> KernelFolder:
     return KernelFolder(tmp_path / "new" / "cache", ORIGIN)
 
 
-def test_what_was_computed_is_read_by_the_next_process(folder: KernelFolder) -> None:
+def test_the_next_process_reads_cached_kernels(folder: KernelFolder) -> None:
     rows = [row(3, 1), row(5), row(3, 1)]
     first, second = PromptCache(folder), PromptCache(KernelFolder(folder.folder, ORIGIN))
     assert_equal(first.kernels(rows, formula), formula(np.stack(rows)))
@@ -63,7 +63,7 @@ def test_what_was_computed_is_read_by_the_next_process(folder: KernelFolder) -> 
     assert {path.suffix for path in folder.folder.iterdir()} == {".kernel"}
 
 
-def test_a_file_is_a_checksum_facts_and_numbers_that_any_program_can_read(folder: KernelFolder) -> None:
+def test_a_file_contains_checksum_header_and_numbers(folder: KernelFolder) -> None:
     PromptCache(folder).kernels([row(3, 1)], formula)
     (path,) = folder.folder.iterdir()
     content = path.read_bytes()
@@ -102,7 +102,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_file_that_is_not_what_it_should_be_is_rebuilt(folder: KernelFolder, damage: str) -> None:
+def test_a_damaged_file_is_rebuilt(folder: KernelFolder, damage: str) -> None:
     PromptCache(folder).kernels([row(3), row(4)], formula)
     path = folder.path(row(3))
     whole = path.read_bytes()
@@ -113,7 +113,7 @@ def test_a_file_that_is_not_what_it_should_be_is_rebuilt(folder: KernelFolder, d
     assert path.read_bytes() == whole
 
 
-def test_every_changed_bit_of_a_file_is_seen(folder: KernelFolder) -> None:
+def test_every_changed_bit_of_a_file_is_detected(folder: KernelFolder) -> None:
     PromptCache(folder).kernels([row(3)], formula)
     path = folder.path(row(3))
     whole = path.read_bytes()
@@ -146,7 +146,7 @@ def test_kernels_of_another_origin_are_not_found(folder: KernelFolder, change: d
     assert other.path(row(3)) != folder.path(row(3))
 
 
-def test_numbers_that_are_not_finite_are_kept_nowhere(folder: KernelFolder) -> None:
+def test_values_that_are_not_finite_are_not_cached(folder: KernelFolder) -> None:
     def broken(tokens: np.ndarray) -> PromptKernels:
         good = formula(tokens)
         return PromptKernels(good.kernel, good.tap_bias, np.full_like(good.bias, np.inf))
@@ -157,7 +157,7 @@ def test_numbers_that_are_not_finite_are_kept_nowhere(folder: KernelFolder) -> N
     assert (len(cache), list(folder.folder.iterdir())) == (0, [])
 
 
-def test_memory_keeps_the_last_used_and_no_more_than_its_capacity() -> None:
+def test_memory_holds_the_last_used_kernels_up_to_its_capacity() -> None:
     alive: list[weakref.ref[np.ndarray]] = []
 
     def tracked(tokens: np.ndarray) -> PromptKernels:
@@ -175,7 +175,7 @@ def test_memory_keeps_the_last_used_and_no_more_than_its_capacity() -> None:
     assert cache.counts.since(before) == CacheCounts(memory_hits=3)
     cache.kernels([row(3)], formula)
     assert cache.counts.since(before) == CacheCounts(memory_hits=3, misses=1)
-    with pytest.raises(UsageError, match="keeps nothing"):
+    with pytest.raises(UsageError, match="must be 1 or more"):
         PromptCache(capacity=0)
 
 
@@ -212,9 +212,9 @@ def test_processes_that_write_at_once_never_see_half_a_file(folder: KernelFolder
         assert_equal(found, formula(row(first)[None]))
 
 
-def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path: Path) -> None:
+def test_an_unusable_folder_raises_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="is a file, where a folder for prompt kernels"):
+    with pytest.raises(UsageError, match="is a file; the prompt cache needs a folder"):
         KernelFolder(tmp_path / "file", ORIGIN)
     for place in (tmp_path / "file" / "deeper", Path("/proc/cclip-cache"), Path("/proc")):
         with pytest.raises(EnvironmentIssue, match=r"prompt cache cannot be used.*could not be written") as caught:
@@ -232,6 +232,6 @@ def test_a_full_disk_is_an_error_and_leaves_no_part(
 
     folder = KernelFolder(tmp_path, ORIGIN)
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(EnvironmentIssue, match=r"disk is full.*Or leave --prompt-cache out"):
+    with pytest.raises(EnvironmentIssue, match=r"disk is full.*Or leave out --prompt-cache"):
         KernelFolder(tmp_path, ORIGIN) if moment == "opening" else PromptCache(folder).kernels([row(3)], formula)
     assert list(tmp_path.iterdir()) == []

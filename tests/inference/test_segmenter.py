@@ -1,4 +1,4 @@
-"""One image pass for any number of prompts, each prompt computed once, and answers that do not depend on company."""
+"""The segmenter encodes each image and each prompt once, and its results do not depend on their order."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def recording(tiny_bundle: Bundle) -> Recording:
 
 @pytest.fixture
 def segmenter(tiny_bundle: Bundle, recording: Recording) -> Segmenter:
-    return Segmenter(tiny_bundle, recording)
+    return Segmenter.of_bundle(tiny_bundle, recording)
 
 
 def test_probabilities_are_the_plain_networks_in_the_pictures_size(
@@ -103,9 +103,9 @@ def test_a_prompt_is_computed_once_for_all_pictures_and_repetitions(segmenter: S
     assert encoded == [2, 1]
 
 
-def test_an_answer_depends_neither_on_order_nor_on_number_of_prompts(tiny_bundle: Bundle) -> None:
+def test_results_do_not_depend_on_order_or_number_of_prompts(tiny_bundle: Bundle) -> None:
     def fresh(prompts: list[str]) -> dict[str, np.ndarray]:
-        segmenter = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2))
+        segmenter = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2))
         return dict(zip(prompts, segmenter.probabilities(FILM, prompts), strict=True))
 
     together = fresh(PROMPTS)
@@ -116,9 +116,9 @@ def test_an_answer_depends_neither_on_order_nor_on_number_of_prompts(tiny_bundle
     assert np.abs(together[PROMPTS[0]] - together[PROMPTS[1]]).max() > 1e-3
 
 
-def test_ten_thousand_prompts_go_through_in_small_portions(tiny_bundle: Bundle) -> None:
+def test_ten_thousand_prompts_run_in_small_batches(tiny_bundle: Bundle) -> None:
     recording = Recording(Formula())
-    segmenter = Segmenter(tiny_bundle, recording)
+    segmenter = Segmenter.of_bundle(tiny_bundle, recording)
     prompts = [f"nodule {n}" for n in range(10_000)]
     answers = segmenter.probabilities(FILM, prompts)
     next(answers)
@@ -130,8 +130,8 @@ def test_ten_thousand_prompts_go_through_in_small_portions(tiny_bundle: Bundle) 
     assert max(rows for _, rows in recording.runs) <= 16
 
 
-def test_a_long_list_keeps_its_order(tiny_bundle: Bundle) -> None:
-    segmenter = Segmenter(tiny_bundle, Formula())
+def test_many_prompts_stay_in_order(tiny_bundle: Bundle) -> None:
+    segmenter = Segmenter.of_bundle(tiny_bundle, Formula())
     prompts = [word for _ in range(7) for word in ("heart", "lung", "rib", "spine", "heart")]
     answers = list(segmenter.probabilities(FILM, prompts))
     alone = {word: next(segmenter.probabilities(FILM, [word])) for word in set(prompts)}
@@ -139,7 +139,7 @@ def test_a_long_list_keeps_its_order(tiny_bundle: Bundle) -> None:
         np.testing.assert_array_equal(answer, alone[prompt])
 
 
-def test_decode_gives_every_prompt_on_every_picture(segmenter: Segmenter) -> None:
+def test_decode_returns_every_prompt_on_every_image(segmenter: Segmenter) -> None:
     features = np.concatenate([segmenter.encode_image(FILM), segmenter.encode_image(FILM[::-1])])
     kernels = segmenter.encode_prompts([f"rib {n}" for n in range(18)])
     assert len(kernels) == 18
@@ -171,7 +171,7 @@ def test_prompts_are_refused_before_anything_is_computed(
     assert recording.runs == []
 
 
-def test_warming_up_loads_the_three_graphs_that_serve(segmenter: Segmenter, recording: Recording) -> None:
+def test_warm_up_loads_the_three_graphs(segmenter: Segmenter, recording: Recording) -> None:
     segmenter.warm_up()
     assert sorted(recording.loads) == ["image_encoder", "mask_decoder", "prompt_encoder"]
 
@@ -180,10 +180,10 @@ def test_a_plain_bundle_is_refused(tiny_bundle_path: Path, tmp_path: Path) -> No
     copy = copy_of(tiny_bundle_path, tmp_path)
     reseal(copy, lambda manifest: manifest.update(form="plain"))
     with pytest.raises(UsageError, match="exported with --plain"):
-        Segmenter(Bundle.open(copy), Formula())
+        Segmenter.of_bundle(Bundle.open(copy), Formula())
 
 
-def test_logits_that_are_not_finite_are_no_mask(tiny_bundle: Bundle) -> None:
+def test_logits_that_are_not_finite_raise(tiny_bundle: Bundle) -> None:
     class Nan(Formula):
         def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             outputs = super().run(graph, inputs)
@@ -192,7 +192,7 @@ def test_logits_that_are_not_finite_are_no_mask(tiny_bundle: Bundle) -> None:
             return outputs
 
     with pytest.raises(ParityError, match="not finite"):
-        next(Segmenter(tiny_bundle, Nan()).probabilities(FILM, PROMPTS))
+        next(Segmenter.of_bundle(tiny_bundle, Nan()).probabilities(FILM, PROMPTS))
 
 
 def test_sigmoid_is_exact_and_overflows_nowhere() -> None:
@@ -214,9 +214,9 @@ def test_one_prompt_on_many_pictures_takes_one_image_pass_each(segmenter: Segmen
 def test_a_prompt_in_the_cache_folder_is_not_computed_again_however_it_is_spelled(
     tiny_bundle: Bundle, recording: Recording, tmp_path: Path
 ) -> None:
-    first = Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path / "cache")
+    first = Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path / "cache")
     expected = list(first.probabilities(FILM, PROMPTS))
-    second = Segmenter(tiny_bundle, recording, tmp_path / "cache")
+    second = Segmenter.of_bundle(tiny_bundle, recording, tmp_path / "cache")
     spelled = ["  LEFT   lung ", *PROMPTS[1:]]
     for found, known in zip(second.probabilities(FILM, spelled), expected, strict=True):
         np.testing.assert_array_equal(found, known)
@@ -226,7 +226,7 @@ def test_a_prompt_in_the_cache_folder_is_not_computed_again_however_it_is_spelle
 
 def test_a_damaged_cache_file_gives_the_mask_of_a_good_one(tiny_bundle: Bundle, tmp_path: Path) -> None:
     def fresh() -> Segmenter:
-        return Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path)
+        return Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2), tmp_path)
 
     expected = next(fresh().probabilities(FILM, PROMPTS[:1]))
     (path,) = tmp_path.iterdir()
@@ -246,7 +246,9 @@ def test_preparing_computes_every_prompt_once_and_frees_the_prompt_encoder(
     assert [rows for graph, rows in recording.runs if graph == "prompt_encoder"] == [4, 1]
 
 
-def test_preparing_more_prompts_than_memory_holds_only_checks_them(segmenter: Segmenter, recording: Recording) -> None:
+def test_preparing_more_prompts_than_fit_into_memory_only_validates_them(
+    segmenter: Segmenter, recording: Recording
+) -> None:
     segmenter._cache = PromptCache(capacity=3)
     segmenter.prepare(PROMPTS)
     assert (recording.runs, recording.unloads) == ([], [])

@@ -1,4 +1,4 @@
-"""Parity's numbers against closed forms, and what never passes: NaN, another shape, an altered answer."""
+"""Parity metrics against closed forms; NaN, other shapes and altered outputs never pass."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def floats(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
-def test_errors_are_those_of_their_definitions() -> None:
+def test_errors_match_their_definitions() -> None:
     value, truth = floats(3, 4, 0), floats(0, 4, 0)
     assert relative_error(value, truth) == 0.75
     assert max_error(value, truth) == 0.75
@@ -51,7 +51,7 @@ def test_errors_are_summed_in_float64() -> None:
     assert relative_error(huge, huge) == 0
 
 
-def test_a_truth_of_zeros_allows_zeros_only() -> None:
+def test_a_truth_of_zeros_only_allows_zeros() -> None:
     zero, one = floats(0, 0), floats(0, 1)
     for error in (relative_error, max_error):
         assert error(zero, zero) == 0
@@ -68,7 +68,7 @@ def test_nan_and_infinity_never_pass() -> None:
         assert not LIMITS["fp16"].allow(metric, math.nan)
 
 
-def test_limits_hold_up_to_and_with_themselves() -> None:
+def test_limits_are_inclusive() -> None:
     limits = Limits(relative_error=0.1, max_error=0.2, mask_dice=0.9, flipped_share=0.3)
     for metric, value, past in (
         ("relative_error", 0.1, 0.11), ("max_error", 0.2, 0.21), ("mask_dice", 0.9, 0.89), ("flipped_share", 0.3, 0.31),
@@ -77,7 +77,7 @@ def test_limits_hold_up_to_and_with_themselves() -> None:
         assert not limits.allow(metric, past)
 
 
-def test_fp32_is_held_to_little_more_than_float32s_own_noise() -> None:
+def test_fp32_limits_are_close_to_float32_noise() -> None:
     """docs/decisions/0003: the largest error seen of another order of operations is 5e-6."""
     assert 5e-6 < LIMITS["fp32"].relative_error <= 2e-5
     assert all(
@@ -113,12 +113,12 @@ def test_two_empty_masks_agree_and_an_empty_with_a_full_one_does_not() -> None:
     assert mask_dices(full, empty) == mask_dices(empty, full) == 0
 
 
-def test_a_logit_of_zero_is_inside_as_a_probability_of_a_half_is() -> None:
+def test_a_logit_of_zero_is_inside_the_mask() -> None:
     assert flipped(masks([0.0, 5.0]), masks([1.0, 5.0])) == 0
     assert flipped(masks([0.0, 5.0]), masks([-1.0, 5.0])) == 0.5
 
 
-def test_only_pixels_that_float32_itself_leaves_open_are_not_counted_as_flipped() -> None:
+def test_only_logits_within_float32_noise_are_not_counted_as_flipped() -> None:
     truth = masks([100.0, 1e-4, 1e-2])
     assert flipped(masks([100.0, -1e-4, 1e-2]), truth) == 0  # 1e-6 of the largest logit
     assert flipped(masks([100.0, 1e-4, -1e-2]), truth) == pytest.approx(1 / 3)  # 1e-4 of it
@@ -137,7 +137,7 @@ def judged(precision: str, *areas_and_flips: tuple[int, int], side: int = 96) ->
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
-def test_one_pixel_of_a_tiny_mask_does_not_refuse_a_bundle(precision: str) -> None:
+def test_one_flipped_pixel_of_a_tiny_mask_passes(precision: str) -> None:
     """The demo's seeded masks hold 0, 0, 31 and 2 pixels of 96x96; one of two is a Dice of 2/3."""
     found = judged(precision, (0, 0), (0, 0), (31, 1), (2, 1))
     assert "mask_dice" not in found
@@ -156,7 +156,7 @@ def test_a_small_mask_that_vanishes_or_appears_elsewhere_still_fails(precision: 
     assert not found["flipped_pixels"].passed
 
 
-def test_a_mask_of_useful_size_is_judged_by_dice() -> None:
+def test_a_mask_of_useful_size_is_checked_by_dice() -> None:
     assert judged("fp16", (185, 18))["mask_dice"].value == pytest.approx(2 * 167 / (185 + 167))
     assert not judged("fp16", (185, 30))["mask_dice"].passed
     assert "mask_dice" not in judged("fp16", (184, 30))  # below 2 % of the picture
@@ -198,7 +198,7 @@ class Answering:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 7])
-def test_a_plain_graph_is_asked_for_all_pairs_in_full_batches(batch: int) -> None:
+def test_a_plain_graph_runs_all_pairs_in_full_batches(batch: int) -> None:
     made = reference()
     backend = Answering(made, batch)
     checks = list(check_graphs(backend, ["plain"], [made], batch))
@@ -208,14 +208,14 @@ def test_a_plain_graph_is_asked_for_all_pairs_in_full_batches(batch: int) -> Non
     assert all(check.passed for check in checks)
 
 
-def test_fused_is_asked_for_all_pairs_at_once() -> None:
+def test_fused_runs_all_pairs_at_once() -> None:
     made = reference()
     backend = Answering(made, batch=6)
     assert all(check.passed for check in check_graphs(backend, ["fused"], [made]))
     assert backend.calls == 1
 
 
-def test_an_answer_for_the_wrong_prompt_fails() -> None:
+def test_an_output_for_the_wrong_prompt_fails() -> None:
     made = reference()
     swapped = Reference("made", made.image, made.tokens[::-1], made.logits)
     checks = {check.metric: check for check in check_graphs(Answering(swapped), ["fused"], [made])}
@@ -252,7 +252,7 @@ def test_an_output_of_nan_fails_its_error_checks_and_is_null_in_json() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 1, 1, 6), (1, 1, *HW), (6, 1, 6, 4)])
-def test_an_output_of_another_shape_is_refused_even_where_numpy_would_stretch_it(shape: tuple[int, ...]) -> None:
+def test_an_output_of_another_shape_raises_even_if_numpy_would_broadcast_it(shape: tuple[int, ...]) -> None:
     with pytest.raises(ParityError, match=r"fused gives logits of shape"):
         list(check_graphs(Constant(logits=np.ones(shape, np.float32)), ["fused"], [reference()]))
 
@@ -283,7 +283,7 @@ def made_check(**changes: Any) -> Check:
     return Check(**{**values, **changes})
 
 
-def test_failures_are_refused_with_the_first_of_them() -> None:
+def test_failures_raise_with_the_first_of_them() -> None:
     refuse_failures([made_check(passed=True, value=0)])
     said = r"1 of 2 .*first: fused/seeded/logits \(fp32\),? relative_error is 0\.5"
     with pytest.raises(ParityError, match=said) as caught:
@@ -306,7 +306,7 @@ def test_references_without_a_mask_of_useful_size_are_named() -> None:
     assert without_useful_masks(references) == ["flat", "tiny"]
 
 
-def test_the_chain_gives_the_image_encoder_one_picture_at_a_time(tiny_bundle: Bundle) -> None:
+def test_the_chain_encodes_one_image_at_a_time(tiny_bundle: Bundle) -> None:
     """As a segmenter does: a backend may have a form of its own for one picture."""
     from cclip_deploy.parity.reference import load_references
     from cclip_deploy.runtime.backend import Arrays

@@ -1,4 +1,4 @@
-"""Layer by layer, a graph of low precision is held to FP32's weights, and only the layer at fault stands out."""
+"""Layer-by-layer comparison finds the wrong layer of a low-precision graph."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_one_wrong_layer_of_a_network_stands_out(tiny_bundle: Bundle, precision:
     assert [layer.node for layer in found if not layer.error <= limit] == [node.name]
 
 
-def test_a_conversion_that_gets_a_weight_wrong_publishes_nothing(
+def test_a_conversion_with_a_wrong_weight_writes_nothing(
     tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Deriving again would repeat the mistake; the layers' outputs show it when the graph is made."""

@@ -1,4 +1,4 @@
-"""The first layer that overflows or gives NaN is named, and only where FP32 gives neither."""
+"""The first node with NaN or overflow is named, except where FP32 is not finite either."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from onnx import helper
 
 from cclip_deploy.errors import ParityError
 from cclip_deploy.graph.precision.float16 import to_bf16, to_fp16
-from cclip_deploy.parity.nan_check import first_non_finite, refuse_non_finite
+from cclip_deploy.parity.nan_check import first_non_finite, require_finite
 from tests.graph.precision.test_float16 import make_model
 
 NODES = [
@@ -24,17 +24,17 @@ FEEDS = {"x": np.ones((4, 4), np.float32)}
 def test_the_node_that_overflows_in_fp16_is_named_not_the_ones_behind_it() -> None:
     full = make_model(NODES, WEIGHTS, {"x": (4, 4)}, {"y": (4, 4)})
     half = to_fp16(full)
-    with pytest.raises(ParityError, match=r"fp16 graph of net .* begin at node 'overflows' \(MatMul\), output 'b'"):
-        refuse_non_finite("net", half, full, "fp16", FEEDS)
+    with pytest.raises(ParityError, match=r"fp16 graph of net .* first at node 'overflows' \(MatMul\), output 'b'"):
+        require_finite("net", half, full, "fp16", FEEDS)
 
 
-def test_a_graph_that_stays_finite_is_let_through() -> None:
+def test_a_finite_graph_passes() -> None:
     full = make_model(NODES, WEIGHTS, {"x": (4, 4)}, {"y": (4, 4)})
-    refuse_non_finite("net", to_fp16(full, fp32_nodes=["overflows", "nan_follows"]), full, "fp16", FEEDS)
-    refuse_non_finite("net", to_bf16(full), full, "bf16", FEEDS)
+    require_finite("net", to_fp16(full, fp32_nodes=["overflows", "nan_follows"]), full, "fp16", FEEDS)
+    require_finite("net", to_bf16(full), full, "bf16", FEEDS)
 
 
-def test_an_infinity_that_fp32_has_too_is_not_blamed() -> None:
+def test_an_infinity_that_fp32_has_too_passes() -> None:
     nodes = [helper.make_node("Log", ["x"], ["a"], name="log"), helper.make_node("Exp", ["a"], ["b"], name="exp")]
     nodes += [
         helper.make_node("MatMul", ["b", "w"], ["c"], name="m"),

@@ -1,4 +1,4 @@
-"""References begin with sentences and raw pictures, and masks of a useful size are sought for them."""
+"""References start from prompts and images, with useful masks if possible."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def source_of(bundle: Bundle) -> Source:
     return found
 
 
-def test_ids_are_open_clips_of_sentences_of_every_kind(tiny_bundle: Bundle) -> None:
+def test_ids_are_those_of_open_clip(tiny_bundle: Bundle) -> None:
     from open_clip.tokenizer import SimpleTokenizer
 
     source = source_of(tiny_bundle)
@@ -84,9 +84,7 @@ class Constant(PyTorchBackend):
         return logits.reshape(len(image), len(tokens), *HW)
 
 
-def test_prompts_and_pictures_whose_masks_have_a_useful_size_are_kept(
-    tiny_network: CausalCLIPSeg, tiny_bundle: Bundle
-) -> None:
+def test_prompts_and_images_with_useful_masks_are_chosen(tiny_network: CausalCLIPSeg, tiny_bundle: Bundle) -> None:
     network = Constant(tiny_network, [[0, 0.001, 0.3, 0, 0, 0.5, 0]])
     found = make_references(network, tiny_bundle.manifest)[1]
     assert sorted((found.logits >= 0).mean(axis=(2, 3))[0]) == pytest.approx([0.3, 0.5], abs=1e-3)
@@ -103,7 +101,7 @@ def test_where_no_mask_has_a_useful_size_the_search_ends(tiny_network: CausalCLI
     assert network.calls == 4
 
 
-def test_pictures_and_prompts_of_ones_own_are_taken_as_they_are(
+def test_given_images_and_prompts_are_used_unchanged(
     tiny_network: CausalCLIPSeg, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50)).astype(np.uint8)
@@ -116,7 +114,7 @@ def test_pictures_and_prompts_of_ones_own_are_taken_as_they_are(
     np.testing.assert_array_equal(found.tokens, [tiny_bundle.tokenizer().encode(text, 24) for text in prompts])
 
 
-def test_a_prompt_or_picture_of_ones_own_is_never_left_out_in_silence(
+def test_a_given_prompt_or_image_that_cannot_be_used_raises(
     tiny_network: CausalCLIPSeg, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     network, manifest = PyTorchBackend(tiny_network), tiny_bundle.manifest
@@ -142,7 +140,7 @@ def test_pixels_are_packed_without_loss(kind: type, white: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("channels", [(), (3,)])
-def test_a_large_picture_is_kept_at_four_times_the_networks_size(
+def test_a_large_image_is_reduced_to_four_times_the_network_size(
     channels: tuple[int, ...], tiny_network: CausalCLIPSeg, tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     """A bundle does not carry a whole radiograph; the shorter side, below the limit, stays as it is."""

@@ -1,4 +1,4 @@
-"""Reference inputs are the same everywhere, and what a bundle carries is whole or refused."""
+"""Reference inputs are the same on every machine, and damaged reference files raise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import BundleError
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.parity.reference import (
-    THIN,
+    SUBSAMPLED,
     TILE,
     Reference,
     expand,
@@ -20,7 +20,7 @@ from cclip_deploy.parity.reference import (
     record,
     save_reference,
     seeded_inputs,
-    thin,
+    subsample,
 )
 from cclip_deploy.runtime.pytorch import PyTorchBackend
 from tests.bundles import copy_of, linked_copy, reseal
@@ -60,7 +60,7 @@ def test_pairs_are_every_picture_with_every_prompt() -> None:
     assert row_tokens[:, 0].tolist() == [1, 2, 3, 1, 2, 3]
 
 
-def test_tiles_are_blown_up_to_pixels() -> None:
+def test_tiles_are_expanded_to_pixels() -> None:
     tile = np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1)
     blown = expand({"features": tile, "bias": np.ones(1, np.float32)})
     assert blown["features"].shape == (1, 2 * TILE, 3 * TILE, 1)
@@ -69,15 +69,15 @@ def test_tiles_are_blown_up_to_pixels() -> None:
     np.testing.assert_array_equal(blown["bias"], [1])
 
 
-def test_thinning_keeps_part_of_large_outputs_and_all_of_small_ones() -> None:
+def test_large_outputs_are_subsampled_and_small_ones_are_not() -> None:
     features = np.arange(2 * 32 * 8 * 8, dtype=np.float32).reshape(2, 8, 8, 32)
-    assert thin("features", features).shape == (2, 2, 2, 2)
-    assert thin("mask4", features).shape == (2, 1, 8, 32)
-    assert thin("kernel", features) is features
-    assert set(THIN) == {"features", "mask3", "mask4", "mask5", "confounding_features"}
+    assert subsample("features", features).shape == (2, 2, 2, 2)
+    assert subsample("mask4", features).shape == (2, 1, 8, 32)
+    assert subsample("kernel", features) is features
+    assert set(SUBSAMPLED) == {"features", "mask3", "mask4", "mask5", "confounding_features"}
 
 
-def test_a_reference_comes_back_from_its_file_as_it_was(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
+def test_references_are_saved_and_loaded_unchanged(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
     image, tokens = seeded_inputs((32, 32), 8)
     graphs = ("image_encoder", "prompt_encoder", "mask_decoder", "fused")
     made = record("seeded", PyTorchBackend(tiny_network), image, tokens, graphs)
@@ -98,7 +98,7 @@ def test_a_plain_bundle_needs_logits_only(tiny_network: CausalCLIPSeg) -> None:
     assert made.logits.shape == (2, 2, 32, 32)
 
 
-def test_a_bundle_carries_what_the_network_answers(tiny_bundle: Bundle, tiny_network: CausalCLIPSeg) -> None:
+def test_references_contain_the_outputs_of_the_network(tiny_bundle: Bundle, tiny_network: CausalCLIPSeg) -> None:
     seeded, pictures = load_references(tiny_bundle)
     assert (seeded.name, pictures.name) == ("seeded", "pictures")
     image, tokens = seeded_inputs((64, 96), 24)
@@ -123,7 +123,7 @@ def with_array(name: str, value: np.ndarray) -> Callable[[Arrays], object]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (without("image"), "holds no reference answers"),
+        (without("image"), "is not a reference"),
         (without("out/prompt_encoder/bias"), "no prompt_encoder/bias"),
         (without("out/mask_decoder/logits"), "no mask_decoder/logits"),
         (without("in/tap_bias"), "no tap_bias"),
@@ -131,11 +131,11 @@ def with_array(name: str, value: np.ndarray) -> Callable[[Arrays], object]:
         (with_array("image", np.zeros((0, 3, 64, 96), np.float32)), r"image \(0, 3, 64, 96\)"),
         (with_array("tokens", np.zeros((2, 23), np.int64)), r"tokens \(2, 23\)"),
         (with_array("logits", np.zeros((1, 1, 64, 96), np.float32)), r"logits \(1, 1, 64, 96\)"),
-        (with_array("out/odd", np.zeros(1)), "holds no reference answers"),
-        (with_array("image", np.array([{"an": "object"}], dtype=object)), "holds no reference answers"),
+        (with_array("out/odd", np.zeros(1)), "is not a reference"),
+        (with_array("image", np.array([{"an": "object"}], dtype=object)), "is not a reference"),
     ],
 )
-def test_answers_that_do_not_fit_the_graphs_are_refused(
+def test_references_that_do_not_match_the_graphs_raise(
     change: Callable[[Arrays], object], said: str, tiny_bundle_path: Path, tmp_path: Path
 ) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
@@ -152,18 +152,18 @@ def test_answers_that_do_not_fit_the_graphs_are_refused(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (without("source/ids"), "holds no reference answers"),
-        (without("source/picture/3"), "answers for other than its 3 pictures"),
-        (without("source/mask/1"), "answers for other than its 4 pictures"),
+        (without("source/ids"), "is not a reference"),
+        (without("source/picture/3"), "do not match its 3 pictures"),
+        (without("source/mask/1"), "do not match its 4 pictures"),
         (with_array("source/ids", np.zeros((1, 77), np.int64)), r"source ids \(1, 77\)"),
         (with_array("source/picture/0", np.zeros((5, 5, 4), np.uint8)), r"source picture \(5, 5, 4\)"),
         (with_array("source/picture/0", np.zeros((5, 5), np.float64)), "source picture of float64"),
         (with_array("source/mask/0", np.zeros((1, 96, 15), np.uint8)), "masks"),
         (with_array("source/probe_inputs", np.zeros((2, 3, 8, 8), np.float32)), "probe inputs"),
-        (with_array("source/preprocessing", np.array("{}]")), "holds no reference answers"),
+        (with_array("source/preprocessing", np.array("{}]")), "is not a reference"),
     ],
 )
-def test_a_source_that_does_not_fit_its_reference_is_refused(
+def test_a_source_that_does_not_match_its_reference_raises(
     change: Callable[[Arrays], object], said: str, tiny_bundle_path: Path, tmp_path: Path
 ) -> None:
     copy = linked_copy(tiny_bundle_path, tmp_path)
@@ -179,11 +179,11 @@ def test_a_source_that_does_not_fit_its_reference_is_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(200), b"\x93NUMPY\x01\x00"])
-def test_a_file_that_is_no_npz_is_refused(content: bytes, tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_npz_raises(content: bytes, tiny_bundle_path: Path, tmp_path: Path) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     (copy / "reference" / "seeded.npz").write_bytes(content)
     reseal(copy)
-    with pytest.raises(BundleError, match=r"seeded\.npz holds no reference answers"):
+    with pytest.raises(BundleError, match=r"seeded\.npz is not a reference"):
         load_references(Bundle.open(copy))
 
 
@@ -197,12 +197,12 @@ def test_a_truncated_npz_and_a_single_array_are_refused(tiny_bundle_path: Path, 
     for content in (whole[: len(whole) // 2], bytes(damaged), (tmp_path / "one.npy").read_bytes()):
         path.write_bytes(content)
         reseal(copy)
-        with pytest.raises(BundleError, match="holds no reference answers"):
+        with pytest.raises(BundleError, match="is not a reference"):
             load_references(Bundle.open(copy))
 
 
 def test_a_bundle_without_references_is_refused(tiny_bundle_path: Path, tmp_path: Path) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     reseal(copy, lambda manifest: manifest.update(references=[]))
-    with pytest.raises(BundleError, match="carries no reference answers"):
+    with pytest.raises(BundleError, match="has no references"):
         load_references(Bundle.open(copy))

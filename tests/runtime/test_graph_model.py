@@ -1,4 +1,4 @@
-"""What is demanded of a bundle's graphs, held against every graph that this version makes."""
+"""The structure checks accept every graph that this version exports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx import shape_inference
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry
-from cclip_deploy.bundle.precision import Precision, is_quantized
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.graph.precision.convert import InputsAndOutputs, lower, product_names, tensors_to_calibrate
 from cclip_deploy.runtime.graph_check import check_graph
 from cclip_deploy.runtime.graph_sizes import tensor_shapes
@@ -38,7 +38,7 @@ def _graphs(bundle: Bundle) -> Iterator[Made]:
 def _lowered(bundle: Bundle) -> Iterator[Made]:
     for name, full, entry in _graphs(bundle):
         for precision in get_args(Precision)[1:]:
-            ranges = dict.fromkeys(tensors_to_calibrate(full), 2.0) if is_quantized(precision) else None
+            ranges = dict.fromkeys(tensors_to_calibrate(full), 2.0) if Precision(precision).is_quantized else None
             if ranges != {}:
                 for io in get_args(InputsAndOutputs):
                     keep = (named[-1],) if (named := sorted(product_names(full))) else ()
@@ -60,7 +60,7 @@ def test_the_allowed_operators_are_those_of_the_graphs_that_are_made(made: list[
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_shapes_are_those_that_onnx_infers(made: list[Made], rows: int) -> None:
+def test_shapes_match_onnx_shape_inference(made: list[Made], rows: int) -> None:
     compared = 0
     for name, model, _ in made:
         bound = onnx.ModelProto()

@@ -1,4 +1,4 @@
-"""The reference backend is the plain network, and its shortcuts change nothing."""
+"""The reference backend computes the plain network."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_image_encoder_gives_masks_and_confounding_features_too(tiny_network: Ca
         assert (mask <= 1).all()
 
 
-def test_it_answers_in_evaluation_mode_whatever_the_model_was_in(tiny_network: CausalCLIPSeg) -> None:
+def test_the_model_runs_in_evaluation_mode(tiny_network: CausalCLIPSeg) -> None:
     image, tokens = inputs(1, 1)
     expected = PyTorchBackend(tiny_network).all_pairs(image, tokens)
     model = deepcopy(tiny_network).train()
@@ -103,7 +103,7 @@ def test_it_answers_in_evaluation_mode_whatever_the_model_was_in(tiny_network: C
         assert torch.equal(model.state_dict()[name], value)
 
 
-def test_an_unknown_graph_is_answered_with_those_there_are(tiny_network: CausalCLIPSeg) -> None:
+def test_an_unknown_graph_raises_with_the_known_ones(tiny_network: CausalCLIPSeg) -> None:
     backend = PyTorchBackend(tiny_network)
     backend.load("anything")
     with pytest.raises(UsageError, match="no graph 'row_decoder'; it has prompt_encoder"):

@@ -1,4 +1,4 @@
-"""Inspect tells what a bundle holds, and tells nothing of one whose checksums do not hold."""
+"""`inspect` describes bundles with correct checksums only."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_multiply_adds_are_of_one_picture_and_one_prompt(tiny_bundle_path: Path)
     assert graphs["fused"]["multiply_adds"] == pytest.approx(parts, rel=0.02)
 
 
-def test_engines_are_told_with_the_precision_of_their_layers(engine_bundle_path: Path) -> None:
+def test_engines_have_the_precision_of_their_layers(engine_bundle_path: Path) -> None:
     facts = json.loads(json.dumps(describe_bundle(engine_bundle_path), allow_nan=False))
     assert [engine["graph"] for engine in facts["engines"]] == ["image_encoder", "prompt_encoder", "mask_decoder"]
     found = digests(engine_bundle_path)
@@ -64,7 +64,7 @@ def test_engines_are_told_with_the_precision_of_their_layers(engine_bundle_path:
     assert facts["graphs"]["mask_decoder.fp16"]["precision"] == "fp16"
 
 
-def test_strays_are_told(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_files_without_checksum_are_listed(tiny_bundle_path: Path, tmp_path: Path) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     (copy / "notes.txt").write_text("mine")
     assert describe_bundle(copy)["files_without_checksum"] == ["notes.txt"]
@@ -79,7 +79,7 @@ def test_an_altered_bundle_is_not_described(engine_bundle_path: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"layers": 3}', "\x00", "[" * 100_000])
-def test_a_layer_table_that_is_none_is_an_error(engine_bundle_path: Path, tmp_path: Path, content: str) -> None:
+def test_an_invalid_layer_table_raises(engine_bundle_path: Path, tmp_path: Path, content: str) -> None:
     copy = copy_of(engine_bundle_path, tmp_path)
     (copy / Bundle.open(copy).manifest.engines[0].layers).write_text(content)
     reseal(copy)

@@ -1,4 +1,4 @@
-"""What OpenVINO is requested to run in, what it ran in, and what is made of it on other processors."""
+"""The precision that is requested of OpenVINO, and the one that it uses."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_the_lowest_precision_of_any_product_counts() -> None:
     assert arithmetic_of(compiled("f16", ("Convolution", "f16"), ("MatMul", "bf16"))).lowest == "bf16"
 
 
-def test_a_hint_alone_is_no_precision() -> None:
+def test_the_hint_alone_is_not_the_precision() -> None:
     assert arithmetic_of(compiled("bf16", ("FullyConnected", "f32"), ("Eltwise", "bf16"))).lowest == "fp32"
     assert arithmetic_of(compiled("f32", ("Convolution", "u8"))).lowest == "int8"
 
 
 def test_a_model_without_a_known_product_is_refused() -> None:
-    with pytest.raises(EnvironmentIssue, match="names no precision"):
+    with pytest.raises(EnvironmentIssue, match="reports no known type"):
         arithmetic_of(compiled("f32", ("Eltwise", "f32"), ("Convolution", "i4")))
 
 

@@ -1,4 +1,4 @@
-"""Verify passes what was exported, and fails whatever does not compute the same or does not prove its precision."""
+"""`verify` passes exported bundles, and fails for wrong outputs and unproved engines."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_json_is_the_contract(tiny_bundle_path: Path) -> None:
 
 
 @pytest.mark.parametrize("graph", ["image_encoder", "prompt_encoder", "fused"])
-def test_a_weight_altered_by_a_hundredth_is_found_though_every_checksum_holds(copy: Path, graph: str) -> None:
+def test_a_slightly_altered_weight_fails_with_correct_checksums(copy: Path, graph: str) -> None:
     change_weights(copy / "graphs" / f"{graph}.onnx", lambda weights: weights * np.float32(1.01))
     reseal(copy)
     assert Bundle.open(copy).check_all() == ()
@@ -116,14 +116,14 @@ def test_a_stray_file_and_useless_masks_are_noted(copy: Path) -> None:
     reseal(copy)
     (copy / "notes.txt").write_bytes(stray)
     notes = verify(copy).notes
-    assert any("No checksum covers notes.txt" in note for note in notes)
-    assert any(note.startswith("No pictures reference mask covers between 2 % and 98 %") for note in notes)
+    assert any("notes.txt have no checksum" in note for note in notes)
+    assert any(note.startswith("No mask of the reference pictures covers between 2 % and 98 %") for note in notes)
     assert not any("seeded" in note for note in notes)
 
 
-def test_a_bundle_without_references_does_not_pass_for_want_of_checks(copy: Path) -> None:
+def test_a_bundle_without_references_raises(copy: Path) -> None:
     reseal(copy, lambda manifest: manifest.update(references=[]))
-    with pytest.raises(BundleError, match="carries no reference answers"):
+    with pytest.raises(BundleError, match="has no references"):
         verify(copy)
 
 
@@ -131,7 +131,7 @@ def test_a_verification_without_checks_has_not_passed() -> None:
     assert not Verification((), ()).passed
 
 
-def test_a_checkpoint_answers_afresh_on_pictures_and_prompts_of_ones_own(
+def test_a_checkpoint_computes_references_for_given_images_and_prompts(
     tiny_bundle_path: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (70, 60), dtype=np.uint8)).save(tmp_path / "a.png")
@@ -153,11 +153,11 @@ def test_another_checkpoint_of_the_same_config_is_noted_and_fails(tiny_bundle_pa
 
 def test_a_checkpoint_of_another_config_is_refused(copy: Path, tiny_checkpoint: Path) -> None:
     reseal(copy, lambda manifest: manifest["model"].update(name="rn101", vision_width=64))
-    with pytest.raises(UsageError, match="is a 'tiny' network, the bundle holds 'rn101'"):
+    with pytest.raises(UsageError, match="is a 'tiny' network, the bundle has 'rn101'"):
         verify(copy, VerifyOptions(tiny_checkpoint, threads=THREADS))
 
 
-def test_pictures_and_prompts_need_a_checkpoint_to_ask(tiny_bundle_path: Path) -> None:
+def test_given_images_and_prompts_need_a_checkpoint(tiny_bundle_path: Path) -> None:
     for options in (VerifyOptions(pictures=(Path("a.png"),)), VerifyOptions(prompts=("lung",))):
         with pytest.raises(UsageError, match="give --checkpoint FILE"):
             verify(tiny_bundle_path, options)
@@ -248,7 +248,7 @@ Proof = dict[str, Any]
         lambda proof: proof["layers"][0].update(inputs=[3]),
     ],
 )
-def test_a_layer_table_that_is_none_is_an_error(
+def test_an_invalid_layer_table_raises(
     change: Callable[[Proof], object], engine_bundle_path: Path, tmp_path: Path
 ) -> None:
     copy = copy_of(engine_bundle_path, tmp_path)
@@ -314,26 +314,24 @@ def test_a_checkpoint_brings_open_clips_tokenizer(copy: Path, tiny_checkpoint: P
     details = {check.name: check.detail for check in found.checks}
     assert str(details["tokenizer/fields"]).startswith("model.vocab of tokenizer.json differs from open_clip's")
     told = str(details["tokenizer/ids"])
-    assert re.search(r"^sentence '.*(left|right).*' gives ids \d.* from token \d+ on, open_clip gives \d", told)
+    assert re.search(r"^sentence '.*(left|right).*' has ids \d.* from token \d+ on, expected \d", told)
     left, right = words["right</w>"], words["left</w>"]  # as open_clip has them
-    assert {f"gives ids {left} ", f"gives ids {right} "} & {
-        found.group() for found in re.finditer(r"gives ids \d+ ", told)
-    }
+    assert {f"has ids {left} ", f"has ids {right} "} & {found.group() for found in re.finditer(r"has ids \d+ ", told)}
 
 
-def test_without_onnx_a_note_says_that_graphs_were_not_derived_again(
+def test_without_onnx_a_note_says_that_graphs_were_not_converted_again(
     low_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cclip_deploy.verify import derivation
 
     monkeypatch.setattr(derivation.importlib.util, "find_spec", lambda name: None)
     found = verify(low_bundle_path)
-    assert any("could not be derived again from FP32" in note for note in found.notes)
+    assert any("converting FP32 again" in note for note in found.notes)
     assert not any("derivation" in check.name for check in found.checks)
 
 
 @pytest.mark.parametrize("keep", [(), ("tower.conv2", "neck")])
-def test_a_bundle_that_does_not_record_what_it_keeps_is_read_and_says_so(
+def test_unrecorded_high_precision_nodes_are_read_from_the_graph_with_a_note(
     keep: tuple[str, ...], tiny_bundle_path: Path, tmp_path: Path
 ) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
@@ -348,7 +346,7 @@ def test_a_bundle_that_does_not_record_what_it_keeps_is_read_and_says_so(
     assert any("does not record which products" in note for note in found.notes)
 
 
-def test_float16_inputs_and_outputs_are_derived_again_too(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_float16_inputs_and_outputs_are_converted_again_too(tiny_bundle_path: Path, tmp_path: Path) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     add_precisions(copy, ("fp16",), io="fp16")
     assert Bundle.open(copy).graph("image_encoder.fp16").inputs[0].dtype == "float16"

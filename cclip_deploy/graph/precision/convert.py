@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cclip_deploy.bundle.precision import REST, Precision, is_quantized, product_type
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def lower(
 
     if precision == "fp32":
         lowered = ConvertedGraph(model)
-    elif is_quantized(precision):
+    elif Precision(precision).is_quantized:
         lowered = _quantized(model, precision, ranges or {}, keep)
     else:
         nodes = named_products(model, keep)
@@ -103,7 +103,7 @@ def high_precision_products(model: ModelProto, full: ModelProto, precision: Prec
     from cclip_deploy.graph.precision.onnx_graph import tensor_types
     from cclip_deploy.graph.precision.quantize import plan_quantization
 
-    if is_quantized(precision):
+    if Precision(precision).is_quantized:
         given_by = {name: node.op_type for node in model.graph.node for name in node.output}
         weights = {p.node: p.weight_input for p in plan_quantization(full).products}
         return frozenset(
@@ -134,8 +134,11 @@ def _quantized(
     plan = plan_quantization(model, named_products(model, keep))
     if not plan.products:
         raise UsageError(
-            f"Nothing of this graph can be quantized, so it has no {precision} form. Leave it in {REST[precision]}."
+            f"Nothing of this graph can be quantized, so it has no {precision} form. Leave it in "
+            f"{Precision(precision).rest}."
         )
-    kind = product_type(precision)
+    kind = Precision(precision).product_type
     quantized = quantize(model, plan, ranges, kind)  # type: ignore[arg-type]  # int8 or fp8
-    return ConvertedGraph(to_fp16(quantized) if REST[precision] == "fp16" else quantized, frozenset(plan.kept))
+    return ConvertedGraph(
+        to_fp16(quantized) if Precision(precision).rest == "fp16" else quantized, frozenset(plan.kept)
+    )

@@ -1,8 +1,7 @@
-"""ONNX Runtime on an NVIDIA GPU: its CUDA, TensorRT and TensorRT-RTX providers, with IO binding. Not yet run on one.
+"""ONNX Runtime backend on NVIDIA GPUs: CUDA, TensorRT and TensorRT-RTX providers with IO binding. Not tested on a GPU.
 
-The providers build their own engines from the bundle's graphs, in the precision that the graph is in: no provider
-option names one. Under TensorRT 10 the TensorRT provider builds weakly typed engines, so lower precisions
-are to be checked with `verify` there.
+The TensorRT providers build engines from the bundle's graphs in the precision of the graph; no provider option sets it.
+With TensorRT 10 these engines are weakly typed, so check lower precisions with `verify`.
 """
 
 from __future__ import annotations
@@ -18,15 +17,14 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry
 from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.runtime.backend import DeviceTensor, TensorsOrArrays
-from cclip_deploy.runtime.onnxruntime.cpu import PROVIDERS, Device, OnnxRuntimeBackend, Provider
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.onnxruntime.session import PROVIDERS, Device, Provider
 
 LARGEST = {"batch": 8, "prompts": 16}
-RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
-INSTALL_PLUGIN = "pip install onnxruntime-ep-nv-tensorrt-rtx"
 
 
 class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
-    """A bundle's graphs in ONNX Runtime on a GPU; features stay there between two graphs."""
+    """Runs a bundle's graphs in ONNX Runtime on a GPU; features stay in device memory between two graphs."""
 
     def __init__(
         self,
@@ -37,16 +35,16 @@ class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
         cache: Path | None = None,
         memory: str = "cuda",
     ) -> None:
-        """As `OnnxRuntimeBackend`.
+        """Create the backend; see `OnnxRuntimeBackend`.
 
         Args:
-            bundle: where the graphs are.
+            bundle: contains the graphs.
             precision: of the graphs.
-            device: which provider.
-            threads: of what is left to the CPU.
-            cache: a folder for the engines and kernels that the TensorRT providers compile; they are code that is run
-                the next time, so it must be nobody else's. None compiles them anew in every process.
-            memory: ONNX Runtime's name of the memory that kept outputs are in.
+            device: key of `PROVIDERS`.
+            threads: CPU threads for operators that do not run on the GPU.
+            cache: folder for what the TensorRT providers compile; it contains code, so nobody else may write to it.
+                None compiles again in every process.
+            memory: ONNX Runtime's name of the device memory for outputs.
         """
         super().__init__(bundle, precision, device, threads)
         self.cache = cache
@@ -61,7 +59,7 @@ class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
         return {name: OrtTensor(value) for name, value in zip(found, values, strict=True) if name in names}
 
     def _run_bound(
-        self, graph: str, inputs: TensorsOrArrays, keep: Sequence[str] | None, memory: str
+        self, graph: str, inputs: TensorsOrArrays, on_device: Sequence[str] | None, memory: str
     ) -> tuple[list[str], list[Any]]:
         session = self._session(graph)
         names = [output.name for output in session.get_outputs()]
@@ -69,12 +67,12 @@ class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
         binding = session.io_binding()
         for name, value in inputs.items():
             if isinstance(value, OrtTensor):
-                binding.bind_ortvalue_input(name, value.held())
+                binding.bind_ortvalue_input(name, value.ort_value())
             else:
                 array = value if isinstance(value, np.ndarray) else value.numpy()
                 binding.bind_cpu_input(name, np.ascontiguousarray(array, np.float16 if name in halves else None))
         for name in names:
-            binding.bind_output(name, memory if keep is None or name in keep else self._memory)
+            binding.bind_output(name, memory if on_device is None or name in on_device else self._memory)
         with self._guarded(graph) as options:
             binding.synchronize_inputs()
             session.run_with_iobinding(binding, options)
@@ -83,43 +81,43 @@ class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
 
     def _providers(self, entry: GraphEntry) -> list[Provider]:
         options = provider_options(self.device, entry, self.cache)
-        # What TensorRT does not take runs in CUDA, not on the CPU.
+        # Operators that TensorRT does not support run in CUDA, not on the CPU.
         return [(PROVIDERS[self.device], options)] + (
             [(PROVIDERS["cuda"], provider_options("cuda", entry, None))] if self.device == "tensorrt" else []
         )
 
 
 class OrtTensor:
-    """An output in ONNX Runtime's own memory."""
+    """An output in ONNX Runtime's device memory; a `DeviceTensor`."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.held().shape())
+        return tuple(self.ort_value().shape())
 
-    def held(self) -> Any:
-        """ONNX Runtime's value; EnvironmentIssue where it was closed."""
+    def ort_value(self) -> Any:
+        """Return ONNX Runtime's value; raise EnvironmentIssue if it was closed."""
         if self._value is None:
             raise EnvironmentIssue("This output was freed. Compute it again.")
         return self._value
 
     def numpy(self) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = self.held().numpy().astype(np.float32)
+        array: NDArray[np.float32] = self.ort_value().numpy().astype(np.float32)
         return array
 
     def wait(self) -> None:
-        """Nothing to do: it was waited for when it was computed."""
+        """Do nothing: `run_on_device` waits."""
 
     def close(self) -> None:
         self._value = None
 
 
 def provider_options(device: Device, entry: GraphEntry, cache: Path | None) -> dict[str, str]:
-    """A provider's options for one graph: shapes, no precision of the provider's own choice, caches if asked for.
+    """Return an execution provider's options for a graph: shapes, no automatic precision, and caches if requested.
 
-    The caches of a graph are in a folder of its hash, so that none is ever used for another graph.
+    The caches of a graph are in a folder named by its hash, so that they are never used for another graph.
     """
     if device == "cuda":
         return {"use_tf32": "0"}
@@ -140,25 +138,3 @@ def provider_options(device: Device, entry: GraphEntry, cache: Path | None) -> d
     elif folder is not None:
         options["nv_runtime_cache_path"] = folder
     return options
-
-
-def register_rtx_plugin(runtime: Any) -> None:
-    """Make the TensorRT-RTX provider known to ONNX Runtime, which it comes to as a package of its own."""
-    provider = PROVIDERS["tensorrt-rtx"]
-    if provider in runtime.get_available_providers() or any(d.ep_name == provider for d in runtime.get_ep_devices()):
-        return
-    try:
-        import importlib
-
-        plugin = importlib.import_module(RTX_PLUGIN)
-    except ImportError as error:
-        raise EnvironmentIssue(
-            f"ONNX Runtime's TensorRT-RTX provider cannot be imported ({error}). Install it: {INSTALL_PLUGIN}"
-        ) from error
-    try:
-        runtime.register_execution_provider_library(provider, plugin.get_library_path())
-    except Exception as error:  # onnxruntime's exceptions have no common public base
-        raise EnvironmentIssue(
-            f"ONNX Runtime's TensorRT-RTX provider does not load: {str(error).splitlines()[0][:200]}. It needs an "
-            "NVIDIA driver and GPU: run cclip-deploy doctor."
-        ) from error

@@ -1,4 +1,4 @@
-"""OpenVINO on a CPU: the bundle's own ONNX graphs, in the precision that they are in and no lower one."""
+"""OpenVINO backend on a CPU: runs the bundle's ONNX graphs, never in a lower precision than the graph's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry, TensorSpec
-from cclip_deploy.bundle.precision import product_type
 from cclip_deploy.common.threads import check_threads
 from cclip_deploy.errors import BundleError, EnvironmentIssue, PrecisionNotSupported
 from cclip_deploy.runtime.backend import Arrays, check_answer, check_tensors, run_failure
@@ -24,22 +23,22 @@ from cclip_deploy.runtime.openvino.arithmetic import Arithmetic, arithmetic_of, 
 from cclip_deploy.runtime.openvino.unsigned import use_all_bits
 from cclip_deploy.runtime.watchdog import check_seconds_limit, time_limit
 
-DEVICE, PICTURE = "CPU", "image"
+DEVICE, IMAGE = "CPU", "image"
 INSTALL = "pip install 'cclip-deploy[openvino]'"
 NOT_RUN = {"int8-fp16": "OpenVINO does not compile convolutions whose INT8 codes are dequantized to FP16"}
-"""Why OpenVINO (2026.4) cannot run the graphs of a precision; it runs those of every other one."""
+"""Precisions that OpenVINO (2026.4) cannot run, with the reason."""
 REQUESTS_KEPT = 2
-"""Of each graph: the decoder's last request holds the features that it read, so the next picture needs a second one."""
+"""Inference requests per graph: the decoder's last request holds its features, so the next image needs another."""
 
 _Finished = tuple[Any, list["weakref.ref[NDArray[np.float32]]"]]
 
 
 class OpenVinoBackend:
-    """A bundle's graphs of one precision in OpenVINO; each is compiled when it is first asked for.
+    """Runs a bundle's graphs of one precision in OpenVINO; a graph is compiled on first use.
 
-    A graph that takes pictures is compiled for one picture alone, and with any number of them only when more come at
-    once: with a dynamic batch, OpenVINO moves large tensors between layouts that it leaves in place where it knows the
-    size. Who runs both holds both in memory. In INT8, tensors that are never negative get all eight bits.
+    Graphs with image inputs are compiled for batch size 1, and with a dynamic batch when a larger batch is first run:
+    a dynamic batch makes OpenVINO convert large tensors between layouts. INT8 tensors that are never negative use all
+    eight bits (see `unsigned`).
     """
 
     name = "openvino"
@@ -52,14 +51,18 @@ class OpenVinoBackend:
         threads: int | None = None,
         seconds_limit: float | None = None,
     ) -> None:
-        """Nothing is compiled yet.
+        """Create the backend without compiling graphs.
 
-        A run that takes longer than `seconds_limit` is stopped, between two operators, and is an EnvironmentIssue.
+        Args:
+            bundle: contains the graphs.
+            precision: of the graphs.
+            threads: CPU threads; None is OpenVINO's default.
+            seconds_limit: a run that takes longer is stopped between two operators and raises EnvironmentIssue.
 
         Raises:
             PrecisionNotSupported: OpenVINO cannot run graphs of this precision.
-            EnvironmentIssue: OpenVINO is not installed. Loading a graph raises it where this processor would run the
-                graph's products in a lower precision than its own.
+            EnvironmentIssue: OpenVINO is not installed. Also raised when a graph is loaded that this processor would
+                run in a lower precision.
         """
         check_threads(threads)
         check_seconds_limit(seconds_limit)
@@ -77,54 +80,53 @@ class OpenVinoBackend:
         self.read_back: dict[str, Arithmetic] = {}
 
     def load(self, graph: str) -> None:
-        self._graph(graph, _takes_pictures(self._entry(graph)))
+        self._graph(graph, _takes_images(self._entry(graph)))
 
     def unload(self, graph: str) -> None:
-        for one_alone in (False, True):
-            self._compiled.pop((graph, one_alone), None)
+        for is_single in (False, True):
+            self._compiled.pop((graph, is_single), None)
 
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         entry = self._entry(graph)
         arrays = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
-        one_alone = _takes_pictures(entry) and len(arrays[PICTURE]) == 1
-        answer = self._graph(graph, one_alone).infer(arrays, [output.name for output in entry.outputs])
+        is_single = _takes_images(entry) and len(arrays[IMAGE]) == 1
+        answer = self._graph(graph, is_single).infer(arrays, [output.name for output in entry.outputs])
         check_answer(self.bundle.path / entry.file, entry, arrays, answer)
         return answer
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """What the products of each graph that was loaded run in: 'fp32', 'bf16', …; wider than the graph, or as it."""
+        """Lowest type of the products in each loaded graph: 'fp32', 'bf16', …; not lower than the graph's precision."""
         return {graph: ran.lowest for graph, ran in self.read_back.items()}
 
     def _entry(self, graph: str) -> GraphEntry:
         return self.bundle.graph_in(graph, self.precision)
 
-    def _graph(self, graph: str, one_alone: bool) -> CompiledGraph:
-        if (graph, one_alone) not in self._compiled:
+    def _graph(self, graph: str, is_single: bool) -> CompiledGraph:
+        if (graph, is_single) not in self._compiled:
             entry = self._entry(graph)
             path = self.bundle.path / entry.file
             model = read_graph(self._core, read_checked(self.bundle, entry), path)
-            inputs, outputs = ({t.name for t in told} for told in (entry.inputs, entry.outputs))
+            inputs, outputs = ({t.name for t in tensors} for tensors in (entry.inputs, entry.outputs))
             check_tensors(path, entry, _specs(model.inputs, inputs), _specs(model.outputs, outputs))
-            if one_alone:
+            if is_single:
                 model.reshape(
                     {t.name: [1 if isinstance(side, str) else side for side in t.shape] for t in entry.inputs}
                 )
-            if product_type(entry.precision) == "int8":
+            if entry.precision.product_type == "int8":
                 use_all_bits(model)
             compiled = compile_graph(self._core, model, entry.precision, self.threads)
             self.read_back[graph] = arithmetic_of(compiled)
             refuse_lower(entry.file, entry.precision, self.read_back[graph])
-            self._compiled[graph, one_alone] = CompiledGraph(compiled, path, self.seconds_limit)
-        return self._compiled[graph, one_alone]
+            self._compiled[graph, is_single] = CompiledGraph(compiled, path, self.seconds_limit)
+        return self._compiled[graph, is_single]
 
 
 class CompiledGraph:
-    """A compiled graph and its requests, whose answers lie in the requests' own memory.
+    """A compiled graph and its inference requests, in whose memory the outputs are.
 
-    A request runs again only when nobody holds what it answered: nothing is copied and no answer is overwritten, and
-    yet an image pass does not have to get fresh pages for its features from the system, which costs as much as many
-    convolutions.
+    A request is used again when no array refers to its outputs any more. So outputs are neither copied nor overwritten,
+    and no new memory is allocated for every image, which would take as long as many convolutions.
     """
 
     def __init__(self, compiled: Any, path: Path, seconds_limit: float | None = None) -> None:
@@ -135,10 +137,10 @@ class CompiledGraph:
         self._lock = Lock()
 
     def infer(self, inputs: Mapping[str, NDArray[np.generic]], names: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-        """The outputs of these names.
+        """Run the graph and return the named outputs.
 
         Raises:
-            EnvironmentIssue: memory ran out or the time limit passed.
+            EnvironmentIssue: memory ran out, or the time limit was exceeded.
             BundleError: an operator failed, or the inputs are not the graph's.
         """
         request = self._free_request()
@@ -166,18 +168,17 @@ class CompiledGraph:
         return self.compiled.create_infer_request()
 
 
-def _takes_pictures(entry: GraphEntry) -> bool:
-    """Whether a graph has pictures of which it takes any number; a plain export's batch is fixed."""
-    return any(tensor.name == PICTURE and isinstance(tensor.shape[0], str) for tensor in entry.inputs)
+def _takes_images(entry: GraphEntry) -> bool:
+    """Return whether a graph has an image input with a dynamic batch; the batch of a plain export is static."""
+    return any(tensor.name == IMAGE and isinstance(tensor.shape[0], str) for tensor in entry.inputs)
 
 
 def load_openvino() -> Any:
-    """The openvino module, kept from sending anything; EnvironmentIssue where it is missing.
+    """Import openvino with its telemetry disabled; raise EnvironmentIssue if it is missing.
 
-    A bare `import openvino` reports its version, and each conversion, to Google Analytics through the package
-    openvino-telemetry unless somebody opted out before. Where that package is not there, openvino's own stand-in does
-    nothing; so it is made to be absent for this process. An application that imported openvino before us has made
-    that choice itself; reading and running ONNX graphs, all that we do afterwards, reports nothing.
+    `import openvino` and every conversion are reported to Google Analytics by the package openvino-telemetry. If that
+    package is missing, openvino uses a stub that does nothing, so the package is hidden in this process. If openvino
+    was imported before, this has no effect; reading and running ONNX graphs reports nothing.
     """
     if "openvino" not in sys.modules:
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -189,7 +190,7 @@ def load_openvino() -> Any:
 
 
 def describe_device() -> list[str]:
-    """OpenVINO's name for the processor, and then the kinds of arithmetic that it has for it: 'FP32', 'INT8', …"""
+    """Return OpenVINO's name of the processor, followed by the types that it supports: 'FP32', 'INT8', …"""
     core = load_openvino().Core()
     if DEVICE not in core.available_devices:
         return []
@@ -199,21 +200,21 @@ def describe_device() -> list[str]:
 
 
 def read_graph(core: Any, content: bytes, path: Path) -> Any:
-    """The bytes of an ONNX file as OpenVINO's model, safe to compile; the model keeps a copy of what it needs.
+    """Read an ONNX file into an OpenVINO model, with `expand_channel_constants` applied.
 
     Raises:
-        BundleError: OpenVINO does not read them; the message names `path`.
+        BundleError: OpenVINO cannot read it; the message names `path`.
     """
     try:
         model = core.read_model(content)
     except RuntimeError as error:
         raise BundleError(f"OpenVINO cannot read {path}: {_reason(error)}. Export the bundle again.") from error
-    spread_channel_constants(model)
+    expand_channel_constants(model)
     return model
 
 
 def compile_graph(core: Any, model: Any, precision: str = "fp32", threads: int | None = None) -> Any:
-    """A model ready to run on the CPU: one request at a time, on real cores, the arithmetic named."""
+    """Compile a model for the CPU: one request at a time, without hyper-threading, with a fixed inference precision."""
     settings: dict[str, object] = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
@@ -232,12 +233,12 @@ def compile_graph(core: Any, model: Any, precision: str = "fp32", threads: int |
         ) from error
 
 
-def spread_channel_constants(model: Any) -> None:
-    """Give every per-channel constant that meets a matrix product the product's last side.
+def expand_channel_constants(model: Any) -> None:
+    """Expand per-channel constants that are combined with a matrix product to the product's last dimension.
 
-    With a dynamic batch, OpenVINO 2026.4 fuses the sum of a product (B, C, H, W) and a constant (1, C, 1, 1) into the
-    product as if the constant lay along W: it refuses to compile, or, where C equals W, computes something else. A
-    constant (1, C, 1, W) is not fused, and the sum is the same.
+    With a dynamic batch, OpenVINO 2026.4 fuses the sum of a product (B, C, H, W) and a constant (1, C, 1, 1) as if the
+    constant were along W: compilation fails or, if C equals W, the result is wrong. A constant (1, C, 1, W) is not
+    fused.
     """
     from openvino import opset13
 
@@ -254,13 +255,13 @@ def spread_channel_constants(model: Any) -> None:
                 node.input(place).replace_source_output(wide.output(0))
 
 
-def _specs(ports: Iterable[Any], told: set[str]) -> list[TensorSpec]:
-    """OpenVINO's inputs or outputs in the manifest's words; a tensor has several names where graphs were joined."""
+def _specs(ports: Iterable[Any], listed: set[str]) -> list[TensorSpec]:
+    """Convert OpenVINO's inputs or outputs to the manifest's form; a tensor can have several names."""
     specs = []
     for port in ports:
         names = port.get_names()
         shape = tuple(side.get_length() if side.is_static else "?" for side in port.get_partial_shape())
-        name = min(names & told or names)
+        name = min(names & listed or names)
         specs.append(TensorSpec(name=name, dtype=port.get_element_type().to_dtype().name, shape=shape))
     return specs
 

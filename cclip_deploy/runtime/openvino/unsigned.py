@@ -1,8 +1,8 @@
-"""All eight bits for what is never negative: a signed Q/DQ pair behind a ReLU as OpenVINO's own unsigned one.
+"""Quantize tensors that are never negative to unsigned INT8 in OpenVINO models.
 
-An INT8 graph's codes are signed with zero point 0, because TensorRT takes nothing else, and a tensor that is never
-negative uses half of them. A CPU multiplies unsigned codes by signed weights at no cost, so there the same range, up to
-the code 127, is put in 255 steps. What a graph stands for stays the same, its rounding is half as coarse.
+INT8 graphs use signed values with zero point 0, as TensorRT requires, so tensors that are never negative use only half
+of the values. CPUs multiply unsigned activations by signed weights without extra cost, so the same range is divided
+into 255 steps there, which halves the rounding error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _SIGNED_CODES, _LARGEST_CODE = (-128.0, 127.0), 127.0
 
 
 def use_all_bits(model: Any) -> int:
-    """Change an OpenVINO model's signed pairs on float32 tensors that are never negative; how many there were.
+    """Replace signed quantization of float32 tensors that are never negative; return the number of changes.
 
-    A pair whose codes something else reads, such as a concatenation of codes, stays as it is.
+    Pairs whose quantized values have other consumers, such as a concatenation, are not changed.
     """
     from openvino import opset13
 
@@ -45,7 +45,7 @@ def use_all_bits(model: Any) -> int:
 
 
 def _is_never_negative(node: Any, known: set[str]) -> bool:
-    """Whether no value of a node can be below zero, by what is known of the nodes before it."""
+    """Return whether a node has no negative values, given the names of such nodes before it."""
     kind = node.get_type_name()
     sources = [value.get_node() for value in node.input_values()]
     if kind in _AS_ITS_INPUT:
@@ -60,7 +60,7 @@ def _is_positive_constant(node: Any) -> bool:
 
 
 def _dequantization_of(codes: Any) -> Any | None:
-    """The product with the scale that a FakeQuantize to signed codes leads to, and to nothing else; None otherwise."""
+    """Return the multiplication by the scale that follows a signed FakeQuantize and has no sibling; else None."""
     lowest, highest = (value.get_node() for value in codes.input_values()[3:])
     if codes.get_levels() != 256 or codes.get_output_element_type(0).to_dtype() != np.float32:
         return None
@@ -84,12 +84,12 @@ def _scale_of(scaled: Any) -> float:
 
 
 def _constant_behind(node: Any) -> float | None:
-    """The one value of a constant, converted or not."""
+    """Return the value of a scalar constant, possibly behind a conversion."""
     return _single(node.input_value(0).get_node() if node.get_type_name() == "Convert" else node)
 
 
 def _single(node: Any) -> float | None:
-    """The one value of a constant; None for anything else."""
+    """Return the value of a scalar constant; None for other nodes."""
     if node.get_type_name() != "Constant" or node.get_data().size != 1:
         return None
     return float(node.get_data().item())

@@ -63,7 +63,7 @@ def network_flags(binding: ModuleType) -> int:
 
 def check_targets(precision: Precision, compute_capabilities: Sequence[str]) -> None:
     """Raise UsageError where a GPU of one of these compute capabilities cannot compute in the precision, or is none."""
-    least = next((needed for part, needed in _LEAST_CAPABILITY.items() if part in precision.split("-")), (0, 0))
+    least = _LEAST_CAPABILITY.get(Precision(precision).product_type, (0, 0))
     for capability in compute_capabilities:
         try:
             major, minor = (int(part) for part in capability.split("."))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cclip_deploy.bundle.precision import Precision
+from cclip_deploy.bundle.precision import Precision, parse_precision
 from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.tensorrt.binding import (
     binding_label,
@@ -22,7 +22,7 @@ from cclip_deploy.runtime.tensorrt.binding import (
     network_flags,
 )
 from cclip_deploy.runtime.tensorrt.build_watch import BuildWatch, signals_cancel
-from cclip_deploy.runtime.tensorrt.layers import LayerTable, check_precision, prove_precision, read_layer_table
+from cclip_deploy.runtime.tensorrt.layers import LayerTable, prove_precision, read_layer_table
 from cclip_deploy.runtime.tensorrt.settings import (
     EngineSettings,
     TimingCache,
@@ -56,13 +56,13 @@ class EngineOptions:
 
     shapes: ShapeRanges = field(default_factory=dict)
     workspace_bytes: int | None = None
-    precision: Precision = "fp32"
+    precision: Precision = Precision.FP32
     kept_nodes: frozenset[str] = frozenset()
     further_shapes: tuple[ShapeRanges, ...] = ()
     settings: EngineSettings = field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
-        check_precision(self.precision)
+        parse_precision(self.precision)
         check_targets(self.precision, self.settings.compute_capabilities)
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
             raise UsageError(f"workspace_bytes is {self.workspace_bytes}; give a positive number of bytes, or None.")

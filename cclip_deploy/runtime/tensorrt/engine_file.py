@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import EngineEntry, EngineTarget, GraphEntry, TensorSpec
-from cclip_deploy.bundle.precision import build_command, precision_of
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from cclip_deploy.runtime.backend import check_tensors
 from cclip_deploy.runtime.graph_check import read_checked
@@ -35,7 +35,9 @@ def engines_of(bundle: Bundle, backend: str, precision: str) -> dict[str, Engine
             f"{bundle.path} has no {precision} engine for {backend}; it has {have}. "
             f"Build them: {_remedy(backend, precision)}"
         )
-    return {entry.graph: entry for entry in built if entry.precision == precision_of(entry.graph, precision)} | found
+    return {
+        entry.graph: entry for entry in built if entry.precision == Precision(precision).of_graph(entry.graph)
+    } | found
 
 
 def check_engine(entry: EngineEntry, binding: ModuleType, facts: GpuFacts) -> None:
@@ -135,4 +137,4 @@ def _numbers(capability: str) -> tuple[int, ...]:
 
 
 def _remedy(backend: str, precision: str) -> str:
-    return build_command(precision, f"--backend {backend}")
+    return Precision(precision).build_command(f"--backend {backend}")

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from cclip_deploy.bundle.precision import PRECISIONS, Precision, is_quantized, product_type, rest_type
-from cclip_deploy.errors import DataError, ParityError, UsageError
+from cclip_deploy.bundle.precision import Precision, parse_precision
+from cclip_deploy.errors import DataError, ParityError
 from cclip_deploy.runtime.tensorrt.layer_row import FLAT_WEIGHTS, LayerRow, LayerTensor
 
 if TYPE_CHECKING:
@@ -53,12 +53,6 @@ _TYPES = (
 )
 LEAST_SHARE = 1 / 3
 """An engine of a precision runs more than this part of its products in it: below, it is named for what it is not."""
-
-
-def check_precision(precision: str) -> None:
-    """Raise UsageError unless engines can be built, and proved, in this precision."""
-    if precision not in PRECISIONS:
-        raise UsageError(f"There is no precision {precision!r}. Use {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}.")
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,7 @@ def prove_precision(
         products: node names, from `product_nodes`.
         kept_nodes: the products that the graph keeps in the rest's precision on purpose; fewer than two thirds of all.
     """
-    check_precision(asked)
+    asked = parse_precision(asked)
     names = sorted(products)
     kept = [node for node in names if node in kept_nodes]
     if len(kept) == len(names):
@@ -157,9 +151,9 @@ def prove_precision(
     if len(names) - len(kept) <= LEAST_SHARE * len(names):
         raise ParityError(
             f"{asked.upper()} was asked for, but {len(kept)} of {len(names)} convolutions and matrix products are kept "
-            f"in {rest_type(asked).upper()}. Keep fewer, or build in {rest_type(asked)}."
+            f"in {asked.high_precision.upper()}. Keep fewer, or build in {asked.high_precision}."
         )
-    expected = {node: rest_type(asked) if node in kept else product_type(asked) for node in names}
+    expected = {node: asked.high_precision if node in kept else asked.product_type for node in names}
     faults = [fault for node, kind in expected.items() if (fault := _fault_of(node, table.rows_of(node), kind))]
     strays = [stray for row in table.rows if (stray := _stray_of(row, asked, products))]
     if faults or strays:
@@ -189,7 +183,7 @@ def _stray_of(row: LayerRow, asked: Precision, products: Collection[str]) -> str
         return told
     if row.role == "unknown" and row.types:
         return f"{told} is of an unknown kind"
-    fitting = {product_type(asked)} | ({rest_type(asked)} if is_quantized(asked) else set())
+    fitting = {asked.product_type, asked.rest}
     is_named = not set(products).isdisjoint(row.origins)
     return told if row.is_product and not is_named and row.precision not in fitting else None
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import EngineEntry
-from cclip_deploy.bundle.precision import build_command
+from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.errors import UsageError
 from cclip_deploy.runtime.backend import DeviceTensor, TensorsOrArrays
 from cclip_deploy.runtime.tensorrt.binding import BindingName, load_binding
@@ -173,7 +173,7 @@ class TensorRtBackend:
             raise UsageError(
                 f"{self.bundle.path} has no {self.precision} {self.name} engine of {graph}; it has "
                 f"{', '.join(self._entries)}. Build it: "
-                f"{build_command(self.precision, f'--backend {self.name}', f'--graph {graph}')}"
+                f"{Precision(self.precision).build_command(f'--backend {self.name}', f'--graph {graph}')}"
             )
         return self._entries[graph]
 

@@ -112,7 +112,7 @@ class Flipper:
     def _answer(self, backend: str) -> np.ndarray:
         bundle = Bundle.open(self.path)
         runs = BACKENDS[backend](bundle, threads=1, seconds_limit=SECONDS_LIMIT)
-        return np.stack(list(Segmenter(bundle, runs).probabilities(self.pixels, [PROMPT])))
+        return np.stack(list(Segmenter.of_bundle(bundle, runs).probabilities(self.pixels, [PROMPT])))
 
     def _fit(self, name: str, content: bytes) -> None:
         hashes = {**self.hashes, name: hashlib.sha256(content).hexdigest()}

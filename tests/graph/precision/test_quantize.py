@@ -15,7 +15,7 @@ from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.graph.precision.convert import lower, tensors_to_calibrate
 from cclip_deploy.graph.precision.float16 import precision_share
 from cclip_deploy.graph.precision.quantize import plan_quantization, quantize, scale_of, weight_codes
-from cclip_deploy.runtime.onnxruntime.cpu import load_onnxruntime, make_session
+from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 from tests.graph.precision.test_float16 import make_model, normal
 
 Ranges = Mapping[str, float]

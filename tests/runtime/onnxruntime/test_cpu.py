@@ -1,4 +1,4 @@
-"""ONNX Runtime answers as PyTorch does, on the device that was asked for, or says why not."""
+"""ONNX Runtime agrees with PyTorch and does not fall back to another device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import BundleError, EnvironmentIssue, UsageError
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.parity.reference import expand, load_references
-from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend, load_onnxruntime, make_session
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.onnxruntime.session import load_onnxruntime, make_session
 from cclip_deploy.runtime.pytorch import PyTorchBackend
 from tests.bundles import copy_of, reseal
 
@@ -28,7 +29,7 @@ def distance(value: np.ndarray, truth: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_every_graph_answers_as_the_plain_network_for_any_batch(
+def test_every_graph_matches_the_plain_network_for_any_batch(
     tiny_bundle: Bundle, tiny_network: CausalCLIPSeg, rows: int
 ) -> None:
     rng = np.random.default_rng(rows)
@@ -75,7 +76,7 @@ def test_a_graph_is_checked_and_loaded_once_and_only_when_it_is_needed(
     assert loaded == [(tiny_bundle.path / "graphs/mask_decoder.onnx").read_bytes()]
 
 
-def test_strided_inputs_are_taken(tiny_bundle: Bundle) -> None:
+def test_strided_inputs_are_accepted(tiny_bundle: Bundle) -> None:
     inputs = expand(load_references(tiny_bundle)[0].decoder_inputs)
     backend = OnnxRuntimeBackend(tiny_bundle, threads=1)
     strided = {name: np.asfortranarray(value) for name, value in inputs.items()}
@@ -89,7 +90,7 @@ def test_a_precision_that_the_bundle_lacks_is_named(tiny_bundle: Bundle) -> None
         OnnxRuntimeBackend(tiny_bundle, "fp16").load("fused")
 
 
-def test_threads_are_set_as_asked(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle) -> None:
+def test_threads_are_set(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle) -> None:
     seen: list[Any] = []
     real = onnxruntime.InferenceSession
 
@@ -105,7 +106,7 @@ def test_threads_are_set_as_asked(monkeypatch: pytest.MonkeyPatch, tiny_bundle: 
 
 
 def test_an_unknown_device_is_a_usage_error(tiny_bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="'tpu' is none of cpu, cuda"):
+    with pytest.raises(UsageError, match=r"no device 'tpu'\. Use one of cpu, cuda"):
         OnnxRuntimeBackend(tiny_bundle, device="tpu")  # type: ignore[arg-type]
 
 
@@ -115,13 +116,13 @@ def test_cuda_is_refused_where_this_build_has_none(tiny_bundle: Bundle) -> None:
         OnnxRuntimeBackend(tiny_bundle, device="cuda")
 
 
-def test_a_missing_onnxruntime_is_told_with_the_command_that_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_onnxruntime_raises_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EnvironmentIssue, match=r"pip install 'cclip-deploy\[cpu\]'"):
         load_onnxruntime("cpu")
 
 
-def test_a_session_does_not_keep_the_bytes_that_it_was_made_from(tiny_bundle: Bundle) -> None:
+def test_a_session_does_not_hold_the_bytes_of_its_model(tiny_bundle: Bundle) -> None:
     """They are as large as the weights, which the session has as well."""
     content = tiny_bundle.read("graphs/mask_decoder.onnx")
     session = make_session(load_onnxruntime("cpu"), content, threads=1)
@@ -129,15 +130,15 @@ def test_a_session_does_not_keep_the_bytes_that_it_was_made_from(tiny_bundle: Bu
     assert sys.getrefcount(content) == 2
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused() -> None:
+def test_a_session_that_fell_back_to_the_cpu_raises() -> None:
     fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
     runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *a, **k: fallen)
-    with pytest.raises(EnvironmentIssue, match="asked for cuda and fell back"):
+    with pytest.raises(EnvironmentIssue, match="fell back from cuda"):
         make_session(runtime, b"a graph", "cuda")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", bytes(1000)], ids=["empty", "text", "zeros"])
-def test_a_file_that_is_no_graph_is_a_bundle_error(tiny_bundle_path: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_graph_raises(tiny_bundle_path: Path, tmp_path: Path, content: bytes) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     (copy / "graphs" / "fused.onnx").write_bytes(content)
     reseal(copy)
@@ -145,9 +146,7 @@ def test_a_file_that_is_no_graph_is_a_bundle_error(tiny_bundle_path: Path, tmp_p
         OnnxRuntimeBackend(Bundle.open(copy)).load("fused")
 
 
-def test_a_graph_that_does_not_take_and_give_what_the_manifest_says_is_refused(
-    tiny_bundle_path: Path, tmp_path: Path
-) -> None:
+def test_a_graph_with_other_inputs_or_outputs_than_the_manifest_raises(tiny_bundle_path: Path, tmp_path: Path) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     path, decoder = copy / "graphs" / "prompt_encoder.onnx", copy / "graphs" / "mask_decoder.onnx"
     real = path.read_bytes()

@@ -15,9 +15,10 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import EnvironmentIssue
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.reference import expand, load_references
-from cclip_deploy.runtime.onnxruntime import gpu as onnx_runtime_gpu
-from cclip_deploy.runtime.onnxruntime.cpu import NamedGraph, OnnxRuntimeBackend, load_onnxruntime, make_session
-from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend, provider_options, register_rtx_plugin
+from cclip_deploy.runtime.onnxruntime import session as session_module
+from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
+from cclip_deploy.runtime.onnxruntime.gpu import OnnxRuntimeGpuBackend, provider_options
+from cclip_deploy.runtime.onnxruntime.session import NamedGraph, load_onnxruntime, make_session, register_rtx_plugin
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 RTX = "NvTensorRTRTXExecutionProvider"
@@ -32,7 +33,7 @@ def bound(tiny_bundle: Bundle) -> OnnxRuntimeGpuBackend:
     return backend
 
 
-def test_bound_runs_answer_as_unbound_ones(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
+def test_runs_with_io_binding_match_runs_without(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
     plain = OnnxRuntimeBackend(tiny_bundle, threads=2)
     reference = load_references(tiny_bundle)[0]
     for graph, arrays in {
@@ -43,9 +44,12 @@ def test_bound_runs_answer_as_unbound_ones(tiny_bundle: Bundle, bound: OnnxRunti
             np.testing.assert_allclose(bound.run(graph, arrays)[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_features_go_from_graph_to_graph_without_an_array(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
+def test_features_stay_on_the_device_between_graphs(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
     pixels = np.random.default_rng(0).random((40, 50), np.float32)
-    ours, plain = Segmenter(tiny_bundle, bound), Segmenter(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2))
+    ours, plain = (
+        Segmenter.of_bundle(tiny_bundle, bound),
+        Segmenter.of_bundle(tiny_bundle, OnnxRuntimeBackend(tiny_bundle, threads=2)),
+    )
     kernels = plain.encode_prompts(["left lung"])
     features = ours.encode_image(pixels)
     assert not isinstance(features, np.ndarray)
@@ -58,12 +62,12 @@ def test_features_go_from_graph_to_graph_without_an_array(tiny_bundle: Bundle, b
         ours.decode(features, kernels)
 
 
-def test_only_what_is_kept_is_given(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
+def test_only_requested_outputs_are_returned(tiny_bundle: Bundle, bound: OnnxRuntimeGpuBackend) -> None:
     tokens = load_references(tiny_bundle)[0].tokens
     assert bound.run_on_device("prompt_encoder", {"tokens": tokens}, ["kernel"]).keys() == {"kernel"}
 
 
-def test_options_name_shapes_caches_and_no_precision(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_options_contain_shapes_and_caches_but_no_precision(tiny_bundle: Bundle, tmp_path: Path) -> None:
     entry = tiny_bundle.graph("image_encoder")
     assert provider_options("cuda", entry, tmp_path) == {"use_tf32": "0"}
     trt = provider_options("tensorrt", entry, tmp_path)
@@ -77,7 +81,7 @@ def test_options_name_shapes_caches_and_no_precision(tiny_bundle: Bundle, tmp_pa
     assert not any("cache" in key for key in provider_options("tensorrt", entry, None))
 
 
-def test_tensorrt_leaves_the_rest_to_cuda(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_without_tensorrt_support_run_in_cuda(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cclip_deploy.runtime.onnxruntime.cpu.load_onnxruntime", lambda device: onnxruntime)
     backend = OnnxRuntimeGpuBackend(tiny_bundle, "fp32", "tensorrt")
     names = [name for name, _ in backend._providers(tiny_bundle.graph("fused"))]
@@ -88,11 +92,11 @@ def test_tensorrt_leaves_the_rest_to_cuda(tiny_bundle: Bundle, monkeypatch: pyte
 def test_a_session_that_fell_back_is_refused(device: Any) -> None:
     fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
     runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *a, **k: fallen)
-    with pytest.raises(EnvironmentIssue, match=f"asked for {device} and fell back"):
+    with pytest.raises(EnvironmentIssue, match=f"fell back from {device}"):
         make_session(runtime, GRAPH, device)
 
 
-def test_a_provider_that_fails_is_a_problem_of_the_machine_not_of_the_bundle() -> None:
+def test_a_failing_provider_raises_an_environment_issue() -> None:
     seen: dict[str, Any] = {}
 
     def session(*arguments: Any, **options: Any) -> Any:
@@ -110,7 +114,7 @@ def test_a_provider_that_fails_is_a_problem_of_the_machine_not_of_the_bundle() -
     ("device", "remedy"),
     [("cuda", r"cclip-deploy\[gpu\]"), ("tensorrt", r"cclip-deploy\[gpu,tensorrt\]"), ("tensorrt-rtx", "pip install")],
 )  # fmt: skip
-def test_a_provider_that_is_not_there_names_its_remedy(device: Any, remedy: str, tiny_bundle: Bundle) -> None:
+def test_a_missing_provider_raises_with_the_install_command(device: Any, remedy: str, tiny_bundle: Bundle) -> None:
     with pytest.raises(EnvironmentIssue, match=remedy):
         OnnxRuntimeGpuBackend(tiny_bundle, "fp32", device)
 
@@ -124,7 +128,7 @@ def test_the_rtx_provider_is_registered_from_its_package(monkeypatch: pytest.Mon
         register_execution_provider_library=lambda name, path: registered.append((name, path)),
     )
     package = SimpleNamespace(get_library_path=lambda: "/somewhere/librtx.so")
-    monkeypatch.setitem(sys.modules, onnx_runtime_gpu.RTX_PLUGIN, package)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, session_module.RTX_PLUGIN, package)  # type: ignore[arg-type]
     register_rtx_plugin(runtime)
     register_rtx_plugin(runtime)
     assert registered == [(RTX, "/somewhere/librtx.so")]
@@ -150,9 +154,9 @@ def test_a_session_of_the_rtx_package_takes_its_devices_and_options() -> None:
         make_session(runtime, GRAPH, "tensorrt-rtx")
 
 
-def test_loading_asks_for_the_plugin_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_is_only_loaded_for_tensorrt_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(onnx_runtime_gpu, "register_rtx_plugin", asked.append)
+    monkeypatch.setattr(session_module, "register_rtx_plugin", asked.append)
     load_onnxruntime("cpu")
     assert asked == []
     load_onnxruntime("tensorrt-rtx")

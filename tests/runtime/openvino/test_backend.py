@@ -1,4 +1,4 @@
-"""OpenVINO answers as PyTorch does, in float32 and in INT8, sends nothing, and says what is missing."""
+"""OpenVINO agrees with PyTorch in FP32 and INT8, and sends no telemetry."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def backend(tiny_bundle_path: Path) -> OpenVinoBackend:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_every_graph_answers_as_the_plain_network_for_any_batch(
+def test_every_graph_matches_the_plain_network_for_any_batch(
     backend: OpenVinoBackend, tiny_network: CausalCLIPSeg, rows: int
 ) -> None:
     rng, image_hw = np.random.default_rng(rows), backend.bundle.manifest.image_hw
@@ -73,7 +73,7 @@ def test_every_graph_answers_as_the_plain_network_for_any_batch(
             assert distance(answer, truths[name]) <= 1e-5, (graph, name)
 
 
-def test_every_graph_of_the_bundle_keeps_the_limits_of_float32(backend: OpenVinoBackend) -> None:
+def test_every_graph_is_within_the_float32_limits(backend: OpenVinoBackend) -> None:
     checks = list(check_graphs(backend, backend.bundle.manifest.graphs, load_references(backend.bundle)))
     assert {check.graph for check in checks} >= {"image_encoder", "prompt_encoder", "mask_decoder", "fused", "chain"}
     assert {check.backend for check in checks} == {"openvino"}
@@ -81,7 +81,7 @@ def test_every_graph_of_the_bundle_keeps_the_limits_of_float32(backend: OpenVino
     assert backend.arithmetic == dict.fromkeys(backend.bundle.manifest.graphs, "fp32")
 
 
-def test_an_answer_outlives_the_runs_after_it(backend: OpenVinoBackend) -> None:
+def test_an_output_is_not_changed_by_later_runs(backend: OpenVinoBackend) -> None:
     inputs = expand(load_references(backend.bundle)[0].decoder_inputs)
     first = backend.run("mask_decoder", inputs)["logits"]
     kept = first.copy()
@@ -91,7 +91,7 @@ def test_an_answer_outlives_the_runs_after_it(backend: OpenVinoBackend) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-def test_one_picture_is_computed_in_a_form_of_its_own_and_more_in_one_for_any_number(
+def test_a_single_image_and_larger_batches_use_different_compiled_graphs(
     tiny_bundle: Bundle,
 ) -> None:
     backend, image = OpenVinoBackend(tiny_bundle, threads=2), load_references(tiny_bundle)[0].image
@@ -113,7 +113,7 @@ def place_of(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def test_memory_of_an_answer_is_used_again_only_when_nobody_holds_it(backend: OpenVinoBackend) -> None:
+def test_output_memory_is_reused_only_after_the_output_is_freed(backend: OpenVinoBackend) -> None:
     image = load_references(backend.bundle)[0].image[:1]
 
     def answer(shift: int) -> np.ndarray:
@@ -133,7 +133,7 @@ def test_memory_of_an_answer_is_used_again_only_when_nobody_holds_it(backend: Op
         np.testing.assert_array_equal(array, truth)
 
 
-def test_many_threads_get_each_its_own_answer(backend: OpenVinoBackend) -> None:
+def test_threads_get_separate_outputs(backend: OpenVinoBackend) -> None:
     inputs = expand(load_references(backend.bundle)[0].decoder_inputs)
     scales = [np.float32(scale) for scale in range(1, 25)]
 
@@ -147,7 +147,7 @@ def test_many_threads_get_each_its_own_answer(backend: OpenVinoBackend) -> None:
             assert distance(logits, truth * scale) <= 1e-5
 
 
-def test_strided_inputs_are_taken(backend: OpenVinoBackend) -> None:
+def test_strided_inputs_are_accepted(backend: OpenVinoBackend) -> None:
     inputs = expand(load_references(backend.bundle)[0].decoder_inputs)
     strided = {name: np.asfortranarray(value) for name, value in inputs.items()}
     answer, truth = (backend.run("mask_decoder", some)["logits"] for some in (strided, inputs))
@@ -203,7 +203,7 @@ def quantized(source: Path, target: Path, images: list[np.ndarray]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the quantizer's own
-def test_an_int8_graph_answers_as_in_onnx_runtime_and_near_to_float32(
+def test_an_int8_graph_matches_onnx_runtime_and_is_close_to_float32(
     tiny_bundle_path: Path, backend: OpenVinoBackend, tmp_path: Path
 ) -> None:
     image = load_references(backend.bundle)[0].image
@@ -255,7 +255,7 @@ def with_int8(bundle: Path, folder: Path) -> OpenVinoBackend:
     return OpenVinoBackend(Bundle.open(copy), "int8", threads=2)
 
 
-def test_threads_and_arithmetic_are_set_as_asked(backend: OpenVinoBackend, tiny_bundle: Bundle) -> None:
+def test_threads_and_inference_precision_are_set(backend: OpenVinoBackend, tiny_bundle: Bundle) -> None:
     backend.load("mask_decoder")
     compiled = backend._compiled["mask_decoder", False].compiled
     told = {key: compiled.get_property(key) for key in ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "ENABLE_CPU_PINNING")}
@@ -276,7 +276,7 @@ def test_a_precision_that_the_bundle_lacks_is_named(tiny_bundle: Bundle) -> None
         OpenVinoBackend(tiny_bundle, "fp16").load("fused")
 
 
-def test_a_missing_openvino_is_told_with_the_command_that_gets_it(
+def test_a_missing_openvino_raises_with_the_install_command(
     monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -285,7 +285,7 @@ def test_a_missing_openvino_is_told_with_the_command_that_gets_it(
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", bytes(1000)], ids=["empty", "text", "zeros"])
-def test_a_file_that_is_no_graph_is_a_bundle_error(tiny_bundle_path: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_graph_raises(tiny_bundle_path: Path, tmp_path: Path, content: bytes) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     (copy / "graphs" / "fused.onnx").write_bytes(content)
     reseal(copy)
@@ -293,9 +293,7 @@ def test_a_file_that_is_no_graph_is_a_bundle_error(tiny_bundle_path: Path, tmp_p
         OpenVinoBackend(Bundle.open(copy)).load("fused")
 
 
-def test_a_graph_that_does_not_take_and_give_what_the_manifest_says_is_refused(
-    tiny_bundle_path: Path, tmp_path: Path
-) -> None:
+def test_a_graph_with_other_inputs_or_outputs_than_the_manifest_raises(tiny_bundle_path: Path, tmp_path: Path) -> None:
     copy = copy_of(tiny_bundle_path, tmp_path)
     path, decoder = copy / "graphs" / "prompt_encoder.onnx", copy / "graphs" / "mask_decoder.onnx"
     real = path.read_bytes()

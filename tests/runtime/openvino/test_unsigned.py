@@ -1,4 +1,4 @@
-"""Signed codes of what is never negative become unsigned ones of the same range, and no others do."""
+"""Quantization of tensors that are never negative becomes unsigned."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def rounded(values: np.ndarray, step: float, least: int, most: int) -> np.ndarra
 
 
 @pytest.mark.parametrize("steps", NEVER_NEGATIVE.values(), ids=NEVER_NEGATIVE.keys())
-def test_what_is_never_negative_is_rounded_to_255_steps_of_the_same_range(
+def test_tensors_that_are_never_negative_get_255_steps(
     steps: list[tuple[str, list[str], dict[str, object]]], tmp_path: Path
 ) -> None:
     changed, exact, y = run(graph_of(steps), tmp_path / "g.onnx")
@@ -91,7 +91,7 @@ def test_what_is_never_negative_is_rounded_to_255_steps_of_the_same_range(
 
 
 @pytest.mark.parametrize("steps", MAYBE_NEGATIVE.values(), ids=MAYBE_NEGATIVE.keys())
-def test_what_may_be_negative_keeps_its_signed_codes(
+def test_tensors_that_may_be_negative_stay_signed(
     steps: list[tuple[str, list[str], dict[str, object]]], tmp_path: Path
 ) -> None:
     changed, exact, y = run(graph_of(steps), tmp_path / "g.onnx")
@@ -100,7 +100,7 @@ def test_what_may_be_negative_keeps_its_signed_codes(
     np.testing.assert_allclose(y, rounded(exact, SCALE, -128, 127), atol=1e-6)
 
 
-def test_codes_that_something_else_reads_stay_signed(tmp_path: Path) -> None:
+def test_quantized_values_with_other_consumers_stay_signed(tmp_path: Path) -> None:
     changed, exact, y = run(graph_of(NEVER_NEGATIVE["ReLU"], codes_read=True), tmp_path / "g.onnx")
     assert changed == 0
     np.testing.assert_allclose(y, rounded(exact, SCALE, -128, 127), atol=1e-6)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cclip_deploy.bundle.precision import parse_precision
 from cclip_deploy.errors import DataError, ParityError, UsageError
 from cclip_deploy.runtime.tensorrt.layers import (
     LayerTable,
-    check_precision,
     product_nodes,
     prove_precision,
     read_layer_table,
@@ -412,9 +412,9 @@ def test_a_graph_without_products_proves_nothing() -> None:
 
 def test_unknown_precisions_are_refused() -> None:
     for precision in ("fp32", "fp16", "bf16", "int8", "fp8", "int8-fp16", "fp8-fp16"):
-        check_precision(precision)
+        assert parse_precision(precision) == precision
     with pytest.raises(UsageError, match="no precision 'half'"):
-        check_precision("half")
+        parse_precision("half")
 
 
 def test_products_are_named_and_those_of_constants_left_out() -> None:

@@ -115,14 +115,14 @@ def test_features_stay_on_the_device_between_the_picture_and_its_masks(bundle: B
     rng = np.random.default_rng(0)
     pixels = rng.random((50, 70), np.float32)
     with setup.open() as backend:
-        segmenter = Segmenter(bundle, backend)
+        segmenter = Segmenter.of_bundle(bundle, backend)
         kernels = segmenter.encode_prompts(["left lung", "both lungs"])
         copies = setup.gpu.calls.count("copy_out")
         features = segmenter.encode_image(pixels)
         assert setup.gpu.calls.count("copy_out") == copies
         logits = segmenter.decode(features, kernels)
         assert setup.gpu.calls.count("copy_out") == copies + 1
-        ours = Segmenter(bundle, plain)
+        ours = Segmenter.of_bundle(bundle, plain)
         np.testing.assert_allclose(logits, ours.decode(ours.encode_image(pixels), kernels), rtol=1e-4, atol=1e-4)
         assert isinstance(kernels, PromptKernels)
     assert setup.gpu.leaks() == {}
