@@ -20,7 +20,7 @@ SMALL = TrainConfig(image_size=64, epochs=1, images_per_batch=2, prompts_per_ima
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training and three test images with two prompts each; no val split."""
     folder = tmp_path_factory.mktemp("train") / "data"
-    write_dataset(folder, {"train": 4, "test": 3}, (64, 64), seed=0, prompts_per_film=2)
+    write_dataset(folder, {"train": 4, "test": 3}, (64, 64), seed=0, prompts_per_image=2)
     return folder
 
 
@@ -28,7 +28,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def validated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight training and three validation images with two prompts each."""
     folder = tmp_path_factory.mktemp("validated") / "data"
-    write_dataset(folder, {"train": 8, "val": 3}, (64, 64), seed=1, prompts_per_film=2)
+    write_dataset(folder, {"train": 8, "val": 3}, (64, 64), seed=1, prompts_per_image=2)
     return folder
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     data = arguments.output / "data"
     if not data.exists():
         counts = {"train": arguments.films, "test": max(2, arguments.films // 8)}
-        write_dataset(data, counts, config.image_hw, config.seed, prompts_per_film=config.prompts_per_image)
+        write_dataset(data, counts, config.image_hw, config.seed, prompts_per_image=config.prompts_per_image)
 
     report = train(config, data, arguments.output / "training", options=RunOptions(resume=True), on_message=print)
     print(f"{report.steps} steps in {report.training_s:.0f} s, {report.waiting_share:.1%} of it waiting for data")

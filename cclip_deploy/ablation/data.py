@@ -11,7 +11,13 @@ from cclip_deploy.ablation.plan import AblationPlan, Films, Signs
 from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.confounders import Confounding
-from cclip_deploy.datasets.synthetic.generator import DEFAULT_FILMS, Asking, film_rng, make_samples, write_dataset
+from cclip_deploy.datasets.synthetic.generator import (
+    DEFAULT_OPTIONS,
+    SyntheticOptions,
+    image_rng,
+    make_samples,
+    write_dataset,
+)
 from cclip_deploy.evaluation.causal import ToggledImage
 
 OnMessage = Callable[[str], None]
@@ -51,7 +57,7 @@ class TrialData:
         assert self.films is not None
         for number in range(self.films.test):
             forms = [
-                make_samples(film_rng(self.seed, "test", number), self.image_hw, self.films.prompts_per_film, asking)
+                make_samples(image_rng(self.seed, "test", number), self.image_hw, self.films.prompts_per_film, asking)
                 for asking in (_asking(self.films, 1.0), _asking(self.films, 0.0))
             ]
             one, other = forms
@@ -78,11 +84,11 @@ def prepare_data(
         )  # fmt: skip
     films, signs, place = plan.films, plan.arms[arm].signs, folder / f"seed{seed}"
 
-    def draw(name: str, counts: Mapping[str, int], asking: Asking) -> Path:
+    def draw(name: str, counts: Mapping[str, int], asking: SyntheticOptions) -> Path:
         target = place / name
         if not target.exists():
             on_message(f"Generating {sum(counts.values())} images in {target}")
-            write_dataset(target, counts, hw, seed, prompts_per_film=films.prompts_per_film, asking=asking)
+            write_dataset(target, counts, hw, seed, prompts_per_image=films.prompts_per_film, options=asking)
         return target
 
     training = draw(f"train-{signs}", {"train": films.train, "val": films.val}, _training_asking(films, signs))
@@ -91,11 +97,11 @@ def prepare_data(
     return TrialData(training, "flat", None, tests, films, hw, seed)
 
 
-def _training_asking(films: Films, signs: Signs) -> Asking:
+def _training_asking(films: Films, signs: Signs) -> SyntheticOptions:
     if signs == "none":
-        return DEFAULT_FILMS
+        return DEFAULT_OPTIONS
     return _asking(films, films.rho if signs == "follow" else 0.5)
 
 
-def _asking(films: Films, rho: float) -> Asking:
-    return Asking(Confounding(frozenset(films.confounders), rho))
+def _asking(films: Films, rho: float) -> SyntheticOptions:
+    return SyntheticOptions(Confounding(frozenset(films.confounders), rho))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from cclip_deploy.common.toml_file import StrictModel, faults_of, read_toml
-from cclip_deploy.datasets.synthetic.confounders import CONFOUNDERS, USUAL_RHO
+from cclip_deploy.datasets.synthetic.confounders import CONFOUNDERS, DEFAULT_RHO
 from cclip_deploy.errors import UsageError
 from cclip_deploy.train.config import TrainConfig
 
@@ -32,7 +32,7 @@ class Films(StrictModel):
     prompts_per_film: _Count = 1
     """Confounders follow an image's first prompt, so they are less informative with several."""
     confounders: Annotated[tuple[Kind, ...], Field(min_length=1)] = CONFOUNDERS  # type: ignore[assignment]
-    rho: Annotated[float, Field(ge=0, le=1)] = USUAL_RHO
+    rho: Annotated[float, Field(ge=0, le=1)] = DEFAULT_RHO
     """Probability that a confounder is on the target's side, in training, validation and the test set "id"."""
 
 

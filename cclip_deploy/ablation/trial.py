@@ -17,7 +17,7 @@ from cclip_deploy.common.json_file import json_text
 from cclip_deploy.common.threads import torch_threads
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.errors import DataError, UsageError
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 
@@ -151,7 +151,7 @@ def _measure(trial: Trial, checkpoint: Path, on_message: OnMessage) -> TrialMeas
         dice[name] = float(np.mean([row.overlap.dice for row in measured]))
         shuffled_dice += [row.controls["shuffled"].dice for row in measured if "shuffled" in row.controls]
     images = dict.fromkeys(row.image for row in data.test_rows(next(iter(data.tests))))
-    pixels = (read_picture(image).pixels for image in images)
+    pixels = (read_image(image).pixels for image in images)
     return TrialMeasures(
         masks=measure_causal_masks(network.loaded.model, pixels, config.image_hw),
         **{f"dice_{name}": value for name, value in dice.items()},

@@ -44,7 +44,7 @@ def export(
         image_hw=None if image_size is None else image_hw(image_size),
         prompt_length=prompt_length, plain=plain, batch=batch,
         with_masks=with_masks, with_confounding=with_confounding, threads=threads, replace=force,
-        reference_pictures=tuple(reference_image or ()), reference_prompts=tuple(reference_prompt or ()),
+        reference_images=tuple(reference_image or ()), reference_prompts=tuple(reference_prompt or ()),
     )  # fmt: skip
     with progress(quiet=json) as on_progress:
         exported = export_bundle(checkpoint, output, chosen, command_line(), on_progress)

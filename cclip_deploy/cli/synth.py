@@ -52,16 +52,16 @@ def synth(
     json: options.Json = False,
 ) -> None:
     """Generate a [bold]synthetic data set[/] of chest radiographs with prompts, masks and optional confounders."""
-    from cclip_deploy.datasets.synthetic.confounders import confound
-    from cclip_deploy.datasets.synthetic.generator import Asking, share_out_films, write_dataset
+    from cclip_deploy.datasets.synthetic.confounders import make_confounding
+    from cclip_deploy.datasets.synthetic.generator import SyntheticOptions, split_counts, write_dataset
 
-    asking = Asking(confound(confounder or (), confounder_rho), absent_share, typo_share, wordings)
-    counts = share_out_films(images)
+    asking = SyntheticOptions(make_confounding(confounder or (), confounder_rho), absent_share, typo_share, wordings)
+    counts = split_counts(images)
     check_writable(output)
     with progress(quiet=json) as on_progress:
         write_dataset(
-            output, counts, (size, size), seed, prompts_per_film=prompts_per_image, layout=layout, asking=asking,
-            test_rho=test_rho, on_film=report_every(on_progress, "Image"),
+            output, counts, (size, size), seed, prompts_per_image=prompts_per_image, layout=layout, options=asking,
+            test_rho=test_rho, on_progress=report_every(on_progress, "Image"),
         )  # fmt: skip
     if json:
         print_json({"folder": str(output), "layout": layout, "films": counts, "seed": seed})

@@ -1,4 +1,4 @@
-"""The flat layout: one CSV or JSON Lines table that names every image, mask and text."""
+"""Read the flat layout: one CSV or JSON Lines table with image, mask and text in each row."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ FLAT_COLUMNS = (*REQUIRED_COLUMNS, "split", "subject")
 
 
 def find_tables(folder: Path) -> list[Path]:
-    """The .csv and .jsonl files right in a folder."""
+    """Return the .csv and .jsonl files directly in a folder."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in {".csv", ".jsonl"} and path.is_file())
 
 
 def read_flat(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Sample]:
-    """Read the one table in `folder`, with the columns image, mask, text and perhaps split, subject.
+    """Read the only table in `folder`, with the columns image, mask, text and, optionally, split and subject.
 
-    Paths are relative to the folder; absolute ones and those with `..` need `allow_outside`. Without a split column
-    every row is of the split "train"; without a subject column the image's name says the subject, by `subject_pattern`
-    or a known one, else it is the subject. An image may have several rows, each with another text. In JSON Lines the
-    columns are keys, and a row may leave out the last two.
+    Paths are relative to the folder; absolute ones and those with `..` need `allow_outside`. The default split is
+    "train". The default subject is taken from the image's name (see `sample.subject_of`). An image may have several
+    rows with different texts. In JSON Lines the columns are keys, and each row may omit the optional ones.
 
     Raises:
-        DataError: no table or several, an unknown, missing or doubled column, an empty table or field, a missing file,
-            a file outside the folder, a mask of another size than its image, the same text twice for one image, an
+        DataError: no table or several, an unknown, missing or repeated column, an empty table or field, a missing file,
+            a file outside the folder, a mask of another size than its image, a repeated text for one image, or an
             unknown split.
     """
     table = _find_table(folder)
@@ -40,7 +39,7 @@ def read_flat(folder: Path, subject_pattern: str | None = None, allow_outside: b
     if table.suffix.lower() == ".csv":
         _check_columns(f"{table}, row 1", rows[0].values)
     for row in rows:
-        sample = _read_referral(folder, row, subject_pattern, allow_outside)
+        sample = _read_sample(folder, row, subject_pattern, allow_outside)
         first = seen.setdefault((sample.image, sample.text), row.where)
         if first != row.where:
             number = first.rpartition(" ")[2]
@@ -58,8 +57,8 @@ def _find_table(folder: Path) -> Path:
     if len(tables) != 1:
         found = ", ".join(table.name for table in tables) or "none"
         raise DataError(
-            f"{folder} must hold one .csv or .jsonl table; found: {found}. "
-            f"The flat layout has {', '.join(FLAT_COLUMNS)}."
+            f"{folder} must have exactly one .csv or .jsonl table; found: {found}. "
+            f"The columns of the flat layout are {', '.join(FLAT_COLUMNS)}."
         )
     return tables[0]
 
@@ -71,10 +70,10 @@ def _check_columns(where: str, columns: Iterable[str]) -> None:
             raise DataError(f"{where}: unknown column {name!r}. Columns are {', '.join(FLAT_COLUMNS)}.")
     for name in REQUIRED_COLUMNS:
         if name not in held:
-            raise DataError(f"{where}: column {name!r} is missing; there are {', '.join(held)}. Add it.")
+            raise DataError(f"{where}: column {name!r} is missing; its columns are {', '.join(held)}. Add it.")
 
 
-def _read_referral(folder: Path, row: Row, subject_pattern: str | None, allow_outside: bool) -> Sample:
+def _read_sample(folder: Path, row: Row, subject_pattern: str | None, allow_outside: bool) -> Sample:
     _check_columns(row.where, row.values)
     values: Mapping[str, str] = {name: value.strip() for name, value in row.values.items()}
     for name, value in values.items():

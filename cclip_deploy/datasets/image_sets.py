@@ -1,4 +1,4 @@
-"""Images named by files, folders or data sets, with their prompts and patients: what calibrates and what judges."""
+"""Collect images from files, folders and data sets, with prompts and patients, for calibration and precision tuning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.datasets.reading import LAYOUTS, has_layout, read_data_set
 from cclip_deploy.datasets.sample import Sample, patient_of
 from cclip_deploy.errors import DataError
-from cclip_deploy.imaging.reading import find_pictures, picture_stem
+from cclip_deploy.imaging.reading import find_images, image_stem
 
 MASK_FOLDERS = frozenset({
     "mask", "masks", "labelcol", "label", "labels", "gt", "gts", "groundtruth", "ground_truth", "ground-truth",
@@ -21,12 +21,12 @@ MASK_FOLDERS = frozenset({
 })  # fmt: skip
 MASK_BEGINNINGS = ("mask_", "mask-")
 MASK_ENDS = ("_mask", "-mask", "_gt", "_segmentation")
-"""Names that published data sets, and `predict`, give to masks and their folders; compared in lower case."""
+"""Names of masks and their folders in published data sets and in `predict`'s output; compared in lower case."""
 
 
 @dataclass(frozen=True)
 class SetImage:
-    """One image; `prompts` are the data set's own, and `patient` is None where it is not known."""
+    """One image with the prompts of its data set; `patient` is None if it is not known."""
 
     path: Path
     prompts: tuple[str, ...] = ()
@@ -34,15 +34,15 @@ class SetImage:
 
 
 class ImageSource(StrictModel):
-    """What was found under one path: a data set's split, or a folder or file that belongs to no data set.
+    """Summary of the images under one path: a split of a data set, or plain images in a folder or file.
 
     Attributes:
-        name: of the folder or file.
-        layout: of the data set; None for plain images.
-        split: that was taken; None for plain images.
-        images: how many there are.
-        patients: how many are known.
-        images_without_patient: images of which neither a column nor the file's name says the patient.
+        name: name of the folder or file.
+        layout: layout of the data set; None for plain images.
+        split: split that was used; None for plain images.
+        images: number of images.
+        patients: number of known patients.
+        images_without_patient: number of images whose patient is unknown.
     """
 
     name: str
@@ -53,7 +53,7 @@ class ImageSource(StrictModel):
     images_without_patient: int
 
     def describe(self) -> str:
-        """The same as a phrase: `films (layout flat, split train): 64 images of 60 patients`."""
+        """Format as text: `xrays (layout flat, split train): 64 images of 60 patients`."""
         kind = f"layout {self.layout}, split {self.split}" if self.layout else "images without a layout"
         return f"{self.name} ({kind}): {counted(self.images, 'image')} of {self._describe_patients()}"
 
@@ -70,7 +70,7 @@ class DataSetOptions:
     """How data-set folders are read.
 
     Attributes:
-        layout: one of LAYOUTS, for every folder; found from each folder unless given.
+        layout: one of LAYOUTS, for every folder; default: detected for each folder.
         subject_pattern: regular expression for the patient in an image's name.
         allow_outside: whether tables may name files outside the folder.
     """
@@ -82,47 +82,47 @@ class DataSetOptions:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, each file once, and where they came from."""
+    """Images without duplicate files, and their sources."""
 
     images: tuple[SetImage, ...]
     sources: tuple[ImageSource, ...]
 
     @property
     def patients(self) -> frozenset[str]:
-        """The patients that are known."""
+        """The known patients."""
         return frozenset(image.patient for image in self.images if image.patient is not None)
 
     def by_hash(self) -> dict[str, SetImage]:
-        """The images by the SHA-256 of their files, in the order of these; of equal files the first is taken."""
+        """Return the images by SHA-256 of their files, sorted by it; the first of identical files is used."""
         found = {sha256_input(image.path): image for image in reversed(self.images)}
         return {sha256: found[sha256] for sha256 in sorted(found)}
 
     def limited(self, limit: int) -> ImageSet:
-        """At most `limit` different images of as many patients as possible; names of files do not matter."""
-        turns: Counter[str] = Counter()
+        """Select at most `limit` distinct images of as many patients as possible, independent of file names."""
+        taken: Counter[str] = Counter()
         ranked: list[tuple[int, str, SetImage]] = []
         for sha256, image in self.by_hash().items():
-            owner = image.patient or sha256
-            ranked.append((turns[owner], sha256, image))
-            turns[owner] += 1
+            patient = image.patient or sha256
+            ranked.append((taken[patient], sha256, image))
+            taken[patient] += 1
         return replace(self, images=tuple(image for *_, image in sorted(ranked, key=lambda r: r[:2])[:limit]))
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 image`, `2,113 images`."""
+    """Format a count with its noun: `1 image`, `2,113 images`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def read_image_set(paths: Sequence[Path], split: str, options: DataSetOptions = DataSetOptions()) -> ImageSet:
-    """Read the images that files and folders name.
+    """Collect the images of files and folders.
 
-    A folder with a layout is a data set, of which the split is taken; one without rows of that split is taken whole if
-    it has a single other split, unless that is its test split. Any other folder is searched for images to the bottom.
+    Of a folder with a data-set layout, `split` is used; if it has only one other split, that one is used, except for
+    the test split. Any other folder is searched recursively for images.
 
     Raises:
-        DataError: a data set is broken or lacks the split; a folder holds masks, or a data set below it.
-        ImageError: a path does not exist or a folder has no image.
-        UsageError: no path was given, an unknown layout, or a pattern that is no regular expression.
+        DataError: a data set is invalid or lacks the split, or a folder of images contains masks or a data set.
+        ImageError: a path does not exist, or a folder has no image.
+        UsageError: no path was given, the layout is unknown, or the pattern is not a regular expression.
     """
     images: dict[Path, SetImage] = {}
     sources = []
@@ -154,45 +154,45 @@ def _choose_split(folder: Path, held: set[str], split: str) -> str:
     only = next(iter(held)) if len(held) == 1 else "test"
     if only == "test":
         raise DataError(
-            f"{folder} has no rows of split {split!r}; its splits: {', '.join(sorted(held))}. Name a data set that has "
-            "them, or a folder of images alone."
+            f"{folder} has no rows of split {split!r}; its splits: {', '.join(sorted(held))}. Name a data set with "
+            "this split, or a folder with images only."
         )
     return only
 
 
 def _read_plain(path: Path, options: DataSetOptions) -> tuple[list[SetImage], ImageSource]:
-    found = find_pictures([path])
+    found = find_images([path])
     if path.is_dir():
         _refuse_data_set_below(path, found)
         _refuse_masks(path, found)
-    images = [SetImage(picture, (), patient_of(picture.name, options.subject_pattern)) for picture in found]
+    images = [SetImage(image, (), patient_of(image.name, options.subject_pattern)) for image in found]
     return images, _describe(path, images, None, None)
 
 
-def _refuse_data_set_below(folder: Path, pictures: Iterable[Path]) -> None:
-    """Masks and test images of a data set must not pass for plain images because its parent was named."""
-    below = {parent for picture in pictures for parent in picture.relative_to(folder).parents}
+def _refuse_data_set_below(folder: Path, images: Iterable[Path]) -> None:
+    """Raise DataError if a subfolder is a data set, whose masks and test images would count as plain images."""
+    below = {parent for image in images for parent in image.relative_to(folder).parents}
     for place in sorted(folder / parent for parent in below if parent.parts):
         if has_layout(place):
             raise DataError(
-                f"{folder} is no data set itself but holds one in {place}. Name that folder, or a folder of images "
-                "alone."
+                f"{folder} is not a data set but contains one in {place}. Name that folder, or a folder with images "
+                "only."
             )
 
 
-def _refuse_masks(folder: Path, pictures: Iterable[Path]) -> None:
-    masks = [picture for picture in pictures if _looks_like_mask(picture, folder)]
+def _refuse_masks(folder: Path, images: Iterable[Path]) -> None:
+    masks = [image for image in images if _looks_like_mask(image, folder)]
     if masks:
         looks = "; ".join(f"{name}: {layout.looks}" for name, layout in LAYOUTS.items())
         raise DataError(
             f"{folder} has no data-set layout, and {len(masks)} of the images below it look like masks (first "
-            f"{masks[0]}). Name the folder of the images alone, or a data set. What each layout is known by: {looks}."
+            f"{masks[0]}). Name a folder with images only, or a data set. Layouts are recognized by: {looks}."
         )
 
 
-def _looks_like_mask(picture: Path, folder: Path) -> bool:
-    places = (folder.resolve().name, *picture.relative_to(folder).parts[:-1])
-    stem = picture_stem(picture.name).lower()
+def _looks_like_mask(image: Path, folder: Path) -> bool:
+    places = (folder.resolve().name, *image.relative_to(folder).parts[:-1])
+    stem = image_stem(image.name).lower()
     return (
         any(place.lower() in MASK_FOLDERS for place in places)
         or stem.startswith(MASK_BEGINNINGS)

@@ -1,6 +1,6 @@
-"""LViT's and LanGuideMedSeg's layouts: a table names masks, and the images are found by the masks' names.
+"""Read the layouts of LViT and LanGuideMedSeg: a table of mask names and texts; images are found by mask name.
 
-LViT's own reader takes the mask's name without `mask_` (QaTa-COV19) or the image's stem with `.png` (MosMedData+).
+LViT names a mask like its image with the prefix `mask_` (QaTa-COV19) or with the suffix `.png` (MosMedData+).
 """
 
 from __future__ import annotations
@@ -8,37 +8,37 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cclip_deploy.datasets.sample import Sample, check_sizes, list_pictures, name_some, subject_of
+from cclip_deploy.datasets.sample import Sample, check_sizes, list_images, name_some, subject_of
 from cclip_deploy.datasets.tables import Row, read_described
 from cclip_deploy.errors import DataError
-from cclip_deploy.imaging.reading import picture_stem
+from cclip_deploy.imaging.reading import image_stem
 
 LVIT_FOLDERS = {"train": "Train_Folder", "val": "Val_Folder", "test": "Test_Folder"}
-TRAIN_SHARE = 0.8
-"""LanGuideMedSeg trains on the first int(0.8 n) rows of its train table and validates on the rest."""
+TRAIN_FRACTION = 0.8
+"""LanGuideMedSeg trains on the first int(0.8 n) rows of the train table and validates on the others."""
 Described = tuple[Row, str, str]
 
 
 def has_lvit(folder: Path) -> bool:
-    """Whether a folder has LViT's layout."""
+    """Return whether a folder has LViT's layout."""
     return any((folder / name).is_dir() for name in LVIT_FOLDERS.values())
 
 
 def has_languidemedseg(folder: Path) -> bool:
-    """Whether a folder has LanGuideMedSeg's layout."""
+    """Return whether a folder has LanGuideMedSeg's layout."""
     return any((folder / "prompt" / f"{name}.csv").is_file() for name in ("train", "test"))
 
 
 def read_lvit(folder: Path, subject_pattern: str | None = None) -> list[Sample]:
-    """Read `{Train,Val,Test}_Folder/{img,labelcol}` with tables of the columns Image (a mask's name) and Description.
+    """Read `{Train,Val,Test}_Folder/{img,labelcol}` and tables with the columns Image (mask name) and Description.
 
-    A table is an .xlsx or .csv whose name begins with Train_text, Val_text or Test_text, in the split's folder or
-    beside it. QaTa-COV19's one table for training and validation (Train_Val_text in Train_Folder; any train table where
-    the validation folder has none) gives each row to the folder that holds its mask.
+    A table is an .xlsx or .csv file whose name begins with Train_text, Val_text or Test_text, in the split's folder or
+    next to it. QaTa-COV19 has one table for training and validation (Train_Val_text in Train_Folder); then, as for any
+    train table if the validation folder has none, a row belongs to the split whose folder has its mask.
 
     Raises:
-        DataError: no table or several, one that cannot be read, rows whose mask or image is not there, a mask of
-            another size than its image, two rows for one mask.
+        DataError: a table is missing, ambiguous or unreadable, a mask or image of a row is missing, a mask has another
+            size than its image, or a mask has two rows.
     """
     samples: list[Sample] = []
     splits = [split for split, name in LVIT_FOLDERS.items() if (folder / name).is_dir()]
@@ -54,37 +54,37 @@ def read_lvit(folder: Path, subject_pattern: str | None = None) -> list[Sample]:
             )
         shared = [split, "val"] if split == "train" and "val" in splits and own["val"] is None else [split]
         places = {s: (folder / LVIT_FOLDERS[s] / "img", folder / LVIT_FOLDERS[s] / "labelcol") for s in shared}
-        samples += _share_out(table, read_described(table), places, subject_pattern)
+        samples += _read_samples(table, read_described(table), places, subject_pattern)
     return samples
 
 
 def read_languidemedseg(folder: Path, subject_pattern: str | None = None) -> list[Sample]:
-    """Read `{Train,Test}/{Images,GTs}` with `prompt/{train,test}.csv`, the last fifth of the train rows as validation.
+    """Read `{Train,Test}/{Images,GTs}` and `prompt/{train,test}.csv`; the last fifth of the train rows is validation.
 
     Raises:
-        DataError: as `read_lvit`.
+        DataError: see `read_lvit`.
     """
     samples: list[Sample] = []
     for name in ("train", "test"):
         table = folder / "prompt" / f"{name}.csv"
         if table.is_file():
             rows = read_described(table)
-            cut = int(TRAIN_SHARE * len(rows))
+            cut = int(TRAIN_FRACTION * len(rows))
             parts = {"train": rows[:cut], "val": rows[cut:]} if name == "train" else {"test": rows}
             place = (folder / name.capitalize() / "Images", folder / name.capitalize() / "GTs")
             for split, part in parts.items():
-                samples += _share_out(table, part, {split: place}, subject_pattern)
+                samples += _read_samples(table, part, {split: place}, subject_pattern)
     return samples
 
 
 def is_lvit_table(name: str) -> bool:
-    """Whether a file's name is that of one of LViT's tables, which may lie beside the splits' folders."""
+    """Return whether a file name is that of one of LViT's tables."""
     beginnings = ("train_text", "train_val_text", "val_text", "test_text")
     return name.lower().startswith(beginnings) and Path(name).suffix.lower() in {".xlsx", ".csv"}
 
 
 def _find_table(folder: Path, split: str) -> Path | None:
-    """The split's table; None where there is none."""
+    """Return the table of a split, or None."""
     beginnings = ("train_text", "train_val_text") if split == "train" else (f"{split}_text",)
     files = [path for place in (folder / LVIT_FOLDERS[split], folder) for path in sorted(place.iterdir())]
     tables = [path for path in files if is_lvit_table(path.name) and path.name.lower().startswith(beginnings)]
@@ -93,28 +93,31 @@ def _find_table(folder: Path, split: str) -> Path | None:
     return tables[0] if tables else None
 
 
-def _share_out(
+def _read_samples(
     table: Path, rows: Sequence[Described], places: Mapping[str, tuple[Path, Path]], subject_pattern: str | None
 ) -> list[Sample]:
-    """Rows as samples of the split whose mask folder holds their mask; DataError names those that none holds."""
-    images = {split: list_pictures(place[0]) for split, place in places.items()}
-    masks = {split: list_pictures(place[1]) for split, place in places.items()}
+    """Assign each row to the split whose mask folder has its mask; raise DataError for rows without a mask.
+
+    `places` maps each split to its folders of images and masks.
+    """
+    images = {split: list_images(place[0]) for split, place in places.items()}
+    masks = {split: list_images(place[1]) for split, place in places.items()}
     stems = {split: _by_stem(held) for split, held in images.items()}
-    strangers: list[str] = []
+    missing: list[str] = []
     samples: list[Sample] = []
     for row, name, text in rows:
         split = next((split for split, held in masks.items() if name in held), None)
         if split is None:
-            strangers.append(name)
+            missing.append(name)
             continue
         image = _image_of(name, images[split], stems[split], row.where)
         check_sizes(image, masks[split][name], row.where)
         samples.append(Sample(image, masks[split][name], text, split, subject_of(image.name, subject_pattern)))
-    if strangers:
+    if missing:
         folders = " or ".join(str(place[1]) for place in places.values())
         raise DataError(
-            f"{table}: {len(strangers)} of {len(rows)} rows name masks that are not in {folders}: "
-            f"{name_some(strangers)}. Restore the files or remove the rows."
+            f"{table}: {len(missing)} of {len(rows)} rows name masks that are not in {folders}: "
+            f"{name_some(missing)}. Restore the files or remove the rows."
         )
     return samples
 
@@ -122,20 +125,20 @@ def _share_out(
 def _by_stem(images: Mapping[str, Path]) -> dict[str, list[Path]]:
     stems: dict[str, list[Path]] = {}
     for path in images.values():
-        stems.setdefault(picture_stem(path.name), []).append(path)
+        stems.setdefault(image_stem(path.name), []).append(path)
     return stems
 
 
 def _image_of(mask_name: str, images: Mapping[str, Path], stems: Mapping[str, list[Path]], where: str) -> Path:
-    """The image without `mask_`, of the same name, or of the same stem, in this order."""
+    """Find the image of a mask: without `mask_`, then with the same name, then with the same stem."""
     bare = mask_name.removeprefix("mask_")
     for name in (bare, mask_name):
         if name in images:
             return images[name]
-    for stem in (picture_stem(bare), picture_stem(mask_name)):
+    for stem in (image_stem(bare), image_stem(mask_name)):
         found = stems.get(stem, [])
         if len(found) > 1:
             raise DataError(f"{where}: mask {mask_name} may belong to {name_some(p.name for p in found)}. Keep one.")
         if found:
             return found[0]
-    raise DataError(f"{where}: mask {mask_name} has no image; {bare} was looked for. Restore it or remove the row.")
+    raise DataError(f"{where}: mask {mask_name} has no image; expected {bare}. Restore it or remove the row.")

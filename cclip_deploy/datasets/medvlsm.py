@@ -1,4 +1,4 @@
-"""MedVLSM's layout: images, masks, and one JSON list a split, with up to ten prompts for each mask."""
+"""Read MedVLSM's layout: folders of images and masks, and a JSON list per split with several prompts for each mask."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from cclip_deploy.errors import DataError
 
 
 def has_medvlsm(folder: Path) -> bool:
-    """Whether a folder has MedVLSM's layout."""
+    """Return whether a folder has MedVLSM's layout."""
     return any((folder / "anns" / f"{split}.json").is_file() for split in SPLITS)
 
 
 def read_medvlsm(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Sample]:
     """Read `images/`, `masks/` and `anns/{train,val,test}.json`, lists of `{img_name, mask_name, prompts}`.
 
-    `prompts` maps p0, p1, … to a text or a list of texts. Every key gives a row, in order; an empty text (p0) gives
-    none. Of a list one text is picked by a checksum of names, the same at every reading. A text that two keys of one
-    entry share counts once. An image may have several entries, each with another mask and other texts.
+    `prompts` maps p0, p1, … to a text or a list of texts. Every key gives one row, in order, except for empty texts
+    (p0). From a list, one text is chosen by a checksum of names, so that reading is reproducible. Repeated texts in an
+    entry are dropped. An image may have several entries with different masks and texts.
 
     Raises:
-        DataError: a file that is no such list, an entry without prompts, a missing file, one outside `images/` or
-            `masks/` (unless `allow_outside`), a mask of another size than its image, one text for two masks of one
-            image.
+        DataError: a file is not such a list, an entry has no prompts, a file is missing or outside `images/` or
+            `masks/` (unless `allow_outside`), a mask has another size than its image, or two masks of an image have the
+            same text.
     """
     samples: list[Sample] = []
     for split in SPLITS:
@@ -59,39 +59,37 @@ def _read_split(
 def _read_entries(annotations: Path) -> list[Any]:
     entries = read_json(annotations)
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{annotations} holds no list of entries. Each has img_name, mask_name and prompts.")
+        raise DataError(f"{annotations} is not a list of entries. Each needs img_name, mask_name and prompts.")
     return entries
 
 
 def _read_name(entry: Any, key: str, where: str) -> str:
     name = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: {key} is {reprlib.repr(name)}, where a file's name is expected. Correct it.")
+        raise DataError(f"{where}: {key} is {reprlib.repr(name)}; expected a file name. Correct it.")
     return name
 
 
 def _read_prompts(entry: Any, image_name: str, where: str) -> list[str]:
-    """The texts of an entry, one for each key that has one."""
+    """Return the distinct texts of an entry, in the order of their keys."""
     prompts = entry.get("prompts")
     if not isinstance(prompts, dict):
-        raise DataError(
-            f"{where}: prompts is {reprlib.repr(prompts)}, where p0, p1, ... with texts are expected. Correct it."
-        )
+        raise DataError(f"{where}: prompts is {reprlib.repr(prompts)}; expected an object with p0, p1, ... Correct it.")
     texts = [_pick(prompts[key], f"{image_name}/{key}", f"{where}: prompt {key}") for key in sorted(prompts, key=_rank)]
     filled = list(dict.fromkeys(text for text in texts if text))
     if not filled:
-        raise DataError(f"{where}: {image_name} has no prompt but empty ones. Give one, or remove the entry.")
+        raise DataError(f"{where}: {image_name} has only empty prompts. Give one, or remove the entry.")
     return filled
 
 
 def _rank(key: str) -> tuple[int, str]:
-    """p2 before p10."""
+    """Sort key that puts p2 before p10."""
     return len(key), key
 
 
 def _pick(value: Any, salt: str, where: str) -> str:
     choices = value if isinstance(value, list) else [value]
     if not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{where} is {reprlib.repr(value)}, where a text or a list of texts is expected. Correct it.")
+        raise DataError(f"{where} is {reprlib.repr(value)}; expected a text or a list of texts. Correct it.")
     filled = [choice.strip() for choice in choices if choice.strip()]
     return filled[zlib.crc32(salt.encode()) % len(filled)] if filled else ""

@@ -1,4 +1,4 @@
-"""Any data-set folder, its layout found from what lies in it, its prompts repaired."""
+"""Read a data-set folder of any supported layout into samples, with spelling errors in prompts repaired."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ from cclip_deploy.prompts.spelling import RepairedPrompt, repair_prompt
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layout is told from others, and read from a folder, a pattern of subjects, and `allow_outside`."""
+    """Data-set format: how to detect it and how to read it.
+
+    Attributes:
+        found_in: whether a folder has this layout.
+        read: called with folder, subject pattern and `allow_outside`.
+        looks: files by which the layout is recognized, for messages.
+    """
 
     found_in: Callable[[Path], bool]
     read: Callable[[Path, str | None, bool], list[Sample]]
@@ -50,17 +56,17 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as training and evaluation take it: one sample a row, texts repaired."""
+    """Data set for training and evaluation, one sample per row, with repaired texts."""
 
     folder: Path
     layout: str
     samples: tuple[Sample, ...]
     repaired: tuple[tuple[int, RepairedPrompt], ...]
-    """The rows whose text was repaired, and how."""
+    """Row numbers and repairs of the texts that were repaired."""
 
 
 def find_layout(folder: Path) -> str:
-    """The name of the layout that a folder has; DataError if it has none, or several."""
+    """Return the name of a folder's layout; raise DataError if it has none, or several."""
     if not folder.is_dir():
         raise DataError(f"There is no data-set folder {folder}. Check the path.")
     found = _layouts_in(folder)
@@ -69,29 +75,29 @@ def find_layout(folder: Path) -> str:
     if found:
         raise DataError(f"{folder} looks like several layouts: {', '.join(found)}. Name one with --layout.")
     looks = "; ".join(f"{name}: {layout.looks}" for name, layout in LAYOUTS.items())
-    raise DataError(f"{folder} has none of the layouts that are read. What each is known by: {looks}.")
+    raise DataError(f"{folder} has none of the layouts that are supported. Each is recognized by: {looks}.")
 
 
 def has_layout(folder: Path) -> bool:
-    """Whether a folder has one of the layouts, or several."""
+    """Return whether a folder has at least one of the layouts."""
     return bool(_layouts_in(folder))
 
 
 def read_data_set(
     folder: Path, layout: str | None = None, subject_pattern: str | None = None, allow_outside: bool = False
 ) -> DataSet:
-    """Read a folder of any layout; typing errors in prompts are repaired and kept count of, no row is dropped.
+    """Read a data-set folder; spelling errors in prompts are repaired and recorded, and no row is dropped.
 
     Args:
         folder: the data set.
-        layout: one of LAYOUTS; found from the folder unless named.
-        subject_pattern: a regular expression for the patient in an image's name, where the layout has no column for it.
+        layout: one of LAYOUTS; default: detected.
+        subject_pattern: regular expression for the patient in an image's name, for layouts without a subject column.
         allow_outside: whether tables may name files outside the folder, by absolute paths or with `..`.
 
     Raises:
-        DataError: the folder, its tables or its files are not what the layout has.
-        EnvironmentIssue: an Excel table without openpyxl.
-        UsageError: an unknown layout, or a pattern that is no regular expression.
+        DataError: the folder, its tables or its files do not have the layout.
+        EnvironmentIssue: an image is DICOM and pydicom is not installed.
+        UsageError: unknown layout, or `subject_pattern` is not a regular expression.
     """
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"Unknown layout {layout!r}. Layouts are {', '.join(LAYOUTS)}.")
@@ -100,7 +106,7 @@ def read_data_set(
     name = layout or find_layout(folder)
     written = LAYOUTS[name].read(folder, subject_pattern, allow_outside)
     if not written:
-        raise DataError(f"{folder} has no rows in the {name} layout, which is known by {LAYOUTS[name].looks}.")
+        raise DataError(f"{folder} has no rows in the {name} layout, which is recognized by {LAYOUTS[name].looks}.")
     prompts = [_repair(sample) for sample in written]
     samples = tuple(dataclasses.replace(r, text=prompt.text) for r, prompt in zip(written, prompts, strict=True))
     return DataSet(folder, name, samples, tuple((n, prompt) for n, prompt in enumerate(prompts) if prompt.repairs))

@@ -1,4 +1,4 @@
-"""What a data set holds, split by split, and whether its splits share patients or pictures."""
+"""Report the contents of a data set by split, unusable files, and patients or images shared between splits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cclip_deploy.datasets.mask_file import is_lossy, read_mask
 from cclip_deploy.datasets.reading import DataSet
 from cclip_deploy.datasets.sample import SPLITS, Sample
 from cclip_deploy.errors import DataError
-from cclip_deploy.imaging.reading import failure_of, is_picture_name, picture_size, read_picture
+from cclip_deploy.imaging.reading import failure_of, image_size, is_image_file, read_image
 from cclip_deploy.prompts.reader import read_prompt
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
@@ -23,7 +23,14 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of one split. A prompt is a row; free prompts name no site of the lungs for sure."""
+    """Counts of one split; each row has one prompt.
+
+    Attributes:
+        cut_prompts: prompts of more than `prompt_length` tokens.
+        free_prompts: prompts whose lung zones could not be read completely.
+        lossy_masks: JPEG masks, which are thresholded at half of white.
+        image_sizes: width x height of the smallest and of the largest image.
+    """
 
     images: int
     masks: int
@@ -36,25 +43,23 @@ class SplitReport:
     free_prompts: int
     empty_masks: int
     lossy_masks: int
-    """JPEG masks, which were cut at half of white."""
     image_sizes: tuple[str, ...]
-    """Width x height of the smallest and of the largest image."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two splits share; anything but nothing makes the second's scores too good."""
+    """Patients and images that two splits share; any overlap inflates the scores of the second split."""
 
     splits: tuple[str, str]
     patients: int
     pictures: int
-    """Files of the same bytes, whatever their names."""
+    """Number of identical files, whatever their names."""
     examples: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RepairedRow:
-    """A prompt that was repaired, and how."""
+    """A repaired prompt and its repairs (found, replacement)."""
 
     image: str
     split: str
@@ -65,27 +70,27 @@ class RepairedRow:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The whole of it; `to_dict` is the JSON form."""
+    """Report of a whole data set; `to_dict` gives the JSON form."""
 
     folder: str
     layout: str
     prompt_length: int
     patients_known: bool
-    """False where every image is its own patient, because neither a column nor a file's name says one."""
+    """False if no patient is known, so each image counts as one."""
     splits: dict[str, SplitReport]
     overlaps: tuple[Overlap, ...]
     repaired: tuple[RepairedRow, ...]
     unused_files: tuple[str, ...]
-    """Pictures beside those used that no row names."""
+    """Image files, in the folders of the used ones, that no row names."""
     failed: tuple[tuple[str, str], ...]
-    """Images and masks that cannot be used, and why; such masks count neither as empty nor as lossy."""
+    """Unusable images and masks with the reason; such masks count neither as empty nor as lossy."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Return plain types for JSON."""
         return asdict(self)
 
     def table_rows(self) -> list[tuple[str, list[str]]]:
-        """What is counted, and its value in every split, for a table to read."""
+        """Return (name, values by split) of every count, as text for a table."""
         rows: dict[str, list[str]] = {}
         for split in self.splits.values():
             for name, value in asdict(split).items():
@@ -94,33 +99,33 @@ class DataReport:
         return list(rows.items())
 
     def remarks(self) -> list[str]:
-        """Sentences on what splits share, on repairs and on files that no row names."""
+        """Return sentences on failed files, overlaps, repairs and unused files."""
         return [*(reason for _, reason in self.failed), *self._overlap_remarks(), *self._row_remarks()]
 
     def _overlap_remarks(self) -> list[str]:
-        said = [
-            f"{' and '.join(overlap.splits)} share {overlap.patients} patients and {overlap.pictures} pictures"
+        remarks = [
+            f"{' and '.join(overlap.splits)} share {overlap.patients} patients and {overlap.pictures} images"
             + (f": {', '.join(overlap.examples)}" if overlap.examples else "")
             for overlap in self.overlaps
         ]
         if not self.patients_known:
-            said.append("No patients are known: each image counts as one. Give --subject, or a subject column.")
-        return said
+            remarks.append("No patients are known: each image counts as one. Give --subject, or a subject column.")
+        return remarks
 
     def _row_remarks(self) -> list[str]:
-        said = [
+        remarks = [
             f"Repaired in {row.image}: {', '.join(f'{found!r} to {put!r}' for found, put in row.repairs)}"
             for row in self.repaired[:EXAMPLES]
         ]
         if len(self.repaired) > EXAMPLES:
-            said.append(f"... and {len(self.repaired) - EXAMPLES} more; --json lists them all.")
+            remarks.append(f"... and {len(self.repaired) - EXAMPLES} more; --json lists them all.")
         cut = sum(split.cut_prompts for split in self.splits.values())
         if cut:
-            said.append(f"{cut} prompts are longer than {self.prompt_length} tokens and would be cut.")
+            remarks.append(f"{cut} prompts are longer than {self.prompt_length} tokens and would be cut.")
         if self.unused_files:
             shown = ", ".join(self.unused_files[:EXAMPLES])
-            said.append(f"{len(self.unused_files)} files are named by no row, such as {shown}")
-        return said
+            remarks.append(f"{len(self.unused_files)} files are not named by any row, such as {shown}")
+        return remarks
 
 
 def report_data_set(
@@ -129,12 +134,16 @@ def report_data_set(
     prompt_length: int,
     on_mask: Callable[[int, int], None] = lambda done, masks: None,
 ) -> DataReport:
-    """Read every image and mask and count; one that cannot be used is kept with its reason.
+    """Read every image and mask of a data set and count; unusable files are recorded in `DataReport.failed`.
 
-    A prompt of more than `prompt_length` tokens counts as cut.
+    Args:
+        data_set: data set to check.
+        tokenizer: used to count the tokens of prompts.
+        prompt_length: prompts with more tokens count as cut.
+        on_mask: called with the number of masks read and their total.
 
     Raises:
-        DataError: a prompt holds nothing to tokenize.
+        DataError: a prompt has no tokens.
     """
     samples = data_set.samples
     held = [split for split in SPLITS if any(sample.split == split for sample in samples)]
@@ -142,8 +151,8 @@ def report_data_set(
     empty, lossy, failed = _inspect_masks(masks, on_mask)
     for image in sorted({sample.image for sample in samples}):
         try:
-            read_picture(image)
-        except Exception as error:  # whatever a decoder raises on a stranger's bytes
+            read_image(image)
+        except Exception as error:  # a decoder may raise anything on untrusted bytes
             failed[image] = failure_of(image, error)
     repaired = {row for row, _ in data_set.repaired}
     counts = {
@@ -200,7 +209,7 @@ def _count(
 def _inspect_masks(
     masks: Sequence[Path], on_mask: Callable[[int, int], None]
 ) -> tuple[set[Path], set[Path], dict[Path, str]]:
-    """Those with nothing inside, those in a lossy format, and those that cannot be used, with the reason."""
+    """Return the empty masks, the lossy masks, and the reasons why others cannot be used."""
     empty: set[Path] = set()
     lossy: set[Path] = set()
     failed: dict[Path, str] = {}
@@ -210,22 +219,22 @@ def _inspect_masks(
                 empty.add(mask)
             if is_lossy(mask):
                 lossy.add(mask)
-        except Exception as error:  # whatever a decoder raises on a stranger's bytes
+        except Exception as error:  # a decoder may raise anything on untrusted bytes
             failed[mask] = failure_of(mask, error)
         on_mask(done, len(masks))
     return empty, lossy, failed
 
 
 def _count_tokens(tokenizer: PromptTokenizer, text: str) -> int:
-    """Start, end and what stands between; a text of which nothing is left, as of white space, cannot be learnt from."""
+    """Count tokens including start and end; raise DataError if there are no others."""
     count = len(tokenizer.ids(text))
     if count == 2:
-        raise DataError(f"The prompt {text!r} holds no word. Fill it in, or remove the row.")
+        raise DataError(f"The prompt {text!r} has no word. Fill it in, or remove the row.")
     return count
 
 
 def _size_range(images: Iterable[Path]) -> tuple[str, ...]:
-    sizes = {picture_size(path) for path in images}
+    sizes = {image_size(path) for path in images}
     ends = dict.fromkeys((min(sizes, key=_area), max(sizes, key=_area)))
     return tuple(f"{width}x{height}" for width, height in ends)
 
@@ -237,13 +246,13 @@ def _area(size: tuple[int, int]) -> int:
 def _compare(samples: Sequence[Sample], pair: tuple[str, str], digests: dict[Path, str]) -> Overlap:
     one, other = ([sample for sample in samples if sample.split == split] for split in pair)
     patients = {sample.subject for sample in one} & {sample.subject for sample in other}
-    pictures = {digests[sample.image] for sample in one} & {digests[sample.image] for sample in other}
-    shared = patients or {r.image.name for r in other if digests[r.image] in pictures}
-    return Overlap(pair, len(patients), len(pictures), tuple(sorted(shared)[:EXAMPLES]))
+    images = {digests[sample.image] for sample in one} & {digests[sample.image] for sample in other}
+    shared = patients or {r.image.name for r in other if digests[r.image] in images}
+    return Overlap(pair, len(patients), len(images), tuple(sorted(shared)[:EXAMPLES]))
 
 
 def _find_unused(folder: Path, samples: Sequence[Sample]) -> tuple[str, ...]:
     used = {path for sample in samples for path in (sample.image, sample.mask)}
     places = sorted({path.parent for path in used})
-    found = [p for place in places for p in sorted(place.iterdir()) if is_picture_name(p)]
+    found = [p for place in places for p in sorted(place.iterdir()) if is_image_file(p)]
     return tuple(os.path.relpath(path, folder) for path in found if path not in used)

@@ -1,4 +1,4 @@
-"""What every layout is read into, and the checks that all of them share."""
+"""Sample type of all data-set formats, and checks that the formats share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import is_file, shown
 from cclip_deploy.errors import DataError, ImageError, UsageError
-from cclip_deploy.imaging.reading import has_dicom_mark, is_picture_name, picture_orientation, picture_size
+from cclip_deploy.imaging.reading import image_orientation, image_size, is_dicom_file, is_image_file
 
 SPLITS = ("train", "val", "test")
 SUBJECT_PATTERNS = (
@@ -19,13 +19,13 @@ SUBJECT_PATTERNS = (
     r"Jun_.*case\d+",  # MosMedData+: the same
     r"patient\d+",  # CAMUS and CheXlocalize
 )
-"""How published data sets write the patient, or the study that stands for one, into a file's name."""
+"""Patterns of the patient (or CT study) in file names of published data sets."""
 SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a data set: what `text` names in `image` is drawn in `mask`."""
+    """One row of a data set: `mask` marks the region of `image` that `text` describes."""
 
     image: Path
     mask: Path
@@ -35,12 +35,12 @@ class Sample:
 
     @property
     def patient(self) -> str | None:
-        """The subject; None where the image's own name stands for it, because the patient is not known."""
+        """The subject, or None if the patient is unknown and the image's name is used instead."""
         return None if self.subject.endswith(self.image.name) else self.subject
 
 
 def of_split(samples: Sequence[Sample], split: str) -> list[Sample]:
-    """The samples of one split; DataError if there are none."""
+    """Return the samples of one split; raise DataError if there are none."""
     chosen = [sample for sample in samples if sample.split == split]
     if not chosen:
         held = ", ".join(sorted({sample.split for sample in samples})) or "none"
@@ -49,20 +49,25 @@ def of_split(samples: Sequence[Sample], split: str) -> list[Sample]:
 
 
 def subject_of(image_name: str, pattern: str | None = None) -> str:
-    """The patient in a file's name, as `patient_of`; the name itself where it has none."""
+    """Return the patient in a file name (see `patient_of`), or the name itself."""
     return patient_of(image_name, pattern) or image_name
 
 
 def patient_of(image_name: str, pattern: str | None = None) -> str | None:
-    """The patient in a file's name (`pattern`, or SUBJECT_PATTERNS), or None.
+    """Return the patient in a file name, or None if no pattern matches.
 
-    A pattern with a group means the group. UsageError if it is no regular expression.
+    Args:
+        image_name: file name.
+        pattern: regular expression, whose first group is used if it has one; default: SUBJECT_PATTERNS.
+
+    Raises:
+        UsageError: `pattern` is not a regular expression.
     """
     for known in SUBJECT_PATTERNS if pattern is None else (pattern,):
         try:
             found = re.search(known, image_name)
         except re.error as error:
-            raise UsageError(f"{known!r} is no regular expression: {error}. Example: 'sub-S\\d+'.") from error
+            raise UsageError(f"{known!r} is not a regular expression: {error}. Example: 'sub-S\\d+'.") from error
         if found:
             patient = found[1] if found.re.groups else found[0]
             return patient and printable(patient)
@@ -70,49 +75,55 @@ def patient_of(image_name: str, pattern: str | None = None) -> str | None:
 
 
 def check_sizes(image: Path, mask: Path, where: str) -> None:
-    """DataError unless both files exist, can be opened, and have the same size and EXIF orientation by their headers.
+    """Check that image and mask exist and that their headers give the same size and EXIF orientation.
 
-    EnvironmentIssue where the image is DICOM and pydicom is not installed.
+    Raises:
+        DataError: a file is missing or unreadable, the mask is DICOM, or sizes or orientations differ.
+        EnvironmentIssue: the image is DICOM and pydicom is not installed.
     """
     sizes = {name: _read_size(path, f"{where}: {name}") for name, path in (("image", image), ("mask", mask))}
-    if has_dicom_mark(mask):
+    if is_dicom_file(mask):
         raise DataError(f"{where}: mask {mask} is a DICOM file. Save it as a gray PNG of 0 and 255.")
     if sizes["image"] != sizes["mask"]:
         shown = {name: f"{width}x{height}" for name, (width, height) in sizes.items()}
         raise DataError(
             f"{where}: mask {mask} is {shown['mask']} pixels, its image {shown['image']} (width x height). "
-            "Give the mask of this very image."
+            "Both must have the same size."
         )
     try:
-        turned = {name: picture_orientation(path) for name, path in (("image", image), ("mask", mask))}
+        orientation = {name: image_orientation(path) for name, path in (("image", image), ("mask", mask))}
     except ImageError:
-        return  # behind its header a file is torn, which is that picture's failure when it is read
-    if turned["image"] != turned["mask"]:
+        return  # damaged after the header: reported when the file is read
+    if orientation["image"] != orientation["mask"]:
         raise DataError(
-            f"{where}: image {image} has EXIF orientation {turned['image']}, its mask {turned['mask']}: one would be "
-            "turned and the other not. Turn the pixels of both upright and save them without the orientation."
+            f"{where}: image {image} has EXIF orientation {orientation['image']}, its mask {orientation['mask']}. "
+            "Rotate the pixels of both upright and save them without the orientation."
         )
 
 
-def list_pictures(folder: Path) -> dict[str, Path]:
-    """The pictures right in a folder by name, sorted, hidden ones left out; DataError if there is no such folder."""
+def list_images(folder: Path) -> dict[str, Path]:
+    """Return the image files directly in a folder by name, sorted, without hidden files.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}, which the layout has. Restore it, or name another layout.")
-    return {path.name: path for path in sorted(folder.iterdir()) if is_picture_name(path)}
+        raise DataError(f"There is no folder {folder}, which the layout requires. Restore it, or name another layout.")
+    return {path.name: path for path in sorted(folder.iterdir()) if is_image_file(path)}
 
 
 def name_some(names: Iterable[str]) -> str:
-    """The first few of many names, and how many more there are."""
+    """Format the first few names and the number of the others: `a, b, c and 4 more`."""
     every = list(names)
     rest = len(every) - SHOWN_NAMES
     return ", ".join(every[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _read_size(path: Path, what: str) -> tuple[int, int]:
-    """Width and height, as the file's header says them."""
+    """Return width and height from the header; raise DataError with `what` in the message."""
     if not is_file(path):
         raise DataError(f"{what} {shown(path)} does not exist. Correct the table or restore the file.")
     try:
-        return picture_size(path)
+        return image_size(path)
     except DataError as error:
         raise DataError(f"{what}: {error}") from error

@@ -1,4 +1,4 @@
-"""Rows of CSV, Excel and JSON Lines tables as text by column, with the numbers that messages name them by."""
+"""Read CSV, Excel and JSON Lines tables into rows of text by column."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from cclip_deploy.errors import DataError
 
 @dataclass(frozen=True)
 class Row:
-    """One row; `where` says table and number, the header being row 1, as a spreadsheet shows it."""
+    """One row; `where` is the table and row number for messages, counted like a spreadsheet (the header is row 1)."""
 
     where: str
     values: dict[str, str]
 
 
 def read_table(table: Path) -> list[Row]:
-    """The rows of a .csv, .xlsx or .jsonl file; DataError if it cannot be read, is too large, or has none.
+    """Read the rows of a .csv, .xlsx or .jsonl file; JSON Lines rows are numbered by line, from 1.
 
-    In JSON Lines every line is one object and its own row; numbers count lines from 1.
+    Raises:
+        DataError: the table cannot be read, is too large, or has no rows.
     """
     check_regular_file(table, "table", DataError, LARGEST_TABLE)
     readers = {".xlsx": _read_xlsx, ".jsonl": _read_json_lines}
@@ -38,10 +39,10 @@ def read_table(table: Path) -> list[Row]:
 def read_described(
     table: Path, name_column: str = "Image", text_column: str = "Description"
 ) -> list[tuple[Row, str, str]]:
-    """Rows with a file's name and a text, from the two columns whatever their case; other columns are passed over.
+    """Read a table of file names and texts as (row, name, text); column case and other columns are ignored.
 
     Raises:
-        DataError: a column is missing, a field empty, or a name stands in two rows.
+        DataError: a column is missing, a field is empty, or a name is in two rows.
     """
     found: list[tuple[Row, str, str]] = []
     seen: dict[str, str] = {}
@@ -50,21 +51,21 @@ def read_described(
         for column in (name_column, text_column):
             if column.lower() not in values:
                 held = ", ".join(column for column in row.values if column)
-                raise DataError(f"{table} has no column {column!r}; there are {held}. Add or rename it.")
+                raise DataError(f"{table} has no column {column!r}; its columns are {held}. Add or rename it.")
             if not values[column.lower()]:
                 raise DataError(f"{row.where}: {column} is empty. Fill it in, or remove the row.")
         name = values[name_column.lower()]
         first = seen.setdefault(name, row.where)
         if first != row.where:
             raise DataError(
-                f"{row.where}: {name} stands in {first} too, and this layout has one text a mask. Keep one."
+                f"{row.where}: {name} is in {first} too, but this layout has one text per mask. Keep one row."
             )
         found.append((row, name, values[text_column.lower()]))
     return found
 
 
 def _read_csv(table: Path) -> list[Row]:
-    """A byte-order mark of a spreadsheet program is passed over."""
+    """Read CSV in UTF-8, with or without a byte-order mark."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(_limited_lines(table, file), strict=True))
@@ -76,26 +77,24 @@ def _read_csv(table: Path) -> list[Row]:
 
 
 def _limited_lines(table: Path, file: TextIO) -> Iterator[str]:
-    """The lines of a table; DataError where one is too long, or where they are too many or have too many commas."""
+    """Yield the lines of a table; raise DataError for a line that is too long, or too many lines or commas."""
     commas = 0
     for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), 1):
         commas += line.count(",")
         if len(line) > LONGEST_LINE:
             raise DataError(f"{table}, line {number} has more than {LONGEST_LINE:,} characters. Split it.")
         if number > MOST_ROWS or commas > MOST_CELLS:
-            raise DataError(
-                f"{table} has more than {MOST_ROWS:,} lines or {MOST_CELLS:,} commas; so many are read. Split it."
-            )
+            raise DataError(f"{table} exceeds the limit of {MOST_ROWS:,} lines or {MOST_CELLS:,} commas. Split it.")
         yield line
 
 
 def _read_xlsx(table: Path) -> list[Row]:
-    """The first sheet; formulas count as the values that were last saved with them."""
+    """Read the first sheet of a workbook; formulas give their last saved value."""
     try:
         lines = read_sheet(table)
     except DataError:
         raise
-    except Exception as error:  # whatever zipfile and the XML parser raise
+    except Exception as error:  # zipfile and the XML parser may raise anything
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
             f"{table} cannot be read as an Excel workbook: {reason}. Save it again as .xlsx, or as CSV in UTF-8."
@@ -103,7 +102,7 @@ def _read_xlsx(table: Path) -> list[Row]:
     width = max((len(line) for line in lines), default=0)
     if width * len(lines) > MOST_CELLS:
         raise DataError(
-            f"{table} has {len(lines):,} rows and {width:,} columns, more than {MOST_CELLS:,} cells. Delete what lies "
+            f"{table} has {len(lines):,} rows and {width:,} columns, more than {MOST_CELLS:,} cells. Delete everything "
             "outside the table, or save it as CSV (UTF-8)."
         )
     return _make_rows(table, [line + [""] * (width - len(line)) for line in lines], "Fill the header's cells.")
@@ -114,11 +113,11 @@ def _make_rows(table: Path, lines: Sequence[Sequence[str]], advice: str) -> list
     while filled and not any(filled[-1]):
         filled.pop()
     if len(filled) < 2:
-        raise DataError(f"{table} is empty: a header and at least one row are expected.")
+        raise DataError(f"{table} is empty; it needs a header and at least one row.")
     header = [name.strip() for name in filled[0]]
     for name, count in Counter(header).items():
         if name and count > 1:
-            raise DataError(f"{table}, row 1: column {name!r} stands there twice. Keep one.")
+            raise DataError(f"{table}, row 1: column {name!r} is repeated. Keep one.")
     for number, line in enumerate(filled[1:], start=2):
         if len(line) != len(header):
             raise DataError(f"{table}, row {number} has {len(line)} fields, the header {len(header)}. {advice}")
@@ -138,7 +137,7 @@ def _read_json_lines(table: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{table} cannot be read as UTF-8: {error}. Save it again in UTF-8.") from error
     if not rows:
-        raise DataError(f"{table} is empty: at least one line with an object is expected.")
+        raise DataError(f"{table} is empty; it needs at least one line with an object.")
     return rows
 
 
@@ -146,13 +145,13 @@ def _read_json_line(where: str, line: str) -> Row:
     def keep_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, count in Counter(name for name, _ in pairs).items():
             if count > 1:
-                raise DataError(f"{where}: {name!r} stands there twice. Keep one.")
+                raise DataError(f"{where}: {name!r} is repeated. Keep one.")
         return dict(pairs)
 
     values = parse_json(line, where, object_pairs_hook=keep_once)
     if not isinstance(values, dict):
-        raise DataError(f"{where} is a {type(values).__name__}, where an object with image, mask and text is expected.")
+        raise DataError(f"{where} is a {type(values).__name__}; expected an object with image, mask and text.")
     for name, value in values.items():
         if not isinstance(value, str):
-            raise DataError(f"{where}: {name} is {reprlib.repr(value)}, where a text is expected. Put it in quotes.")
+            raise DataError(f"{where}: {name} is {reprlib.repr(value)}; expected a text. Put it in quotes.")
     return Row(where, values)

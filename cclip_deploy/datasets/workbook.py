@@ -1,7 +1,7 @@
-"""The first sheet of an Excel workbook (ECMA-376) as text, read in one pass that stops where a limit is passed.
+"""Read the first sheet of an Excel workbook (ECMA-376) as text, with limits that are checked while parsing.
 
-General readers make objects of every XML element and fill up missing rows and columns, so that 42 kB of workbook can
-take gigabytes. This one keeps the cells' texts alone.
+General readers create objects for every XML element and fill in missing rows and columns, so a workbook of 42 kB can
+take gigabytes of memory. This reader stores only the texts of cells.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Attributes = Mapping[str, str]
 
 
 def read_sheet(table: Path) -> list[list[str]]:
-    """Rows of the first sheet, cells as text without surrounding space; formulas are the values last saved with them.
+    """Return the rows of the first sheet, cells as stripped text; formulas give their last saved value.
 
-    Rows and columns that the file passes over are there, empty; empty cells at a row's end are not. Numbers are as the
-    file has them, so that dates are serial numbers.
+    Omitted rows and columns are returned as empty; empty cells at the end of a row are dropped. Numbers are returned as
+    stored, so dates are serial numbers.
 
     Raises:
-        DataError: a limit on bytes, rows, cells or letters is passed.
-        Exception: the file is no workbook, or has too many elements; whatever `zipfile` and `expat` raise.
+        DataError: the file exceeds a limit on bytes, rows, cells or characters.
+        Exception: the file is not a workbook or has too many elements; anything that `zipfile` and `expat` raise.
     """
     with zipfile.ZipFile(table) as archive:
         _check_archive(table, archive)
@@ -54,15 +54,15 @@ def _check_archive(table: Path, archive: zipfile.ZipFile) -> None:
     unpacked = sum(part.file_size for part in parts)
     if unpacked > LARGEST_TABLE or len(parts) > MOST_PARTS:
         raise DataError(
-            f"{table} unpacks to {unpacked:,} bytes in {len(parts):,} files; up to {LARGEST_TABLE:,} in {MOST_PARTS:,} "
-            "are read. Save it as CSV (UTF-8)."
+            f"{table} unpacks to {unpacked:,} bytes in {len(parts):,} files; the limits are {LARGEST_TABLE:,} bytes "
+            f"and {MOST_PARTS:,} files. Save it as CSV (UTF-8)."
         )
     if any(part.compress_type not in _COMPRESSIONS or part.flag_bits & 1 for part in parts):
         raise DataError(f"{table} is encrypted or compressed in an unusual way. Save it again as .xlsx, or as CSV.")
 
 
 class _Handler:
-    """Receives XML elements by their local names; each is (name, attributes), (text), (name)."""
+    """Base of XML handlers, called with local element names."""
 
     def start(self, name: str, attributes: Attributes) -> None: ...
 
@@ -72,7 +72,7 @@ class _Handler:
 
 
 class _Texts(_Handler):
-    """Collects the text of `<t>` (and `<v>`) in one element, phonetic hints left out, up to LONGEST_CELL letters."""
+    """Collect the text of `<t>` and `<v>` in one element, without phonetic hints, up to LONGEST_CELL characters."""
 
     def __init__(self, table: Path) -> None:
         self.table = table
@@ -92,7 +92,7 @@ class _Texts(_Handler):
         if self._open:
             self._count += len(text)
             if self._count > LONGEST_CELL:
-                raise DataError(f"{self.table} has a cell of more than {LONGEST_CELL:,} letters. Shorten it.")
+                raise DataError(f"{self.table} has a cell of more than {LONGEST_CELL:,} characters. Shorten it.")
             self.letters.append(text)
 
     def end(self, name: str) -> None:
@@ -105,7 +105,7 @@ class _Texts(_Handler):
 
 
 class _Shared(_Texts):
-    """The shared strings of a workbook, in order."""
+    """Collect the shared strings of a workbook, in order."""
 
     def __init__(self, table: Path) -> None:
         super().__init__(table)
@@ -123,7 +123,7 @@ class _Shared(_Texts):
 
 
 class _Sheet(_Texts):
-    """The rows of a sheet."""
+    """Collect the rows of a sheet."""
 
     def __init__(self, table: Path, shared: list[str]) -> None:
         super().__init__(table)
@@ -156,8 +156,8 @@ class _Sheet(_Texts):
     def _open_row(self, number: int) -> None:
         if not len(self.rows) < number <= MOST_ROWS:
             raise DataError(
-                f"{self.table} has a row {number:,} after row {len(self.rows):,}; rows come in order, up to "
-                f"{MOST_ROWS:,}. Delete what lies below the table, or save it as CSV (UTF-8)."
+                f"{self.table} has a row {number:,} after row {len(self.rows):,}; rows must be in order, up to "
+                f"{MOST_ROWS:,}. Delete everything below the table, or save it as CSV (UTF-8)."
             )
         self.rows.extend([] for _ in range(number - len(self.rows)))
         self._column = 0
@@ -173,8 +173,8 @@ class _Sheet(_Texts):
 
 def _too_many(table: Path) -> DataError:
     return DataError(
-        f"{table} has more than {MOST_CELLS:,} cells, or cells out of order. Delete what is not needed, or save it as "
-        "CSV (UTF-8)."
+        f"{table} has more than {MOST_CELLS:,} cells, or cells out of order. Delete unused cells, or save it as CSV "
+        "(UTF-8)."
     )
 
 
@@ -186,7 +186,7 @@ def _column_number(letters: str) -> int:
 
 
 class _Found(_Handler):
-    """The attributes of the elements of one name, the first few of them."""
+    """Collect the attributes of the first MOST_PARTS elements of one name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -198,7 +198,7 @@ class _Found(_Handler):
 
 
 def _relations(archive: zipfile.ZipFile, part: str) -> dict[str, list[tuple[str, str]]]:
-    """Id and part of each relation of a part ("" for the package), by the last word of the relation's type."""
+    """Return (id, target) of each relation of a part ("" is the package), by the last word of the relation's type."""
     folder, name = posixpath.split(part)
     reader = _Found("Relationship")
     _parse(archive, posixpath.join(folder, "_rels", f"{name}.rels"), reader)
@@ -236,4 +236,4 @@ def _parse(archive: zipfile.ZipFile, part: str, handler: _Handler) -> None:
 
 
 def _refuse_document_type(*_: object) -> None:
-    raise ValueError("it has a document type, which no workbook has")
+    raise ValueError("it has a document type declaration, which workbooks never have")

@@ -13,7 +13,7 @@ from cclip_deploy.benchmark.run import bench_bundle
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.files import restore_folder, whole_folder
 from cclip_deploy.common.paths import check_writable
-from cclip_deploy.datasets.flat import read_flat
+from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.demo.report import DemoFacts, save_report
@@ -86,16 +86,16 @@ def _run_stages(folder: Path, options: DemoOptions, command: str, on_progress: P
     recipe, data = options.recipe, folder / "data"
     on_progress(f"Generating {options.train_images + options.test_images} synthetic radiographs")
     counts = {"train": options.train_images, "test": options.test_images}
-    write_dataset(data, counts, recipe.image_hw, recipe.seed, prompts_per_film=recipe.prompts_per_image)
+    write_dataset(data, counts, recipe.image_hw, recipe.seed, prompts_per_image=recipe.prompts_per_image)
     running = RunOptions(tensorboard=False)
     trained = train(recipe, data, folder / "training", lambda p: _report_step(on_progress, p), running)
     checkpoint = trained.checkpoint
-    held_out = of_split(read_flat(data), "test")
+    held_out = of_split(read_data_set(data).samples, "test")
     film = find_real_film()
     images = _first_images(held_out, 2) + ([film] if film else [])
     exporting = ExportOptions(
         recipe.image_hw, recipe.prompt_length, with_masks=True, threads=options.threads,
-        reference_pictures=tuple(images),
+        reference_images=tuple(images),
     )  # fmt: skip
     bundle = export_bundle(checkpoint, folder / BUNDLE, exporting, command, on_progress).bundle
     engines, no_engine = _build(bundle, options, on_progress)

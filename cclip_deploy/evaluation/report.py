@@ -20,7 +20,7 @@ from cclip_deploy.errors import UsageError
 from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS
 from cclip_deploy.evaluation.evaluate import EvaluationResult
 from cclip_deploy.evaluation.split import ExampleCase
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.imaging.writing import draw_overlay
 
 PAGE, NUMBERS, ROWS = "index.html", "evaluation.json", "rows.csv"
@@ -249,7 +249,7 @@ def _overlays(result: EvaluationResult, cases: Sequence[ExampleCase]) -> tuple[F
     figures = []
     for case in cases:
         sample = result.samples[case.row]
-        pixels = read_picture(sample.image).pixels
+        pixels = read_image(sample.image).pixels
         overlay = draw_overlay(pixels, case.mask(), sample.text, read_mask(sample.mask))
         overlay.thumbnail((OVERLAY_PX, 2 * OVERLAY_PX))
         file = io.BytesIO()

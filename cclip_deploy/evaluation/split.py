@@ -30,7 +30,7 @@ from cclip_deploy.evaluation.metrics import (
     probability_histogram,
 )
 from cclip_deploy.evaluation.models import EvaluatedModel
-from cclip_deploy.imaging.reading import failure_of, read_picture
+from cclip_deploy.imaging.reading import failure_of, read_image
 from cclip_deploy.inference.prompt_cache import Tokens
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
@@ -279,7 +279,7 @@ def _prefetch(
 
 
 def _load(image: Path, masks: Sequence[Path]) -> _Loaded:
-    pixels = read_picture(image).pixels
+    pixels = read_image(image).pixels
     height, width = pixels.shape[:2]
     if len(masks) * height * width > MOST_MASK_BYTES:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Export: a checkpoint becomes a bundle whose every graph was compared with PyTorch before anybody sees it."""
+"""Export a checkpoint to a bundle of ONNX graphs, after comparing every graph with PyTorch."""
 
 from __future__ import annotations
 
@@ -29,24 +29,36 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export. `batch` is the plain graph's static batch; the deploy graphs take any."""
+    """Options of an export.
+
+    Attributes:
+        image_hw: height and width of the graphs; default: as trained, or 224x224 if the checkpoint does not say.
+        prompt_length: tokens per prompt; default: as trained, or 32.
+        plain: export one graph of the unmodified network instead of the deploy graphs.
+        batch: static batch size of the plain graph; the deploy graphs have a dynamic one.
+        with_masks: add the causal masks as outputs of the image encoder.
+        with_confounding: add the confounding features as output of the image encoder.
+        threads: CPU threads of PyTorch and ONNX Runtime; default: their own.
+        replace: replace an existing bundle.
+        reference_images: images for reference outputs, besides seeded inputs.
+        reference_prompts: prompts for reference outputs.
+    """
 
     image_hw: tuple[int, int] | None = None
     prompt_length: int | None = None
-    """Both as the checkpoint was trained unless given; where it does not say (the published layout), 224x224 and 32."""
     plain: bool = False
     batch: int = 1
     with_masks: bool = False
     with_confounding: bool = False
     threads: int | None = None
     replace: bool = False
-    reference_pictures: tuple[Path, ...] = ()
+    reference_images: tuple[Path, ...] = ()
     reference_prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A published bundle, and the numbers that let it be published."""
+    """A new bundle, its parity checks, and the number of checkpoint tensors that were dropped."""
 
     bundle: Bundle
     checks: tuple[Check, ...]
@@ -56,11 +68,13 @@ class Exported:
 def export_bundle(
     checkpoint: Path, output: Path, options: ExportOptions, command: str, on_progress: Progress = lambda _: None
 ) -> Exported:
-    """Load, rewrite, trace, compare, publish; on any failure nothing is left at `output`.
+    """Load a checkpoint, trace its graphs, compare them with PyTorch, and write a bundle to `output`.
+
+    On failure nothing is left at `output`.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        UsageError: `output` exists, or an option cannot be.
+        UsageError: `output` exists, or an option is invalid.
         ParityError: a graph differs from PyTorch by more than the limits.
         TargetInUse: another run is writing `output`.
         EnvironmentIssue: a package is missing or the disk is full.
@@ -86,15 +100,15 @@ def export_bundle(
 def _check_options(options: ExportOptions) -> None:
     _input_form(options, InputForm())
     if options.batch < 1:
-        raise UsageError(f"A batch of {options.batch} makes no sense. Use 1 or more.")
+        raise UsageError(f"Batch size {options.batch} is out of range. Use 1 or more.")
     if options.batch != 1 and not options.plain:
-        raise UsageError("The deploy graphs take any batch; a static one (--batch) belongs to --plain.")
+        raise UsageError("The deploy graphs have a dynamic batch size; --batch requires --plain.")
     if options.plain and (options.with_masks or options.with_confounding):
-        raise UsageError("The plain graph has no further outputs; --with-masks belongs to the deploy form.")
+        raise UsageError("The plain graph has only one output; --with-masks and --with-confounding exclude --plain.")
 
 
 def _input_form(options: ExportOptions, trained: InputForm) -> InputForm:
-    """What is asked for, else what it was trained on."""
+    """Return the requested input sizes, with those of training as default."""
     length = trained.prompt_length if options.prompt_length is None else options.prompt_length
     return InputForm(options.image_hw or trained.image_hw, length)
 
@@ -163,7 +177,7 @@ def _write_references(
     from cclip_deploy.runtime.pytorch import PyTorchBackend
 
     (folder / "reference").mkdir()
-    pictures, prompts = options.reference_pictures, options.reference_prompts
+    pictures, prompts = options.reference_images, options.reference_prompts
     files = []
     for reference in make_references(PyTorchBackend(loaded.model), manifest, pictures, prompts, on_progress):
         files.append(f"reference/{reference.name}.npz")
@@ -172,14 +186,14 @@ def _write_references(
 
 
 def _compare(folder: Path, manifest: Manifest, threads: int | None, on_progress: Progress) -> tuple[Check, ...]:
-    """Run every graph before it is published; the folder has no checksums yet, so they are taken as they are."""
+    """Compare every graph with PyTorch; raise ParityError above the limits."""
     from cclip_deploy.parity.compare import check_graphs, plain_batch, refuse_failures
     from cclip_deploy.parity.reference import load_references
     from cclip_deploy.parity.stages import mask_stage_checks, stage_checks
     from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
 
     write_manifest(folder, manifest)
-    unsealed = Bundle.unsealed(folder, manifest)
+    unsealed = Bundle.unsealed(folder, manifest)  # no checksums yet
     on_progress("Comparing every graph with PyTorch")
     backend = OnnxRuntimeBackend(unsealed, "fp32", "cpu", threads)
     references = load_references(unsealed)

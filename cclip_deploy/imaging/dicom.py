@@ -1,4 +1,4 @@
-"""DICOM pictures as a radiologist sees them: modality LUT, VOI LUT or window, and polarity applied (PS3.3 C.11)."""
+"""Read DICOM images with modality LUT, VOI LUT or window, and polarity applied (PS3.3 C.11)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from cclip_deploy.common.paths import BoundedFile
 from cclip_deploy.errors import EnvironmentIssue, ImageError
 from cclip_deploy.imaging.dicom_frames import check_frame
+from cclip_deploy.imaging.image import Picture, check_image_size, decoding
 from cclip_deploy.imaging.raster_pixels import row_strips
-from cclip_deploy.imaging.reading import Picture, check_picture_size, decoding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,14 +30,14 @@ _NEEDED = ("Rows", "Columns", "BitsStored", "PhotometricInterpretation")
 
 
 def read_dicom(path: Path) -> Picture:
-    """Read a single-frame gray, RGB, YBR or (plain, not segmented) palette file of DICOM PS3.10.
+    """Read a single-frame gray, RGB, YBR or palette DICOM PS3.10 file; segmented palettes are not supported.
 
-    Gray goes through the modality LUT (or rescale), then the first VOI LUT, or else the first window, or else is
-    stretched from its least to its greatest value; MONOCHROME1 is inverted, so that 0 is always black. Pixels that
-    PixelPaddingValue marks are no part of the picture: they take no part in the stretch and become 0.
+    Gray values pass through the modality LUT (or rescale) and then the first VOI LUT, else the first window, else a
+    stretch from minimum to maximum. MONOCHROME1 is inverted, so 0 is always black. Pixels in the range of
+    PixelPaddingValue are excluded from the stretch and become 0.
 
     Raises:
-        ImageError: damaged, several frames, no picture inside, or values that the standard does not allow.
+        ImageError: damaged, several frames, no image inside, or values that the standard does not allow.
         EnvironmentIssue: pydicom, or a decoder for the file's compression, is not installed.
     """
     pydicom = _import_pydicom()
@@ -56,7 +56,7 @@ def read_dicom(path: Path) -> Picture:
 
 
 def dicom_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of a single-frame file, from its header; raises as `read_dicom`, needs no decoder."""
+    """Return width and height in pixels from the header; raises like `read_dicom` but needs no decoder."""
     pydicom = _import_pydicom()
     with decoding(path), BoundedFile(path) as file:
         _transfer_syntax(path, file)
@@ -77,7 +77,7 @@ def _import_pydicom() -> Any:
 
 
 def _transfer_syntax(path: Path, file: BinaryIO) -> UID:
-    """The syntax of a file; a deflated one is refused, as its header alone could fill the memory."""
+    """Return the transfer syntax; refuse a deflated one, whose header alone could exhaust memory."""
     from pydicom.filereader import read_dataset
 
     file.seek(_PREAMBLE_BYTES)
@@ -86,21 +86,23 @@ def _transfer_syntax(path: Path, file: BinaryIO) -> UID:
 
     syntax: UID | None = meta.get("TransferSyntaxUID")
     if syntax is None:
-        raise ImageError(f"{path} names no transfer syntax (0002,0010). Export it again as a DICOM file.")
+        raise ImageError(f"{path} has no transfer syntax (0002,0010). Export it again as a DICOM file.")
     if syntax.is_transfer_syntax and syntax.is_deflated:
-        raise ImageError(f"{path} uses {syntax.name}, which is not read. Convert it, e.g. with DCMTK: dcmconv +te")
+        raise ImageError(
+            f"{path} uses {syntax.name}, which is not supported. Convert it, for example with DCMTK: dcmconv +te"
+        )
     return syntax
 
 
 def _check_decoder(path: Path, syntax: UID) -> None:
-    """Refuse what cannot be decoded before any of it is read."""
+    """Raise an error before the pixels are read if no decoder for the transfer syntax is available."""
     from pydicom.pixels import get_decoder
 
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise ImageError(
-            f"{path} uses transfer syntax {syntax.name}, which is not read. "
+            f"{path} uses transfer syntax {syntax.name}, which is not supported. "
             "Convert it to Explicit VR Little Endian, for example with DCMTK or GDCM."
         ) from None
     if not decoder.is_available:
@@ -108,35 +110,37 @@ def _check_decoder(path: Path, syntax: UID) -> None:
 
 
 def _describe_missing_decoder(path: Path, syntax_name: str, missing: list[str]) -> str:
-    """`missing` holds lines of pydicom such as 'pylibjpeg - requires pylibjpeg>=2.0 and pylibjpeg-libjpeg>=2.1'."""
+    """`missing` has pydicom's lines, such as 'pylibjpeg - requires pylibjpeg>=2.0 and pylibjpeg-libjpeg>=2.1'."""
     plugins = dict(line.split(" - requires ", 1) for line in missing if " - requires " in line)
     packages = [name.strip() for name in plugins.get("pylibjpeg", "").split(" and ") if name.strip()]
     remedy = f"Install one: pip install {' '.join(map(repr, packages))}" if packages else f"Install: {missing}"
-    return f"{path} is compressed with {syntax_name}, and no decoder for that is installed. {remedy}"
+    return f"{path} is compressed with {syntax_name}, but no decoder for it is installed. {remedy}"
 
 
 def _check_header(path: Path, header: Dataset) -> None:
     missing = [name for name in _NEEDED if header.get(name) is None]
     if missing:
         kind = getattr(header.get("SOPClassUID"), "name", "of an unknown class")
-        raise ImageError(f"{path} ({kind}) holds no picture: it lacks {', '.join(missing)}. Name an image file.")
+        raise ImageError(f"{path} ({kind}) has no image: it lacks {', '.join(missing)}. Name an image file.")
     frames = int(header.get("NumberOfFrames") or 1)
     if frames > 1:
-        raise ImageError(f"{path} has {frames} frames; one is read. Save the frame you want to a file of its own.")
+        raise ImageError(
+            f"{path} has {frames} frames; only single-frame files are supported. Save the frame as a separate file."
+        )
     bits = int(header.get("BitsAllocated") or header.BitsStored)
     samples = int(header.get("SamplesPerPixel") or 1) * max(1, -(-bits // 32))
-    check_picture_size(path, int(header.Columns), int(header.Rows), samples)
+    check_image_size(path, int(header.Columns), int(header.Rows), samples)
 
 
 def _color(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
-    """RGB (H, W, 3) in [0, 1]; pydicom has turned YBR into RGB already."""
+    """Scale color to RGB (H, W, 3) in [0, 1]; pydicom has already converted YBR to RGB."""
     if header.PhotometricInterpretation == "PALETTE COLOR":
         return _apply_palette(path, stored, header)
     bits = int(header.BitsStored)
     if stored.ndim != 3 or stored.shape[-1] != 3 or stored.dtype.kind != "u":
         raise ImageError(
             f"{path} is {header.PhotometricInterpretation} with an array of shape {stored.shape} and type "
-            f"{stored.dtype}; unsigned gray, palette, RGB or YBR is read. Export it as RGB."
+            f"{stored.dtype}; supported are unsigned gray, palette, RGB and YBR. Export it as RGB."
         )
     shown = np.empty(stored.shape, np.float32)
     for rows in row_strips(stored.shape):
@@ -151,7 +155,7 @@ def _apply_palette(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[N
         name = f"{color}PaletteColorLookupTable"
         if f"{name}Descriptor" not in header or f"{name}Data" not in header:
             raise ImageError(
-                f"{path} lacks a plain {color.lower()} palette (segmented ones are not read). Save as RGB."
+                f"{path} lacks a plain {color.lower()} palette (segmented palettes are not supported). Save it as RGB."
             )
         palette = _Table.read(path, header[f"{name}Descriptor"].value, header[f"{name}Data"].value, header)
         depths.append(palette.bits)
@@ -161,9 +165,9 @@ def _apply_palette(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[N
 
 
 def _gray(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np.float32], int]:
-    """Two passes over strips of rows: one for the extremes of the modality's values, and one for what is shown."""
+    """Scale gray to (H, W) in [0, 1] in two passes over strips of rows: first the extremes, then the values."""
     if stored.ndim != 2 or not np.isfinite(stored).all():
-        raise ImageError(f"{path} is gray, but its array has shape {stored.shape} or values that are not numbers.")
+        raise ImageError(f"{path} is gray, but its array has shape {stored.shape} or values that are not finite.")
     modality = _read_modality(path, bool(stored.min() < 0), header)
     every, seen = [], []
     for rows in row_strips(stored.shape):
@@ -171,10 +175,10 @@ def _gray(path: Path, stored: NDArray[Any], header: Dataset) -> tuple[NDArray[np
         every.append(values.min())
         if not padding.all():
             seen += [values[~padding].min(), values[~padding].max()]
-    interest = _read_interest(path, bool(min(every) < 0), np.array(seen), header)
+    values_of_interest = _read_voi(path, bool(min(every) < 0), np.array(seen), header)
     shown = np.empty(stored.shape, np.float32)
     for rows in row_strips(stored.shape):
-        values = interest(modality(stored[rows]))
+        values = values_of_interest(modality(stored[rows]))
         values = 1 - values if header.PhotometricInterpretation == "MONOCHROME1" else values
         values[_find_padding(stored[rows], header)] = 0
         shown[rows] = values
@@ -191,7 +195,7 @@ def _find_padding(stored: NDArray[Any], header: Dataset) -> NDArray[np.bool_]:
 
 
 def _read_modality(path: Path, signed: bool, header: Dataset) -> Callable[[NDArray[Any]], Values]:
-    """What makes stored values, some of which are negative if `signed`, the modality's units: Hounsfield units, say."""
+    """Return the function from stored values to modality units such as HU; `signed` if any stored value is negative."""
     if header.get("ModalityLUTSequence"):
         sequence = header.ModalityLUTSequence[0]
         table = _Table.read(path, sequence.LUTDescriptor, sequence.LUTData, header)
@@ -200,10 +204,10 @@ def _read_modality(path: Path, signed: bool, header: Dataset) -> Callable[[NDArr
     return lambda stored: stored.astype(np.float64) * (1 if slope is None else slope) + (intercept or 0)
 
 
-def _read_interest(path: Path, signed: bool, seen: Values, header: Dataset) -> Callable[[Values], Values]:
-    """What makes the modality's values [0, 1], in the order of preference that `read_dicom` states.
+def _read_voi(path: Path, signed: bool, seen: Values, header: Dataset) -> Callable[[Values], Values]:
+    """Return the function from modality units to [0, 1], in the order of preference of `read_dicom`.
 
-    `seen` are values among which the least and the greatest outside the padding are.
+    `seen` includes the minimum and maximum of the values outside the padding.
     """
     if header.get("VOILUTSequence"):
         sequence = header.VOILUTSequence[0]
@@ -220,7 +224,7 @@ def _read_interest(path: Path, signed: bool, seen: Values, header: Dataset) -> C
 
 
 def _window(path: Path, values: Values, center: float, width: float, function: str) -> Values:
-    """Window to [0, 1] by the formulas of PS3.3 C.11.2.1.2.1 and C.11.2.1.3."""
+    """Apply a window to [0, 1] with the formulas of PS3.3 C.11.2.1.2.1 and C.11.2.1.3."""
     least = 1 if function == "LINEAR" else 0
     if function not in {"LINEAR", "LINEAR_EXACT", "SIGMOID"} or width < least or width == 0:
         raise ImageError(
@@ -239,7 +243,7 @@ def _window(path: Path, values: Values, center: float, width: float, function: s
 
 @dataclass(frozen=True)
 class _Table:
-    """A lookup table (PS3.3 C.11.1.1.1); pydicom's own index with the type of the entries, so that large ones wrap."""
+    """Lookup table (PS3.3 C.11.1.1.1). pydicom's own indexes with the entries' type, so large values overflow."""
 
     entries: Values
     first: int
@@ -247,7 +251,7 @@ class _Table:
 
     @staticmethod
     def read(path: Path, descriptor: Sequence[int], data: bytes | Sequence[int], header: Dataset) -> _Table:
-        """ImageError where the entries are not those that the descriptor says."""
+        """Parse a table; raise ImageError if the entries contradict the descriptor."""
         count, first, bits = (int(number) for number in descriptor)
         count = count % 2**16 or 2**16
         numbers: Any = data
@@ -258,16 +262,16 @@ class _Table:
         entries = np.atleast_1d(np.asarray(numbers, dtype=np.float64))[:count]
         if len(entries) < count or not 8 <= bits <= 16 or entries.max() > 2**bits - 1:
             raise ImageError(
-                f"{path} has a lookup table of {len(entries)} entries up to {entries.max(initial=0):g}, where its "
-                f"descriptor says {count} of {bits} bits. Export the file again."
+                f"{path} has a lookup table of {len(entries)} entries up to {entries.max(initial=0):g}, but its "
+                f"descriptor declares {count} of {bits} bits. Export the file again."
             )
         return _Table(entries, first, bits)
 
     def look_up(self, values: NDArray[Any], signed: bool) -> Values:
-        """Values through the table as [0, 1].
+        """Map values through the table to [0, 1].
 
-        `signed`: whether any value of the picture is negative, as a rescale makes them, which pydicom cannot know when
-        it reads the descriptor.
+        `signed` is whether any value of the image is negative, for example after a rescale; pydicom cannot know this
+        when it reads the descriptor.
         """
         first = self.first - 2**16 if signed and self.first >= 2**15 else self.first
         places = np.clip(np.rint(values) - first, 0, len(self.entries) - 1).astype(np.int64)
@@ -276,7 +280,7 @@ class _Table:
 
 
 def _first_number(path: Path, header: Dataset, name: str) -> float | None:
-    """The first value of a DS element, None where the element is absent or empty."""
+    """Return the first value of a DS element, or None if it is absent or empty."""
     value = header.get(name)
     values = [] if value is None else list(value) if header[name].VM > 1 else [value]
     if not values:

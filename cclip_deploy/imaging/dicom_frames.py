@@ -1,4 +1,4 @@
-"""Checks of compressed DICOM frames before they are decoded: their size, and what their runs unpack to."""
+"""Check compressed DICOM frames before decoding: image size in the stream, and unpacked size of RLE segments."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 _RLE_HEADER, _MOST_SEGMENTS = 64, 15
 _RUN_GAIN = 64
-"""Two bytes of a run unpack to up to 128."""
+"""Largest expansion of a PackBits run: two bytes become up to 128."""
 _FREE_BYTES = 2**26
-"""Runs that can unpack to no more than this are not counted first."""
+"""Segments that cannot unpack to more bytes than this are not measured."""
 _JPEG_START, _JPEG_FRAMES = b"\xff\xd8", frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
 _JPEG_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 _JPEG_2000_SIZE = b"\xff\x4f\xff\x51"
 
 
 def check_frame(path: Path, file: BinaryIO, header: Dataset) -> None:
-    """Raise ImageError where the one frame of a compressed file is not as large as Rows and Columns say."""
+    """Raise ImageError if the frame of a compressed file differs in size from Rows and Columns."""
     from pydicom import dcmread
     from pydicom.encaps import get_frame
     from pydicom.uid import RLELossless
@@ -32,25 +32,26 @@ def check_frame(path: Path, file: BinaryIO, header: Dataset) -> None:
     content = dcmread(file, specific_tags=["PixelData"])
     frame = bytes(get_frame(content.PixelData, 0, number_of_frames=1))
     file.seek(0)
-    said = (int(header.Columns), int(header.Rows))
+    declared = (int(header.Columns), int(header.Rows))
     if header.file_meta.TransferSyntaxUID == RLELossless:
         for segment in _segments(frame):
-            if _RUN_GAIN * len(segment) > _FREE_BYTES and unpacked_bytes(segment) > 2 * said[0] * said[1]:
+            if _RUN_GAIN * len(segment) > _FREE_BYTES and unpacked_bytes(segment) > 2 * declared[0] * declared[1]:
                 raise ImageError(
-                    f"{path} has runs that unpack to far more than its {said[0]}x{said[1]} pixels. Export it again."
+                    f"{path} has runs that unpack to far more than its {declared[0]}x{declared[1]} pixels. "
+                    "Export it again."
                 )
         return
     found = coded_size(frame)
-    if found != said:
-        shown = "none" if found is None else f"{found[0]}x{found[1]}"
+    if found != declared:
+        shown = "has no size" if found is None else f"is {found[0]}x{found[1]}"
         raise ImageError(
-            f"{path} says that it is {said[0]}x{said[1]} pixels, and the compressed picture inside {shown}. "
+            f"{path} is declared as {declared[0]}x{declared[1]} pixels, but the compressed image inside {shown}. "
             "Export it again."
         )
 
 
 def unpacked_bytes(segment: bytes) -> int:
-    """Bytes that a PackBits segment unpacks to, counted without unpacking it."""
+    """Return how many bytes a PackBits segment unpacks to, without unpacking it."""
     at = total = 0
     while at < len(segment):
         control = segment[at]
@@ -60,7 +61,7 @@ def unpacked_bytes(segment: bytes) -> int:
 
 
 def coded_size(frame: bytes) -> tuple[int, int] | None:
-    """Width and height in the header of a JPEG, JPEG-LS or JPEG 2000 stream; None where it has none."""
+    """Return width and height from the header of a JPEG, JPEG-LS or JPEG 2000 stream, or None if it has no size."""
     if not frame.startswith(_JPEG_START):
         at = frame.find(_JPEG_2000_SIZE)
         if at < 0 or len(frame) < at + 24:
@@ -75,7 +76,7 @@ def coded_size(frame: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_markers(frame: bytes) -> Iterator[tuple[int, int]]:
-    """Each marker before the pixels, and where its length stands."""
+    """Yield each marker before the pixels and the offset of its length field."""
     at = 2
     while at + 4 <= len(frame) and frame[at] == 0xFF:
         marker = frame[at + 1]

@@ -1,4 +1,4 @@
-"""PNG files written fast: one filter for all rows, where Pillow tries five on each at most of a picture's cost."""
+"""Fast PNG encoder: uses one filter for all rows, where Pillow tries five for each row."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _ZLIB_LEVEL = 1
 
 
 def encode_png(pixels: NDArray[Any], text: Mapping[str, str] = MappingProxyType({})) -> bytes:
-    """The PNG file (ISO/IEC 15948) of gray (H, W) uint8 or uint16, or of RGB (H, W, 3) uint8, without any loss.
+    """Encode gray (H, W) uint8 or uint16, or RGB (H, W, 3) uint8, as a PNG file (ISO/IEC 15948).
 
-    Every row is filtered as its difference from the row above, and compressed at zlib's fastest level: what masks
-    and films take is about what Pillow's default makes of them, in less than half the time. `text` is Latin-1 by
-    keywords of up to 79 letters.
+    Rows use the "up" filter and zlib's fastest level: for masks and radiographs, files are about as large as Pillow's
+    default, in less than half the time. `text` maps keywords of up to 79 letters to Latin-1 text.
 
     Raises:
         UsageError: another shape or type.
     """
     gray, color = pixels.ndim == 2, pixels.shape[2:] == (3,) and pixels.dtype == np.uint8
     if not pixels.size or not (color or (gray and pixels.dtype in (np.uint8, np.uint16))):
-        raise UsageError(f"{pixels.dtype} of shape {pixels.shape} is no PNG here: uint8 or uint16 gray, or uint8 RGB.")
+        raise UsageError(
+            f"Cannot encode {pixels.dtype} of shape {pixels.shape} as PNG; expected uint8 or uint16 gray, or uint8 RGB."
+        )
     height, width = pixels.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _GREY if gray else _COLOUR, 0, 0, 0)
     body = zlib.compressobj(_ZLIB_LEVEL)

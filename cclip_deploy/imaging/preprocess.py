@@ -1,4 +1,4 @@
-"""From a picture to the network's input, and from the network's probability back to the picture's size."""
+"""Convert image pixels to network input, and resize predicted probabilities back to the image size."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 
 class Preprocessing(StrictModel):
-    """How a picture becomes an input; kept in the bundle, because a model is only right with its own.
+    """Preprocessing of a model, stored in its bundle.
 
-    Mean and deviation are those of CLIP, of RGB in [0, 1]. The picture is stretched to the input's size. Pillow widens
-    its filters when it shrinks, hence `antialias` cannot be false.
+    Mean and standard deviation are CLIP's, for RGB in [0, 1]. The image is stretched to the input size. Pillow always
+    antialiases when it shrinks an image, so `antialias` cannot be false.
     """
 
     mean: tuple[_Finite, _Finite, _Finite] = (0.48145466, 0.4578275, 0.40821073)
@@ -35,16 +35,16 @@ class Preprocessing(StrictModel):
 def to_input(pixels: NDArray[Any], image_hw: tuple[int, int], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """Resize and normalize (H, W) or (H, W, 3) pixels in [0, 1] to (1, 3, *image_hw) float32.
 
-    The resize is in float, so 16-bit depth survives; where the size is right already, it changes nothing. What a
-    bicubic filter overshoots is cut to [0, 1] before the normalization.
+    Resizing is done in float, so 16-bit depth is preserved; an image of the right size is not changed. Overshoot of the
+    bicubic filter is clipped to [0, 1] before normalization.
     """
     return normalize(resize_pixels(pixels, image_hw, preprocessing), preprocessing)[None]
 
 
 def resize_pixels(pixels: NDArray[Any], image_hw: tuple[int, int], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """The first half of `to_input`: (H, W) or (H, W, 3) in [0, 1] to (1 or 3, *image_hw) float32 in [0, 1]."""
+    """Resize (H, W) or (H, W, 3) pixels in [0, 1] to (1 or 3, *image_hw) float32: the first step of `to_input`."""
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
-        raise UsageError(f"Pixels have shape {pixels.shape}; (H, W) or (H, W, 3) is expected.")
+        raise UsageError(f"Pixels have shape {pixels.shape}; expected (H, W) or (H, W, 3).")
     check_unit_range("Pixels", pixels)
     channels = [pixels] if pixels.ndim == 2 else [pixels[..., index] for index in range(3)]
     resample = _FILTERS[preprocessing.resize_filter]
@@ -52,7 +52,7 @@ def resize_pixels(pixels: NDArray[Any], image_hw: tuple[int, int], preprocessing
 
 
 def normalize(resized: NDArray[np.float32], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """The second half of `to_input`: (1 or 3, h, w) in [0, 1] to (3, h, w) of CLIP's mean and deviation."""
+    """Normalize (1 or 3, h, w) in [0, 1] to (3, h, w) with CLIP's mean and deviation: the second step of `to_input`."""
     mean = np.array(preprocessing.mean, dtype=np.float32)[:, None, None]
     std = np.array(preprocessing.std, dtype=np.float32)[:, None, None]
     normalized: NDArray[np.float32] = (resized - mean) / std  # (3, h, w)
@@ -62,16 +62,16 @@ def normalize(resized: NDArray[np.float32], preprocessing: Preprocessing) -> NDA
 def to_source(probability: NDArray[Any], source_hw: tuple[int, int]) -> NDArray[np.float32]:
     """Resize a probability map (h, w) in [0, 1] to (*source_hw) float32 in [0, 1], bilinear."""
     if probability.ndim != 2:
-        raise UsageError(f"The probability has shape {probability.shape}; (h, w) is expected.")
+        raise UsageError(f"The probability has shape {probability.shape}; expected (h, w).")
     check_unit_range("The probability", probability)
     return _resize(probability, source_hw, Image.Resampling.BILINEAR)
 
 
 def check_unit_range(what: str, values: NDArray[Any]) -> None:
-    """Raise UsageError unless there are values and all are in [0, 1]; NaN is not."""
+    """Raise UsageError if `values` is empty or any value is NaN or outside [0, 1]."""
     low, high = (float(values.min()), float(values.max())) if values.size else (np.nan, np.nan)
     if not (low >= 0 and high <= 1):
-        raise UsageError(f"{what}: values from {low:g} to {high:g}, where [0, 1] is expected. Scale or check them.")
+        raise UsageError(f"{what}: values from {low:g} to {high:g}; the allowed range is [0, 1]. Scale or check them.")
 
 
 def _resize(values: NDArray[Any], hw: tuple[int, int], resample: Image.Resampling) -> NDArray[np.float32]:

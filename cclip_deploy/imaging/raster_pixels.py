@@ -1,4 +1,4 @@
-"""Pixels of an image in Pillow as float32, upright, in strips of rows: the only copy of its size is the answer."""
+"""Convert Pillow images to upright float32 pixels in strips of rows, without full-size temporaries."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _STRIP_VALUES = 2**20
 
 
 def row_strips(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of the rows of an array, about a million values each, so that passing over it needs no second array."""
+    """Yield slices of rows with about a million values each, to process an array without a full-size temporary."""
     rows = max(1, _STRIP_VALUES // max(1, math.prod(shape[1:])))
     return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
 
 def read_pixels(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], int]:
-    """(H, W) or (H, W, 3) in [0, 1], right side up, and the bits of a channel; ImageError names `path`."""
+    """Return upright pixels (H, W) or (H, W, 3) in [0, 1], and the bits per channel; errors name `path`."""
     image.load()
     deep = image.mode.startswith(("I", "F"))
     pixels, bits = _deep_gray(path, image) if deep else _shallow(image)
@@ -34,25 +34,25 @@ def read_pixels(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], in
 
 
 def orientation_of(exif: Image.Exif) -> int:
-    """EXIF's orientation, 1 to 8; 1, right side up, where it says none or another number."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or invalid."""
     found = exif.get(_EXIF_ORIENTATION, UPRIGHT)
     return found if found in range(1, 9) else UPRIGHT
 
 
 def image_strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """Strips of the rows of an image, as images."""
+    """Yield strips of rows of an image: their slice and the cropped image."""
     for rows in row_strips((image.height, image.width)):
         yield rows, image.crop((0, rows.start, image.width, rows.stop))
 
 
 def _turned(pixels: NDArray[np.float32], orientation: int) -> NDArray[np.float32]:
-    """The upright picture of stored rows and columns (EXIF 2.32, 4.6.4 A)."""
+    """Apply an EXIF orientation (EXIF 2.32, 4.6.4 A)."""
     flipped = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
     return np.rot90(flipped, {3: 2, 4: 2, 5: 1, 6: -1, 7: -1, 8: 1}.get(orientation, 0))
 
 
 def _deep_gray(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], int]:
-    """Gray of more than 8 bits, (H, W) in [0, 1]; Pillow leaves depth and polarity of such TIFFs to the caller."""
+    """Scale gray of more than 8 bits to (H, W) in [0, 1]; Pillow ignores depth and polarity of such TIFFs."""
     tags: Any = getattr(image, "tag_v2", {})
     bits = {"I": 16, "F": 32}.get(image.mode) or int(tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0])
     white = 1 if image.mode == "F" else 2**bits - 1
@@ -62,19 +62,19 @@ def _deep_gray(path: Path, image: Image.Image) -> tuple[NDArray[np.float32], int
     for rows, strip in image_strips(image):
         values = np.asarray(strip)
         ends.append((values.min(), values.max()))
-        shares = np.divide(values, white, dtype=np.float64)
-        pixels[rows] = 1 - shares if inverted else shares
+        scaled = np.divide(values, white, dtype=np.float64)
+        pixels[rows] = 1 - scaled if inverted else scaled
     low, high = float(np.min(ends)), float(np.max(ends))
     if not (low >= 0 and high <= white):
         raise ImageError(
-            f"{path} has values from {low:g} to {high:g}, where 0 to {white} is expected. "
+            f"{path} has values from {low:g} to {high:g}; the allowed range is 0 to {white}. "
             "Scale them and save a 16-bit gray PNG or TIFF."
         )
     return pixels, bits
 
 
 def _shallow(image: Image.Image) -> tuple[NDArray[np.float32], int]:
-    """Gray (H, W) or color (H, W, 3) in [0, 1] from 8 bits or fewer a channel; transparent pixels are black."""
+    """Scale images of at most 8 bits per channel to gray (H, W) or color (H, W, 3); transparent pixels are black."""
     bits = 1 if image.mode == "1" else 8
     gray = image.mode in {"1", "L", "LA", "La"}
     mode = ("L" if gray else "RGB") + ("A" if image.has_transparency_data else "")

@@ -1,4 +1,4 @@
-"""What a segmentation leaves on disk: a mask, a probability map and an overlay to look at."""
+"""Write a segmentation to disk as three PNG files: mask, probability map and overlay."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cclip_deploy.common.files import replace_together
 from cclip_deploy.errors import EnvironmentIssue, UsageError
+from cclip_deploy.imaging.image import Picture
 from cclip_deploy.imaging.png import encode_png
 from cclip_deploy.imaging.preprocess import check_unit_range
 from cclip_deploy.imaging.raster_pixels import row_strips
-from cclip_deploy.imaging.reading import Picture, opened_raster, picture_stem
+from cclip_deploy.imaging.reading import image_stem, open_raster
 
 OVERLAY_LONGEST_PX = 1024
 SOURCE = "cclip-deploy picture SHA-256"
-"""The PNG text by which a mask says what picture it is of."""
+"""PNG text keyword of a mask with the SHA-256 of its image."""
 
 _ENLARGE_BELOW_PX, _CAPTION_LEAST_PX, _CAPTION_LINES = 512, 320, 6
 _PREDICTED, _REFERENCE = (56, 199, 214), (255, 179, 71)
 _STRIP, _TEXT = (18, 22, 27), (232, 236, 239)
 _TINT, _HALO = 0.28, 0.4
-_PICTURE_SLUG, _PROMPT_SLUG, _HASH = 60, 40, 8
+_IMAGE_SLUG, _PROMPT_SLUG, _HASH = 60, 40, 8
 
 
 @dataclass(frozen=True)
 class WrittenMask:
-    """The three PNG files of one picture and prompt."""
+    """Paths of the three PNG files for one image and prompt."""
 
     mask: Path
     probability: Path
@@ -44,11 +45,17 @@ class WrittenMask:
 def write_segmentation(
     picture: Picture, prompt: str, probability: NDArray[Any], folder: Path, stem: str, threshold: float = 0.5
 ) -> WrittenMask:
-    """Write `<stem>-mask.png`, `<stem>-probability.png` and `<stem>-overlay.png`; existing ones are replaced.
+    """Write `<stem>-mask.png`, `<stem>-probability.png` and `<stem>-overlay.png`, replacing existing ones.
 
-    `probability` is (H, W) in [0, 1], of the picture's size. The mask is 8-bit, 255 where probability >= threshold
-    and 0 elsewhere. The probability is 16-bit gray, 65535 = 1. All are complete under hidden names before the first
-    takes its own, and replaced as one (`files.replace_together`). The mask keeps `picture.sha256` as PNG text.
+    The three files are replaced together (`files.replace_together`). The mask stores `picture.sha256` as PNG text.
+
+    Args:
+        picture: image that was segmented.
+        prompt: shown below the overlay.
+        probability: (H, W) in [0, 1], of the image's size; written as 16-bit gray, 65535 = 1.
+        folder: created if missing.
+        stem: start of the file names.
+        threshold: the mask is 255 where probability >= threshold and 0 elsewhere (8 bits).
 
     Raises:
         UsageError: a wrong shape, value, threshold or stem.
@@ -56,7 +63,7 @@ def write_segmentation(
     """
     height, width = picture.pixels.shape[:2]
     if probability.shape != (height, width):
-        raise UsageError(f"The probability is {probability.shape}, the picture {(height, width)}. Use to_source first.")
+        raise UsageError(f"The probability is {probability.shape}, the image {(height, width)}. Use to_source first.")
     check_unit_range("The probability", probability)
     if not 0 < threshold <= 1:
         raise UsageError(f"Threshold {threshold} is not in (0, 1]. Use 0.5, for example.")
@@ -67,44 +74,44 @@ def write_segmentation(
     source = {SOURCE: picture.sha256} if picture.sha256 else {}
     encoded = {
         written.mask: encode_png(mask.view(np.uint8) * np.uint8(255), source),
-        written.probability: encode_png(_deep(probability)),
+        written.probability: encode_png(_to_uint16(probability)),
         written.overlay: encode_png(np.asarray(draw_overlay(picture.pixels, mask, prompt))),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_together(encoded)
     except OSError as error:
-        raise _writing_problem(folder, error) from error
+        raise _writing_issue(folder, error) from error
     return written
 
 
 def mask_path(folder: Path, stem: str) -> Path:
-    """Where `write_segmentation` puts the mask."""
+    """Return the path where `write_segmentation` writes the mask."""
     return folder / f"{stem}-mask.png"
 
 
 def mask_source(path: Path) -> str | None:
-    """SHA-256 of the picture file that a mask was made from; None where the mask does not say.
+    """Return the SHA-256 of the image that a mask was made from, or None if the mask does not store it.
 
     Raises:
-        ImageError: the file is no picture.
+        ImageError: the file is not an image.
     """
-    with opened_raster(path) as image:
+    with open_raster(path) as image:
         found = image.info.get(SOURCE)
         return found if isinstance(found, str) else None
 
 
-def file_stem(picture_path: Path, prompt: str, used: set[str]) -> str:
-    """A short file-name stem, safe on every system, of letters, digits, '.', '_' and '-'.
+def file_stem(image_path: Path, prompt: str, used: set[str]) -> str:
+    """Return a short, portable file-name stem of letters, digits, '.', '_' and '-' for an image and a prompt.
 
-    A hash of path and prompt is added where either was shortened or left no letter, or where the stem is in `used`.
-    `used` keeps the stems given out, case-folded; the new one is added. Equal calls in equal order give equal stems.
+    A hash of path and prompt is appended if either had to be shortened or has no Latin letter, or if the stem is in
+    `used`. The new stem is added, case-folded, to `used`. The same calls in the same order give the same stems.
     """
-    picture, prompt_slug = _slug(picture_stem(picture_path.name), r"[^\w.]+"), _slug(prompt.lower(), r"\W+")
-    cut = len(picture) > _PICTURE_SLUG or len(prompt_slug) > _PROMPT_SLUG or not (picture and prompt_slug)
-    parts = [picture[:_PICTURE_SLUG].rstrip("-."), prompt_slug[:_PROMPT_SLUG].rstrip("-")]
+    image_slug, prompt_slug = _slug(image_stem(image_path.name), r"[^\w.]+"), _slug(prompt.lower(), r"\W+")
+    cut = len(image_slug) > _IMAGE_SLUG or len(prompt_slug) > _PROMPT_SLUG or not (image_slug and prompt_slug)
+    parts = [image_slug[:_IMAGE_SLUG].rstrip("-."), prompt_slug[:_PROMPT_SLUG].rstrip("-")]
     plain = "-".join(part for part in parts if part)
-    digest = hashlib.sha256(f"{picture_path.as_posix()}\0{prompt}".encode(errors="surrogatepass")).hexdigest()[:_HASH]
+    digest = hashlib.sha256(f"{image_path.as_posix()}\0{prompt}".encode(errors="surrogatepass")).hexdigest()[:_HASH]
     hashed = f"{plain}-{digest}" if plain else digest
     stem, count = hashed if cut else plain, 1
     while stem.casefold() in used:
@@ -117,21 +124,24 @@ def file_stem(picture_path: Path, prompt: str, used: set[str]) -> str:
 def draw_overlay(
     pixels: NDArray[Any], mask: NDArray[Any], prompt: str, truth: NDArray[Any] | None = None
 ) -> Image.Image:
-    """Draw the mask on the picture, tinted and outlined, above a strip with the prompt; RGB.
+    """Draw the tinted and outlined mask on the image, with the prompt in a strip below; returns RGB.
 
-    `pixels` are (H, W) or (H, W, 3) in [0, 1], `mask` and `truth` (H, W), true or not 0 inside. `truth` is outlined in
-    another color, and the strip then says which is which. The longest side of the picture becomes at most 1024 pixels;
-    one under 512 is enlarged by a whole number. Prompts of more than six lines are cut; letters are Latin.
+    The longest side of the image becomes at most 1024 pixels; an image under 512 is enlarged by an integer factor.
+    Prompts of more than six lines are cut. The font has Latin letters only.
+
+    Args:
+        pixels: (H, W) or (H, W, 3) in [0, 1].
+        mask: (H, W), True or nonzero inside.
+        prompt: text of the strip.
+        truth: reference mask (H, W), outlined in another color with a legend.
     """
     for what, region in (("mask", mask), ("truth", truth)):
         if region is not None and region.shape != pixels.shape[:2]:
-            raise UsageError(
-                f"The {what} has shape {region.shape}, the picture {pixels.shape[:2]}; they must be equal."
-            )
+            raise UsageError(f"The {what} has shape {region.shape}, the image {pixels.shape[:2]}; they must be equal.")
     size = _overlay_size(*pixels.shape[:2])
-    image = _reduced_picture(pixels, size)
+    image = _resized_image(pixels, size)
     fine = _fine_region(mask, size)
-    _lay_on(image, _PREDICTED, fine, _TINT)
+    _blend(image, _PREDICTED, fine, _TINT)
     if truth is not None:
         _draw_outline(image, _fine_region(truth, size), _REFERENCE)
     _draw_outline(image, fine, _PREDICTED)
@@ -143,21 +153,21 @@ def _slug(text: str, separators: str) -> str:
     return re.sub(separators, "-", latin).strip("-.")
 
 
-def _deep(probability: NDArray[Any]) -> NDArray[np.uint16]:
-    deep = np.empty(probability.shape, np.uint16)
+def _to_uint16(probability: NDArray[Any]) -> NDArray[np.uint16]:
+    scaled = np.empty(probability.shape, np.uint16)
     for rows in row_strips(probability.shape):
-        deep[rows] = np.rint(np.multiply(probability[rows], 65535, dtype=np.float64))
-    return deep
+        scaled[rows] = np.rint(np.multiply(probability[rows], 65535, dtype=np.float64))
+    return scaled
 
 
-def _writing_problem(folder: Path, error: OSError) -> EnvironmentIssue:
+def _writing_issue(folder: Path, error: OSError) -> EnvironmentIssue:
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return EnvironmentIssue(f"No room for masks in {folder} ({error.strerror}). Free space or use another folder.")
     return EnvironmentIssue(f"Masks cannot be written to {folder}: {error}. Check its permissions or use another.")
 
 
 def _overlay_size(height: int, width: int) -> tuple[int, int]:
-    """(width, height) of the picture inside the overlay."""
+    """(width, height) of the image inside the overlay."""
     longest = max(height, width)
     if longest < _ENLARGE_BELOW_PX:
         scale = float(-(-_ENLARGE_BELOW_PX // longest))
@@ -166,7 +176,7 @@ def _overlay_size(height: int, width: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _reduced_picture(pixels: NDArray[Any], size: tuple[int, int]) -> Image.Image:
+def _resized_image(pixels: NDArray[Any], size: tuple[int, int]) -> Image.Image:
     values = np.empty(pixels.shape, np.uint8)
     for rows in row_strips(pixels.shape):
         values[rows] = np.rint(np.clip(pixels[rows], 0, 1) * 255)
@@ -174,45 +184,44 @@ def _reduced_picture(pixels: NDArray[Any], size: tuple[int, int]) -> Image.Image
 
 
 def _fine_region(region: NDArray[Any], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The region on a grid twice as fine as the overlay, so that edges drawn there come out smooth."""
+    """Resample the region to twice the overlay's resolution, for antialiased edges."""
     image = Image.fromarray((region != 0).astype(np.uint8) * 255)
-    # Of a doubled pixel's bilinear weights its own is 9/16, so that the nearest is what the threshold leaves.
+    # When doubling, a pixel's own bilinear weight is 9/16, so thresholding gives the same result as nearest.
     same_size = region.shape == size[::-1]
     resample = Image.Resampling.NEAREST if same_size else Image.Resampling.BILINEAR
     return np.asarray(image.resize((2 * size[0], 2 * size[1]), resample)) >= 128
 
 
 def _draw_outline(image: Image.Image, fine: NDArray[np.bool_], color: tuple[int, int, int]) -> None:
-    """A line of two overlay pixels along the edge, half inside and half outside, on a faint dark halo."""
-    # Growing the seam of both sides is growing each side and taking what they share, at half the cost.
-    line = _grow(_seam(fine))
-    halo = _grow(_grow(line))
-    _lay_on(image, _STRIP, halo, _HALO)
-    _lay_on(image, color, line, 1)
+    """Draw a line of two overlay pixels centered on the edge, on a faint dark halo."""
+    line = _dilate(_boundary(fine))
+    halo = _dilate(_dilate(line))
+    _blend(image, _STRIP, halo, _HALO)
+    _blend(image, color, line, 1)
 
 
-def _seam(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The pixels that have a neighbor of the other kind above, below, left or right."""
-    seam = np.zeros_like(region)
+def _boundary(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels on both sides of the edge: those with a 4-neighbor of the other value."""
+    boundary = np.zeros_like(region)
     vertical, horizontal = region[1:] ^ region[:-1], region[:, 1:] ^ region[:, :-1]
-    seam[1:] |= vertical
-    seam[:-1] |= vertical
-    seam[:, 1:] |= horizontal
-    seam[:, :-1] |= horizontal
-    return seam
+    boundary[1:] |= vertical
+    boundary[:-1] |= vertical
+    boundary[:, 1:] |= horizontal
+    boundary[:, :-1] |= horizontal
+    return boundary
 
 
-def _grow(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    grown = region.copy()
-    grown[1:] |= region[:-1]
-    grown[:-1] |= region[1:]
-    grown[:, 1:] |= region[:, :-1]
-    grown[:, :-1] |= region[:, 1:]
-    return grown
+def _dilate(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    dilated = region.copy()
+    dilated[1:] |= region[:-1]
+    dilated[:-1] |= region[1:]
+    dilated[:, 1:] |= region[:, :-1]
+    dilated[:, :-1] |= region[:, 1:]
+    return dilated
 
 
-def _lay_on(image: Image.Image, color: tuple[int, int, int], fine: NDArray[np.bool_], opacity: float) -> None:
-    """Blend a color into the picture where the fine region covers it, each pixel by the share that is covered."""
+def _blend(image: Image.Image, color: tuple[int, int, int], fine: NDArray[np.bool_], opacity: float) -> None:
+    """Blend a color into the image, weighting each pixel by how much of it the fine region covers."""
     covered = Image.fromarray(fine.view(np.uint8) * np.uint8(round(255 * opacity))).reduce(2)
     if box := covered.getbbox():
         image.paste(color, box, covered.crop(box))
@@ -245,8 +254,8 @@ def _draw_swatch(draw: ImageDraw.ImageDraw, left: int, middle: int, side: int, c
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
-    """Break text into at most `_CAPTION_LINES` lines that fit; words too long for a line are split."""
-    # The longest text that can be shown is far shorter, and measuring a hostile prompt letter by letter takes long.
+    """Wrap text to at most `_CAPTION_LINES` lines, splitting words that are too long for a line."""
+    # Limit the length first: six lines are far shorter, and measuring a very long prompt letter by letter is slow.
     text = "".join(letter if letter.isprintable() else " " for letter in text[:4000])
     lines = [""]
     for word in text.split():

@@ -20,7 +20,8 @@ from cclip_deploy.common.files import sha256_input, writing_into
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import check_writable
 from cclip_deploy.errors import DataError, ImageError, UsageError
-from cclip_deploy.imaging.reading import Picture, failure_of, find_pictures, read_picture
+from cclip_deploy.imaging.image import Picture
+from cclip_deploy.imaging.reading import failure_of, find_images, read_image
 from cclip_deploy.imaging.writing import WrittenMask, file_stem, mask_path, mask_source, write_segmentation
 from cclip_deploy.inference.explain import Explainer
 from cclip_deploy.inference.explanation_plot import write_explanation
@@ -121,7 +122,7 @@ def predict(
         )
     check_writable(output)
     with writing_into(output):
-        paths = find_pictures(images)
+        paths = find_images(images)
         used: set[str] = set()
         stems = {path: [file_stem(path, prompt, used) for prompt in prompts] for path in paths}
         if not options.replace:
@@ -270,7 +271,7 @@ def _read_ahead(
     """Yield each path with its image, which is read ahead as far as memory allows."""
 
     def read(path: Path) -> Picture:
-        picture = replace(read_picture(path), sha256=sha256_input(path))
+        picture = replace(read_image(path), sha256=sha256_input(path))
         room.take(picture.pixels.nbytes)
         return picture
 

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: ours (safetensors with the config inside) and the published layout."""
+"""Read and write checkpoints: safetensors with the config in the metadata, or the published layout (read only)."""
 
 from __future__ import annotations
 
@@ -31,16 +31,25 @@ TRAINED_ON = "trained_on"
 REASON_SHOWN = 90
 CHECKPOINT_BYTES = 16 * 2**30
 PROGRAM_BYTES = 16 * 2**20
-"""Of a TorchScript archive, whose programs are compressed; it is refused as such."""
+"""Allowance for the compressed code in a TorchScript archive, which is refused later with a message of its own."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 COUNTS = (torch.int64, torch.int32)
-# How torch's unpickler words its refusals of whatever is neither a tensor nor a container.
+# Phrases in the errors of torch's unpickler for objects that are neither tensors nor containers.
 CODE_REFUSALS = ("GLOBAL", "Can only build", "Can only create", "Trying to call reduce")
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A network in evaluation mode, and where it came from."""
+    """A network in evaluation mode and its origin.
+
+    Attributes:
+        model: the network.
+        layout: "ours" for this package's format.
+        path: checkpoint file.
+        sha256: hex digest of the file.
+        dropped: published names of unused tensors.
+        form: input sizes of training; None if the file does not store them (published layout).
+    """
 
     model: CausalCLIPSeg
     layout: Literal["ours", "published"]
@@ -48,7 +57,6 @@ class LoadedCheckpoint:
     sha256: str
     dropped: tuple[str, ...]
     form: InputForm | None = None
-    """What it was trained on, where the file says so; the published layout does not."""
 
     @property
     def config(self) -> ModelConfig:
@@ -56,25 +64,25 @@ class LoadedCheckpoint:
 
 
 def save_checkpoint(model: CausalCLIPSeg, path: Path, form: InputForm | None = None) -> None:
-    """Write weights, config and input form to one safetensors file; an existing one is replaced whole or not at all."""
+    """Write weights, config and input form to a safetensors file, replacing an existing one atomically."""
     trained_on = {} if form is None else {TRAINED_ON: form.to_dict()}
-    # One key: safetensors writes several in any order.
+    # A single key, because safetensors does not keep the order of several.
     metadata = {FORMAT: json.dumps({**model.config.to_dict(), **trained_on})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with whole_file(path) as unfinished:
         try:
             save_file(tensors, unfinished, metadata)
-        except SafetensorError as error:  # how its own writer says that the disk did not take it
+        except SafetensorError as error:  # raised for I/O errors
             raise EnvironmentIssue(
                 f"Could not write {path}: {error}. Free some space or choose another folder."
             ) from error
 
 
 def load_checkpoint(path: Path) -> LoadedCheckpoint:
-    """Load either layout, strictly: every live tensor must be there, once, in its shape.
+    """Load a checkpoint of either layout; every tensor must be present and have the right shape and type.
 
     Raises:
-        CheckpointError: the file is missing, truncated, of another network, or lacks tensors; the message names them.
+        CheckpointError: the file is missing, damaged, of another network, or lacks tensors; the message names them.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,17 +95,17 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors or a torch file, unwrapped; raises as `load_checkpoint` does."""
+    """Read all tensors of a safetensors or torch file; raises like `load_checkpoint`."""
     return _tensors_in(_content_of(path), path)[0]
 
 
 def _content_of(path: Path) -> bytes:
-    """A file's bytes, read once and never mapped: a mapped file that somebody cuts off kills the process."""
+    """Read a whole file. It is not memory-mapped: truncating a mapped file would crash the process."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > CHECKPOINT_BYTES:
-                raise CheckpointError(f"{path} has {size:,} bytes, and at most {CHECKPOINT_BYTES:,} are read.")
+                raise CheckpointError(f"{path} has {size:,} bytes; the limit is {CHECKPOINT_BYTES:,}.")
             return file.read(size)
     except OSError as error:
         raise CheckpointError(
@@ -106,7 +114,7 @@ def _content_of(path: Path) -> bytes:
 
 
 def _tensors_in(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, and the metadata of a safetensors file (else empty)."""
+    """Return the tensors and the metadata (empty unless the file is safetensors)."""
     if len(content) >= 16 and content[8:9] == b"{":
         return _in_safetensors(content, path)
     return _unwrap(_in_torch(content, path), path), {}
@@ -121,48 +129,51 @@ def _read(content: bytes, path: Path) -> _Read:
     if written_as is not None:
         if written_as != FORMAT:
             raise CheckpointError(
-                f"{path} is in the format {written_as!r}, and this version reads {FORMAT!r}. "
-                "Install the cclip-deploy that wrote it, or save it again."
+                f"{path} has the format {written_as!r}, but this version reads {FORMAT!r}. "
+                "Install the version of cclip-deploy that wrote it, or save it again."
             )
         try:
             config, form = _parse(json.loads(metadata[FORMAT]))
         except (UsageError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} names a config that this version cannot read: {error}") from error
+            raise CheckpointError(f"{path} has a config that this version cannot read: {error}") from error
         blocks = sum(config.vision_layers) + config.text_layers
         if blocks > len(tensors):
             raise CheckpointError(
-                f"{path} names a config of {blocks} blocks and holds {len(tensors)} tensors. Is it whole?"
+                f"{path} has a config of {blocks} blocks but only {len(tensors)} tensors. Is the file complete?"
             )
         return config, form, tensors, "ours", ()
     if is_published_layout(tensors):
         renamed, dropped = from_published(tensors, str(path))
         return RN101, None, renamed, "published", dropped
-    raise CheckpointError(_describe_stranger(path, tensors))
+    raise CheckpointError(_describe_unknown(path, tensors))
 
 
 def _parse(described: object) -> tuple[ModelConfig, InputForm | None]:
     if not isinstance(described, dict):
-        raise UsageError("Not a model config: no table.")
+        raise UsageError("Not a model config: not an object.")
     trained_on = described.pop(TRAINED_ON, None)
     return ModelConfig.from_dict(described), None if trained_on is None else InputForm.from_dict(trained_on)
 
 
-def _describe_stranger(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def _describe_unknown(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if any(name.startswith("visual.") for name in tensors):
         return (
-            f"{path} holds a CLIP network alone, without CausalCLIPSeg's neck and heads. "
-            "It can start a training (clip weights), but it cannot be exported."
+            f"{path} is a CLIP network without CausalCLIPSeg's neck and heads. "
+            "It can initialize a training (clip weights), but it cannot be exported."
         )
     shown = list_names(list(tensors)) or "no tensors"
-    return f"{path} is no CausalCLIPSeg checkpoint: it holds {shown}. Give one in our layout or the published one."
+    return (
+        f"{path} is not a CausalCLIPSeg checkpoint: it has {shown}. Give a checkpoint of cclip-deploy or in the "
+        "published layout."
+    )
 
 
 def _in_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        tensors = load_safetensors(content)  # checks the header, which is read again for its metadata
+        tensors = load_safetensors(content)  # validates the header, which is parsed again for its metadata
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return dict(sorted(tensors.items())), header.get("__metadata__") or {}
-    except (SafetensorError, KeyError) as error:  # a KeyError is a type of tensor that torch lacks
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         reason = str(error).splitlines()[0][:REASON_SHOWN]
         raise CheckpointError(
             f"{path} is a damaged or truncated safetensors file ({reason}). Copy it again."
@@ -173,51 +184,54 @@ def _in_torch(content: bytes, path: Path) -> object:
     _refuse_compressed(content, path)
     try:
         with warnings.catch_warnings():
-            # Of old pickle protocols and TorchScript archives: what is wrong with them comes as an error.
+            # Old pickle protocols and TorchScript archives warn before they raise an error.
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make torch stumble over anything
+    except Exception as error:  # torch may raise anything on damaged bytes
         raise CheckpointError(f"{path} {_torch_refusal(str(error))}") from error
 
 
 def _torch_refusal(message: str) -> str:
-    """What torch's many lines about a file that it did not load come to."""
+    """Summarize torch's error message about a file that it refused."""
     if "TorchScript" in message:
-        return "is a TorchScript archive, a program: refused. Save its weights alone: torch.save(state_dict, FILE)."
+        return (
+            "is a TorchScript archive, which contains code: refused. "
+            "Save only the weights: torch.save(state_dict, FILE)."
+        )
     if any(words in message for words in CODE_REFUSALS):
         return (
-            "holds more than tensors, so loading it could run code: refused. "
-            "Save the state dict alone: torch.save(model.state_dict(), FILE)."
+            "contains objects other than tensors, so loading it could run code: refused. "
+            "Save only the state dict: torch.save(model.state_dict(), FILE)."
         )
     reason = (message.rpartition("WeightsUnpickler error:")[2].strip() or "it ends early").splitlines()[0]
     return (
-        f"is no checkpoint, or a damaged or truncated one ({reason[:REASON_SHOWN]}). "
+        f"is not a checkpoint, or a damaged or truncated one ({reason[:REASON_SHOWN]}). "
         "Copy it again, or give a .safetensors or .pth file."
     )
 
 
 def _refuse_compressed(content: bytes, path: Path) -> None:
-    """CheckpointError for an archive that unpacks to much more than its size: torch stores tensors uncompressed."""
+    """Raise CheckpointError for an archive that unpacks to much more than its size; torch stores uncompressed."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             unpacked = sum(member.file_size for member in file.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return  # torch says what it is
+        return  # torch.load reports it
     if unpacked > len(content) + PROGRAM_BYTES:
-        raise CheckpointError(f"{path} is no checkpoint: it unpacks to {unpacked:,} bytes. Save it with torch.save.")
+        raise CheckpointError(f"{path} is not a checkpoint: it unpacks to {unpacked:,} bytes. Save it with torch.save.")
 
 
 def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
-    """Take a training script's wrapping off: {"state_dict": …} around, "module." before every name."""
+    """Unwrap {"state_dict": …} and remove the "module." prefix of training scripts."""
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict().")
+        raise CheckpointError(f"{path} contains a {type(loaded).__name__}, not a state dict. Save model.state_dict().")
     tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
     if len(tensors) != len(loaded):
         others = [str(name) for name in loaded if str(name) not in tensors]
-        raise CheckpointError(f"{path}: {list_names(others)} are no tensors. Save model.state_dict() alone.")
+        raise CheckpointError(f"{path}: {list_names(others)} are not tensors. Save only model.state_dict().")
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
@@ -237,7 +251,7 @@ def _build(config: ModelConfig, tensors: dict[str, Tensor], path: Path, layout: 
     ]
     _refuse(path, "has {} of another shape", misshaped)
     refuse_types(path, tensors, wanted, name_of)
-    # Copies, one at a time: tensors of a torch file may share memory.
+    # Copy one at a time: tensors of a torch file may share memory.
     cast = {
         name: tensors.pop(name).to(wanted[name].dtype, copy=True, memory_format=torch.contiguous_format)
         for name in wanted
@@ -255,9 +269,13 @@ def refuse_types(
     wanted: Mapping[str, Tensor],
     name_of: Callable[[str], str] = str,
 ) -> None:
-    """CheckpointError for tensors that no network's weights or counters have, such as codes, booleans, complex numbers.
+    """Raise CheckpointError for tensors of a dtype or layout that weights and counters cannot have.
 
-    `wanted` are tensors of the same names; `name_of` gives the names that the message has.
+    Args:
+        path: file, for the message.
+        tensors: tensors to check.
+        wanted: the network's tensors, with the same names.
+        name_of: maps names to those in the message.
     """
     _refuse(path, "has {} of another type", [
         f"{name_of(name)} {str(tensor.dtype).removeprefix('torch.')}"
@@ -268,11 +286,13 @@ def refuse_types(
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # Extremes carry NaN and infinity along, in one pass without a mask as large as the tensor.
+    # Minimum and maximum propagate NaN and infinity, without a mask as large as the tensor.
     return all(value.isfinite() for value in tensor.aminmax())
 
 
 def _refuse(path: Path | str, what: str, names: list[str]) -> None:
     if names:
         count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-        raise CheckpointError(f"{path} {what.format(count)}: {list_names(names)}. Is it whole, and of this network?")
+        raise CheckpointError(
+            f"{path} {what.format(count)}: {list_names(names)}. Is the file complete, and of this network?"
+        )

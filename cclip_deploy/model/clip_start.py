@@ -1,4 +1,4 @@
-"""CLIP's own weights as a starting point for training."""
+"""Initialize the towers from CLIP's weights before training."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ from cclip_deploy.model.published import image_tower_name, list_names
 ARCHITECTURE = "RN101-quickgelu"
 # The residual around the attention pool, which CLIP does not have.
 RESIDUAL = "image_tower.attnpool.connect."
-# Read in training only, and absent from old files.
+# Used in training only, and absent from old files.
 COUNTER = ".num_batches_tracked"
-# The contrastive temperature, and the sizes that OpenAI's own files carry as tensors.
+# The contrastive temperature, and sizes that OpenAI's files store as tensors.
 NOT_TOWERS = ("logit_scale", "input_resolution", "context_length", "vocab_size")
 
 
 @dataclass(frozen=True)
 class ClipStart:
-    """Our tensors that CLIP gave, and our towers' tensors that it has none for."""
+    """Names of the tower tensors that were loaded from CLIP, and of those that CLIP does not have."""
 
     found: tuple[str, ...]
     missing: tuple[str, ...]
 
 
 def load_clip_weights(model: CausalCLIPSeg, source: str) -> ClipStart:
-    """Fill both towers from open_clip's `pretrained` name (fetched by open_clip) or a local file, in place.
+    """Load CLIP's weights into both towers, in place.
+
+    Args:
+        model: network to initialize.
+        source: a `pretrained` name of open_clip, which downloads it, or a local file.
 
     Raises:
-        CheckpointError: the file is not CLIP, or of another size than the model's towers.
-        EnvironmentIssue: open_clip could not fetch the weights.
+        CheckpointError: the file is not a CLIP network, or its sizes differ from the towers.
+        EnvironmentIssue: open_clip could not download the weights.
     """
     tensors = _read_clip(source)
     renamed = {
@@ -45,16 +49,16 @@ def load_clip_weights(model: CausalCLIPSeg, source: str) -> ClipStart:
         if name not in NOT_TOWERS
     }
     towers = {name: t for name, t in model.state_dict().items() if name.startswith(("image_tower.", "text_tower."))}
-    strangers = [name for name in renamed if name not in towers or towers[name].shape != renamed[name].shape]
-    if strangers:
+    unfit = [name for name in renamed if name not in towers or towers[name].shape != renamed[name].shape]
+    if unfit:
         raise CheckpointError(
             f"{source} is CLIP {image_tower_name(tensors)}, whose tensors do not fit config {model.config.name!r} "
-            f"({list_names(strangers)}). Give weights of {ARCHITECTURE}."
+            f"({list_names(unfit)}). Give weights of {ARCHITECTURE}."
         )
     missing = tuple(name for name in towers if name not in renamed)
     unexpected = [name for name in missing if not name.startswith(RESIDUAL) and not name.endswith(COUNTER)]
     if unexpected:
-        raise CheckpointError(f"{source} lacks {list_names(unexpected)}, which CLIP has. Is it whole?")
+        raise CheckpointError(f"{source} lacks {list_names(unexpected)}, which CLIP has. Is the file complete?")
     refuse_types(source, renamed, towers)
     model.load_state_dict({name: t.to(towers[name].dtype) for name, t in renamed.items()}, strict=False)
     return ClipStart(tuple(renamed), missing)
@@ -67,7 +71,7 @@ def _read_clip(source: str) -> Mapping[str, Tensor]:
             return open_clip.create_model(ARCHITECTURE, pretrained=source).state_dict()  # type: ignore[no-any-return]
         except (OSError, RuntimeError) as error:
             raise EnvironmentIssue(
-                f"open_clip could not fetch {ARCHITECTURE} {source!r}: {error}. Download it yourself and give the file."
+                f"open_clip could not fetch {ARCHITECTURE} {source!r}: {error}. Download the file and give its path."
             ) from error
     path = Path(source)
     if not path.is_file():
@@ -76,5 +80,5 @@ def _read_clip(source: str) -> Mapping[str, Tensor]:
         )
     tensors = read_tensors(path)
     if not any(name.startswith("visual.") for name in tensors):
-        raise CheckpointError(f"{source} holds no CLIP network (no tensor is named visual.…).")
+        raise CheckpointError(f"{source} is not a CLIP network (no tensor is named visual.…).")
     return tensors

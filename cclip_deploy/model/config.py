@@ -1,4 +1,4 @@
-"""The sizes of the network: `rn101` as published, `tiny` for tests and the demo."""
+"""Network sizes: `rn101` as published, `tiny` for tests and the demo."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CONTEXT_LENGTH = 77
 SHORTEST_PROMPT = 3
 LARGEST = 65536
 MOST_LAYERS = 128
-"""Of a stage or tower; the deepest CLIP has 36."""
+"""Limit for the blocks of a stage or tower; the deepest CLIP has 36."""
 LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that fixes the shapes of a CausalCLIPSeg network (spec: Chen et al., MICCAI 2024)."""
+    """Sizes that determine all tensor shapes of a CausalCLIPSeg network (Chen et al., MICCAI 2024)."""
 
     name: str
     vision_layers: tuple[int, int, int, int]
@@ -40,13 +40,13 @@ class ModelConfig:
         values = asdict(self)
         sizes = [*self.vision_layers, *(values[name] for name in values if name not in ("name", "vision_layers"))]
         if type(self.name) is not str or not 0 < len(self.name) <= LONGEST_NAME or not self.name.isprintable():
-            raise UsageError(f"A config's name is a text of 1 to {LONGEST_NAME} characters, not {self.name!r:.80}.")
+            raise UsageError(f"A config's name must have 1 to {LONGEST_NAME} characters, not {self.name!r:.80}.")
         if len(self.vision_layers) != 4 or any(type(size) is not int or not 0 < size <= LARGEST for size in sizes):
-            raise UsageError(f"Config {self.name!r} has sizes that are no whole numbers from 1 to {LARGEST}: {values}.")
+            raise UsageError(f"Config {self.name!r} has sizes that are not integers from 1 to {LARGEST}: {values}.")
         if max(*self.vision_layers, self.text_layers) > MOST_LAYERS:
             raise UsageError(
                 f"Config {self.name!r} has stages of {self.vision_layers} blocks and {self.text_layers} text layers; "
-                f"each has at most {MOST_LAYERS}."
+                f"the limit is {MOST_LAYERS}."
             )
         if (32 * self.vision_width) % self.vision_heads or self.text_width % self.text_heads:
             raise UsageError(
@@ -65,12 +65,12 @@ class ModelConfig:
         return 8 * self.vision_width
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form; `from_dict` reads it back."""
+        """Return plain types for JSON."""
         return {**asdict(self), "vision_layers": list(self.vision_layers)}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelConfig:
-        """The config that `to_dict` wrote; an unknown or a missing key is a UsageError."""
+        """Build from the dict of `to_dict`; raise UsageError for an unknown or missing key."""
         try:
             return ModelConfig(**{**values, "vision_layers": tuple(values["vision_layers"])})
         except (TypeError, KeyError) as error:
@@ -110,7 +110,7 @@ CONFIGS = {config.name: config for config in (RN101, TINY)}
 
 @dataclass(frozen=True)
 class InputForm:
-    """What a network is fed, which its weights do not say: the size of pictures, and how many tokens a prompt has."""
+    """Input sizes of a network that its weights do not determine: image height and width, and tokens per prompt."""
 
     image_hw: tuple[int, int] = (224, 224)
     prompt_length: int = 32
@@ -119,17 +119,17 @@ class InputForm:
         check_image_hw(self.image_hw)
         if not SHORTEST_PROMPT <= self.prompt_length <= CONTEXT_LENGTH:
             raise UsageError(
-                f"A prompt length of {self.prompt_length} is out of range. Use {SHORTEST_PROMPT} to {CONTEXT_LENGTH}; "
-                "32 is usual."
+                f"A prompt length of {self.prompt_length} is out of range. Use {SHORTEST_PROMPT} to {CONTEXT_LENGTH}, "
+                "for example 32."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form; `from_dict` reads it back."""
+        """Return plain types for JSON."""
         return {"image_hw": list(self.image_hw), "prompt_length": self.prompt_length}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> InputForm:
-        """The form that `to_dict` wrote; anything else is a UsageError."""
+        """Build from the dict of `to_dict`; raise UsageError if it is invalid."""
         try:
             height, width = (int(side) for side in values["image_hw"])
             return InputForm((height, width), int(values["prompt_length"]))

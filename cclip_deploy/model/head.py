@@ -1,4 +1,4 @@
-"""The text-to-pixel mask head: a prompt becomes the last convolution's kernel (after CRIS, Wang et al., CVPR 2022)."""
+"""Text-to-pixel mask head: the prompt determines the kernel of the last convolution (CRIS, Wang et al., CVPR 2022)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TAPS = 9
 
 
 class PromptKernel(NamedTuple):
-    """The last convolution, computed from a prompt's state."""
+    """Weight and bias of the last convolution, computed from a text embedding."""
 
     weight: Tensor  # (B, 256, 3, 3)
     bias: Tensor  # (B,)
 
 
 class MaskHead(nn.Module):
-    """Brings features to the picture's size and convolves each picture with its own prompt's kernel."""
+    """Upsample features to the image size and convolve each image with the kernel of its prompt."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -36,27 +36,27 @@ class MaskHead(nn.Module):
         values = self.prompt(state)
         return PromptKernel(values[:, :-1].reshape(len(state), -1, 3, 3), values[:, -1])
 
-    def rise(self, features: Tensor) -> Tensor:
+    def upsample(self, features: Tensor) -> Tensor:
         """(B, 512, H/16, W/16) -> (B, 256, H, W): everything before the last 1x1 convolution."""
         x = functional.interpolate(features, scale_factor=4, mode="bilinear", align_corners=False)
         x = self.block1(x)  # (B, 512, H/4, W/4)
         x = functional.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
-        risen: Tensor = self.block2(x)
-        return risen
+        upsampled: Tensor = self.block2(x)
+        return upsampled
 
     def forward(self, features: Tensor, state: Tensor) -> Tensor:
         """(B, 512, H/16, W/16), (B, 512) -> logits (B, 1, H, W)."""
-        return self.answer(self.rise(features), state)
+        return self.apply_prompt(self.upsample(features), state)
 
-    def answer(self, risen: Tensor, state: Tensor) -> Tensor:
-        """Risen features (B, 256, H, W) and states (B, 512), row by row -> logits (B, 1, H, W)."""
-        x = self.mix(risen)
-        batch, width, height, breadth = x.shape
+    def apply_prompt(self, upsampled: Tensor, state: Tensor) -> Tensor:
+        """Upsampled features (B, 256, H, W) and text embeddings (B, 512), row by row -> logits (B, 1, H, W)."""
+        x = self.mix(upsampled)
+        batch, channels, height, width = x.shape
         kernel = self.kernel(state)
         logits = functional.conv2d(
-            x.reshape(1, batch * width, height, breadth), kernel.weight, kernel.bias, padding=1, groups=batch
+            x.reshape(1, batch * channels, height, width), kernel.weight, kernel.bias, padding=1, groups=batch
         )
-        return logits.reshape(batch, 1, height, breadth)
+        return logits.reshape(batch, 1, height, width)
 
 
 def prompt_kernel_rows(weight: Tensor) -> Tensor:

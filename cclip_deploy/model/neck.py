@@ -1,7 +1,7 @@
-"""The causal neck: three maps of the image, split softly into causal and confounding features.
+"""Causal neck: fuses three levels of image features and separates causal from confounding ones with soft masks.
 
-Chen et al., MICCAI 2024, section 2 (causal intervention); CARAFE is Wang et al., ICCV 2019; coordinate channels are
-Liu et al., NeurIPS 2018. The text takes no part in it.
+Chen et al., MICCAI 2024, section 2 (causal intervention). CARAFE: Wang et al., ICCV 2019. Coordinate channels: Liu et
+al., NeurIPS 2018. The neck does not use the text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cclip_deploy.model.towers import ImagePyramid
 
 
 class NeckFeatures(NamedTuple):
-    """What the neck computes; every tensor is (B, 512, H/16, W/16)."""
+    """Outputs of the neck; every tensor is (B, 512, H/16, W/16)."""
 
     causal: Tensor
     confounding: Tensor
@@ -26,7 +26,7 @@ class NeckFeatures(NamedTuple):
 
 
 def convolution_block(in_width: int, out_width: int, kernel_size: int) -> nn.Sequential:
-    """Convolution without bias, batch norm, ReLU; zero padding keeps the size."""
+    """Convolution without bias, batch norm and ReLU; padded to keep the size."""
     return nn.Sequential(
         nn.Conv2d(in_width, out_width, kernel_size, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_width),
@@ -35,27 +35,27 @@ def convolution_block(in_width: int, out_width: int, kernel_size: int) -> nn.Seq
 
 
 def coordinate_channels(hw: tuple[int, int], like: Tensor) -> Tensor:
-    """x, then y, each from -1 to 1 with both ends included: (1, 2, h, w)."""
+    """Return x and y coordinates from -1 to 1, inclusive: (1, 2, h, w)."""
     rows, columns = (torch.linspace(-1, 1, side, device=like.device, dtype=like.dtype) for side in hw)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([x, y]).unsqueeze(0)
 
 
 class CoordinateBlock(nn.Module):
-    """A 3x3 block that also sees where it is."""
+    """3x3 convolution block with x and y coordinates as additional input channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.block = convolution_block(width + 2, width, 3)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 512, h, w) -> (B, 512, h, w)
-        place = coordinate_channels((x.shape[2], x.shape[3]), x).expand(len(x), -1, -1, -1)
-        located: Tensor = self.block(torch.cat([x, place], dim=1))
-        return located
+        coordinates = coordinate_channels((x.shape[2], x.shape[3]), x).expand(len(x), -1, -1, -1)
+        features: Tensor = self.block(torch.cat([x, coordinates], dim=1))
+        return features
 
 
 class Masker(nn.Module):
-    """Gives each channel of each pixel its share of causality, in (0, 1)."""
+    """Predict the causal mask of a feature map: a weight in (0, 1) for each channel of each pixel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Masker(nn.Module):
 
 
 class Carafe(nn.Module):
-    """Content-aware doubling of the resolution: every output pixel weighs nine input pixels for itself."""
+    """Content-aware 2x upsampling: each output pixel is a weighted sum of nine input pixels, with predicted weights."""
 
     scale = 2
     taps = 9
@@ -82,22 +82,22 @@ class Carafe(nn.Module):
         self.out = nn.Conv2d(width, width, 1)
 
     def weights(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the nine weights of each output pixel: (B, 9, 2h, 2w), summing to one."""
+        """(B, C, h, w) -> nine weights for each output pixel, (B, 9, 2h, 2w), which sum to one."""
         return functional.pixel_shuffle(self.encode(self.compress(x)), self.scale).softmax(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 512, h, w) -> (B, 512, 2h, 2w)
-        batch, width, height, breadth = x.shape
+        batch, channels, height, width = x.shape
         patches = functional.unfold(x, kernel_size=3, padding=1)  # (B, 512 * 9, h * w)
-        patches = patches.reshape(batch, width * self.taps, height, breadth)
+        patches = patches.reshape(batch, channels * self.taps, height, width)
         patches = functional.interpolate(patches, scale_factor=self.scale, mode="nearest")
-        patches = patches.reshape(batch, width, self.taps, self.scale * height, self.scale * breadth)
+        patches = patches.reshape(batch, channels, self.taps, self.scale * height, self.scale * width)
         assembled = (patches * self.weights(x).unsqueeze(1)).sum(dim=2)
         projected: Tensor = self.out(assembled)
         return projected
 
 
 class CausalNeck(nn.Module):
-    """Brings three levels to one size, masks each, and mixes them by one shared 1x1 block."""
+    """Resize three feature levels to 1/16, mask each, and fuse them with a shared 1x1 block."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class CausalNeck(nn.Module):
         self.aggregate = convolution_block(3 * width, width, 1)
 
     def levels(self, pyramid: ImagePyramid) -> tuple[Tensor, Tensor, Tensor]:
-        """q3, q4, q5: each (B, 512, H/16, W/16)."""
+        """Return the resized levels q3, q4, q5, each (B, 512, H/16, W/16)."""
         return (
             functional.avg_pool2d(pyramid.v3, 2),
             self.refine4(self.project4(pyramid.v4)),
@@ -119,7 +119,7 @@ class CausalNeck(nn.Module):
         )
 
     def masks(self, levels: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The causal masks of the three levels, each (B, 512, H/16, W/16) in (0, 1)."""
+        """Return the causal masks of the three levels, each (B, 512, H/16, W/16) in (0, 1)."""
         q3, q4, q5 = levels
         return self.masker3(q3), self.masker4(q4), self.masker5(q5)
 
@@ -131,7 +131,7 @@ class CausalNeck(nn.Module):
         return NeckFeatures(causal, confounding, masks, levels[2])
 
     def causal_features(self, pyramid: ImagePyramid) -> Tensor:
-        """The causal branch alone, as inference needs it: (B, 512, H/16, W/16)."""
+        """Return only the causal features, for inference: (B, 512, H/16, W/16)."""
         levels = self.levels(pyramid)
         masks = self.masks(levels)
         features: Tensor = self.aggregate(torch.cat([q * m for q, m in zip(levels, masks, strict=True)], dim=1))

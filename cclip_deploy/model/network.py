@@ -1,4 +1,4 @@
-"""CausalCLIPSeg (Chen et al., MICCAI 2024) in its published order of operations: the reference, and what trains."""
+"""CausalCLIPSeg (Chen et al., MICCAI 2024) with the published order of operations, for training and as reference."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from cclip_deploy.model.towers import ImageTower, TextTower
 
 
 class Logits(NamedTuple):
-    """Both branches' logits, each (B, 1, H, W); a mask is sigmoid(causal) >= 0.5."""
+    """Logits of both branches, each (B, 1, H, W); the predicted mask is sigmoid(causal) >= 0.5."""
 
     causal: Tensor
     confounding: Tensor
 
 
 class CausalCLIPSeg(nn.Module):
-    """An image and a sentence in, the logits of what the sentence names out.
+    """Segmentation network that predicts the region of an image that a prompt describes.
 
-    Inputs: image (B, 3, H, W) float, CLIP-normalized, H and W multiples of 32; tokens (B, L) int, L <= 77, CLIP ids,
-    zeros after the end token.
+    Inputs: image (B, 3, H, W) float, normalized with CLIP's mean and deviation, H and W multiples of 32; tokens (B, L)
+    int, L <= 77, CLIP ids with zeros after the end token.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -41,7 +41,7 @@ class CausalCLIPSeg(nn.Module):
         return Logits(self.head(features.causal, state), self.confounding_head(features.confounding, state))
 
     def causal_logits(self, image: Tensor, tokens: Tensor) -> Tensor:
-        """The causal branch alone, what inference needs: (B, 1, H, W)."""
+        """Return only the causal logits, for inference: (B, 1, H, W)."""
         features = self.neck.causal_features(self.image_tower(image))
         logits: Tensor = self.head(features, self.text_tower(tokens))
         return logits

@@ -1,4 +1,4 @@
-"""The published checkpoint layout: which of its names is which of ours, and which it carries in vain."""
+"""Tensor names of published checkpoints: the mapping to this network's names, and the unused keys that are dropped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cclip_deploy.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Published prefix -> ours. Longer prefixes first, because the first match decides.
+# Published prefix -> prefix in this network. Longer prefixes first, because the first match is used.
 PREFIXES = {
     "backbone.visual.": "image_tower.",
     "backbone.": "text_tower.",
@@ -21,9 +21,9 @@ PREFIXES = {
     "neck_ad.carafe.out.": "neck.carafe.out.",
     "neck_ad.aggr.": "neck.aggregate.",
     **{
-        f"neck_ad.masker{level}.{theirs}.": f"neck.masker{level}.{ours}."
+        f"neck_ad.masker{level}.{published}.": f"neck.masker{level}.{own}."
         for level in (3, 4, 5)
-        for theirs, ours in (
+        for published, own in (
             ("coordconv.conv1", "locate.block"),
             ("conv2", "mix"),
             ("coordconv2.conv1", "relocate.block"),
@@ -32,14 +32,14 @@ PREFIXES = {
         )
     },
     **{
-        f"{theirs}.{part}.": f"{ours}.{name}."
-        for theirs, ours in (("proj", "head"), ("proj_ad", "confounding_head"))
+        f"{published}.{part}.": f"{own}.{name}."
+        for published, own in (("proj", "head"), ("proj_ad", "confounding_head"))
         for part, name in (("vis.1", "block1"), ("vis.3", "block2"), ("vis.4", "mix"), ("txt", "prompt"))
     },
 }
 
-# Modules of the published neck that its forward pass never runs: 59 tensors.
-DEAD_PREFIXES = tuple(
+# Modules of the published neck that its forward pass does not use: 59 tensors.
+UNUSED_PREFIXES = tuple(
     f"neck_ad.{name}."
     for name in (
         "txt_proj", "f1_v_proj", "norm_layer", "f2_cat", "f3_v_proj", "f3_cat", "f4_proj5", "f4_proj3", "coordconv",
@@ -47,8 +47,8 @@ DEAD_PREFIXES = tuple(
 )  # fmt: skip
 NAMES_SHOWN = 6
 NAME_LENGTH_SHOWN = 100
-# CLIP's contrastive temperature: segmentation has no use for it.
-DEAD_KEYS = ("backbone.logit_scale",)
+# CLIP's contrastive temperature, not used for segmentation.
+UNUSED_KEYS = ("backbone.logit_scale",)
 
 IMAGE_TOWERS = {
     (3, 4, 6, 3): "RN50",
@@ -58,30 +58,30 @@ IMAGE_TOWERS = {
     (3, 15, 36, 10): "RN50x64",
 }
 VISION_TRANSFORMER = "a vision transformer (ViT)"
-# What cannot be told from the names, a tower with some blocks missing say, is left to the check of every tensor.
+# Incomplete towers are not recognized here; the check of every tensor reports them.
 OTHER_TOWERS = {VISION_TRANSFORMER, *IMAGE_TOWERS.values()} - {"RN101"}
 
 
 def is_published_layout(keys: Iterable[str]) -> bool:
-    """Whether the names look like the published network's, in whole or in part."""
+    """Return whether any name is one of the published network."""
     return any(key.startswith(("backbone.", "neck_ad.", "proj_ad.")) for key in keys)
 
 
-def is_dead(key: str) -> bool:
-    """Whether the published network carries this tensor without ever using it."""
-    return key in DEAD_KEYS or key.startswith(DEAD_PREFIXES)
+def is_unused(key: str) -> bool:
+    """Return whether the published network has this tensor but does not use it."""
+    return key in UNUSED_KEYS or key.startswith(UNUSED_PREFIXES)
 
 
-def our_name(key: str) -> str | None:
-    """Our name of a published tensor; None for one that the published network does not have."""
-    for theirs, ours in PREFIXES.items():
-        if key.startswith(theirs):
-            return ours + key[len(theirs) :]
+def network_name(key: str) -> str | None:
+    """Return this network's name of a published tensor, or None if the published network has no such tensor."""
+    for published, own in PREFIXES.items():
+        if key.startswith(published):
+            return own + key[len(published) :]
     return None
 
 
 def image_tower_name(keys: Iterable[str]) -> str:
-    """What CLIP calls the image tower whose `visual.` tensors these are."""
+    """Return CLIP's name of the image tower that has these `visual.` tensors."""
     names = list(keys)
     if any("visual.class_embedding" in name for name in names):
         return VISION_TRANSFORMER
@@ -93,13 +93,13 @@ def image_tower_name(keys: Iterable[str]) -> str:
 
 
 def from_published(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Rename the tensors of a published checkpoint to ours.
+    """Rename the tensors of a published checkpoint to this network's names.
 
     Returns:
-        The live tensors under our names, and the published names of those that were dropped.
+        The renamed tensors, and the published names of the dropped ones.
 
     Raises:
-        CheckpointError: the image tower is not RN101, or a name is none of the published network's.
+        CheckpointError: the image tower is not RN101, or the published network has no tensor of some name.
     """
     tower = image_tower_name(tensors)
     if tower in OTHER_TOWERS:
@@ -107,34 +107,34 @@ def from_published(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str
             f"{source} was trained on CLIP {tower}; the published CausalCLIPSeg has an RN101 image tower "
             "(its neck needs a 512-wide embedding). Train on RN101, or export an RN101 checkpoint."
         )
-    dropped = tuple(key for key in tensors if is_dead(key))
+    dropped = tuple(key for key in tensors if is_unused(key))
     renamed: dict[str, Tensor] = {}
-    strangers: list[str] = []
+    unknown: list[str] = []
     for key, tensor in tensors.items():
-        if is_dead(key):
+        if is_unused(key):
             continue
-        name = our_name(key)
+        name = network_name(key)
         if name is None:
-            strangers.append(key)
+            unknown.append(key)
         else:
             renamed[name] = tensor
-    if strangers:
+    if unknown:
         raise CheckpointError(
-            f"{source} holds what the published network does not have: {list_names(strangers)}. "
+            f"{source} has tensors that the published network does not have: {list_names(unknown)}. "
             "Is it a checkpoint of another network?"
         )
     return renamed, dropped
 
 
 def list_names(names: Sequence[str]) -> str:
-    """The first few names of a file for a message of one line, whatever characters they are made of."""
+    """Format the first few tensor names of a file on one line, with unprintable characters escaped."""
     shown = [name if name.isprintable() else ascii(name) for name in names[:NAMES_SHOWN]]
     return ", ".join(name[:NAME_LENGTH_SHOWN] for name in shown) + (" …" if len(names) > NAMES_SHOWN else "")
 
 
 def to_published(name: str) -> str:
-    """The published name of one of our tensors, for messages about published checkpoints."""
-    for theirs, ours in PREFIXES.items():
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
+    """Return the published name of a tensor of this network, for messages."""
+    for published, own in PREFIXES.items():
+        if name.startswith(own):
+            return published + name[len(own) :]
     raise KeyError(name)

@@ -1,4 +1,4 @@
-"""CLIP's two towers on open_clip's blocks: a ModifiedResNet with a dense attention pool, and the text transformer."""
+"""CLIP's image and text towers, built on open_clip: ModifiedResNet with dense attention pool, and text transformer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cclip_deploy.model.config import STRIDE, ModelConfig, check_image_hw
 
 
 class ImagePyramid(NamedTuple):
-    """The three maps that leave the image tower; channel counts are those of rn101."""
+    """The three feature maps of the image tower; channel counts are those of rn101."""
 
     v3: Tensor  # (B, 512, H/8, W/8)
     v4: Tensor  # (B, 1024, H/16, W/16)
@@ -23,7 +23,7 @@ class ImagePyramid(NamedTuple):
 
 
 class DenseAttentionPool(nn.Module):
-    """CLIP's attention pool asked at every position instead of at the mean, with a residual around it."""
+    """CLIP's attention pool with a query at every position instead of the mean, and a residual connection."""
 
     def __init__(self, grid: int, width: int, heads: int, out_width: int) -> None:
         super().__init__()
@@ -37,26 +37,26 @@ class DenseAttentionPool(nn.Module):
         self.connect = nn.Sequential(nn.Conv2d(width, out_width, 1, bias=False), nn.BatchNorm2d(out_width))
 
     def embedding(self, hw: tuple[int, int]) -> Tensor:
-        """The positional embedding without its class row, resized bicubically: (1, width, h, w)."""
+        """Return the positional embedding without its class row, resized bicubically: (1, width, h, w)."""
         square = self.positional_embedding[1:].T.reshape(1, -1, self.grid, self.grid)
         if hw == (self.grid, self.grid):
             return square
         return functional.interpolate(square, size=hw, mode="bicubic", align_corners=False)
 
     def double_embedding(self, hw: tuple[int, int]) -> Tensor:
-        """The resized embedding as rows, in float64: (h * w, width)."""
+        """Return the resized embedding in float64: (h * w, width)."""
         return self.embedding(hw).double().flatten(2).squeeze(0).T
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 2048, h, w) -> (B, 512, h, w)
-        batch, width, height, breadth = x.shape
-        z = (x + self.embedding((height, breadth))).flatten(2).transpose(1, 2)  # (B, hw, 2048)
+        batch, channels, height, width = x.shape
+        z = (x + self.embedding((height, width))).flatten(2).transpose(1, 2)  # (B, hw, 2048)
         query, key, value = (
-            projection(z).reshape(batch, height * breadth, self.heads, width // self.heads).transpose(1, 2)
+            projection(z).reshape(batch, height * width, self.heads, channels // self.heads).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, heads, hw, 64)
-        weights = (query * (width // self.heads) ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1)
-        pooled = (weights @ value).transpose(1, 2).reshape(batch, height * breadth, width)
-        pooled = self.c_proj(pooled).transpose(1, 2).reshape(batch, -1, height, breadth)
+        weights = (query * (channels // self.heads) ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1)
+        pooled = (weights @ value).transpose(1, 2).reshape(batch, height * width, channels)
+        pooled = self.c_proj(pooled).transpose(1, 2).reshape(batch, -1, height, width)
         return functional.relu(pooled + self.connect(x))
 
 
@@ -84,7 +84,7 @@ class ImageTower(ModifiedResNet):  # type: ignore[misc]  # open_clip is untyped
 
 
 class TextTower(nn.Module):
-    """CLIP's text transformer for any prompt length up to the context length; gives the end token's state."""
+    """CLIP's text transformer for prompts up to the context length; returns the embedding at the end token."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -118,7 +118,8 @@ class TextTower(nn.Module):
         length = tokens.shape[1]
         if length > self.positional_embedding.shape[0]:
             raise PromptError(
-                f"{length} tokens do not fit the text tower's {self.positional_embedding.shape[0]}. Cut the prompt."
+                f"{length} tokens exceed the text tower's limit of {self.positional_embedding.shape[0]}. Shorten the "
+                "prompt."
             )
         x = self.token_embedding(tokens) + self.positional_embedding[:length]  # (B, L, 512)
         mask = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu(1)

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.bundle.manifest import Manifest
-from cclip_deploy.datasets.synthetic.generator import MIN_SIDE_PX, make_film
+from cclip_deploy.datasets.synthetic.generator import MIN_SIDE_PX, make_sample
 from cclip_deploy.imaging.preprocess import resize_pixels, to_input
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.parity.compare import useful
 from cclip_deploy.parity.reference import PICTURE_PROMPTS, SEED, SHORTEST_PROMPT, Reference, record, seeded_inputs
 from cclip_deploy.parity.source import TRAINED_PREPROCESSING, open_clip_ids, pack_pixels, record_source, unpack_pixels
@@ -87,7 +87,7 @@ def make_references(
 
 def _choose(network: PyTorchBackend, manifest: Manifest, pictures: Sequence[Path], prompts: Sequence[str]) -> _Pairs:
     tokenizer = PromptTokenizer.from_open_clip()
-    given = tuple(_raw(read_picture(path).pixels, manifest.image_hw) for path in pictures)
+    given = tuple(_raw(read_image(path).pixels, manifest.image_hw) for path in pictures)
     best: _Pairs | None = None
     for raw, own_prompts in [(given, ())] if given else _synthetic_images(manifest.image_hw):
         texts = tuple(prompts) or _fitting((*own_prompts, *PICTURE_PROMPTS, *FURTHER_PROMPTS), tokenizer, manifest)
@@ -144,7 +144,7 @@ def _synthetic_images(image_hw: tuple[int, int]) -> Iterator[tuple[tuple[Array, 
     sizes = ((height * 3 // 2, width * 5 // 4), (height * 3 // 4, width * 2 // 3))
     for number in range(DRAWINGS):
         films = [
-            make_film(np.random.default_rng(SEED + 2 * number + place), (max(MIN_SIDE_PX, h), max(MIN_SIDE_PX, w)))
+            make_sample(np.random.default_rng(SEED + 2 * number + place), (max(MIN_SIDE_PX, h), max(MIN_SIDE_PX, w)))
             for place, (h, w) in enumerate(sizes)
         ]
         gray, smaller = (film.image for film in films)

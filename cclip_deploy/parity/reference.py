@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry
-from cclip_deploy.datasets.synthetic.generator import make_film
+from cclip_deploy.datasets.synthetic.generator import make_sample
 from cclip_deploy.errors import BundleError
 from cclip_deploy.parity.npz import read_arrays
 from cclip_deploy.parity.source import Source
@@ -93,7 +93,7 @@ def seeded_inputs(image_hw: tuple[int, int], prompt_length: int) -> tuple[Floats
 
 def drawn_films(image_hw: tuple[int, int]) -> list[Floats]:
     """Return two synthetic chest radiographs (H, W)."""
-    return [make_film(np.random.default_rng(SEED + n), image_hw).image for n in range(2)]
+    return [make_sample(np.random.default_rng(SEED + n), image_hw).image for n in range(2)]
 
 
 def record(

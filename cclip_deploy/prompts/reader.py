@@ -1,8 +1,9 @@
-"""Reads which sides and zones of the lungs a sentence names, in any common wording, and what it cannot read.
+"""Find the sides and zones of the lungs that a prompt names, in any common wording.
 
-A sentence becomes a row of sides and zones with the words between them. Each zone belongs to the side beside it, before
-or after, across words that may stand between the two; the reading that leaves the fewest of them alone is taken, and if
-several do, or if something denies or contrasts, the sentence counts as not understood.
+A sentence becomes a sequence of sides and zones with the words between them. A zone belongs to a neighboring side,
+before or after it, if only certain words stand between them. The reading that leaves the fewest sides and zones
+unassigned is used. If there are several such readings, or the sentence negates or contrasts something, it is not
+understood.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from cclip_deploy.prompts.template import NUMBERS, SIDES, ZONES, Zones, parse_or
 from cclip_deploy.prompts.words import Token, tokenize
 
 LONGEST_TEXT = 1000
-"""Characters of a text that is read."""
+"""Longer texts, in characters, are not read."""
 MOST_ITEMS = 40
-"""Sides and zones of a text that is read."""
+"""Texts with more sides and zones are not read."""
 SIDE_ALONE, ZONE_ALONE, ACROSS_COMMA, LIST_THROUGH_NOUN, SHARED_ZONE = 4, 6, 1, 1, 4
-"""What a reading costs that leaves a side without a zone, and so on."""
+"""Costs of a reading, for example for a side without a zone."""
 
 _SWAPPED = {"left": "right", "l": "r", "lt": "rt"}
 _SWAPPED |= {other: word for word, other in _SWAPPED.items()}
@@ -39,27 +40,30 @@ _SIDED_UNKNOWN = re.compile(r"[SBZX]U")
 
 @dataclass(frozen=True)
 class Reading:
-    """What a sentence says of places in the lungs."""
+    """Places in the lungs that a sentence names.
+
+    Attributes:
+        zones: sites named with side and zone.
+        sides: sides named, with or without a zone.
+        unsided_zones: zones named in a sentence without any side.
+        count: number of regions, areas or lesions that the sentence states; None if it states none or several.
+        not_understood: words or reasons why the sentence is not understood; the other fields are then empty.
+    """
 
     zones: Zones
-    """Sites that are named with side and zone."""
     sides: frozenset[str]
-    """Sides that are named, with a zone or without."""
     unsided_zones: frozenset[str]
-    """Zones that are named in a sentence without a side."""
     count: int | None
-    """The number of regions, areas or lesions that the sentence states, as whoever wrote it counted them."""
     not_understood: tuple[str, ...]
-    """Words, or reasons, for which the reading cannot be relied on; then no other field means anything."""
 
     @property
     def understood(self) -> bool:
-        """Whether the sentence was read to its end; it may name no place at all."""
+        """Whether the sentence is understood; it may name no place."""
         return not self.not_understood
 
     @property
     def complete(self) -> bool:
-        """Whether it was understood and names a zone of every side that it names, and at least one side."""
+        """Whether the sentence is understood, names at least one side, and a zone of every side that it names."""
         with_zone = {side for side, _ in self.zones.sites()}
         return self.understood and bool(self.sides) and with_zone == self.sides
 
@@ -71,7 +75,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Item:
-    """A side (`sides` alone), a zone (`zones` alone) or a site (both)."""
+    """A side (only `sides`), a zone (only `zones`) or a site (both)."""
 
     sides: frozenset[str]
     zones: frozenset[str]
@@ -79,7 +83,7 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Phrase:
-    """Items from a place in the row on that belong together."""
+    """Consecutive items that belong together."""
 
     length: int
     cost: int
@@ -87,7 +91,7 @@ class _Phrase:
 
 
 def read_prompt(text: str) -> Reading:
-    """What a sentence says; misspelt words are read as what they were meant to be."""
+    """Read a sentence, with spelling errors corrected."""
     if len(text) > LONGEST_TEXT:
         return _unread(f"longer than {LONGEST_TEXT} characters")
     tokens = tokenize(text)
@@ -112,10 +116,10 @@ def read_prompt(text: str) -> Reading:
 
 
 def mirror(text: str) -> str | None:
-    """What a text becomes when its picture is flipped left to right; None where it was not fully understood.
+    """Return the text for a horizontally flipped image, or None if the text is not understood.
 
-    A sentence of QaTa-COV19's form stays one, left lung first and with its number word. In any other, the words for
-    left and right change places, and what comes out is read again: it must name the other sides of the same zones.
+    A sentence of QaTa-COV19's form is rendered again, with the left lung first and the same number word. In any other
+    text, the words for left and right are exchanged, and the result is read again: it must name the mirrored sites.
     """
     facts = parse_or_none(text)
     if facts is not None:
@@ -132,12 +136,12 @@ def mirror(text: str) -> str | None:
 
 
 def swap_sides(text: str) -> str:
-    """Any text with left and right, L and R, RUL and LUL and the like exchanged; nothing else changes."""
+    """Exchange left and right, L and R, RUL and LUL and the like in a text."""
     return _SIDE_WORD.sub(lambda found: _other_side(found[0]), text)
 
 
 def meaning(text: str) -> object:
-    """A key that two sentences share if they name the same sites, or if they hold the same words."""
+    """Return a key that is equal for sentences that name the same sites, or have the same words."""
     reading = read_prompt(text)
     return reading.zones.sites() if reading.complete else " ".join(text.lower().split()).rstrip(".")
 
@@ -154,9 +158,9 @@ def _unread(*reasons: str) -> Reading:
 
 
 def _classify(kinds: str) -> str:
-    """The kinds of words that only their neighbors tell: "all" and "both" as place or as mere emphasis.
+    """Resolve kinds that depend on context: whether "all" and "both" name places or are fillers.
 
-    "Bilateral" names both sides where no side stands beside it, or before a zone; else it only counts them.
+    "Bilateral" names both sides if the sentence names no other side, or before a zone; otherwise it is a filler.
     """
     filler, both = words.FILLER, words.BOTH
     if re.search(f"[{words.SIDE}{words.SITE}]", kinds):
@@ -168,7 +172,7 @@ def _classify(kinds: str) -> str:
 
 
 def _unclear_words(tokens: Sequence[Token], kinds: str) -> list[str]:
-    """Words that deny, contrast or may name a side, in a clause that names a place; and unknown things beside one."""
+    """Return negating, contrasting or ambiguous words in clauses that name a place, and unknown words after a place."""
     unclear = [f"{tokens[at].text} {tokens[at + 1].text}" for at in (m.start() for m in _SIDED_UNKNOWN.finditer(kinds))]
     start = 0
     for clause in kinds.split(words.STOP):
@@ -182,7 +186,7 @@ def _unclear_words(tokens: Sequence[Token], kinds: str) -> list[str]:
 
 
 def _items(tokens: Sequence[Token]) -> tuple[list[_Item], list[str]]:
-    """The sides and zones of a sentence, and the kinds of the words after each of them."""
+    """Return the sides and zones of a sentence, and the kinds of the words after each of them."""
     items: list[_Item] = []
     gaps: list[str] = []
     ranging = False
@@ -213,7 +217,7 @@ def _named(token: Token) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _read_count(tokens: Sequence[Token], kinds: str) -> int | None:
-    """The number before a noun, where the sentence states one alone."""
+    """Return the number before a noun, or None if there is none or several."""
     stated = {_number(tokens[found.start()].text) for found in _COUNT.finditer(kinds)}
     return stated.pop() if len(stated) == 1 else None
 
@@ -223,9 +227,9 @@ def _number(word: str) -> int:
 
 
 def _best_readings(items: Sequence[_Item], gaps: Sequence[str]) -> set[frozenset[tuple[str, str]] | None]:
-    """The sites of the cheapest ways to share out the row into phrases, at most two ways; None: a zone is left alone.
+    """Return the sites of at most two cheapest ways to split the items into phrases; None if a zone has no side.
 
-    `best[i]` is of the items from the i-th on. Phrases are at most the row long, so the work grows with its cube.
+    Dynamic programming from the last item to the first, cubic in the number of items.
     """
     best: list[tuple[int, set[frozenset[tuple[str, str]] | None]]] = [(0, {frozenset()})]
     for start in range(len(items) - 1, -1, -1):
@@ -242,7 +246,7 @@ def _best_readings(items: Sequence[_Item], gaps: Sequence[str]) -> set[frozenset
 
 
 def _phrases(items: Sequence[_Item], gaps: Sequence[str], start: int) -> Iterator[_Phrase]:
-    """Everything that the items from `start` on may be: a site, a side or zone alone, zones of sides, sides' zones."""
+    """Yield the phrases that can begin at `start`: a site, a side or zone alone, sides with zones, zones with sides."""
     item = items[start]
     if item.sides and item.zones:
         yield _Phrase(1, 0, frozenset(product(item.sides, item.zones)))
@@ -273,7 +277,7 @@ def _join(items: Sequence[_Item], cost: int) -> _Phrase:
 
 
 def _side_lists(items: Sequence[_Item], gaps: Sequence[str], start: int) -> Iterator[int]:
-    """How many sides from `start` on may share their zones: one, or two with "and" between."""
+    """Yield how many sides from `start` may share their zones: one, or two joined by "and"."""
     alone = [bool(item.sides and not item.zones) for item in items[start : start + 2]]
     if alone[:1] == [True]:
         yield 1
@@ -282,7 +286,7 @@ def _side_lists(items: Sequence[_Item], gaps: Sequence[str], start: int) -> Iter
 
 
 def _zone_lists(items: Sequence[_Item], gaps: Sequence[str], start: int) -> Iterator[tuple[int, int]]:
-    """How many zones from `start` on may be one list, and its cost; "upper and lower zones" is not split."""
+    """Yield (length, cost) of the lists of zones that can begin at `start`; "upper and lower zones" is not split."""
     cost = 0
     for stop in range(start, len(items)):
         if items[stop].sides:
@@ -296,7 +300,7 @@ def _zone_lists(items: Sequence[_Item], gaps: Sequence[str], start: int) -> Iter
 
 
 def _is_closed(items: Sequence[_Item], gaps: Sequence[str], at: int) -> bool:
-    """Whether the list of zones that goes on at `at` ends with a noun."""
+    """Whether the list of zones that continues at `at` ends with a noun."""
     while at + 1 < len(items) and not items[at + 1].sides and not gaps[at].startswith(words.NOUN):
         if not _ZONES_LISTED.fullmatch(gaps[at]):
             return False

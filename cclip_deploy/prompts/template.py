@@ -1,4 +1,4 @@
-"""The prompt form of QaTa-COV19: what a sentence says (zones, sides, count), and the sentence that says it."""
+"""Parse and render prompts in the sentence form of QaTa-COV19."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cclip_deploy.errors import PromptError
 ZONES = ("upper", "middle", "lower")
 SIDES = ("left", "right")
 SITES: tuple[tuple[str, str], ...] = tuple(product(SIDES, ZONES))
-"""All six (side, zone) pairs, in the order in which a prompt names them."""
+"""All six (side, zone) pairs, in the order of a prompt."""
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 EXAMPLE = "Bilateral pulmonary infection, two infected areas, lower left lung and upper right lung."
@@ -25,7 +25,7 @@ AREA = re.compile(r"(?P<zones>.+) (?P<side>left|right) lung")
 
 @dataclass(frozen=True)
 class Zones:
-    """Zones of the patient's own left and right lung; the right lung is on the image's left."""
+    """Zones of the patient's left and right lung; the right lung is on the left of the image."""
 
     left: frozenset[str] = frozenset()
     right: frozenset[str] = frozenset()
@@ -37,44 +37,38 @@ class Zones:
 
     @staticmethod
     def of_sites(sites: Collection[tuple[str, str]]) -> Zones:
-        """The zones of (side, zone) pairs, such as ("left", "upper")."""
+        """Build from (side, zone) pairs such as ("left", "upper")."""
         for side, _ in sites:
             if side not in SIDES:
                 raise PromptError(f"Unknown side {side!r}. Use left or right.")
         return Zones(*(frozenset(zone for s, zone in sites if s == side) for side in SIDES))
 
     def sites(self) -> tuple[tuple[str, str], ...]:
-        """The (side, zone) pairs in the order of `SITES`."""
+        """Return the (side, zone) pairs in the order of SITES."""
         return tuple(site for site in SITES if site[1] in (self.left if site[0] == "left" else self.right))
 
     def mirrored(self) -> Zones:
-        """What these zones become when the picture is flipped left to right."""
+        """Return the zones after a horizontal flip of the image."""
         return Zones(left=self.right, right=self.left)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a sentence of the form says."""
+    """Content of a sentence: the zones, and the number of infected areas that the sentence states."""
 
     zones: Zones
     count: int
-    """What the number word says: of infected areas, as whoever wrote it counted them."""
-
-    @property
-    def side(self) -> str:
-        """left, right or both: whose lungs are named."""
-        return "both" if self.zones.left and self.zones.right else "left" if self.zones.left else "right"
-
-    @property
-    def zone_count(self) -> int:
-        """How many of the six zones are named."""
-        return len(self.zones.sites())
 
 
 def render(zones: Zones, count: int | None = None) -> str:
-    """The sentence for `zones`, left lung first; PromptError if they are empty (the form has no word for none).
+    """Render the sentence for `zones`, left lung first.
 
-    The number word is that of `count`, from 1 to 12; without it, it counts lungs named, not zones, as QaTa-COV19 does.
+    Args:
+        zones: at least one zone.
+        count: number of infected areas, 1 to 12; default: the number of lungs named, as in QaTa-COV19.
+
+    Raises:
+        PromptError: `zones` is empty or `count` is out of range.
     """
     areas = [
         f"{_list_zones(named)} {side} lung"
@@ -82,7 +76,7 @@ def render(zones: Zones, count: int | None = None) -> str:
         if named
     ]
     if not areas:
-        raise PromptError("There is no prompt for no zones at all. Name at least one zone of one lung.")
+        raise PromptError("A prompt needs at least one zone of one lung.")
     count = len(areas) if count is None else count
     if not 1 <= count <= len(NUMBERS):
         raise PromptError(f"There is no number word for {count} infected areas. Use 1 to {len(NUMBERS)}.")
@@ -91,22 +85,17 @@ def render(zones: Zones, count: int | None = None) -> str:
     return f"{extent} pulmonary infection, {NUMBERS[count - 1]} infected {noun}, {' and '.join(areas)}."
 
 
-def parse(text: str) -> Zones:
-    """The zones that a sentence names: `parse_facts` without the count."""
-    return parse_facts(text).zones
-
-
 def parse_facts(text: str) -> Facts:
-    """What a sentence says; either lung may come first, case, spacing and the final stop do not matter.
+    """Parse a sentence; the order of the lungs, case, spacing and the final full stop do not matter.
 
-    The number word is not compared with the zones: real reports count areas in more than one way.
+    The number word is not checked against the zones, because published tables count areas in different ways.
 
     Raises:
-        PromptError: the text is not of the form, names a lung twice, or its first word contradicts the lungs named.
+        PromptError: the text does not have the form, names a lung twice, or its first word contradicts the lungs named.
     """
     sentence = SENTENCE.fullmatch(" ".join(text.lower().split()).removesuffix("."))
     if sentence is None:
-        raise PromptError(f"Prompt {text!r} is not of the form of QaTa-COV19. An example: {EXAMPLE!r}.")
+        raise PromptError(f"Prompt {text!r} does not have the form of QaTa-COV19. Example: {EXAMPLE!r}.")
     named: dict[str, frozenset[str]] = {}
     for phrase in sentence["areas"].split(" and "):
         area = AREA.fullmatch(phrase.strip())
@@ -119,12 +108,12 @@ def parse_facts(text: str) -> Facts:
         named[area["side"]] = _read_zones(area["zones"], text)
     expected = "bilateral" if len(named) == 2 else "unilateral"
     if sentence["extent"] != expected:
-        raise PromptError(f"Prompt {text!r} says {sentence['extent']}, but the lungs that it names make it {expected}.")
+        raise PromptError(f"Prompt {text!r} says {sentence['extent']}, but the lungs that it names are {expected}.")
     return Facts(Zones(**named), NUMBERS.index(sentence["number"]) + 1)
 
 
 def parse_or_none(text: str) -> Facts | None:
-    """What a sentence says, or None where it is not of the form: real tables hold free text too."""
+    """Parse a sentence, or return None if it does not have the form."""
     try:
         return parse_facts(text)
     except PromptError:

@@ -1,4 +1,4 @@
-"""Prompts to CLIP's byte-pair ids, exactly as open_clip's tokenizer gives them, without open_clip."""
+"""Tokenize prompts with CLIP's byte-pair encoding, with the same ids as open_clip but without open_clip."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cclip_deploy.errors import DataError, PromptError
 from cclip_deploy.prompts.spelling import check_prompt
 
 START, END = "<start_of_text>", "<end_of_text>"
-# open_clip matches without regard to case: the long s (U+017F) passes for an s, and the iota below (U+0345), which is a
-# mark, for a letter in the last class alone, so that it is dropped.
+# open_clip's pattern ignores case, which makes the long s (U+017F) match s, and excludes the combining iota (U+0345),
+# a mark, from the last class only, so that it is dropped.
 WORDS = "<[s\u017f]tart_of_text>|<end_of_text>|'[s\u017f]|'t|'re|'ve|'m|'ll|'d|\\p{L}+|\\p{N}|[^\\s\\p{L}\\p{N}\u0345]+"
 
 WORD_END = "</w>"
 MOST_BYTES, MOST_TOKENS, MOST_LETTERS = 16 * 2**20, 65_536, 256
-"""Of a tokenizer.json, which has 1.7 MB and 49,408 tokens, and of one token."""
+"""Limits of a tokenizer.json; CLIP's has 1.7 MB and 49,408 tokens. MOST_LETTERS is the longest token."""
 FORM: dict[str, Any] = {
     "version": "1.0",
     "truncation": None,
@@ -54,9 +54,10 @@ SPECIAL_FORM = {"single_word": False, "lstrip": False, "rstrip": False, "normali
 
 
 def clean_prompt(text: str) -> str:
-    """Repair encodings, resolve HTML entities twice, fold white space, lower: what open_clip does before it splits.
+    """Clean a text like open_clip: fix encodings, unescape HTML twice, collapse whitespace, and lower.
 
-    PromptError where the text is longer than LONGEST_PROMPT characters, or has an entity of thousands of digits.
+    Raises:
+        PromptError: the text is longer than LONGEST_PROMPT characters, or has an HTML entity that is too large.
     """
     check_prompt(text)
     try:
@@ -67,27 +68,27 @@ def clean_prompt(text: str) -> str:
 
 
 class PromptTokenizer:
-    """CLIP's vocabulary in a Hugging Face `tokenizers` file, with open_clip's cleaning before it.
+    """CLIP's tokenizer, based on Hugging Face `tokenizers`, with open_clip's text cleaning.
 
-    Two differences are known: the text of a special token right after punctuation is one token here, and open_clip
-    splits it; characters newer than the Unicode tables of `tokenizers` are no letters here.
+    Two differences from open_clip are known: the text of a special token directly after punctuation is one token here
+    and is split by open_clip; characters newer than the Unicode tables of `tokenizers` are not letters here.
     """
 
     def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
-        """`vocabulary` gives each token's id, 0 and up; `merges` are in the order in which they are made."""
+        """Build from the vocabulary (token to id, from 0) and the merges in order of priority."""
         self._tokenizer = _build(vocabulary, merges)
         self.vocabulary_size = len(vocabulary)
         self.start_id, self.end_id = vocabulary[START], vocabulary[END]
 
     @staticmethod
     def parse(content: bytes, path: Path) -> PromptTokenizer:
-        """Read the content of a tokenizer.json.
+        """Parse the content of a tokenizer.json.
 
-        Only the vocabulary and the merges are taken from it; everything else has to be as `to_json` writes it, and
-        `tokenizers` does not get to see it.
+        Only vocabulary and merges are used. Everything else must equal what `to_json` writes and is not passed to
+        `tokenizers`.
 
         Raises:
-            DataError: it is not a tokenizer of CLIP's form; the message names `path` and what differs.
+            DataError: the content is not a CLIP tokenizer; the message names `path` and the difference.
         """
         try:
             vocabulary, merges = _parse(content)
@@ -99,26 +100,26 @@ class PromptTokenizer:
 
     @staticmethod
     def from_open_clip() -> PromptTokenizer:
-        """Build the tokenizer from the vocabulary that open_clip carries."""
+        """Build the tokenizer from open_clip's vocabulary."""
         from open_clip.tokenizer import SimpleTokenizer
 
-        theirs = SimpleTokenizer()
-        merges = sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.__getitem__)
-        return PromptTokenizer(theirs.encoder, merges)
+        tokenizer = SimpleTokenizer()
+        merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+        return PromptTokenizer(tokenizer.encoder, merges)
 
     def to_json(self) -> str:
-        """The whole tokenizer as `parse` reads it."""
+        """Return the tokenizer.json that `parse` reads."""
         return str(self._tokenizer.to_str(pretty=False))
 
     def ids(self, prompt: str) -> list[int]:
-        """Start id, the prompt's ids, end id: as many as it takes."""
+        """Return all ids of a prompt, with the start and end ids."""
         return [self.start_id, *self._tokenizer.encode(clean_prompt(prompt), add_special_tokens=False).ids, self.end_id]
 
     def encode(self, prompt: str, length: int) -> NDArray[np.int64]:
-        """One row of `length` ids, zeros after the end token.
+        """Return one row of `length` ids (int64), padded with zeros after the end token.
 
         Raises:
-            PromptError: the prompt is empty, or takes more than `length` ids; nothing is ever cut silently.
+            PromptError: the prompt is empty or needs more than `length` ids; prompts are never cut silently.
         """
         ids = self.ids(prompt)
         if len(ids) == 2:
@@ -131,7 +132,7 @@ class PromptTokenizer:
         return self._row(ids, length)
 
     def encode_cut(self, prompt: str, length: int) -> NDArray[np.int64]:
-        """As `encode`, but an over-long prompt is cut before its end token, as open_clip does; for training."""
+        """Encode like `encode`, but truncate a long prompt before its end token like open_clip; for training."""
         ids = self.ids(prompt)
         return self._row(ids if len(ids) <= length else [*ids[: length - 1], self.end_id], length)
 
@@ -157,12 +158,12 @@ def _build(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> 
 
 
 def _parse(content: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges; ValueError or RecursionError, which say what is wrong."""
+    """Return vocabulary and merges; raise ValueError or RecursionError if the content is invalid."""
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has {len(content)} bytes, more than {MOST_BYTES}")
     whole = json.loads(content.decode("utf-8"))
     if not isinstance(whole, dict) or not isinstance(whole.get("model"), dict):
-        raise ValueError("it is no JSON object with a model")
+        raise ValueError("it is not a JSON object with a model")
     rest = dict(whole)
     model, added = dict(rest.pop("model")), rest.pop("added_tokens", None)
     vocabulary, merges = _vocabulary(model.pop("vocab", None)), model.pop("merges", None)
@@ -177,31 +178,31 @@ def _parse(content: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _vocabulary(found: object) -> dict[str, int]:
-    """Tokens of CLIP's alphabet with the ids 0, 1, 2, ... in any order."""
+    """Check that the vocabulary has tokens of CLIP's alphabet with the ids 0, 1, 2, ... in any order."""
     if not isinstance(found, dict) or not len(found) <= MOST_TOKENS:
-        raise ValueError(f"the vocabulary is no object of at most {MOST_TOKENS} tokens")
+        raise ValueError(f"the vocabulary is not an object of at most {MOST_TOKENS} tokens")
     ids = list(found.values())
     if any(type(number) is not int for number in ids) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"the ids are not 0 to {len(ids) - 1}, each once")
-    strange = set(chain.from_iterable(found)).difference(pre_tokenizers.ByteLevel.alphabet())
-    if strange or not all(0 < len(token) <= MOST_LETTERS for token in found):
-        raise ValueError(f"a token is empty, longer than {MOST_LETTERS} or has letters that no byte stands for")
+    unknown = set(chain.from_iterable(found)).difference(pre_tokenizers.ByteLevel.alphabet())
+    if unknown or not all(0 < len(token) <= MOST_LETTERS for token in found):
+        raise ValueError(f"a token is empty, longer than {MOST_LETTERS} or has characters outside the byte alphabet")
     if missing := [token for token in (START, END) if token not in found]:
         raise ValueError(f"the vocabulary lacks {missing[0]}")
     return found
 
 
 def _merges(found: object, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Pairs of tokens whose joint is a token, too; earlier versions of `tokenizers` write them as one text."""
+    """Check that merges are pairs of tokens whose concatenation is a token; older `tokenizers` write a pair as text."""
     if not isinstance(found, list) or len(found) > MOST_TOKENS:
-        raise ValueError(f"the merges are no list of at most {MOST_TOKENS} pairs")
+        raise ValueError(f"the merges are not a list of at most {MOST_TOKENS} pairs")
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else pair for pair in found]
     merges = []
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise ValueError("a merge is no pair of tokens")
+            raise ValueError("a merge is not a pair of tokens")
         first, second = pair
         if not {first, second, first + second} <= vocabulary.keys():
-            raise ValueError(f"a merge is of {first!r} and {second!r}, not all in the vocabulary with their joint")
+            raise ValueError(f"{first!r}, {second!r} or their concatenation is not in the vocabulary")
         merges.append((first, second))
     return merges

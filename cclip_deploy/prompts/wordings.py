@@ -1,4 +1,4 @@
-"""Sentences of other wordings than QaTa-COV19's for the same zones, as other copies of its tables and users write."""
+"""Render lung zones as sentences in varied wordings, for synthetic data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORDINGS = ("qata", "varied")
 
 
 def render_varied(zones: Zones, rng: np.random.Generator) -> str:
-    """A sentence in one of several wordings, chosen by `rng` alone; PromptError if the zones are empty."""
+    """Render a sentence in one of several wordings, chosen by `rng`; raise PromptError if the zones are empty."""
     published = render(zones)
     wording = int(rng.integers(0, len(_SENTENCES) + 1))
     if wording == len(_SENTENCES):

@@ -1,11 +1,11 @@
-"""The words in which prompts say where in the lungs, and the kinds that the reader tells apart."""
+"""Vocabulary and tokens of the prompt reader (`reader.py`)."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from cclip_deploy.prompts.corrections import resembles, respell
+from cclip_deploy.prompts.spelling import resembles, respell
 
 SIDE, BOTH, EXTENT, ZONE, ALL, SITE, NOUN = "S", "B", "E", "Z", "A", "X", "N"
 NUMBER, AND, PREPOSITION, FILLER, FINDING, COMMA, CLOSING, STOP = "D", "&", "o", "f", "F", ",", ")", ";"
@@ -48,7 +48,7 @@ _KINDS = {
         cannot isn aren wasn""",
 }  # fmt: skip
 DENIALS = frozenset(_KINDS[UNCLEAR].split())
-"""Words that deny or contrast what stands in their clause."""
+"""Words that negate or contrast something in their clause."""
 _KIND_OF = {word: kind for kind, words in reversed(_KINDS.items()) for word in words.split()}
 _ZONE_OF = {
     word: zone
@@ -74,17 +74,21 @@ _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\s\w]|_")
 
 @dataclass(frozen=True)
 class Token:
-    """A word or mark as the reader sees it."""
+    """A word or punctuation mark.
+
+    Attributes:
+        kind: one of the one-letter codes of this module, such as SIDE.
+        text: word or mark, in lower case.
+        value: side, zone or site that the word names.
+    """
 
     kind: str
-    """One of the letters above."""
     text: str
     value: str = ""
-    """The side or the zone that it names."""
 
 
 def tokenize(text: str) -> list[Token]:
-    """The words and marks of a text, misspelt words read as what they were meant to be; hyphens and quotes left out."""
+    """Split a text into words and marks, with spelling errors corrected, without hyphens and quotes."""
     lowered = _AND.sub("and", re.sub(r"\s-+\s", " , ", text.lower()))
     tokens: list[Token] = []
     for found in _TOKEN.findall(lowered):
@@ -96,7 +100,7 @@ def tokenize(text: str) -> list[Token]:
 def _tokens_of(word: str) -> list[Token]:
     if not word[0].isalnum():
         return [Token(_MARKS[word], word)] if word in _MARKS else []
-    if word.isdecimal():  # "²" is a digit, but no number that can be read
+    if word.isdecimal():  # not isdigit: int("²") fails
         return [Token(NUMBER, word)]
     if word in _SIDE_OF:
         return [Token(SIDE, word, _SIDE_OF[word])]

@@ -13,7 +13,7 @@ from cclip_deploy.common.toml_file import StrictModel
 from cclip_deploy.datasets.image_sets import ImageSet, ImageSource
 from cclip_deploy.errors import ParityError
 from cclip_deploy.evaluation.split import encode_texts
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import mask_dices
 from cclip_deploy.parity.reference import PICTURE_PROMPTS
@@ -71,7 +71,7 @@ def measure_mask_agreement(
     dices: dict[Path, list[float]] = {}
     cut: list[bool] = []
     for image in images.images:
-        pixels = read_picture(image.path).pixels
+        pixels = read_image(image.path).pixels
         rows, were_cut = encode_texts(image.prompts, tokenizer, length)
         logits = [s.decode(s.encode_image(pixels), s.encode_tokens(rows)) for s in (low, full)]
         dices[image.path] = mask_dices(*logits).ravel().tolist()

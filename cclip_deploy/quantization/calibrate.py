@@ -21,7 +21,7 @@ from cclip_deploy.datasets.sample import name_some
 from cclip_deploy.errors import DataError, ImageError, ParityError, UsageError
 from cclip_deploy.graph.precision.ranges import Method, TensorStatistics, check_method, ranges_of, with_outputs
 from cclip_deploy.imaging.preprocess import to_input
-from cclip_deploy.imaging.reading import failure_of, read_picture
+from cclip_deploy.imaging.reading import failure_of, read_image
 from cclip_deploy.quantization.cache import read_entry, write_entry
 from cclip_deploy.quantization.record import CalibrationImages, CalibrationPicture, CalibrationRecord
 from cclip_deploy.runtime.graph_model import load_model
@@ -202,7 +202,7 @@ def _statistics(
     statistics = {name: TensorStatistics() for name in tensors}
     for number, path in enumerate(paths, start=1):
         on_progress(f"Calibrating {graph}, image {number} of {len(paths)}")
-        image = to_input(read_picture(path).pixels, manifest.image_hw, manifest.preprocessing)
+        image = to_input(read_image(path).pixels, manifest.image_hw, manifest.preprocessing)
         feeds = {name: value for name, value in (("image", image), ("tokens", tokens)) if name in given}
         values = feeds | dict(zip(computed, session.run(computed, feeds), strict=True))
         for name in tensors:
@@ -230,7 +230,7 @@ def _check_options(options: CalibrationOptions) -> None:
 def _pixel_hash(path: Path, failed: dict[Path, str]) -> str | None:
     """Return the SHA-256 of an image's pixels; None, with the reason in `failed`, if the image cannot be read."""
     try:
-        pixels = read_picture(path).pixels
+        pixels = read_image(path).pixels
     except Exception as error:  # decoders raise many types for invalid files
         failed[path] = failure_of(path, error)
         return None

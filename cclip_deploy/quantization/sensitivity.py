@@ -17,7 +17,7 @@ from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.image_sets import SetImage
 from cclip_deploy.evaluation.split import encode_texts
 from cclip_deploy.imaging.preprocess import to_input
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.inference.prompt_cache import PromptKernels
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.parity.compare import mask_dices
@@ -85,7 +85,7 @@ class SensitivityEvaluator:
 
     def _case(self, bundle: Bundle, source: SetImage) -> _Case:
         manifest = bundle.manifest
-        image = to_input(read_picture(source.path).pixels, manifest.image_hw, manifest.preprocessing)
+        image = to_input(read_image(source.path).pixels, manifest.image_hw, manifest.preprocessing)
         rows, _ = encode_texts(source.prompts[:MOST_PROMPTS], bundle.tokenizer(), manifest.prompt_length)
         kernels = self._full.encode_tokens(rows)
         logits = self._full.decode(self._full.run_image_encoder(image), kernels)

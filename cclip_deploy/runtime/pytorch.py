@@ -50,8 +50,8 @@ class PyTorchBackend:
             states = self.model.text_tower(torch.from_numpy(tokens))
             head, rows = self.model.head, []
             for row in torch.from_numpy(image).unsqueeze(1):
-                features = head.rise(self.model.neck.causal_features(self.model.image_tower(row)))
-                rows.append(torch.cat([head.answer(features, state) for state in states.unsqueeze(1)], dim=1))
+                features = head.upsample(self.model.neck.causal_features(self.model.image_tower(row)))
+                rows.append(torch.cat([head.apply_prompt(features, state) for state in states.unsqueeze(1)], dim=1))
             return torch.cat(rows).numpy()
 
     def _rows(self, image: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class PyTorchBackend:
     def _image_encoder(self, image: Tensor) -> dict[str, Tensor]:
         neck = self.model.neck(self.model.image_tower(image))
         masks = {f"mask{level}": mask for level, mask in zip((3, 4, 5), neck.masks, strict=True)}
-        features = self.model.head.rise(neck.causal).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 256)
+        features = self.model.head.upsample(neck.causal).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 256)
         return {"features": features, **masks, "confounding_features": neck.confounding}
 
     def _prompt_encoder(self, tokens: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from cclip_deploy.common.paths import check_writable
 from cclip_deploy.common.threads import torch_threads
 from cclip_deploy.datasets.reading import DataSet, read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
-from cclip_deploy.datasets.synthetic.generator import share_out_films, write_dataset
+from cclip_deploy.datasets.synthetic.generator import split_counts, write_dataset
 from cclip_deploy.environment.packages import require_training_packages
 from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.model.config import CONFIGS
@@ -122,8 +122,8 @@ def find_data(config: TrainConfig, on_message: OnMessage = lambda message: None)
         raise UsageError("The recipe names no data set. Give --data FOLDER, or set data.folder in the recipe.")
     if synthetic is not None and not folder.exists():
         on_message(f"Generating {synthetic.images} synthetic images in {folder}")
-        counts = share_out_films(synthetic.images)
-        write_dataset(folder, counts, config.image_hw, synthetic.seed, prompts_per_film=synthetic.prompts_per_image)
+        counts = split_counts(synthetic.images)
+        write_dataset(folder, counts, config.image_hw, synthetic.seed, prompts_per_image=synthetic.prompts_per_image)
     return folder
 
 

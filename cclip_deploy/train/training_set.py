@@ -16,7 +16,7 @@ from cclip_deploy.common.files import sha256_file
 from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.imaging.preprocess import Preprocessing, resize_pixels
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 
@@ -106,7 +106,7 @@ def _resize_mask(mask: NDArray[np.bool_], hw: tuple[int, int]) -> NDArray[np.boo
 
 
 def _read_image(path: Path, hw: tuple[int, int]) -> NDArray[np.float32]:
-    return resize_pixels(read_picture(path).pixels, hw, Preprocessing())
+    return resize_pixels(read_image(path).pixels, hw, Preprocessing())
 
 
 def _digest(parts: Any) -> str:

@@ -12,7 +12,7 @@ from cclip_deploy.bundle.bundle import CHAIN, Bundle
 from cclip_deploy.bundle.manifest import graph_key
 from cclip_deploy.common.threads import set_torch_threads
 from cclip_deploy.errors import UsageError
-from cclip_deploy.imaging.reading import find_pictures
+from cclip_deploy.imaging.reading import find_images
 from cclip_deploy.inference.segmenter import chain_precisions
 from cclip_deploy.parity.compare import Check, can_chain, check_graphs, plain_batch, without_useful_masks
 from cclip_deploy.parity.reference import Reference, load_references
@@ -195,7 +195,7 @@ def _record_references(bundle: Bundle, loaded: LoadedCheckpoint, options: Verify
             f"{bundle.manifest.model['name']!r}. Use the checkpoint that it was exported from."
         )
     set_torch_threads(options.threads)
-    pictures = find_pictures(options.pictures) if options.pictures else []
+    pictures = find_images(options.pictures) if options.pictures else []
     return make_references(PyTorchBackend(loaded.model), bundle.manifest, pictures, options.prompts)
 
 

@@ -1,4 +1,4 @@
-"""ONNX graphs that do what no export does, each in the place of a bundle's mask decoder."""
+"""Build malicious ONNX graphs that replace the mask decoder of a bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a function in a forked child that may take only so much more memory than this process has."""
+"""Run a function in a forked child process with a limit on additional memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One picture of a folder or data set that cannot be used: it is named with its reason, and the others are done.
+"""One unusable image in a folder or data set is reported with the reason, and the others are processed.
 
 Before, `ImageError` alone was caught: a JPEG-LS DICOM file without a decoder (EnvironmentIssue) or a picture that
 takes all memory (MemoryError) ended the command with no mask, no JSON and no report; `evaluate`, `data` and the
@@ -84,7 +84,7 @@ def check_the_others(segmenter: Segmenter, folder: Path, tmp_path: Path, bad: st
 
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("name", ["a-first.png", "d.png", "z-last.png"])
-def test_predict_names_a_bad_picture_and_does_the_others(
+def test_predict_names_a_bad_image_and_does_the_others(
     segmenter: Segmenter, folder: Path, tmp_path: Path, kind: str, name: str
 ) -> None:
     (folder / name).write_bytes(BAD[kind]())
@@ -92,24 +92,24 @@ def test_predict_names_a_bad_picture_and_does_the_others(
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
-def test_predict_goes_on_whatever_reading_a_picture_raises(
+def test_predict_continues_whatever_reading_an_image_raises(
     segmenter: Segmenter, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Errors that come out of `read_picture` as they are, as if a decoder had been forgotten there."""
+    """Errors that come out of `read_image` as they are, as if a decoder had been forgotten there."""
     shutil.copy(folder / "a.png", folder / "b.png")
 
     def read(path: Path) -> images_module.Picture:
         if path.name == "b.png":
             raise error
-        return images_module.read_picture(path)
+        return images_module.read_image(path)
 
-    monkeypatch.setattr(pipeline, "read_picture", read)
+    monkeypatch.setattr(pipeline, "read_image", read)
     reason = check_the_others(segmenter, folder, tmp_path, "b.png")
     assert (str(error) or "takes more memory than there is") in reason
 
 
 @pytest.mark.parametrize("stage", ["to_input", "to_source", "write_segmentation"])
-def test_predict_goes_on_where_memory_ends_after_reading(
+def test_predict_continues_where_memory_ends_after_reading(
     segmenter: Segmenter, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """In the resize to the network, the one back, or the mask's files."""
@@ -129,7 +129,7 @@ def test_predict_goes_on_where_memory_ends_after_reading(
     assert "takes more memory than there is" in check_the_others(segmenter, folder, tmp_path, "b.png")
 
 
-def test_a_full_disk_is_no_pictures_failure(
+def test_a_full_disk_is_not_an_error_of_one_image(
     segmenter: Segmenter, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> object:
@@ -140,7 +140,7 @@ def test_a_full_disk_is_no_pictures_failure(
         predict(segmenter, [folder], ["left lung"], tmp_path / "out")
 
 
-def test_large_pictures_go_one_at_a_time(
+def test_large_images_go_one_at_a_time(
     segmenter: Segmenter, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before, three pictures and five masks were in memory whatever their size."""
@@ -189,7 +189,7 @@ def test_the_command_writes_its_json_and_ends_with_6(tiny_bundle_path: Path, fol
     assert [Path(row["image"]).name for row in document["predictions"]] == GOOD
     ((failed,),) = [document["failed"]]
     assert Path(failed["image"]).name == "b.dcm"
-    assert "no decoder for that is installed" in failed["error"]
+    assert "no decoder for it is installed" in failed["error"]
     assert read_png(Path(document["predictions"][0]["files"]["mask"])).shape == (50, 40)
     alone = invoke("predict", tiny_bundle_path, folder / "b.dcm", "--prompt", "left lung", "-o", tmp_path / "out")
     assert alone.exit_code == 6
@@ -205,7 +205,7 @@ def data_set(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_evaluate_leaves_out_a_bad_picture_and_says_so(tiny_bundle_path: Path, data_set: Path, tmp_path: Path) -> None:
+def test_evaluate_leaves_out_a_bad_image_and_says_so(tiny_bundle_path: Path, data_set: Path, tmp_path: Path) -> None:
     """The scores are those of the set without that row."""
     pytest.importorskip("matplotlib")
     done = invoke("evaluate", tiny_bundle_path, data_set, "-o", tmp_path / "report", "--threads", "1", "--json")
@@ -226,7 +226,7 @@ def test_evaluate_leaves_out_a_bad_picture_and_says_so(tiny_bundle_path: Path, d
     assert json.loads(again.stdout)["scores"] == document["scores"]
 
 
-def test_evaluate_of_bad_pictures_alone_is_an_error(tiny_bundle_path: Path, data_set: Path) -> None:
+def test_evaluate_of_bad_images_alone_is_an_error(tiny_bundle_path: Path, data_set: Path) -> None:
     for image in (data_set / "images").glob("test-*"):
         image.write_bytes(image.read_bytes()[:200])
     done = invoke("evaluate", tiny_bundle_path, data_set, "--threads", "1")
@@ -251,7 +251,7 @@ def test_data_reports_the_rest_of_a_set_with_bad_masks(tiny_bundle_path: Path, d
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_calibration_and_evaluation_images_leave_out_a_bad_picture(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_calibration_and_evaluation_images_leave_out_a_bad_image(folder: Path, tmp_path: Path, kind: str) -> None:
     (folder / "b.png").write_bytes(BAD[kind]())
     if kind == "nothing":
         (folder / "b.png").write_bytes(b"\0")

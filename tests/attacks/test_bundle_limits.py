@@ -1,4 +1,4 @@
-"""Bundles whose checksums, manifest or references are endless, doubled or announce more than they hold.
+"""Bundles with oversized, repeated or inconsistent checksums, manifests or references are refused.
 
 Before, a second line for one name in SHA256SUMS replaced the first, digests could be anything, a manifest of any size
 was read whole, and `verify` took 5.6 GB for 20,000 references.
@@ -75,7 +75,7 @@ def first_line(copy: Path) -> str:
         (f"{ZEROS}  x", "cut off"),
     ],
 )
-def test_a_line_that_is_no_checksum_or_doubles_a_name_is_refused(copy: Path, line: str, said: str) -> None:
+def test_a_line_that_is_not_a_checksum_or_doubles_a_name_is_refused(copy: Path, line: str, said: str) -> None:
     with pytest.raises(BundleError, match="SHA256SUMS is damaged") as caught:
         Bundle.open(with_line(copy, line))
     assert said in str(caught.value)

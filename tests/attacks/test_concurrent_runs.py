@@ -1,4 +1,4 @@
-"""Two runs with one target: one of them works, the other is refused before it does anything.
+"""Of two concurrent runs with the same output, the second is refused before it does any work.
 
 Before: temporary names held the process id, which is 1 in every container. Two containers on one volume had one
 folder between them, and the first to fail removed what the other was filling: `synth` published 94 of about 600 films
@@ -145,7 +145,7 @@ def test_leftovers_of_other_targets_stay(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "a"])
 
 
-def test_a_lock_file_that_nobody_holds_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_lock_file_that_nobody_holds_is_ignored(tmp_path: Path) -> None:
     (tmp_path / ".a.cclip-lock").write_text("process 1 on host gone, since 2020-01-01 00:00:00 UTC")
     with whole_folder(tmp_path / "a") as unfinished:
         unfinished.mkdir()
@@ -197,7 +197,7 @@ class Films:
         return done.exit_code, done.stderr
 
 
-def test_masks_of_another_patient_are_not_replaced_without_a_word(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_masks_of_another_patient_are_not_replaced_silently(tiny_bundle_path: Path, tmp_path: Path) -> None:
     """Both films are film.png, so both masks are film-lung-mask.png: the second run once replaced the first's."""
     films = Films(tiny_bundle_path, tmp_path)
     assert films.predict("one")[0] == 0

@@ -1,4 +1,4 @@
-"""A short run of tests/attacks/long/flip_bundle.py, which flips thousands of bytes."""
+"""Short run of tests/attacks/long/flip_bundle.py, which flips thousands of bytes of a bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short form of tests/attacks/long/flip_inputs.py: changed inputs give an answer or one error."""
+"""Short run of tests/attacks/long/flip_inputs.py: corrupted inputs give a result or one error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_what_is_changed_is_sound_before(kinds: tuple[Path, list[flip_inputs.Inp
         path = folder / f"sound{kind.suffix}"
         path.write_bytes(kind.content)
         if kind.read is flip_inputs._read_all:
-            assert flip_inputs.read_picture(path).pixels.size, kind.name
+            assert flip_inputs.read_image(path).pixels.size, kind.name
         else:
             kind.read(path)
 

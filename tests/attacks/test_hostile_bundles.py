@@ -1,6 +1,6 @@
-"""Bundles made to read, write or run what they should not: each ends in one error, and nothing outside is touched.
+"""Bundles that try to read, write or run something outside are refused with one error.
 
-All are sealed: their checksums hold. A checksum shows damage; it does not make a stranger's bundle harmless.
+Their checksums are valid: a checksum detects damage, but does not make an untrusted bundle harmless.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_checksums_of_files_outside_are_refused(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"no checksum\n", b"0" * 64 + b" *manifest.json\n", b"\n"])
-def test_a_list_of_checksums_that_is_none_is_refused(copy: Path, content: bytes) -> None:
+def test_an_invalid_list_of_checksums_is_refused(copy: Path, content: bytes) -> None:
     (copy / "SHA256SUMS").write_bytes(content)
     with pytest.raises(BundleError, match="SHA256SUMS"):
         Bundle.open(copy)
@@ -260,7 +260,7 @@ def test_terminal_codes_in_a_manifest_do_not_reach_the_terminal(copy: Path) -> N
     assert "\x1b" not in invoke("inspect", copy).stdout
 
 
-def test_a_tokenizer_that_is_none_is_an_error(copy: Path) -> None:
+def test_an_invalid_tokenizer_is_an_error(copy: Path) -> None:
     for content in (b"", b"{}", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', b"\xff"):
         (copy / "tokenizer.json").write_bytes(content)
         seal(copy)

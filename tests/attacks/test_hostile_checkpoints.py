@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, lie, or would run code: one clear line each, and no code is run."""
+"""Checkpoints that are damaged, inconsistent or contain code are refused with one line, and no code runs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_would_run_a_command_is_refused_and_does_not_run_it(
     proof = tmp_path / "it-ran"
     message = refusal(saved(wrap(RunsCommand(f"touch {proof}")), zipped, protocol), tmp_path)
     assert not proof.exists()
-    assert "holds more than tensors, so loading it could run code: refused." in message or protocol == 4
+    assert "contains objects other than tensors, so loading it could run code: refused." in message or protocol == 4
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -103,7 +103,7 @@ def test_an_environment_that_asks_for_unsafe_loading_is_not_obeyed(
 
 def test_a_whole_pickled_module_is_more_than_tensors(tmp_path: Path) -> None:
     message = refusal(saved(torch.nn.Linear(2, 2)), tmp_path)
-    assert "Save the state dict alone: torch.save(model.state_dict(), FILE)." in message
+    assert "Save only the state dict: torch.save(model.state_dict(), FILE)." in message
 
 
 def test_a_torchscript_archive_is_a_program_and_torch_s_warnings_about_it_stay_inside(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_torchscript_archive_is_a_program_and_torch_s_warnings_about_it_stay_i
         torch.jit.save(module, buffer)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert "TorchScript archive, a program: refused" in refusal(buffer.getvalue(), tmp_path)
+        assert "TorchScript archive, which contains code: refused" in refusal(buffer.getvalue(), tmp_path)
     assert seen == []
 
 
@@ -137,15 +137,15 @@ def test_a_torchscript_archive_is_a_program_and_torch_s_warnings_about_it_stay_i
     ],
     ids=["empty", "byte", "PK", "zip", "pickle", "text", "git-lfs", "html", "png", "zeros", "ones", "json", "opcodes"],
 )  # fmt: skip
-def test_a_file_that_is_no_checkpoint_is_said_to_be_none(content: bytes, tmp_path: Path) -> None:
-    assert "is no checkpoint, or a damaged or truncated one" in refusal(content, tmp_path)
+def test_a_file_that_is_not_a_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    assert "is not a checkpoint, or a damaged or truncated one" in refusal(content, tmp_path)
 
 
-def test_a_zip_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_zip_of_something_else_is_not_a_checkpoint(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr("readme/readme.txt", "hello")
-    assert "is no checkpoint" in refusal(buffer.getvalue(), tmp_path)
+    assert "is not a checkpoint" in refusal(buffer.getvalue(), tmp_path)
 
 
 @pytest.mark.parametrize("whole", [SMALL_ZIP, SMALL_OLD, SMALL_SAFE], ids=["zip", "old torch", "safetensors"])
@@ -210,7 +210,7 @@ def test_a_config_of_more_blocks_than_tensors_is_not_built_first(tmp_path: Path)
     """Seconds of building would go before the first missing tensor is found."""
     config = json.dumps({**TINY.to_dict(), "vision_layers": [1, 1, 128, 1]})
     message = refusal(save(SMALL, {FORMAT: config}), tmp_path)
-    assert "names a config of 133 blocks and holds 3 tensors" in message
+    assert "has a config of 133 blocks but only 3 tensors" in message
 
 
 @pytest.mark.parametrize(
@@ -223,14 +223,14 @@ def test_a_config_of_thousands_of_blocks_is_refused_before_it_is_built(
     monkeypatch.setattr(checkpoint, "CausalCLIPSeg", lambda config: pytest.fail("was built"))
     tensors = {str(number): torch.zeros(1) for number in range(20_100)}
     message = refusal(save(tensors, {FORMAT: json.dumps({**TINY.to_dict(), **change})}), tmp_path)
-    assert "each has at most 128" in message
+    assert "the limit is 128" in message
 
 
 @pytest.mark.parametrize("name", [None, 1, ["tiny"], "", "x" * 65, "two\nlines", "\x1b[2J"], ids=repr)
 def test_a_config_without_a_plain_name_is_refused(name: object, tmp_path: Path) -> None:
     """`null` was taken, and failed in `export` and in the manifest."""
     config = json.dumps({**TINY.to_dict(), "name": name})
-    assert "name is a text of 1 to 64 characters" in refusal(save(SMALL, {FORMAT: config}), tmp_path)
+    assert "name must have 1 to 64 characters" in refusal(save(SMALL, {FORMAT: config}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_weights_of_a_type_that_networks_do_not_have_are_refused(
     assert f"has 1 tensor of another type: {name} {str(kind).removeprefix('torch.')}" in message
 
 
-def test_a_counter_that_is_no_whole_number_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_counter_that_is_not_a_whole_number_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(tiny_checkpoint)
     name = next(name for name in tensors if name.endswith("num_batches_tracked"))
     tensors[name] = torch.tensor(1.5)
@@ -310,7 +310,7 @@ def test_a_file_that_is_cut_off_as_it_is_opened_is_refused(
         return found
 
     monkeypatch.setattr(io, "open", cutting)
-    with pytest.raises(CheckpointError, match=r"cut\.safetensors is (no checkpoint|a damaged)"):
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors is (not a checkpoint|a damaged)"):
         load_checkpoint(path)
 
 
@@ -342,7 +342,7 @@ def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path:
 
 def test_a_format_of_the_future_is_named(tmp_path: Path) -> None:
     content = save(SMALL, {"cclip-deploy checkpoint 2": json.dumps(TINY.to_dict())})
-    assert "'cclip-deploy checkpoint 2', and this version reads 'cclip-deploy checkpoint 1'" in refusal(
+    assert "'cclip-deploy checkpoint 2', but this version reads 'cclip-deploy checkpoint 1'" in refusal(
         content, tmp_path
     )
 

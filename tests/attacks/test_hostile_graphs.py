@@ -1,6 +1,6 @@
-"""Graphs that read other files, never end or fill the memory: each is refused before a runtime gets it.
+"""Graphs that read other files, never end or exhaust memory are refused before a runtime loads them.
 
-Every bundle here is sealed: its checksums hold.
+The checksums of every bundle here are valid.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
-def test_bytes_that_are_no_graph_are_refused_in_words(tiny_bundle: Bundle, content: bytes) -> None:
+def test_bytes_that_are_not_a_graph_are_refused_in_words(tiny_bundle: Bundle, content: bytes) -> None:
     with pytest.raises(BundleError, match=r"hostile\.onnx is not a graph that cclip-deploy exports"):
         check(content, tiny_bundle)
 
@@ -338,7 +338,7 @@ def test_a_limit_that_is_kept_changes_nothing(tiny_bundle: Bundle, name: str) ->
 
 @pytest.mark.parametrize("limit", [0, -1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_limit_that_is_none_is_refused(tiny_bundle: Bundle, name: str, limit: float) -> None:
+def test_an_invalid_limit_is_refused(tiny_bundle: Bundle, name: str, limit: float) -> None:
     with pytest.raises(UsageError, match="seconds_limit"):
         BACKENDS[name](tiny_bundle, seconds_limit=limit)
 
@@ -356,7 +356,7 @@ def test_bytes_that_only_protobuf_refuses_are_an_error_in_words(copy: Path) -> N
         OnnxRuntimeBackend(Bundle.open(copy), threads=1).load(GRAPH)
 
 
-def test_a_name_of_a_size_that_is_no_text_is_an_error_in_words(copy: Path) -> None:
+def test_a_name_of_a_size_that_is_not_a_text_is_an_error_in_words(copy: Path) -> None:
     """Found by flipping bytes: ONNX Runtime took it, and reading the graph's inputs back was a UnicodeDecodeError."""
     content = (copy / PLACE).read_bytes().replace(b"prompts", b"promp\xff\xfe")
     (copy / PLACE).unlink()

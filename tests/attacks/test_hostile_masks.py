@@ -1,4 +1,4 @@
-"""Masks and images of a data set that are made to harm: each ends in an error that names the file.
+"""Malicious masks and images of a data set are refused with an error that names the file.
 
 Before, a mask was opened with every format that Pillow knows, so a PostScript file named m.png started Ghostscript; and
 an image's EXIF orientation was applied but its mask's was not, so square ones were scored against the wrong place.
@@ -17,7 +17,7 @@ from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError, ImageError
-from cclip_deploy.imaging.reading import picture_orientation, picture_size, read_picture
+from cclip_deploy.imaging.reading import image_orientation, image_size, read_image
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
 ORIENTATION = 274
@@ -73,7 +73,7 @@ def test_an_orientation_that_one_of_the_two_has_is_refused(side: tuple[int, int]
 def test_an_orientation_that_both_have_turns_both(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", *pair(32, 48), turned="image mask")
     (row,) = read_data_set(folder).samples
-    pixels, mask = read_picture(row.image).pixels, read_mask(row.mask)
+    pixels, mask = read_image(row.image).pixels, read_mask(row.mask)
     assert pixels.shape == mask.shape == (48, 32)
     assert np.array_equal(pixels > 0.5, mask)
 
@@ -98,7 +98,7 @@ def test_every_layout_compares_the_orientations_of_a_square_pair(tmp_path: Path,
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_an_orientation_is_found_before_and_behind_the_pixels_of_a_png(tmp_path: Path, behind: bool) -> None:
+def test_an_orientation_is_found_before_and_after_the_pixels_of_a_png(tmp_path: Path, behind: bool) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     path = tmp_path / "a.png"
@@ -109,17 +109,17 @@ def test_an_orientation_is_found_before_and_behind_the_pixels_of_a_png(tmp_path:
     if behind:
         path.write_bytes(data[:at] + data[end:-12] + data[at:end] + data[-12:])
     assert (path.read_bytes().index(b"eXIf") > path.read_bytes().index(b"IDAT")) == behind
-    assert picture_orientation(path) == 6
-    assert picture_size(path) == (6, 4)
-    assert read_picture(path).pixels.shape == (4, 6)
+    assert image_orientation(path) == 6
+    assert image_size(path) == (6, 4)
+    assert read_image(path).pixels.shape == (4, 6)
 
 
-def test_the_size_of_a_png_is_told_without_decoding_it(tmp_path: Path) -> None:
+def test_the_size_of_a_png_is_read_without_decoding_it(tmp_path: Path) -> None:
     """Before, each image and mask of a data set was decoded twice to compare sizes and orientations."""
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30)).astype(np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:300])
-    assert picture_size(path) == (30, 40)
-    assert picture_orientation(path) == 1
+    assert image_size(path) == (30, 40)
+    assert image_orientation(path) == 1
     with pytest.raises(ImageError):
-        read_picture(path)
+        read_image(path)

@@ -1,4 +1,4 @@
-"""Names, prompts and cells with markup or terminal codes in them: they are shown as they are, and steer nothing.
+"""Markup in names, prompts and table cells is printed literally, and terminal codes are removed.
 
 Before, table cells and lines without `markup=False` obeyed `[red]` and `[link=…]`, an unmatched `[/b]` in an arm's or a
 graph's name ended the command with a MarkupError, and marks that turn the direction of writing reached the terminal.

@@ -1,4 +1,4 @@
-"""Options out of any range, and outputs that cannot be written: one clear line, before any work is done.
+"""Out-of-range options and unwritable outputs are refused with one line, before any work.
 
 Before: `--threads 100000` ended the process in ONNX Runtime, `--image-size 9999999968` in torch's allocator, and
 `train -o` below a folder that cannot be written told so after the training.
@@ -139,7 +139,7 @@ COMMANDS = list(outputs(*[Path()] * 6))
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("place", ["no file system", "below a file", "a long name", "a loop"])
-def test_an_output_that_cannot_be_written_is_told_before_the_work(
+def test_an_output_that_cannot_be_written_is_reported_before_the_work(
     tiny_bundle_path: Path, tiny_checkpoint: Path, data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     command: str, place: str,
 ) -> None:  # fmt: skip
@@ -182,7 +182,7 @@ def test_nothing_is_left_of_the_trial_of_an_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_told_early(tmp_path: Path) -> None:
+def test_a_folder_without_permission_is_reported_early(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
     for check in (check_writable, lambda path: check_report_folder(path, False)):
         with pytest.raises(EnvironmentIssue):

@@ -1,4 +1,4 @@
-"""Pictures made to break the reader: each ends in an ImageError that names the file, quietly, quickly and small."""
+"""Malicious images are refused with an ImageError that names the file, without warnings, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from PIL import Image
 from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.errors import CclipError, ImageError
 from cclip_deploy.imaging.dicom_frames import unpacked_bytes
-from cclip_deploy.imaging.reading import Picture, decoding, find_pictures, picture_size, read_picture
+from cclip_deploy.imaging.image import Picture, decoding
+from cclip_deploy.imaging.reading import find_images, image_size, read_image
 from cclip_deploy.imaging.writing import write_segmentation
 from tests.attacks.memory import within
 
@@ -77,7 +78,7 @@ def read_bytes(path: Path, data: bytes) -> Picture | CclipError:
     """What comes of the bytes: a sound picture, or an error that names the file; anything else fails the test."""
     path.write_bytes(data)
     try:
-        picture = read_picture(path)
+        picture = read_image(path)
     except CclipError as error:
         return error if str(path) in str(error) else pytest.fail(f"the message does not name the file: {error}")
     assert picture.pixels.dtype == np.float32
@@ -99,7 +100,7 @@ def test_every_truncation_before_the_pixels_end_is_an_error(
 @pytest.mark.parametrize("kind", MAKERS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=60)
-def test_changed_bytes_give_a_picture_or_an_error(
+def test_changed_bytes_give_an_image_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
 ) -> None:
     changed = bytearray(MAKERS[kind]())
@@ -132,7 +133,7 @@ def test_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, sid
     error = read_bytes(tmp_path / "bomb.png", png(side, side, bytes(10_000_000)))
     assert isinstance(error, ImageError)
     if side < 2**31 - 1:
-        assert "Reduce or crop the picture" in str(error)
+        assert "Reduce or crop the image" in str(error)
     assert peak_kilobytes() - before < 100_000
 
 
@@ -163,7 +164,7 @@ def test_a_dicom_element_that_says_4_gb_takes_no_memory(tmp_path: Path, tag: byt
     path = tmp_path / "a.dcm"
     head = dicom()[: 132 if tag[0] == 2 else dicom().index(b"\x08\x00\x16\x00UI")]
     path.write_bytes(head + tag + kind + b"\0\0\xfe\xff\xff\xff" + bytes(30))
-    for read in (read_picture, picture_size):
+    for read in (read_image, image_size):
         said = within(50, lambda read=read: read(path))
         assert said.startswith("ImageError: ")
         assert "memory" not in said.lower()
@@ -213,26 +214,26 @@ def tiff_of_one_tile(width: int, length: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", HUGE)
-def test_a_picture_too_large_for_its_channels_sides_or_tiles_is_refused_in_50_mib(tmp_path: Path, kind: str) -> None:
+def test_an_image_too_large_for_its_channels_sides_or_tiles_is_refused_in_50_mib(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(HUGE[kind]())
-    for read in (read_picture, read_mask, picture_size):
+    for read in (read_image, read_mask, image_size):
         said = within(50, lambda read=read: read(path))
         assert said.startswith("ImageError: ")
-        assert "Reduce or crop the picture" in said
+        assert "Reduce or crop the image" in said
 
 
-def test_the_largest_pictures_take_little_more_than_their_own_pixels(tmp_path: Path) -> None:
+def test_the_largest_images_take_little_more_than_their_own_pixels(tmp_path: Path) -> None:
     """Before, 16-bit gray was made float64 and divided there: five times its float32 pixels.
 
     The pixels of 4096x4096 as float32 are 64 MiB; the decoder's own buffer is half of that.
     """
     path = tmp_path / "a.png"
     path.write_bytes(png(4096, 4096, bytes((2 * 4096 + 1) * 4096), bits=16))
-    assert within(64 + 2 * 32 + 48, lambda: read_picture(path).pixels.shape) == "tuple: (4096, 4096)"
+    assert within(64 + 2 * 32 + 48, lambda: read_image(path).pixels.shape) == "tuple: (4096, 4096)"
     data = dicom(4096, 4096)
     (tmp_path / "a.dcm").write_bytes(data)
-    assert within(64 + 3 * 32 + 96, lambda: read_picture(tmp_path / "a.dcm").pixels.shape) == "tuple: (4096, 4096)"
+    assert within(64 + 3 * 32 + 96, lambda: read_image(tmp_path / "a.dcm").pixels.shape) == "tuple: (4096, 4096)"
 
 
 def test_a_mask_of_the_largest_size_is_written_in_little_memory(tmp_path: Path) -> None:
@@ -249,8 +250,8 @@ def test_a_decoder_without_memory_is_the_pictures_failure(tmp_path: Path) -> Non
     path.write_bytes(png(6000, 6000, bytes(6001 * 6000)))
     code = (
         "import sys; from pathlib import Path\n"
-        "from cclip_deploy.imaging.reading import read_picture; from tests.attacks.memory import within\n"
-        "print(within(20, lambda: read_picture(Path(sys.argv[1]))))"
+        "from cclip_deploy.imaging.reading import read_image; from tests.attacks.memory import within\n"
+        "print(within(20, lambda: read_image(Path(sys.argv[1]))))"
     )
     root = Path(__file__).parents[2]
     said = subprocess.run(
@@ -304,7 +305,7 @@ def test_a_chain_of_many_pages_is_refused_at_the_second(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     path.write_bytes(data[:end] + struct.pack("<I", len(data)) + data[end + 4 :] + pages + bytes(6))
     with counted_calls() as calls, pytest.raises(ImageError, match="several pages"):
-        read_picture(path)
+        read_image(path)
     assert calls[0] < 5000
 
 
@@ -371,16 +372,16 @@ def test_a_compressed_dicom_is_read_where_its_size_is_the_headers_and_refused_wh
     assert picture.pixels.shape == (64, 64)
     if kind != "RLE":
         path.write_bytes(compressed_dicom(syntax, make(6000), 64, 64))
-        said = within(30, lambda: read_picture(path))
+        said = within(30, lambda: read_image(path))
         assert said.startswith("ImageError: ")
-        assert "the compressed picture inside 6000x6000" in said
+        assert "the compressed image inside is 6000x6000" in said
 
 
-def test_runs_that_unpack_to_far_more_than_the_picture_are_counted_first(tmp_path: Path) -> None:
+def test_runs_that_unpack_to_far_more_than_the_image_are_counted_first(tmp_path: Path) -> None:
     """Before, 4 MB of runs unpacked to 256 MB, and each further one to 64."""
     path = tmp_path / "a.dcm"
     path.write_bytes(compressed_dicom(RLE, rle(b"\x81\x07" * 2_000_000), 64, 64))
-    said = within(60, lambda: read_picture(path))
+    said = within(60, lambda: read_image(path))
     assert said.startswith("ImageError: ")
     assert "unpack to far more" in said
 
@@ -428,30 +429,30 @@ def test_other_formats_are_not_even_tried(tmp_path: Path, data: bytes) -> None:
 def test_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ImageError, match="not a regular file"):
-        read_picture(tmp_path / "a.png")
-    with pytest.raises(ImageError, match="has no picture"):
-        find_pictures([tmp_path])
+        read_image(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="has no image"):
+        find_images([tmp_path])
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no /dev/zero")
 def test_endless_device_is_refused() -> None:
     with pytest.raises(ImageError, match="not a regular file"):
-        read_picture(Path("/dev/zero"))
+        read_image(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "x" * 5000 + ".png", "-rf", "nowhere/../../a.png"])
 def test_odd_paths_are_errors(tmp_path: Path, name: str) -> None:
     with pytest.raises(ImageError):
-        read_picture(tmp_path / name)
+        read_image(tmp_path / name)
 
 
 def test_circular_links_end(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
     Image.new("L", (2, 2)).save(tmp_path / "a.png")
-    assert [path.name for path in find_pictures([tmp_path])] == ["a.png"]
+    assert [path.name for path in find_images([tmp_path])] == ["a.png"]
     with pytest.raises(ImageError, match=r"self\.png"):
-        read_picture(tmp_path / "self.png")
+        read_image(tmp_path / "self.png")
 
 
 def test_damaged_exif_says_nothing_on_the_screen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -479,7 +480,7 @@ def test_no_warning_leaks(tmp_path: Path) -> None:
 def test_readers_in_several_threads_take_turns(tmp_path: Path) -> None:
     """`warnings.filters` is the process's own: interleaved readers would leave the wrong ones behind."""
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    thread = threading.Thread(target=read_picture, args=(tmp_path / "a.png",))
+    thread = threading.Thread(target=read_image, args=(tmp_path / "a.png",))
     before = warnings.filters
     with decoding(tmp_path / "b.png"):
         thread.start()
@@ -490,7 +491,7 @@ def test_readers_in_several_threads_take_turns(tmp_path: Path) -> None:
     assert warnings.filters is before
 
 
-def test_pictures_are_opened_in_one_place_with_a_list_of_formats() -> None:
+def test_images_are_opened_in_one_place_with_a_list_of_formats() -> None:
     """Before, masks were opened with every format that Pillow knows, one of which starts Ghostscript."""
     root = Path(__file__).parents[2]
     sources = [

@@ -1,4 +1,4 @@
-"""Sentences made to take long or to break the reader: steps grow at most linearly, and errors are of the project's own.
+"""Malicious sentences are processed in linear time, or refused with one of the project's errors.
 
 Before issue 10 a word of 60 letters hung every command that repairs prompts (45 letters: 3.8 s). After it, a million
 characters were still cleaned and tokenized, and `²` before "lesions" and `&#99…9;` of 5,000 digits gave tracebacks.
@@ -21,10 +21,9 @@ from cclip_deploy.common.limits import LONGEST_PROMPT
 from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.errors import DataError, PromptError
 from cclip_deploy.inference.segmenter import Segmenter
-from cclip_deploy.prompts import corrections as spelling
-from cclip_deploy.prompts.corrections import respell
+from cclip_deploy.prompts import spelling
 from cclip_deploy.prompts.reader import meaning, mirror, read_prompt
-from cclip_deploy.prompts.spelling import repair_prompt, repair_prompts
+from cclip_deploy.prompts.spelling import repair_prompt, repair_prompts, respell
 from cclip_deploy.prompts.tokenizer import PromptTokenizer, clean_prompt
 from tests.attacks.test_hostile_masks import pair, write_set
 from tests.cli.run import invoke

@@ -1,4 +1,4 @@
-"""States of a training that are damaged or lie: each is a CheckpointError, and nothing is cast without a word."""
+"""Damaged or inconsistent training states raise CheckpointError, and no tensor is cast silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables, annotations and configs made to harm: each ends in one error before the memory or the time is spent.
+"""Malicious tables, annotations and configs are refused with one error before they take time or memory.
 
 Before: 42 kB of xlsx took 2.1 GB, a cell in row 2·10⁹ all of 4 GB; 60,000 columns took 25 s, as names were counted by
 comparing each with all; a pipe named train.json or recipe.toml was waited for without an end; a path of 5,000 letters

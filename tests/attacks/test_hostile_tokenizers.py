@@ -1,4 +1,4 @@
-"""Tokenizers that are not CLIP's own: each is refused before the package tokenizers sees anything of it."""
+"""Tokenizer files that differ from CLIP's are refused before they are passed to the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -109,14 +109,14 @@ CHANGES: dict[str, tuple[Callable[[Form], None], str]] = {
     "an id that is no number": (renumber("a", 0.0), "ids are not 0 to"),  # type: ignore[arg-type]
     "an id that is a truth value": (renumber("\"", True), "ids are not 0 to"),
     "a token that is empty": (token("", 6), "a token is empty"),
-    "a token of half a character": (token("\ud800", 6), "letters that no byte stands for"),
+    "a token of half a character": (token("\ud800", 6), "characters outside the byte alphabet"),
     "a token of a million letters": (token("a" * 1_000_000, 6), "longer than"),
     "a merge of unknown tokens": (
-        lambda form: form["model"]["merges"].append(["a", "\u2603"]), "not all in the vocabulary",
+        lambda form: form["model"]["merges"].append(["a", "\u2603"]), "not in the vocabulary",
     ),
-    "a merge of three": (lambda form: form["model"]["merges"].append(["a", "b", "c"]), "no pair"),
-    "merges that are no list": (model_field("merges", {"a": "b"}), "merges are no list"),
-    "no vocabulary": (model_field("vocab", []), "vocabulary is no object"),
+    "a merge of three": (lambda form: form["model"]["merges"].append(["a", "b", "c"]), "not a pair"),
+    "merges that are no list": (model_field("merges", {"a": "b"}), "merges are not a list"),
+    "no vocabulary": (model_field("vocab", []), "vocabulary is not an object"),
     "an added token of another id": (added(id=7), "added tokens"),
     "an added token that eats white space": (added(lstrip=True), "added tokens"),
     "a thousand added tokens": (many_added, "added tokens"),
@@ -156,7 +156,7 @@ BYTES = {
 
 
 @pytest.mark.parametrize("content", BYTES.values(), ids=BYTES)
-def test_a_file_that_is_no_tokenizer_is_refused(content: bytes) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused(content: bytes) -> None:
     refusal(content)
 
 

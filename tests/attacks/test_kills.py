@@ -1,4 +1,4 @@
-"""A run that ends at any of its file operations leaves the old thing or the new, and nothing after the next run.
+"""A run killed at any file operation leaves the old or the new output, and the next run removes temporary files.
 
 Before: `.unfinished`, `.part` and `.old` stayed for ever after kill -9 or SIGHUP; between the two renames of a
 replaced folder there was no bundle at all; and a kill among the three renames of a mask left its overlay of another

@@ -1,4 +1,4 @@
-r"""File names that are not UTF-8, as old archives and other systems leave them: no report is lost for one.
+r"""File names that are not UTF-8, as in old archives, do not prevent reports from being written.
 
 Before: `evaluate` worked to its end and then raised UnicodeEncodeError while it wrote rows.csv, so that the report was
 lost; `export`, `build-engine` and a calibration ended with pydantic's error on the name of a checkpoint or picture;
@@ -40,7 +40,7 @@ def strict_json(content: bytes) -> Any:
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / f"set{ODD}"
-    write_dataset(folder, {"test": 2}, (64, 64), 0, prompts_per_film=1)
+    write_dataset(folder, {"test": 2}, (64, 64), 0, prompts_per_image=1)
     return folder
 
 
@@ -57,7 +57,7 @@ def test_a_data_set_of_such_a_name_has_its_whole_report(tiny_bundle_path: Path, 
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
-def test_a_picture_of_such_a_name_is_segmented(form: list[str], tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_an_image_of_such_a_name_is_segmented(form: list[str], tiny_bundle_path: Path, tmp_path: Path) -> None:
     picture = tmp_path / f"{ODD}.png"
     Image.new("L", (40, 40), 90).save(picture)
     done = invoke(
@@ -69,7 +69,7 @@ def test_a_picture_of_such_a_name_is_segmented(form: list[str], tiny_bundle_path
     assert len(os.listdir(tmp_path / "out")) == 3
 
 
-def test_a_picture_of_such_a_name_can_calibrate(tmp_path: Path) -> None:
+def test_an_image_of_such_a_name_can_calibrate(tmp_path: Path) -> None:
     Image.fromarray(np.eye(40, dtype=np.uint8) * 200).save(tmp_path / f"{ODD}.png")
     chosen = choose_pictures(CalibrationOptions((tmp_path,), allow_few=True))
     assert [picture.name for picture in chosen.pictures] == [f"{SHOWN}.png"]

@@ -1,4 +1,4 @@
-"""A bundle that is replaced, or a file of it exchanged, while a program has it open: the old answers or an error.
+"""If a bundle or one of its files is replaced while it is open, results are those of the old bundle, or an error.
 
 Before, a path was hashed and opened again later: 13 of 32 exchanged graphs and the tokenizer were used, a served bundle
 gave the masks of another without a word, the other's prompt kernels were kept under the first one's hash, and 1 of 93

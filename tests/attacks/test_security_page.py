@@ -1,4 +1,4 @@
-"""docs/security.md: every input that is read has a row, and every test that a row names is there."""
+"""docs/security.md has a row for every kind of input, and the tests that it names exist."""
 
 from __future__ import annotations
 

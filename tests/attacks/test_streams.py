@@ -1,4 +1,4 @@
-"""Standard output that is closed, full or narrow: every command ends with one line at most, and the right exit code.
+"""If stdout is closed, full or lacks a character, a command prints at most one line and exits with the right code.
 
 Before: a reader that went away gave exit code 1 or 120 and a traceback (`BrokenPipeError`, from Rich or at the
 interpreter's end), /dev/full a traceback of OSError, a closed descriptor one of AttributeError, and a character that

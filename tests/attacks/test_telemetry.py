@@ -1,4 +1,4 @@
-"""What the packages that we load keep or send of a user: nothing.
+"""The packages that are loaded neither store nor send data about the user.
 
 Before: ONNX Runtime 1.32 wrote a device id and events (processor, system, paths, graph names, error texts) below
 ~/.cache/Microsoft/DeveloperTools at its import, and looked up a host of Microsoft's some ten seconds later.

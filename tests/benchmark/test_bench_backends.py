@@ -14,7 +14,7 @@ from cclip_deploy.benchmark import run as bench
 from cclip_deploy.benchmark.baselines import Baselines
 from cclip_deploy.benchmark.process import ProcessCost
 from cclip_deploy.bundle.bundle import Bundle, edited_bundle, write_manifest
-from cclip_deploy.datasets.synthetic.generator import make_film
+from cclip_deploy.datasets.synthetic.generator import make_sample
 from cclip_deploy.engines.convert import ConvertOptions, convert_graphs
 from cclip_deploy.quantization.calibrate import CalibrationOptions
 from tests.bundles import copy_of, flip_byte
@@ -34,7 +34,7 @@ def mixed_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathF
         films = path.parent / "films"
         films.mkdir()
         for seed in range(8):
-            pixels = make_film(np.random.default_rng(seed), TINY_HW).image
+            pixels = make_sample(np.random.default_rng(seed), TINY_HW).image
             Image.fromarray((pixels * 255).astype(np.uint8)).save(films / f"{seed}.png")
         bundle = Bundle.open(copy_of(tiny_bundle_path, path.parent, path.name))
         calibration = CalibrationOptions((films,), "min-max")

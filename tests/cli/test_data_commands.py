@@ -33,7 +33,7 @@ def test_the_table_is_for_people(tmp_path: Path) -> None:
     assert invoke("synth", tmp_path / "set", "--images", "5", "--size", "32").exit_code == 0
     said = invoke("data", tmp_path / "set", "--layout", "flat", "--prompt-length", "8", "--subject", "train")
     assert said.exit_code == 0
-    assert "train and test share 0 patients and 0 pictures" in said.stdout
+    assert "train and test share 0 patients and 0 images" in said.stdout
     assert "5 prompts are longer than 8 tokens" in said.stdout
 
 

@@ -15,7 +15,7 @@ from tests.test_imports import loaded_by
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "films"
-    write_dataset(folder, {"test": 3}, (64, 64), 0, prompts_per_film=2)
+    write_dataset(folder, {"test": 3}, (64, 64), 0, prompts_per_image=2)
     return folder
 
 

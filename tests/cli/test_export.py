@@ -33,8 +33,8 @@ def folder(tmp_path: Path) -> Path:
         (["--image-size", "224x230"], "230 is not a positive multiple of 32"),
         (["--image-size", "big"], "Image size 'big' is not N or HxW"),
         (["--prompt-length", "78"], "prompt length of 78 is out of range. Use 3 to 77"),
-        (["--batch", "2"], "belongs to --plain"),
-        (["--plain", "--with-masks"], "belongs to the deploy form"),
+        (["--batch", "2"], "--batch requires --plain"),
+        (["--plain", "--with-masks"], "exclude --plain"),
     ],
 )
 def test_a_wrong_option_is_one_message_and_2(

@@ -1,4 +1,4 @@
-"""Changes to picture, mask and words together."""
+"""Consistent augmentation of image, mask and texts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import ValidationError
 
 from cclip_deploy.datasets.augmentation import Augmentation, Change, apply_change, draw_change
 from cclip_deploy.datasets.synthetic.generator import make_samples
-from cclip_deploy.prompts.template import parse
+from cclip_deploy.prompts.template import parse_facts
 
-STILL = Change(flip=False, turn_degrees=0.0, scale=1.0, gain=1.0, gamma=1.0)
+STILL = Change(flip=False, rotation_degrees=0.0, scale=1.0, gain=1.0, gamma=1.0)
 LEFT = "Unilateral pulmonary infection, one infected area, lower left lung."
 
 
@@ -32,17 +32,17 @@ def test_nothing_is_changed_by_default(film: tuple[np.ndarray, np.ndarray, tuple
     assert texts == film[2]
 
 
-def test_a_flip_swaps_picture_mask_and_words(film: tuple[np.ndarray, np.ndarray, tuple[str, ...]]) -> None:
+def test_a_flip_swaps_image_mask_and_words(film: tuple[np.ndarray, np.ndarray, tuple[str, ...]]) -> None:
     pixels, masks, texts = apply_change(changed(flip=True), *film)
     assert np.array_equal(pixels, film[0][:, ::-1])
     assert np.array_equal(masks, film[1][:, :, ::-1])
-    assert [parse(text) for text in texts] == [parse(text).mirrored() for text in film[2]]
+    assert [parse_facts(text).zones for text in texts] == [parse_facts(text).zones.mirrored() for text in film[2]]
     back = apply_change(changed(flip=True), pixels, masks, texts)
     assert back[2] == film[2]
     assert np.array_equal(back[0], film[0])
 
 
-def test_a_picture_is_not_flipped_where_one_of_its_texts_cannot_be() -> None:
+def test_an_image_is_not_flipped_where_one_of_its_texts_cannot_be() -> None:
     pixels, masks = np.arange(6, dtype=np.float32).reshape(2, 3) / 6, np.eye(2, 3, dtype=bool)[None].repeat(2, axis=0)
     kept = apply_change(changed(flip=True), pixels, masks, (LEFT, "leftmost nodule"))
     assert np.array_equal(kept[0], pixels)
@@ -53,7 +53,7 @@ def test_a_picture_is_not_flipped_where_one_of_its_texts_cannot_be() -> None:
 def test_a_quarter_turn_is_that_of_numpy() -> None:
     rng = np.random.default_rng(0)
     pixels, masks = rng.random((33, 33, 3), np.float32), rng.random((2, 33, 33)) > 0.5
-    turned = apply_change(changed(turn_degrees=90.0), pixels, masks, ("a", "b"))
+    turned = apply_change(changed(rotation_degrees=90.0), pixels, masks, ("a", "b"))
     assert np.allclose(turned[0], np.rot90(pixels), atol=1e-4)
     assert np.array_equal(turned[1], np.rot90(masks, axes=(1, 2)))
 
@@ -83,7 +83,12 @@ def test_draws_stay_in_their_ranges_and_repeat_themselves() -> None:
     draws = [draw_change(np.random.default_rng(seed), wide) for seed in range(500)]
     assert draws[7] == draw_change(np.random.default_rng(7), wide)
     assert abs(np.mean([draw.flip for draw in draws]) - 0.3) < 0.07
-    for name, low, high in (("turn_degrees", -10, 10), ("scale", 0.9, 1.1), ("gain", 0.8, 1.2), ("gamma", 0.7, 1.3)):
+    for name, low, high in (
+        ("rotation_degrees", -10, 10),
+        ("scale", 0.9, 1.1),
+        ("gain", 0.8, 1.2),
+        ("gamma", 0.7, 1.3),
+    ):
         values = [getattr(draw, name) for draw in draws]
         assert low <= min(values) < low + 0.05 * (high - low)
         assert high - 0.05 * (high - low) < max(values) <= high
@@ -92,7 +97,7 @@ def test_draws_stay_in_their_ranges_and_repeat_themselves() -> None:
 
 
 @pytest.mark.parametrize("values", [{"flip_share": 1.5}, {"rotation_degrees": 60}, {"scale": 1.0}, {"shear": 0.1}])
-def test_settings_that_mean_nothing_are_refused(values: dict[str, float]) -> None:
+def test_invalid_settings_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Augmentation(**values)
 

@@ -1,4 +1,4 @@
-"""DICOM images in data sets of every layout, beside masks that stay PNG."""
+"""DICOM images with PNG masks in data sets of every layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.datasets.writing import WRITERS
 from cclip_deploy.errors import DataError
 from cclip_deploy.imaging.preprocess import Preprocessing, resize_pixels
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.train.config import TrainConfig
 from cclip_deploy.train.training_set import open_training_set
@@ -31,7 +31,7 @@ def to_dicom(folder: Path, rename: Callable[[Path], str]) -> dict[str, np.ndarra
     """Replace every image by a 16-bit DICOM file of that gray, in tables too; the pixels by the new names."""
     pixels = {}
     for path in {row.image for row in read_data_set(folder).samples}:
-        gray, name = read_picture(path).pixels, rename(path)
+        gray, name = read_image(path).pixels, rename(path)
         path.unlink()
         stored = np.rint(gray * 65535).astype(np.uint16)
         write_dicom(path.with_name(name), stored, WindowCenter=32768, WindowWidth=65536)
@@ -54,7 +54,7 @@ def test_every_layout_reads_dicom_images(layout: str, suffix: str, tmp_path: Pat
     assert [(r.mask, r.text, r.split) for r in data_set.samples] == [(r.mask, r.text, r.split) for r in before]
     for row in data_set.samples:
         assert row.image.suffix == suffix
-        np.testing.assert_allclose(read_picture(row.image).pixels, pixels[row.image.name], atol=2e-5)
+        np.testing.assert_allclose(read_image(row.image).pixels, pixels[row.image.name], atol=2e-5)
         assert read_mask(row.mask).shape == HW
     tokenizer = PromptTokenizer.from_open_clip()
     report = report_data_set(data_set, tokenizer, 32)

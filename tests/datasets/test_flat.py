@@ -1,4 +1,4 @@
-"""The flat layout: what it reads, and what it says of each mistake."""
+"""Reading the flat layout, and its error messages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_without_split_and_subject_rows_train_and_images_are_subjects(write_tabl
         ("image,mask,text\n", "is empty"),
         ("image,mask,text,age\na.png,ma.png,left,3\n", "row 1: unknown column 'age'"),
         ("image,mask\na.png,ma.png\n", "row 1: column 'text' is missing"),
-        ("image,mask,text,text\na.png,ma.png,x,y\n", "row 1: column 'text' stands there twice"),
+        ("image,mask,text,text\na.png,ma.png,x,y\n", "row 1: column 'text' is repeated"),
         ("image,mask,text\na.png,ma.png,left\nc.png,ma.png,left\n", r"row 3: image .*c\.png does not exist"),
         ("image,mask,text\na.png,ma.png,left\nb.png,none.png,left\n", r"row 3: mask .*none\.png does not exist"),
         ("image,mask,text\na.png,turned.png,left\n", "row 2: mask .* is 6x8 pixels, its image 8x6"),
@@ -116,7 +116,7 @@ def test_json_lines_read_as_the_table_does(write_table: Callable[[str], Path]) -
         ("[" * 100_000, "row 2 cannot be read as JSON"),
         ("[1]", "row 2 is a list"),
         ('{"image": "a.png", "mask": "ma.png", "text": 3}', "row 2: text is 3"),
-        ('{"image": "a.png", "mask": "ma.png", "text": "x", "text": "y"}', "row 2: 'text' stands there twice"),
+        ('{"image": "a.png", "mask": "ma.png", "text": "x", "text": "y"}', "row 2: 'text' is repeated"),
         ('{"image": "a.png", "mask": "ma.png"}', "row 2: column 'text' is missing"),
         ('{"image": "a.png", "mask": "ma.png", "text": "x", "age": "3"}', "row 2: unknown column 'age'"),
     ],
@@ -139,5 +139,5 @@ def test_the_subject_comes_from_the_column_or_from_the_name(write_table: Callabl
     assert read_flat(folder)[0].subject == "case-12_slice-3.png"
     assert read_flat(folder, r"case-\d+")[0].subject == "case-12"
     assert read_flat(folder, r"case-(\d+)")[0].subject == "12"
-    with pytest.raises(UsageError, match="no regular expression"):
+    with pytest.raises(UsageError, match="not a regular expression"):
         read_flat(folder, "case-(")

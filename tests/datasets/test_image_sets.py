@@ -102,7 +102,7 @@ def test_a_folder_without_a_layout_gives_its_images_and_the_patients_in_their_na
 def test_a_folder_of_images_and_masks_is_refused(name: str, tmp_path: Path) -> None:
     save(tmp_path / "films" / "a.png")
     mask = save(tmp_path / "films" / name)
-    with pytest.raises(DataError, match=r"1 of the images below it look like masks .*Name the folder of the images"):
+    with pytest.raises(DataError, match=r"1 of the images below it look like masks .*Name a folder with images only"):
         read_image_set((tmp_path / "films",), "train")
     assert read_image_set((mask,), "train").images[0].path == mask, "a file that is named itself is taken"
 
@@ -116,7 +116,7 @@ def test_a_folder_of_masks_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", WRITERS)
 def test_the_parent_of_a_data_set_is_refused(layout: str, data_set: Callable[[str], Path], tmp_path: Path) -> None:
     shutil.copytree(data_set(layout), tmp_path / "parent" / "set")
-    with pytest.raises(DataError, match=r"is no data set itself but holds one in .*set\. Name that folder"):
+    with pytest.raises(DataError, match=r"is not a data set but contains one in .*set\. Name that folder"):
         read_image_set((tmp_path / "parent",), "train")
 
 
@@ -142,11 +142,11 @@ def test_a_single_split_is_taken_for_another_but_test_rows_never_calibrate(
 
 def test_a_folder_that_cannot_be_a_source_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ImageError, match="has no picture"):
+    with pytest.raises(ImageError, match="has no image"):
         read_image_set((tmp_path / "empty",), "train")
     with pytest.raises(ImageError, match="does not exist"):
         read_image_set((tmp_path / "nowhere",), "train")
-    with pytest.raises(UsageError, match="no regular expression"):
+    with pytest.raises(UsageError, match="not a regular expression"):
         read_image_set((save(tmp_path / "a.png"),), "train", DataSetOptions(subject_pattern="("))
     (tmp_path / "both" / "anns").mkdir(parents=True)
     (tmp_path / "both" / "anns" / "test.json").write_text(json.dumps([]))

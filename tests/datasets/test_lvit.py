@@ -93,13 +93,13 @@ def test_a_csv_beside_the_folders_does_as_well(lvit: Callable[[Rows], Path]) -> 
     [
         ([], "is empty"),
         ([HEADER], "is empty"),
-        ([("Image", "Text"), ("mask_a.png", "x")], "no column 'Description'; there are Image, Text"),
+        ([("Image", "Text"), ("mask_a.png", "x")], "no column 'Description'; its columns are Image, Text"),
         ([HEADER, ("mask_a.png", None)], "row 2: Description is empty"),
-        ([HEADER, ("mask_a.png", "x"), ("mask_a.png", "y")], r"row 3: mask_a\.png stands in .*row 2 too"),
+        ([HEADER, ("mask_a.png", "x"), ("mask_a.png", "y")], r"row 3: mask_a\.png is in .*row 2 too"),
         ([HEADER, *((f"c{n}.png", "x") for n in range(9)), ("mask_a.png", "y")],
          r"9 of 10 rows name masks that are not in .*labelcol: c0\.png, c1\.png, c2\.png and 6 more"),
         ([HEADER, ("../../mask_a.png", "x")], "not in"),
-        ([("Image", "Image", "Description"), ("a", "b", "c")], "'Image' stands there twice"),
+        ([("Image", "Image", "Description"), ("a", "b", "c")], "'Image' is repeated"),
     ],
     ids=range(8),
 )  # fmt: skip
@@ -108,13 +108,13 @@ def test_a_mistake_in_the_table_is_named(lvit: Callable[[Rows], Path], rows: Row
         read_lvit(lvit(rows))
 
 
-def test_missing_and_doubtful_images_and_masks_of_another_size_are_named(lvit: Callable[[Rows], Path]) -> None:
+def test_missing_and_ambiguous_images_and_masks_of_another_size_are_named(lvit: Callable[[Rows], Path]) -> None:
     folder = lvit([HEADER, ("mask_a.png", "x")])
     draw(folder / "Train_Folder/labelcol/mask_a.png", width=9)
     with pytest.raises(DataError, match=r"row 2: mask .* is 9x6 pixels, its image 8x6"):
         read_lvit(folder)
     (folder / "Train_Folder/img/a.png").unlink()
-    with pytest.raises(DataError, match=r"row 2: mask mask_a\.png has no image; a\.png was looked for"):
+    with pytest.raises(DataError, match=r"row 2: mask mask_a\.png has no image; expected a\.png"):
         read_lvit(folder)
     for suffix in ("jpg", "bmp"):
         draw(folder / f"Train_Folder/img/a.{suffix}")
@@ -152,7 +152,7 @@ def test_a_workbook_with_a_wrong_extent_is_read_to_its_end(lvit: Callable[[Rows]
     assert [r.text for r in read_lvit(folder)] == ["x", "y"]
 
 
-def test_hidden_files_of_macos_are_no_pictures(lvit: Callable[[Rows], Path]) -> None:
+def test_hidden_files_of_macos_are_no_images(lvit: Callable[[Rows], Path]) -> None:
     folder = lvit([HEADER, ("mask_a.png", "x")])
     (folder / "Train_Folder/img/._a.png").write_bytes(b"Mac OS X")
     (folder / "Train_Folder/labelcol/._mask_a.png").write_bytes(b"Mac OS X")
@@ -181,7 +181,7 @@ def test_a_workbook_that_unpacks_to_too_much_is_refused(
     folder = lvit([HEADER, ("mask_a.png", "x")])
     assert len(read_lvit(folder)) == 1
     monkeypatch.setattr(workbook, "LARGEST_TABLE", 1000)
-    with pytest.raises(DataError, match=r"unpacks to .* up to 1,000 in .* are read"):
+    with pytest.raises(DataError, match=r"unpacks to .* limits are 1,000 bytes"):
         read_lvit(folder)
 
 

@@ -1,4 +1,4 @@
-"""Masks from files: which are taken, how, and which are refused."""
+"""Reading masks: accepted and refused files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_mask_is_whatever_is_not_zero(tmp_path: Path, inside: int) -> None:
     assert np.array_equal(mask, [[False, True], [True, False]])
 
 
-def test_masks_that_are_no_masks_are_refused(tmp_path: Path) -> None:
+def test_masks_that_are_not_masks_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 128, 255]], np.uint8)).save(tmp_path / "gray.png")
     Image.fromarray(np.array([[[255, 0, 0]]], np.uint8)).save(tmp_path / "color.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -45,7 +45,7 @@ def disc(size: int = 96) -> np.ndarray:
     return (rows - size / 2) ** 2 + (columns - size / 2) ** 2 < (size / 4) ** 2
 
 
-def test_a_jpeg_mask_is_cut_at_half_of_white(tmp_path: Path) -> None:
+def test_a_jpeg_mask_is_thresholded_at_half_of_white(tmp_path: Path) -> None:
     Image.fromarray(disc().astype(np.uint8) * 255).save(tmp_path / "m.jpg", quality=90)
     Image.fromarray(disc()).save(tmp_path / "m.png")
     assert len(np.unique(np.asarray(Image.open(tmp_path / "m.jpg")))) > 2, "JPEG does not keep two values"
@@ -53,7 +53,7 @@ def test_a_jpeg_mask_is_cut_at_half_of_white(tmp_path: Path) -> None:
     assert np.mean(read_mask(tmp_path / "m.jpg") != disc()) < 0.002
 
 
-def test_a_jpeg_picture_is_no_mask(tmp_path: Path) -> None:
+def test_a_jpeg_image_is_not_a_mask(tmp_path: Path) -> None:
     Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (32, 1))).save(tmp_path / "film.jpg")
     with pytest.raises(DataError, match="neither black nor white"):
         read_mask(tmp_path / "film.jpg")

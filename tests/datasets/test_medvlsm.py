@@ -1,4 +1,4 @@
-"""MedVLSM's layout: several prompts for a mask, several masks for an image, and its mistakes."""
+"""Reading MedVLSM's layout: several prompts per mask, several masks per image, and error messages."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def test_an_image_may_have_several_masks_with_their_own_texts(write: Callable[..
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({}, "holds no list of entries"),
-        ([], "holds no list of entries"),
+        ({}, "is not a list of entries"),
+        ([], "is not a list of entries"),
         ([3], "entry 1: img_name is None"),
         ([{"img_name": "b.jpg", "prompts": {"p1": "x"}}], "entry 1: mask_name is None"),
         ([{"img_name": "b.jpg", "mask_name": "m1.png"}], "entry 1: prompts is None"),
-        ([entry(p0="", p1=[])], r"entry 1: b\.jpg has no prompt but empty ones"),
+        ([entry(p0="", p1=[])], r"entry 1: b\.jpg has only empty prompts"),
         ([entry(p1=3)], "entry 1: prompt p1 is 3"),
         ([entry(p1=["x", None])], "entry 1: prompt p1 is"),
         ([entry(p1="x"), entry("c.png", p1="x")], r"entry 2: image .*c\.png does not exist"),
@@ -90,7 +90,7 @@ def test_a_mistake_is_named_with_its_entry(write: Callable[..., Path], entries: 
 
 
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"\xff\xfe[]"], ids=range(3))
-def test_a_file_that_is_no_json_is_named(write: Callable[..., Path], content: bytes) -> None:
+def test_a_file_that_is_not_json_is_named(write: Callable[..., Path], content: bytes) -> None:
     folder = write([])
     (folder / "anns/train.json").write_bytes(content)
     with pytest.raises(DataError, match=r"train\.json cannot be read as"):

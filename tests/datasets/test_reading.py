@@ -1,4 +1,4 @@
-"""Any layout that the generator writes is found, and reads back as what was drawn."""
+"""Every layout that the generator writes is detected and read back unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cclip_deploy.datasets import writing
 from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.datasets.reading import find_layout, read_data_set
 from cclip_deploy.datasets.sample import of_split
-from cclip_deploy.datasets.synthetic.generator import Asking, make_samples, share_out_films, write_dataset
+from cclip_deploy.datasets.synthetic.generator import SyntheticOptions, make_samples, split_counts, write_dataset
 from cclip_deploy.errors import DataError, EnvironmentIssue, UsageError
 
 FOUND = {
@@ -50,7 +50,7 @@ def test_a_written_layout_is_found_and_holds_what_was_drawn(tmp_path: Path, layo
 
 @pytest.mark.parametrize("layout", ["flat", "jsonl", "medvlsm"])
 def test_several_prompts_an_image_are_several_rows(tmp_path: Path, layout: str) -> None:
-    rows = read_data_set(write(tmp_path, layout, prompts_per_film=3)).samples
+    rows = read_data_set(write(tmp_path, layout, prompts_per_image=3)).samples
     images = [row.image for row in rows]
     assert 2 <= len(rows) / len(set(images)) <= 3
     assert len({(row.image, row.text) for row in rows}) == len(rows)
@@ -59,7 +59,7 @@ def test_several_prompts_an_image_are_several_rows(tmp_path: Path, layout: str) 
 @pytest.mark.parametrize("layout", FOUND)
 def test_typing_errors_are_repaired_and_reported_and_no_row_is_lost(tmp_path: Path, layout: str) -> None:
     right = read_data_set(write(tmp_path / "right", layout)).samples
-    read = read_data_set(write(tmp_path / "wrong", layout, asking=Asking(typo_share=1.0)))
+    read = read_data_set(write(tmp_path / "wrong", layout, options=SyntheticOptions(typo_share=1.0)))
     assert [row.text for row in read.samples] == [row.text for row in right]
     assert [row for row, _ in read.repaired] == list(range(13))
     for row, prompt in read.repaired:
@@ -92,8 +92,8 @@ def test_published_names_are_those_of_the_data_sets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("films", [5, 6, 11, 23, 500, 2729])
-def test_films_are_shared_out_as_languidemedseg_does(films: int) -> None:
-    counts = share_out_films(films)
+def test_images_are_split_as_languidemedseg_does(films: int) -> None:
+    counts = split_counts(films)
     assert sum(counts.values()) == films
     assert min(counts.values()) >= 1
     assert counts["train"] == int(0.8 * (counts["train"] + counts["val"]))
@@ -107,11 +107,11 @@ def test_a_set_may_have_one_split_alone(tmp_path: Path, layout: str) -> None:
 
 def test_layouts_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
     for layout in ("qata", "mosmed", "languidemedseg"):
-        with pytest.raises(UsageError, match="one prompt an image"):
-            write(tmp_path, layout, prompts_per_film=2)
+        with pytest.raises(UsageError, match="one prompt per image"):
+            write(tmp_path, layout, prompts_per_image=2)
     with pytest.raises(UsageError, match="leaves 5 for training, not 3"):
         write_dataset(tmp_path / "x", {"train": 3, "val": 4}, HW, 0, layout="languidemedseg")
-    with pytest.raises(UsageError, match="Draw films for training too"):
+    with pytest.raises(UsageError, match="Generate training images too"):
         write_dataset(tmp_path / "x", {"val": 4}, HW, 0, layout="qata")
     with pytest.raises(UsageError, match="Unknown layout 'coco'"):
         write(tmp_path, "coco")

@@ -1,4 +1,4 @@
-"""The report of a data set: every count against one made by hand."""
+"""Data-set report, compared with counts made by hand."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_count_is_that_of_the_rows(folder: Path, tokenizer: PromptTokenize
     assert report(folder, tokenizer, 42).splits["val"].cut_prompts == 0
 
 
-def test_shared_patients_and_shared_pictures_are_found(folder: Path, tokenizer: PromptTokenizer) -> None:
+def test_shared_patients_and_shared_images_are_found(folder: Path, tokenizer: PromptTokenizer) -> None:
     overlaps = {overlap.splits: overlap for overlap in report(folder, tokenizer).overlaps}
     assert (overlaps["train", "val"].patients, overlaps["train", "val"].examples) == (1, ("p2",))
     assert (overlaps["train", "test"].patients, overlaps["train", "test"].pictures) == (0, 1)
@@ -92,7 +92,7 @@ def test_prompts_without_a_word_are_refused_and_masks_of_more_values_named(
     folder: Path, tokenizer: PromptTokenizer
 ) -> None:
     (folder / "table.csv").write_text("image,mask,text\na.png,masks/full.png,\u0345\n", encoding="utf-8")
-    with pytest.raises(DataError, match="holds no word"):
+    with pytest.raises(DataError, match="has no word"):
         report(folder, tokenizer)
     (folder / "table.csv").write_text("image,mask,text\na.png,masks/gray.png,x\n")
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(folder / "masks/gray.png")
@@ -101,7 +101,7 @@ def test_prompts_without_a_word_are_refused_and_masks_of_more_values_named(
     assert "255 values besides 0" in reason
 
 
-def test_progress_is_told_mask_by_mask(folder: Path, tokenizer: PromptTokenizer) -> None:
+def test_progress_is_reported_mask_by_mask(folder: Path, tokenizer: PromptTokenizer) -> None:
     told: list[tuple[int, int]] = []
     report_data_set(read_data_set(folder), tokenizer, 32, lambda *pair: told.append(pair))
     assert told == [(1, 3), (2, 3), (3, 3)]

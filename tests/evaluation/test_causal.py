@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cclip_deploy.datasets.synthetic.generator import film_rng, make_samples
+from cclip_deploy.datasets.synthetic.generator import image_rng, make_samples
 from cclip_deploy.errors import UsageError
 from cclip_deploy.evaluation.causal import (
     ToggledImage,
@@ -59,7 +59,7 @@ def test_untrained_masks_have_the_statistics_of_a_sigmoid_of_normals() -> None:
     for norm in model.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.momentum = 1.0  # the statistics of the one batch
-    films = [make_samples(film_rng(0, "test", number), (64, 64), 1)[0].image for number in range(120)]
+    films = [make_samples(image_rng(0, "test", number), (64, 64), 1)[0].image for number in range(120)]
     batch = torch.cat([torch.from_numpy(to_input(film, (64, 64), Preprocessing())) for film in films[:80]])
     with torch.no_grad():
         model.neck.masks(model.neck.levels(model.image_tower(batch)))

@@ -18,14 +18,14 @@ from cclip_deploy.bundle.bundle import Bundle, edited_bundle, write_manifest
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.mask_file import read_mask
-from cclip_deploy.datasets.synthetic.generator import Asking, write_dataset
+from cclip_deploy.datasets.synthetic.generator import SyntheticOptions, write_dataset
 from cclip_deploy.engines.convert import ConvertOptions, convert_graphs
 from cclip_deploy.errors import BundleError, DataError, EnvironmentIssue, UsageError
 from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS
 from cclip_deploy.evaluation.evaluate import EvaluationOptions, EvaluationResult, NetworkConfig, evaluate
 from cclip_deploy.evaluation.report import check_report_folder, remarks, write_report
 from cclip_deploy.evaluation.summary import Scores
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.model.checkpoint import save_checkpoint
 from cclip_deploy.model.config import InputForm
@@ -42,7 +42,7 @@ FILM_HW = (80, 72)
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six test images of another size than the network's, with three prompts each, some without a target."""
     folder = tmp_path_factory.mktemp("data") / "films"
-    write_dataset(folder, {"test": 6}, FILM_HW, 0, prompts_per_film=3, asking=Asking(absent_share=0.3))
+    write_dataset(folder, {"test": 6}, FILM_HW, 0, prompts_per_image=3, options=SyntheticOptions(absent_share=0.3))
     return folder
 
 
@@ -119,7 +119,7 @@ def test_low_precision_results_match_the_segmenter(
     segmenter = Segmenter.of_bundle(bundle, open_backend(BackendConfig(backend, threads=THREADS), bundle, precision))
     expected = []
     for row in read_flat(films):
-        probability = next(segmenter.probabilities(read_picture(row.image).pixels, [row.text]))
+        probability = next(segmenter.probabilities(read_image(row.image).pixels, [row.text]))
         predicted, reference = probability >= 0.5, read_mask(row.mask)
         total = predicted.sum() + reference.sum()
         expected.append(2 * (predicted & reference).sum() / total if total else 1.0)

@@ -15,7 +15,7 @@ from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.errors import DataError
 from cclip_deploy.evaluation.evaluate import DiceScores, evaluate_dice
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
 Answer = Callable[[np.ndarray, bytes], np.ndarray]
@@ -39,7 +39,7 @@ class Known:
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     folder = tmp_path_factory.mktemp("scores") / "data"
-    write_dataset(folder, {"test": 8}, (32, 48), seed=0, prompts_per_film=3)
+    write_dataset(folder, {"test": 8}, (32, 48), seed=0, prompts_per_image=3)
     return read_flat(folder)
 
 
@@ -49,7 +49,7 @@ def tokens(text: str) -> bytes:
 
 def obey(samples: Sequence[Sample]) -> Answer:
     """Return a rule that predicts the mask of the row with this image and prompt, or an empty mask."""
-    answers = {(read_picture(r.image).pixels.tobytes(), tokens(r.text)): read_mask(r.mask) for r in samples}
+    answers = {(read_image(r.image).pixels.tobytes(), tokens(r.text)): read_mask(r.mask) for r in samples}
     return lambda pixels, row: answers.get((pixels.tobytes(), row), np.zeros(pixels.shape[:2], bool)).astype(np.float32)
 
 

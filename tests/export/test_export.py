@@ -1,4 +1,4 @@
-"""An export is compared before it is published, and a failed one leaves nothing behind."""
+"""Export compares graphs before it writes a bundle, and leaves nothing on failure."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_graphs_have_the_names_and_dimensions_of_the_design(tiny_bundle: Bundle)
 
 
 @WITH_TRACING
-def test_what_was_compared_is_told_and_the_references_are_of_the_checkpoint(
+def test_what_was_compared_is_reported_and_the_references_are_of_the_checkpoint(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
@@ -100,13 +100,13 @@ def test_what_was_compared_is_told_and_the_references_are_of_the_checkpoint(
 
 
 @WITH_TRACING
-def test_pictures_and_prompts_of_ones_own_become_references(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_images_and_prompts_of_ones_own_become_references(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "a.png")
     options = ExportOptions(
         TINY_HW, 24, with_masks=True, threads=THREADS,
-        reference_pictures=(tmp_path / "a.png",), reference_prompts=("heart", "left lung", "rib"),
+        reference_images=(tmp_path / "a.png",), reference_prompts=("heart", "left lung", "rib"),
     )  # fmt: skip
     made = export_bundle(tiny_checkpoint, tmp_path / "new.cclip", options, "test")
     assert load_references(made.bundle)[1].logits.shape == (1, 3, *TINY_HW)
@@ -135,7 +135,7 @@ def test_a_bundle_is_what_is_asked_for_else_what_its_checkpoint_was_trained_on(
     [
         ({"reference_prompts": ("heart", "")}, PromptError),
         ({"reference_prompts": ("heart " * 40,)}, PromptError),
-        ({"reference_pictures": (Path("/nowhere.png"),)}, ImageError),
+        ({"reference_images": (Path("/nowhere.png"),)}, ImageError),
     ],
 )
 @WITH_TRACING
@@ -165,14 +165,14 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (ExportOptions(prompt_length=2), "prompt length of 2"),
         (ExportOptions(prompt_length=0), "prompt length of 0"),
         (ExportOptions(prompt_length=78), "Use 3 to 77"),
-        (ExportOptions(plain=True, batch=0), "batch of 0"),
-        (ExportOptions(batch=2), "belongs to --plain"),
-        (ExportOptions(plain=True, with_masks=True), "belongs to the deploy form"),
-        (ExportOptions(plain=True, with_confounding=True), "belongs to the deploy form"),
+        (ExportOptions(plain=True, batch=0), "Batch size 0"),
+        (ExportOptions(batch=2), "--batch requires --plain"),
+        (ExportOptions(plain=True, with_masks=True), "exclude --plain"),
+        (ExportOptions(plain=True, with_confounding=True), "exclude --plain"),
     ],
 )
 @pytest.mark.usefixtures("no_work")
-def test_options_that_cannot_be_are_refused_before_any_work(
+def test_invalid_options_are_refused_before_any_work(
     options: ExportOptions, said: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=said) as caught:
@@ -194,7 +194,7 @@ def test_an_output_that_exists_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("package", ["torch", "open_clip", "onnx", "onnxscript"])
-def test_a_missing_package_is_told_with_the_extra_that_has_it(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_extra_that_has_it(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import util
 
     real = util.find_spec
@@ -206,7 +206,7 @@ def test_a_missing_package_is_told_with_the_extra_that_has_it(package: str, monk
 @pytest.mark.parametrize(
     "content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(64), b"text\n"], ids=str
 )
-def test_a_file_that_is_no_checkpoint_leaves_nothing(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_leaves_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     wrong = tmp_path / "in" / "model.pth"
     wrong.write_bytes(content)

@@ -66,7 +66,7 @@ def test_masks_and_confounding_features_equal_the_network_s(network: CausalCLIPS
     image = random_map(2, 3, *HW)
     neck = network.neck(network.image_tower(image))
     features, *masks, confounding = form.image_encoder(image)
-    assert relative_error(features.permute(0, 3, 1, 2), network.head.rise(neck.causal)) <= 1e-12
+    assert relative_error(features.permute(0, 3, 1, 2), network.head.upsample(neck.causal)) <= 1e-12
     for actual, expected in zip(masks, neck.masks, strict=True):
         assert relative_error(actual, expected) <= 1e-12
     assert relative_error(confounding, neck.confounding) <= 1e-12

@@ -155,7 +155,7 @@ def test_image_encoder_takes_any_number_of_images(batch: int, network: CausalCLI
     image = images(batch)
     out = run("image_encoder", {"image": image})
     neck = network.neck(network.image_tower(torch.from_numpy(image)))
-    expected = (network.head.rise(neck.causal).permute(0, 2, 3, 1), *neck.masks, neck.confounding)
+    expected = (network.head.upsample(neck.causal).permute(0, 2, 3, 1), *neck.masks, neck.confounding)
     for name, value in zip(IMAGE_OUTPUTS, expected, strict=True):
         assert error(out[name], value) <= LIMIT
 
@@ -170,9 +170,9 @@ def test_mask_decoder_decodes_every_prompt_on_every_image(
     logits = run("mask_decoder", {"features": features, **kernels})["logits"]
     assert logits.shape == (batch, rows, *HW)
     state = network.text_tower(torch.from_numpy(tokens))
-    upsampled = network.head.rise(network.neck.causal_features(network.image_tower(torch.from_numpy(image))))
+    upsampled = network.head.upsample(network.neck.causal_features(network.image_tower(torch.from_numpy(image))))
     for number in range(batch):
-        alone = network.head.answer(upsampled[number : number + 1].expand(rows, -1, -1, -1), state)
+        alone = network.head.apply_prompt(upsampled[number : number + 1].expand(rows, -1, -1, -1), state)
         assert error(logits[number], alone[:, 0]) <= LIMIT
 
 

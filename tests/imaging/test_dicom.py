@@ -1,4 +1,4 @@
-"""DICOM as a viewer shows it: LUTs, windows, polarity, depth, padding, and what is refused."""
+"""Reading DICOM: LUTs, windows, polarity, depth, padding, and refused files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from cclip_deploy.errors import EnvironmentIssue, ImageError
 from cclip_deploy.imaging.dicom import read_dicom
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 
 pydicom = pytest.importorskip("pydicom", reason="DICOM is an extra: pip install 'cclip-deploy[medical]'")
 
@@ -206,7 +206,7 @@ def test_padding_range_is_left_out_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("padding", [{}, {"PixelPaddingValue": 7}])
-def test_flat_picture_is_black(tmp_path: Path, padding: dict[str, Any]) -> None:
+def test_flat_image_is_black(tmp_path: Path, padding: dict[str, Any]) -> None:
     path = write_dicom(tmp_path / "a.dcm", np.full((3, 4), 7, np.uint16), **padding)
     np.testing.assert_array_equal(read_dicom(path).pixels, np.zeros((3, 4)))
 
@@ -244,23 +244,23 @@ def test_palette_gives_its_colors(tmp_path: Path, syntax: str) -> None:
 
 def _assert_refused(path: Path, error: type[Exception], *words: str) -> None:
     with pytest.raises(error) as caught:
-        read_picture(path)
+        read_image(path)
     for word in (path.name, *words):
         assert word in str(caught.value)
 
 
 def test_several_frames_are_refused_with_advice(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", RAMP, NumberOfFrames=2)
-    _assert_refused(path, ImageError, "2 frames", "Save the frame you want")
+    _assert_refused(path, ImageError, "2 frames", "Save the frame as a separate file")
 
 
-def test_report_without_picture_is_named(tmp_path: Path) -> None:
+def test_report_without_image_is_named(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", RAMP, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
     dataset = pydicom.dcmread(path)
     for name in ("Rows", "Columns", "PixelData"):
         delattr(dataset, name)
     dataset.save_as(path)
-    _assert_refused(path, ImageError, "Basic Text SR Storage", "holds no picture", "Rows, Columns")
+    _assert_refused(path, ImageError, "Basic Text SR Storage", "has no image", "Rows, Columns")
 
 
 def test_missing_pixel_data_is_refused(tmp_path: Path) -> None:
@@ -313,18 +313,18 @@ def test_syntaxes_that_cannot_be_read_are_named(tmp_path: Path, syntax: str) -> 
     element, uid = b"\x02\x00\x10\x00UI", syntax.encode() + bytes(len(syntax) % 2)
     before, after = path.read_bytes().split(element + b"\x14\x00" + EXPLICIT.encode() + b"\0")
     path.write_bytes(before + element + len(uid).to_bytes(2, "little") + uid + after)
-    _assert_refused(path, ImageError, "which is not read", "Convert it")
+    _assert_refused(path, ImageError, "which is not supported", "Convert it")
 
 
 def test_missing_pydicom_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_dicom(tmp_path / "a.dcm", RAMP)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(EnvironmentIssue, match=r"pip install 'cclip-deploy\[medical\]'"):
-        read_picture(path)
+        read_image(path)
 
 
-def test_real_chest_film_has_dark_lungs_and_dark_air() -> None:
-    picture = read_picture(real_file("RG1_UNCR.dcm"))
+def test_real_chest_radiograph_has_dark_lungs_and_dark_air() -> None:
+    picture = read_image(real_file("RG1_UNCR.dcm"))
     assert (picture.pixels.shape, picture.bits, picture.kind) == ((1955, 1841), 15, "dicom")
     lung, spine = picture.pixels[200:260, 570:640].mean(), picture.pixels[600:1300, 860:960].mean()
     air = picture.pixels[120:180, 10:60].mean()
@@ -344,7 +344,7 @@ def test_real_chest_film_has_dark_lungs_and_dark_air() -> None:
     ],
 )
 def test_real_files_are_the_same_in_every_lossless_encoding(plain: str, packed: str) -> None:
-    np.testing.assert_array_equal(read_picture(real_file(plain)).pixels, read_picture(real_file(packed)).pixels)
+    np.testing.assert_array_equal(read_image(real_file(plain)).pixels, read_image(real_file(packed)).pixels)
 
 
 @pytest.mark.parametrize("name", ["mlut_18.dcm", "vlut_04.dcm", "MR-SIEMENS-DICOM-WithOverlays.dcm", "RG1_UNCI.dcm"])
@@ -360,4 +360,4 @@ def test_real_files_agree_with_pydicom_s_own_chain(name: str) -> None:
         low, high = values.min(), values.max()
     expected = (values - low) / (high - low)
     expected = 1 - expected if dataset.PhotometricInterpretation == "MONOCHROME1" else expected
-    np.testing.assert_allclose(read_picture(real_file(name)).pixels, expected, atol=1e-6)
+    np.testing.assert_allclose(read_image(real_file(name)).pixels, expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The way to the network's input and back, against plain float64 arithmetic."""
+"""Preprocessing and resizing back, compared with float64 arithmetic."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_constant_probability_stays_constant(value: float) -> None:
 @pytest.mark.parametrize(
     ("pixels", "words"),
     [
-        (np.full((4, 4), 255, np.uint8), r"from 255 to 255, where \[0, 1\] is expected"),
+        (np.full((4, 4), 255, np.uint8), r"from 255 to 255; the allowed range is \[0, 1\]"),
         (np.full((4, 4), np.nan, np.float32), "from nan to nan"),
         (np.array([[-0.1, 0.5]], np.float32), "from -0.1 to 0.5"),
         (np.zeros((4, 4, 4), np.float32), r"shape \(4, 4, 4\)"),
@@ -142,7 +142,7 @@ def test_constant_probability_stays_constant(value: float) -> None:
         (np.zeros((0, 4), np.float32), "from nan"),
     ],
 )
-def test_pixels_that_are_no_picture_are_refused(pixels: np.ndarray, words: str) -> None:
+def test_pixels_that_are_not_an_image_are_refused(pixels: np.ndarray, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         to_input(pixels, (32, 32), Preprocessing())
 
@@ -152,7 +152,7 @@ def test_logits_are_not_taken_for_a_probability() -> None:
         to_source(np.array([[-3, 4]], np.float32), (8, 8))
     with pytest.raises(UsageError, match="at least 1"):
         to_source(np.zeros((2, 2), np.float32), (0, 8))
-    with pytest.raises(UsageError, match=r"\(h, w\) is expected"):
+    with pytest.raises(UsageError, match=r"expected \(h, w\)"):
         to_source(np.zeros((1, 2, 2), np.float32), (4, 8))
 
 

@@ -1,4 +1,4 @@
-"""Reading PNG, JPEG, TIFF and BMP, and finding pictures on disk."""
+"""Reading PNG, JPEG, TIFF and BMP files, and finding image files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from cclip_deploy.common.limits import MAX_PIXELS
 from cclip_deploy.errors import ImageError, UsageError
-from cclip_deploy.imaging.reading import find_pictures, read_picture
+from cclip_deploy.imaging.reading import find_images, read_image
 
 COLOUR = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [128, 64, 32], [255, 255, 255]]], np.uint8)
 
@@ -46,7 +46,7 @@ def write_gray_tiff(path: Path, data: bytes, hw: tuple[int, int], bits: int, pho
 def test_eight_bit_color_is_read_exactly(tmp_path: Path, suffix: str, kind: str) -> None:
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(COLOUR).save(path)
-    picture = read_picture(path)
+    picture = read_image(path)
     assert (picture.path, picture.kind, picture.bits) == (path, kind, 8)
     assert picture.pixels.dtype == np.float32
     np.testing.assert_array_equal(picture.pixels, COLOUR.astype(np.float32) / np.float32(255))
@@ -57,7 +57,7 @@ def test_eight_bit_color_is_read_exactly(tmp_path: Path, suffix: str, kind: str)
 def test_sixteen_bit_gray_png_keeps_every_level(tmp_path_factory: pytest.TempPathFactory, values: np.ndarray) -> None:
     path = tmp_path_factory.mktemp("deep") / "a.png"
     write_png16(path, values, color_type=0)
-    picture = read_picture(path)
+    picture = read_image(path)
     assert picture.bits == 16
     np.testing.assert_array_equal(np.rint(picture.pixels.astype(np.float64) * 65535), values)
 
@@ -65,7 +65,7 @@ def test_sixteen_bit_gray_png_keeps_every_level(tmp_path_factory: pytest.TempPat
 def test_sixteen_bit_color_png_is_reduced_to_eight_bits_and_says_so(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(np.uint16)
     write_png16(tmp_path / "a.png", values, color_type=2)
-    picture = read_picture(tmp_path / "a.png")
+    picture = read_image(tmp_path / "a.png")
     assert picture.bits == 8
     np.testing.assert_allclose(picture.pixels, values / 65535, atol=1 / 255)
 
@@ -73,20 +73,20 @@ def test_sixteen_bit_color_png_is_reduced_to_eight_bits_and_says_so(tmp_path: Pa
 def test_jpeg_gray_is_close_and_two_dimensional(tmp_path: Path) -> None:
     ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))
     Image.fromarray(ramp).save(tmp_path / "a.jpg", quality=95)
-    picture = read_picture(tmp_path / "a.jpg")
+    picture = read_image(tmp_path / "a.jpg")
     assert (picture.kind, picture.bits, picture.pixels.shape) == ("jpeg", 8, (64, 64))
     np.testing.assert_allclose(picture.pixels, ramp / 255, atol=0.02)
 
 
 def test_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
-    np.testing.assert_allclose(read_picture(tmp_path / "a.jpg").pixels[4, 4], [1, 0, 0], atol=0.03)
+    np.testing.assert_allclose(read_image(tmp_path / "a.jpg").pixels[4, 4], [1, 0, 0], atol=0.03)
 
 
-def test_one_bit_picture_is_black_and_white(tmp_path: Path) -> None:
+def test_one_bit_image_is_black_and_white(tmp_path: Path) -> None:
     bits = np.array([[True, False], [False, True]])
     Image.fromarray(bits).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png")
+    picture = read_image(tmp_path / "a.png")
     assert picture.bits == 1
     np.testing.assert_array_equal(picture.pixels, bits.astype(np.float32))
 
@@ -96,9 +96,7 @@ def test_palette_gives_its_colors(tmp_path: Path) -> None:
     image.putpalette([10, 20, 30, 200, 100, 0])
     image.putdata([1, 0])
     image.save(tmp_path / "a.png")
-    np.testing.assert_allclose(
-        read_picture(tmp_path / "a.png").pixels * 255, [[[200, 100, 0], [10, 20, 30]]], atol=1e-4
-    )
+    np.testing.assert_allclose(read_image(tmp_path / "a.png").pixels * 255, [[[200, 100, 0], [10, 20, 30]]], atol=1e-4)
 
 
 def test_transparent_palette_entry_becomes_black(tmp_path: Path) -> None:
@@ -106,14 +104,14 @@ def test_transparent_palette_entry_becomes_black(tmp_path: Path) -> None:
     image.putpalette([10, 20, 30, 200, 100, 0])
     image.putdata([1, 0])
     image.save(tmp_path / "a.png", transparency=bytes([255, 0]))
-    np.testing.assert_allclose(read_picture(tmp_path / "a.png").pixels * 255, [[[0, 0, 0], [10, 20, 30]]], atol=1e-4)
+    np.testing.assert_allclose(read_image(tmp_path / "a.png").pixels * 255, [[[0, 0, 0], [10, 20, 30]]], atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_laid_on_black(tmp_path: Path, mode: str) -> None:
+def test_alpha_is_blended_with_black(tmp_path: Path, mode: str) -> None:
     value, alpha = 200, 51
     Image.new(mode, (3, 2), (*([value] * (len(mode) - 1)), alpha)).save(tmp_path / "a.png")
-    pixels = read_picture(tmp_path / "a.png").pixels
+    pixels = read_image(tmp_path / "a.png").pixels
     assert pixels.shape == ((2, 3) if mode == "LA" else (2, 3, 3))
     np.testing.assert_allclose(pixels, (200 / 255) * (51 / 255), rtol=1e-6)
 
@@ -138,52 +136,52 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
     Image.fromarray(np.ascontiguousarray(stored).astype(np.uint16 if deep else np.uint8)).save(
         tmp_path / f"a.{suffix}", exif=exif
     )
-    pixels = read_picture(tmp_path / f"a.{suffix}").pixels
+    pixels = read_image(tmp_path / f"a.{suffix}").pixels
     np.testing.assert_allclose(pixels * (65535 if deep else 255), upright, atol=1e-3)
 
 
 def test_sixteen_bit_tiff_where_white_is_zero_is_inverted(tmp_path: Path) -> None:
     values = np.array([[0, 65535], [1000, 30000]], "<u2")
     write_gray_tiff(tmp_path / "a.tif", values.tobytes(), (2, 2), bits=16, photometric=0)
-    np.testing.assert_allclose(read_picture(tmp_path / "a.tif").pixels, 1 - values / 65535, atol=1e-7)
+    np.testing.assert_allclose(read_image(tmp_path / "a.tif").pixels, 1 - values / 65535, atol=1e-7)
 
 
 def test_twelve_bit_tiff_is_divided_by_its_own_white(tmp_path: Path) -> None:
     packed = bytes([0xFF, 0xF0, 0x00, 0x80, 0x01, 0x00])  # 4095, 0 | 2048, 256
     write_gray_tiff(tmp_path / "a.tif", packed, (2, 2), bits=12, photometric=1)
-    picture = read_picture(tmp_path / "a.tif")
+    picture = read_image(tmp_path / "a.tif")
     assert picture.bits == 12
     np.testing.assert_allclose(picture.pixels, np.array([[4095, 0], [2048, 256]]) / 4095, atol=1e-7)
 
 
 def test_whole_number_tiff_of_32_bits_is_read_on_the_16_bit_scale(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 65535, 100]], np.int32)).save(tmp_path / "a.tif")
-    np.testing.assert_allclose(read_picture(tmp_path / "a.tif").pixels, [[0, 1, 100 / 65535]], atol=1e-7)
+    np.testing.assert_allclose(read_image(tmp_path / "a.tif").pixels, [[0, 1, 100 / 65535]], atol=1e-7)
 
 
 @pytest.mark.parametrize("values", [np.array([[-1, 5]], np.int32), np.array([[0, 70000]], np.int32)])
 def test_whole_numbers_off_the_16_bit_scale_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     Image.fromarray(values).save(tmp_path / "a.tif")
-    with pytest.raises(ImageError, match=r"a\.tif has values from .* where 0 to 65535 is expected"):
-        read_picture(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match=r"a\.tif has values from .* the allowed range is 0 to 65535"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_float_tiff_in_unit_range_is_read_as_it_is(tmp_path: Path) -> None:
     values = np.array([[0, 0.25, 1]], np.float32)
     Image.fromarray(values).save(tmp_path / "a.tif")
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.tif").pixels, values)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels, values)
 
 
 @pytest.mark.parametrize("worst", [np.nan, np.inf, 1.5, -0.1])
 def test_float_tiff_out_of_unit_range_is_refused(tmp_path: Path, worst: float) -> None:
     Image.fromarray(np.array([[0, worst]], np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ImageError, match="where 0 to 1 is expected"):
-        read_picture(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match="the allowed range is 0 to 1"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_content_decides_not_the_suffix(tmp_path: Path) -> None:
     Image.fromarray(COLOUR).save(tmp_path / "a.jpg", "PNG")
-    assert read_picture(tmp_path / "a.jpg").kind == "png"
+    assert read_image(tmp_path / "a.jpg").kind == "png"
 
 
 def test_several_pages_are_refused(tmp_path: Path) -> None:
@@ -192,13 +190,13 @@ def test_several_pages_are_refused(tmp_path: Path) -> None:
     page.save(tmp_path / "a.png", save_all=True, append_images=[page.transpose(Image.Transpose.ROTATE_180)])
     for name in ("a.tif", "a.png"):
         with pytest.raises(ImageError, match=rf"{name} has several pages or frames\. Save the one you want"):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
 
 
-def test_phone_jpeg_with_a_second_picture_gives_the_first(tmp_path: Path) -> None:
+def test_phone_jpeg_with_a_second_image_gives_the_first(tmp_path: Path) -> None:
     first, second = Image.new("L", (16, 16), 200), Image.new("L", (16, 16), 10)
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
-    picture = read_picture(tmp_path / "a.jpg")
+    picture = read_image(tmp_path / "a.jpg")
     assert picture.kind == "jpeg"
     np.testing.assert_allclose(picture.pixels, 200 / 255, atol=0.01)
 
@@ -207,7 +205,7 @@ def test_missing_empty_and_folder_say_so(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     for name, words in (("nowhere.png", "does not exist"), ("empty.png", "is empty"), (".", "is a folder")):
         with pytest.raises(ImageError, match=words):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
 
 
 def test_limit_on_pixels_leaves_room_for_the_largest_detectors() -> None:
@@ -226,7 +224,7 @@ def test_folders_are_searched_to_the_bottom_in_sorted_order(tmp_path: Path) -> N
         _touch_picture(tmp_path / name)
     for name in ("notes.txt", ".hidden.png", ".cache/x.png", "._b.png"):
         _touch_picture(tmp_path / name)
-    found = find_pictures([tmp_path])
+    found = find_images([tmp_path])
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a/c/y.tif", "a/z.jpeg", "b.PNG", "c.bmp"]
 
 
@@ -234,7 +232,7 @@ def test_dicom_is_found_under_any_name_but_dicomdir_is_not(tmp_path: Path) -> No
     for name in ("IM000001", "1.2.840.113619.2", "DICOMDIR"):
         (tmp_path / name).write_bytes(bytes(128) + b"DICM")
     (tmp_path / "README").write_text("x" * 200)
-    assert [path.name for path in find_pictures([tmp_path])] == ["1.2.840.113619.2", "IM000001"]
+    assert [path.name for path in find_images([tmp_path])] == ["1.2.840.113619.2", "IM000001"]
 
 
 def test_files_keep_the_order_given_and_come_once(tmp_path: Path) -> None:
@@ -242,28 +240,28 @@ def test_files_keep_the_order_given_and_come_once(tmp_path: Path) -> None:
     odd = tmp_path / "picture.dat"
     odd.write_bytes(a.read_bytes())
     (tmp_path / "link.png").symlink_to(a)
-    assert find_pictures([b, odd, tmp_path / "." / "b.png", a, tmp_path, tmp_path / "link.png"]) == [b, odd, a]
+    assert find_images([b, odd, tmp_path / "." / "b.png", a, tmp_path, tmp_path / "link.png"]) == [b, odd, a]
 
 
 def test_finding_nothing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("none here")
-    with pytest.raises(ImageError, match="has no picture"):
-        find_pictures([tmp_path])
+    with pytest.raises(ImageError, match="has no image"):
+        find_images([tmp_path])
     with pytest.raises(ImageError, match=r"nowhere\.png does not exist"):
-        find_pictures([tmp_path / "nowhere.png"])
-    with pytest.raises(UsageError, match="No picture was given"):
-        find_pictures([])
+        find_images([tmp_path / "nowhere.png"])
+    with pytest.raises(UsageError, match="No image was given"):
+        find_images([])
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["PNG", "JPEG", "TIFF", "BMP"]), st.booleans())
 @settings(deadline=None, max_examples=40)
-def test_any_picture_comes_out_in_unit_range_with_its_own_size(
+def test_any_image_comes_out_in_unit_range_with_its_own_size(
     tmp_path_factory: pytest.TempPathFactory, height: int, width: int, kind: str, color: bool
 ) -> None:
     shape = (height, width, 3) if color else (height, width)
     path = tmp_path_factory.mktemp("any") / "a"
     Image.fromarray(np.random.default_rng(height).integers(0, 256, shape).astype(np.uint8)).save(path, kind)
-    pixels = read_picture(path).pixels
+    pixels = read_image(path).pixels
     assert pixels.shape == shape
     assert pixels.dtype == np.float32
     assert pixels.min() >= 0

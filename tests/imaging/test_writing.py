@@ -1,4 +1,4 @@
-"""What is written of a segmentation, how it is named, and what the overlay shows."""
+"""Files of a segmentation, their names, and the overlay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from cclip_deploy.errors import EnvironmentIssue, UsageError
-from cclip_deploy.imaging.reading import Picture
+from cclip_deploy.imaging.image import Picture
 from cclip_deploy.imaging.writing import OVERLAY_LONGEST_PX, draw_overlay, file_stem, write_segmentation
 
 CYAN, AMBER = np.array([56, 199, 214]), np.array([255, 179, 71])
@@ -78,7 +78,7 @@ def test_second_write_replaces_the_first(tmp_path: Path) -> None:
         (np.zeros((4, 4)), "", 0.5, "cannot begin a file name"),
     ],
 )
-def test_calls_that_mean_nothing_write_nothing(
+def test_invalid_calls_write_nothing(
     tmp_path: Path, probability: np.ndarray, stem: str, threshold: float, words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
@@ -165,7 +165,7 @@ def test_long_prompts_are_cut_and_told_apart() -> None:
         assert re.fullmatch(r"a-bilateral-pulmonary-infection-two-infect-[0-9a-f]{8}", stem)
 
 
-def test_equal_names_in_other_folders_and_cases_are_told_apart() -> None:
+def test_equal_names_in_other_folders_and_cases_get_different_stems() -> None:
     used: set[str] = set()
     stems = [file_stem(Path(name), "p", used) for name in ("x/a.png", "y/a.png", "z/A.PNG", "x/a.png", "x/a.png")]
     assert len({stem.casefold() for stem in stems}) == 5

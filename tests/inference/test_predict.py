@@ -15,7 +15,7 @@ from PIL import Image
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import EnvironmentIssue, ImageError, PromptError, UsageError
 from cclip_deploy.imaging.preprocess import to_source
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.inference import predict as pipeline
 from cclip_deploy.inference.predict import READ_AHEAD, WRITE_BEHIND, PredictOptions, predict, refuse_failures
 from cclip_deploy.inference.prompt_cache import CacheCounts
@@ -118,7 +118,7 @@ def test_files_and_numbers_are_those_of_the_segmenter(real: Segmenter, tmp_path:
     found = predict(real, pictures, PROMPTS, tmp_path / "out")
     rows = iter(found.done)
     for path in pictures:
-        for probability in real.probabilities(read_picture(path).pixels, PROMPTS):
+        for probability in real.probabilities(read_image(path).pixels, PROMPTS):
             row = next(rows)
             inside = probability >= 0.5
             np.testing.assert_array_equal(read_png(row.written.mask) == 255, inside)
@@ -269,7 +269,7 @@ def test_files_contain_the_output_of_the_network(fast: Segmenter, tmp_path: Path
     """Closed form: logits 4 mean(normalized) - 0.1 words, of a picture that is not resized."""
     path = save_png(tmp_path / "a.png", (64, 96))
     row = predict(fast, [path], ["lung"], tmp_path / "out").done[0]
-    gray = read_picture(path).pixels.astype(np.float64)
+    gray = read_image(path).pixels.astype(np.float64)
     mean = np.array([0.48145466, 0.4578275, 0.40821073])
     std = np.array([0.26862954, 0.26130258, 0.27577711])
     features = ((gray[..., None] - mean) / std).mean(axis=-1)
@@ -349,7 +349,7 @@ def test_only_a_few_images_are_read_ahead(fast: Segmenter, tmp_path: Path, monke
     pictures = [save_png(tmp_path / f"{n:02}.png") for n in range(20)]
     read: list[Path] = []
     distance: list[int] = []
-    monkeypatch.setattr(pipeline, "read_picture", lambda path: (read.append(path), read_picture(path))[1])
+    monkeypatch.setattr(pipeline, "read_image", lambda path: (read.append(path), read_image(path))[1])
     predict(
         fast,
         pictures,

@@ -1,4 +1,4 @@
-"""Checkpoints of both layouts: what is written is read back, and what does not fit is named."""
+"""Saving and loading checkpoints of both layouts, and error messages."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.safetensors", b"the old one")]
 
 
-def test_a_folder_that_cannot_be_made_is_an_environment_problem(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_environment_issue(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(EnvironmentIssue, match="could not be written"):
         save_checkpoint(tiny_network, tmp_path / "file" / "model.safetensors")
@@ -194,14 +194,14 @@ def test_a_checkpoint_on_a_vision_transformer_is_named_as_such(save_published: C
     assert "vision transformer" in message
 
 
-def test_clip_alone_is_told_from_a_whole_network(save_published: Callable[..., Path]) -> None:
+def test_a_clip_network_without_neck_and_heads_is_refused(save_published: Callable[..., Path]) -> None:
     message = refusal(save_published(open_clip_twin(TINY).state_dict()))
-    assert "holds a CLIP network alone" in message
+    assert "is a CLIP network without" in message
 
 
-def test_another_network_is_described_by_what_it_holds(save_published: Callable[..., Path]) -> None:
+def test_another_network_is_described_by_its_tensors(save_published: Callable[..., Path]) -> None:
     message = refusal(save_published({"encoder.weight": torch.zeros(1), "encoder.bias": torch.zeros(1)}))
-    assert "holds encoder.weight, encoder.bias" in message
+    assert "it has encoder.weight, encoder.bias" in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -217,12 +217,12 @@ def test_a_weight_that_float32_cannot_hold_is_not_finite(save_ours: Callable[...
     assert "head.mix.bias" in message
 
 
-def test_our_layout_lacking_or_exceeding_is_named_by_our_names(save_ours: Callable[..., Path]) -> None:
+def test_missing_and_extra_tensors_are_named(save_ours: Callable[..., Path]) -> None:
     assert "lacks 1 tensor: head.mix.bias" in refusal(save_ours(lambda tensors: tensors.pop("head.mix.bias")))
     assert "1 tensor too many: spare" in refusal(save_ours(lambda tensors: tensors.update(spare=torch.zeros(1))))
 
 
-def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     assert "There is no checkpoint at" in refusal(tmp_path / "absent.pth")
     assert "There is no checkpoint at" in refusal(tmp_path)
 
@@ -233,9 +233,7 @@ def test_the_same_weights_make_the_same_bytes(tmp_path: Path, tiny_network: Caus
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_checkpoint_says_what_it_was_trained_on_where_that_was_told(
-    tiny_network: CausalCLIPSeg, tmp_path: Path
-) -> None:
+def test_the_input_form_of_training_is_saved_and_loaded(tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
     form = InputForm((96, 128), 20)
     save_checkpoint(tiny_network, tmp_path / "told.safetensors", form)
     save_checkpoint(tiny_network, tmp_path / "untold.safetensors")
@@ -244,9 +242,9 @@ def test_a_checkpoint_says_what_it_was_trained_on_where_that_was_told(
 
 
 @pytest.mark.parametrize("told", ['{"image_hw": [96, 97], "prompt_length": 20}', '{"image_hw": 96}', "[]", '"x"'])
-def test_an_input_form_that_cannot_be_is_refused(told: str, tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
+def test_an_invalid_input_form_is_refused(told: str, tiny_network: CausalCLIPSeg, tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     described = json.dumps({**TINY.to_dict(), "trained_on": json.loads(told)})
     save_file(tiny_network.state_dict(), path, {"cclip-deploy checkpoint 1": described})
-    with pytest.raises(CheckpointError, match=r"odd\.safetensors names a config that this version cannot read"):
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors has a config that this version cannot read"):
         load_checkpoint(path)

@@ -1,4 +1,4 @@
-"""CLIP's own weights in both towers, from a file or by open_clip's name."""
+"""Loading CLIP's weights into both towers, from a file or by open_clip's name."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def test_clip_with_tensors_missing_is_refused_and_changes_nothing(
     assert torch.equal(network.text_tower.ln_final.weight, before)
 
 
-def test_a_file_without_clip_s_names_is_no_clip(network: CausalCLIPSeg, tiny_checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no CLIP network"):
+def test_a_file_without_clip_s_names_is_not_clip(network: CausalCLIPSeg, tiny_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a CLIP network"):
         load_clip_weights(network, str(tiny_checkpoint))
 
 
@@ -147,7 +147,7 @@ def test_a_name_of_open_clip_s_is_fetched_by_open_clip(
     assert towers_equal(network, clip)
 
 
-def test_weights_that_cannot_be_fetched_are_an_environment_problem(
+def test_weights_that_cannot_be_fetched_are_an_environment_issue(
     network: CausalCLIPSeg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def create_model(architecture: str, pretrained: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two configurations, their JSON form, and the image sizes that the network takes."""
+"""Network configurations, their JSON form, and supported image sizes."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_configs_are_found_by_their_own_name() -> None:
     [
         ({"surprise": 1}, "surprise"),
         ({"vision_layers": None}, "vision_layers"),
-        ({"vision_layers": [1, 1, 2]}, "whole numbers"),
-        ({"vision_layers": "1121"}, "whole numbers"),
-        ({"text_layers": "2"}, "whole numbers"),
-        ({"text_width": 64.0}, "whole numbers"),
-        ({"text_heads": True}, "whole numbers"),
-        ({"grid": 0}, "whole numbers"),
-        ({"feature_width": 10**12}, "whole numbers"),
+        ({"vision_layers": [1, 1, 2]}, "not integers"),
+        ({"vision_layers": "1121"}, "not integers"),
+        ({"text_layers": "2"}, "not integers"),
+        ({"text_width": 64.0}, "not integers"),
+        ({"text_heads": True}, "not integers"),
+        ({"grid": 0}, "not integers"),
+        ({"feature_width": 10**12}, "not integers"),
         ({"text_heads": 7}, "divide"),
         ({"vision_heads": 3}, "divide"),
         ({"embed_dim": 128}, "embed_dim must be 8 x vision_width = 64"),
@@ -73,7 +73,7 @@ def test_image_size_is_n_or_height_x_width(text: str | int, expected: tuple[int,
 
 
 @pytest.mark.parametrize("text", ["", "x", "224x", "x224", "big", "1e3", "224x224x3", "224.0", "224*224"])
-def test_text_that_is_no_image_size_is_refused_and_quoted(text: str) -> None:
+def test_text_that_is_not_an_image_size_is_refused_and_quoted(text: str) -> None:
     with pytest.raises(UsageError, match="is not N or HxW"):
         image_hw(text)
 
@@ -88,6 +88,6 @@ def test_text_that_is_no_image_size_is_refused_and_quoted(text: str) -> None:
         ((224, 16), "Use 32"),
     ],
 )
-def test_a_side_that_is_no_multiple_of_32_is_refused_with_the_nearest(hw: tuple[int, int], advice: str) -> None:
+def test_a_side_that_is_not_a_multiple_of_32_is_refused_with_the_nearest(hw: tuple[int, int], advice: str) -> None:
     with pytest.raises(UsageError, match=advice):
         check_image_hw(hw)

@@ -1,4 +1,4 @@
-"""The mask head against loops over samples, pixels and taps, in float64."""
+"""Mask head, compared with loops over samples, pixels and taps in float64."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def quadrupled(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("hw", [(1, 1), (1, 3), (2, 3)])
-def test_rise_is_two_bilinear_quadruplings_each_before_a_block(head: MaskHead, hw: tuple[int, int]) -> None:
+def test_upsample_is_bilinear_4x_twice_each_before_a_block(head: MaskHead, hw: tuple[int, int]) -> None:
     features = random_map(2, 64, *hw)
     expected = block(quadrupled(block(quadrupled(features), head.block1)), head.block2)
     assert expected.shape == (2, 32, 16 * hw[0], 16 * hw[1])
-    assert relative_error(head.rise(features), expected) <= 1e-12
+    assert relative_error(head.upsample(features), expected) <= 1e-12
 
 
 def test_prompt_s_numbers_are_channel_by_channel_3x3_kernels_and_the_bias_last(head: MaskHead) -> None:
@@ -56,23 +56,23 @@ def test_rows_of_a_kernel_are_its_taps(head: MaskHead) -> None:
     assert torch.equal(rows[1, 3 * 2 + 1], weight[1, :, 2, 1])
 
 
-def test_every_picture_is_convolved_with_the_kernel_of_its_own_prompt(head: MaskHead) -> None:
-    risen, state = random_map(3, 32, 4, 5), random_map(3, 64)
+def test_every_image_is_convolved_with_the_kernel_of_its_own_prompt(head: MaskHead) -> None:
+    upsampled, state = random_map(3, 32, 4, 5), random_map(3, 64)
     values = state @ head.prompt.weight.T + head.prompt.bias
     expected = torch.empty(3, 1, 4, 5, dtype=torch.float64)
     for sample in range(3):
-        mixed = torch.einsum("oi,ihw->ohw", head.mix.weight.flatten(1), risen[sample])
+        mixed = torch.einsum("oi,ihw->ohw", head.mix.weight.flatten(1), upsampled[sample])
         padded = functional.pad(mixed + head.mix.bias[:, None, None], (1, 1, 1, 1))  # type: ignore[index]
         kernel = values[sample, :-1].reshape(32, 3, 3)
         for row in range(4):
             for column in range(5):
                 window = padded[:, row : row + 3, column : column + 3]
                 expected[sample, 0, row, column] = (window * kernel).sum() + values[sample, -1]
-    assert relative_error(head.answer(risen, state), expected) <= 1e-12
+    assert relative_error(head.apply_prompt(upsampled, state), expected) <= 1e-12
 
 
-def test_logits_are_the_answer_to_the_risen_features(head: MaskHead) -> None:
+def test_logits_come_from_the_upsampled_features(head: MaskHead) -> None:
     features, state = random_map(2, 64, 2, 3), random_map(2, 64)
     logits = head(features, state)
     assert logits.shape == (2, 1, 32, 48)
-    assert torch.equal(logits, head.answer(head.rise(features), state))
+    assert torch.equal(logits, head.apply_prompt(head.upsample(features), state))

@@ -1,4 +1,4 @@
-"""The causal neck against loops over pixels and plain convolutions, in float64."""
+"""Causal neck, compared with loops over pixels and plain convolutions in float64."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_masker_is_its_four_convolutions_a_norm_and_a_sigmoid(height: int, width
     assert relative_error(MASKER(x), expected) <= 1e-12
 
 
-def test_levels_come_to_a_sixteenth_of_the_picture(neck: CausalNeck, pyramid: ImagePyramid) -> None:
+def test_levels_come_to_a_sixteenth_of_the_image(neck: CausalNeck, pyramid: ImagePyramid) -> None:
     q3, q4, q5 = neck.levels(pyramid)
     corners = [pyramid.v3[..., y::2, x::2] for y in (0, 1) for x in (0, 1)]
     assert relative_error(q3, torch.stack(corners).mean(0)) <= 1e-12

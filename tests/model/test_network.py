@@ -1,4 +1,4 @@
-"""The whole network: sizes, what depends on what, and what it costs."""
+"""Whole network: shapes, dependencies between inputs and outputs, and cost."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def prompts(*rows: tuple[int, ...], length: int = 9) -> Tensor:
 
 
 @pytest.mark.parametrize("hw", [(32, 32), (64, 96), (128, 32)])
-def test_logits_of_both_branches_have_the_picture_s_size(network: CausalCLIPSeg, hw: tuple[int, int]) -> None:
+def test_logits_of_both_branches_have_the_image_s_size(network: CausalCLIPSeg, hw: tuple[int, int]) -> None:
     logits = network(random_map(2, 3, *hw), prompts((320,), (7, 8)))
     assert logits.causal.shape == logits.confounding.shape == (2, 1, *hw)
     assert relative_error(logits.causal, logits.confounding) > 0.1
 
 
-def test_each_row_of_a_batch_is_answered_as_if_alone(network: CausalCLIPSeg) -> None:
+def test_each_row_of_a_batch_is_computed_as_if_alone(network: CausalCLIPSeg) -> None:
     image, tokens = random_map(3, 3, 32, 64), prompts((320, 9), (7, 8, 1200), (41,))
     together = network(image, tokens)
     for row in range(3):
@@ -41,7 +41,7 @@ def test_each_row_of_a_batch_is_answered_as_if_alone(network: CausalCLIPSeg) -> 
         assert relative_error(together.confounding[row], alone.confounding[0]) <= 1e-12
 
 
-def test_both_picture_and_prompt_decide_the_answer(network: CausalCLIPSeg) -> None:
+def test_both_image_and_prompt_change_the_logits(network: CausalCLIPSeg) -> None:
     image, tokens = random_map(1, 3, 32, 64), prompts((320, 9))
     answer = network(image, tokens).causal
     assert relative_error(network(image, prompts((320, 10))).causal, answer) > 1e-2
@@ -61,7 +61,7 @@ def test_causal_logits_alone_are_the_first_of_both(network: CausalCLIPSeg) -> No
     assert torch.equal(network.causal_logits(image, tokens), network(image, tokens).causal)
 
 
-def test_picture_that_is_no_multiple_of_32_is_refused(network: CausalCLIPSeg) -> None:
+def test_image_that_is_not_a_multiple_of_32_is_refused(network: CausalCLIPSeg) -> None:
     with pytest.raises(UsageError, match="Image size 64x40"):
         network(random_map(1, 3, 64, 40), prompts((320,)))
 

@@ -1,4 +1,4 @@
-"""The published names, and the published network's own numbers on its own weights."""
+"""Published tensor names, and outputs equal to those of the published network."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import (
     from_published,
     image_tower_name,
-    is_dead,
     is_published_layout,
-    our_name,
+    is_unused,
+    network_name,
     to_published,
 )
 from tests.model.published_stub import published_stub
@@ -37,7 +37,7 @@ def test_931_tensors_are_live_and_60_are_dropped() -> None:
 
 def test_dropped_tensors_of_the_neck_are_those_of_the_modules_that_never_run() -> None:
     """Spec, causal neck: the modules that would use the text stand in the checkpoint, never run."""
-    dropped = [key for key in layout() if is_dead(key) and key.startswith("neck_ad.")]
+    dropped = [key for key in layout() if is_unused(key) and key.startswith("neck_ad.")]
     assert len(dropped) == 59
     assert {key.split(".")[1] for key in dropped} == {
         "txt_proj", "f1_v_proj", "norm_layer", "f2_cat", "f3_v_proj", "f3_cat", "f4_proj5", "f4_proj3", "coordconv",
@@ -52,14 +52,14 @@ def test_live_tensors_are_the_network_s_own_in_name_and_shape() -> None:
 
 
 def test_every_live_name_is_translated_there_and_back() -> None:
-    live = [key for key in layout() if not is_dead(key)]
-    names = [our_name(key) for key in live]
+    live = [key for key in layout() if not is_unused(key)]
+    names = [network_name(key) for key in live]
     assert len(set(names)) == len(live)
     assert [to_published(str(name)) for name in names] == live
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"),
+    ("published", "own"),
     [
         ("backbone.visual.layer3.22.bn2.running_var", "image_tower.layer3.22.bn2.running_var"),
         ("backbone.visual.attnpool.connect.0.weight", "image_tower.attnpool.connect.0.weight"),
@@ -72,8 +72,8 @@ def test_every_live_name_is_translated_there_and_back() -> None:
         ("module.proj.txt.weight", None),
     ],
 )
-def test_published_names_have_the_paper_s_words_here(theirs: str, ours: str | None) -> None:
-    assert our_name(theirs) == ours
+def test_published_names_have_the_paper_s_words_here(published: str, own: str | None) -> None:
+    assert network_name(published) == own
 
 
 def test_no_published_name_of_a_tensor_that_is_not_ours() -> None:
@@ -81,8 +81,8 @@ def test_no_published_name_of_a_tensor_that_is_not_ours() -> None:
         to_published("optimizer.step")
 
 
-def test_dead_tensors_may_be_absent() -> None:
-    tensors = {key: value for key, value in published_stub().items() if not is_dead(key)}
+def test_unused_tensors_may_be_absent() -> None:
+    tensors = {key: value for key, value in published_stub().items() if not is_unused(key)}
     live, dropped = from_published(tensors, "checkpoint")
     assert (len(live), dropped) == (931, ())
 
@@ -91,7 +91,7 @@ def test_dead_tensors_may_be_absent() -> None:
     ("blocks", "name"),
     [((3, 4, 6, 3), "RN50"), ((3, 4, 23, 3), "RN101"), ((4, 6, 10, 6), "RN50x4"), ((3, 15, 36, 10), "RN50x64")],
 )
-def test_image_towers_are_told_by_their_blocks(blocks: tuple[int, ...], name: str) -> None:
+def test_image_towers_are_recognized_by_their_blocks(blocks: tuple[int, ...], name: str) -> None:
     keys = [f"backbone.visual.layer{s}.{b}.conv1.weight" for s, n in enumerate(blocks, 1) for b in range(n)]
     assert image_tower_name(keys) == name
     if name != "RN101":
@@ -99,20 +99,20 @@ def test_image_towers_are_told_by_their_blocks(blocks: tuple[int, ...], name: st
             from_published(dict.fromkeys(keys, torch.zeros(())), "my.pth")
 
 
-def test_names_that_are_none_of_the_published_network_s_are_listed_up_to_six() -> None:
-    strangers = {f"fuse.{number}": torch.zeros(()) for number in range(8)}
+def test_unknown_names_are_listed_up_to_six() -> None:
+    unknown = {f"fuse.{number}": torch.zeros(()) for number in range(8)}
     with pytest.raises(CheckpointError, match=r"fuse.0, fuse.1, fuse.2, fuse.3, fuse.4, fuse.5 …\. Is it"):
-        from_published({**published_stub(), **strangers}, "my.pth")
+        from_published({**published_stub(), **unknown}, "my.pth")
 
 
-def test_the_layout_is_known_by_any_of_its_three_parts() -> None:
+def test_the_layout_is_recognized_by_any_of_its_three_parts() -> None:
     assert is_published_layout(["x", "neck_ad.aggr.0.weight"])
     assert is_published_layout(["backbone.visual.conv1.weight"])
     assert not is_published_layout(["visual.conv1.weight", "image_tower.conv1.weight", "head.mix.bias"])
 
 
 def computed_by(network: CausalCLIPSeg, image: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Everything that the golden files hold, thinned as they are."""
+    """Compute the arrays of the golden files, subsampled like them."""
     pyramid = network.image_tower(image)
     neck = network.neck(pyramid)
     state = network.text_tower(tokens)

@@ -1,4 +1,4 @@
-"""Both towers against open_clip's own CLIP, PyTorch's own attention and closed forms, in float64."""
+"""Both towers, compared with open_clip, PyTorch's attention and closed forms in float64."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_stages_are_open_clip_s_unchanged(image_tower: ImageTower) -> None:
     assert relative_error(pyramid.v5, image_tower.attnpool(stages["layer4"])) <= 1e-12
 
 
-def test_image_that_is_no_multiple_of_32_is_refused(image_tower: ImageTower) -> None:
+def test_image_that_is_not_a_multiple_of_32_is_refused(image_tower: ImageTower) -> None:
     with pytest.raises(UsageError, match="48 is not a positive multiple of 32"):
         image_tower(random_map(1, 3, 64, 48))
 
@@ -151,5 +151,5 @@ def test_text_state_is_the_same_in_any_prompt_length_and_integer_type(text_tower
 
 
 def test_prompt_longer_than_the_context_is_refused_with_both_numbers(text_tower: TextTower) -> None:
-    with pytest.raises(PromptError, match="78 tokens do not fit the text tower's 77"):
+    with pytest.raises(PromptError, match="78 tokens exceed the text tower's limit of 77"):
         text_tower(torch.ones(1, 78, dtype=torch.int64))

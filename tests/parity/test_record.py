@@ -12,7 +12,7 @@ from PIL import Image
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import ImageError, PromptError
-from cclip_deploy.imaging.reading import read_picture
+from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.parity.record import make_references
 from cclip_deploy.parity.reference import load_references
@@ -130,7 +130,7 @@ def test_a_given_prompt_or_image_that_cannot_be_used_raises(
 def test_pixels_are_packed_without_loss(kind: type, white: int, tmp_path: Path) -> None:
     raw = np.arange(white + 1, dtype=kind).reshape(16, -1)
     Image.fromarray(raw).save(tmp_path / "a.png")
-    pixels = read_picture(tmp_path / "a.png").pixels
+    pixels = read_image(tmp_path / "a.png").pixels
     packed = pack_pixels(pixels)
     assert packed.dtype == kind
     np.testing.assert_array_equal(packed, raw)

@@ -1,4 +1,4 @@
-"""The prompt form of QaTa-COV19."""
+"""Parsing and rendering prompts in the form of QaTa-COV19."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from cclip_deploy.prompts.template import (
     ZONES,
     Facts,
     Zones,
-    parse,
     parse_facts,
     parse_or_none,
     render,
@@ -25,21 +24,15 @@ named_zones = st.builds(Zones, left=zone_sets, right=zone_sets).filter(lambda zo
 
 @given(named_zones)
 def test_parse_reads_back_what_render_wrote(zones: Zones) -> None:
-    assert parse(render(zones)) == zones
+    assert parse_facts(render(zones)).zones == zones
 
 
 @given(named_zones, st.integers(1, 12))
-def test_parse_reads_back_the_count_and_what_follows_from_the_zones(zones: Zones, count: int) -> None:
-    facts = parse_facts(render(zones, count))
-    assert facts == Facts(zones, count)
-    assert facts.zone_count == len(zones.left) + len(zones.right)
-    assert {"left": (True, False), "right": (False, True), "both": (True, True)}[facts.side] == (
-        bool(zones.left),
-        bool(zones.right),
-    )
+def test_parse_reads_back_zones_and_count(zones: Zones, count: int) -> None:
+    assert parse_facts(render(zones, count)) == Facts(zones, count)
 
 
-def test_a_count_without_a_word_is_refused() -> None:
+def test_a_count_without_a_number_word_is_refused() -> None:
     for count in (0, 13):
         with pytest.raises(PromptError, match="Use 1 to 12"):
             render(Zones(left=frozenset({"upper"})), count)
@@ -68,24 +61,24 @@ def test_render_writes_the_published_form(left: str, right: str, sentence: str) 
 
 def test_parse_does_not_mind_case_spaces_order_and_number_word() -> None:
     text = "  BILATERAL pulmonary  infection, three infected areas, upper right lung and middle lower left lung"
-    assert parse(text) == Zones(frozenset({"middle", "lower"}), frozenset({"upper"}))
+    assert parse_facts(text).zones == Zones(frozenset({"middle", "lower"}), frozenset({"upper"}))
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("A cat.", "not of the form"),
-        ("Unilateral pulmonary infection, one infected area, .", "not of the form"),
+        ("A cat.", "does not have the form"),
+        ("Unilateral pulmonary infection, one infected area, .", "does not have the form"),
         ("Unilateral pulmonary infection, one infected area, uppper left lung.", "'uppper'"),
         ("Unilateral pulmonary infection, one infected area, upper left.", "'upper left'"),
         ("Bilateral pulmonary infection, two infected areas, upper left lung and lower left lung.", "left lung twice"),
-        ("Bilateral pulmonary infection, one infected area, upper left lung.", "make it unilateral"),
+        ("Bilateral pulmonary infection, one infected area, upper left lung.", "are unilateral"),
         ("Unilateral pulmonary infection, one infected area, all upper left lung.", "'all'"),
     ],
 )
 def test_parse_says_what_is_wrong(text: str, words: str) -> None:
     with pytest.raises(PromptError, match=words):
-        parse(text)
+        parse_facts(text)
 
 
 def test_no_zones_have_no_sentence() -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer against open_clip's own, id for id."""
+"""Token ids are equal to those of open_clip."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_cutting_is_open_clip_s(prompt: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "hello", '{"version": "1.0"}'])
-def test_a_file_that_is_no_tokenizer_is_a_data_error(content: str) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_a_data_error(content: str) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.json is not CLIP's tokenizer: .*Export the bundle again"):
         PromptTokenizer.parse(content.encode(), Path("tokenizer.json"))
 

@@ -67,7 +67,7 @@ def test_copies_of_one_image_count_once(copies: int, films: Path, tmp_path: Path
         shutil.copy(films / "images" / "train-00000.png", folder / f"{number}.png")
     options = CalibrationOptions((folder,))
     if copies == 0:
-        with pytest.raises(ImageError, match="has no picture"):
+        with pytest.raises(ImageError, match="has no image"):
             choose_pictures(options)
         return
     with pytest.raises(UsageError, match="1 different image; with fewer than 8"):

@@ -39,7 +39,7 @@ from tests.conftest import THREADS, TINY_HW
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight images for calibration, eight for tuning and evaluation."""
     folder = tmp_path_factory.mktemp("films") / "data"
-    write_dataset(folder, {"train": 8, "test": 8}, TINY_HW, 6, prompts_per_film=2)
+    write_dataset(folder, {"train": 8, "test": 8}, TINY_HW, 6, prompts_per_image=2)
     return folder
 
 

@@ -218,7 +218,7 @@ def test_resuming_another_training_is_refused_with_the_differences(data_folder: 
     game = SMALL.model_copy(update={"learning_rate": 0.5, "game": Game(masker_steps=3), "loader_threads": 2})
     with pytest.raises(UsageError, match=r"differs in learning_rate \(0.001 then, 0.5 now\); game.masker_steps \(1"):
         train(game, data_folder, tmp_path / "run", options=GO_ON)
-    write_dataset(tmp_path / "data", {"train": 4, "test": 3}, (64, 64), seed=9, prompts_per_film=2)
+    write_dataset(tmp_path / "data", {"train": 4, "test": 3}, (64, 64), seed=9, prompts_per_image=2)
     with pytest.raises(UsageError, match=r"data set.train.pictures \(.{12}… then, .{12}… now\)"):
         train(SMALL, tmp_path / "data", tmp_path / "run", options=GO_ON)
 
@@ -322,7 +322,7 @@ def test_the_tiny_model_learns_to_follow_prompts_and_never_waits_for_data(
     tmp_path: Path, tokenizer: PromptTokenizer
 ) -> None:
     """A short run does not reach the demo's Dice, but the loss decreases and the network follows its prompts."""
-    write_dataset(tmp_path / "data", {"train": 60, "test": 16}, (64, 64), seed=0, prompts_per_film=8)
+    write_dataset(tmp_path / "data", {"train": 60, "test": 16}, (64, 64), seed=0, prompts_per_image=8)
     config = TrainConfig(
         image_size=64, epochs=10, images_per_batch=4, prompts_per_image=8, learning_rate=4e-3, tower_rate=0.3,
         devices=CPU,

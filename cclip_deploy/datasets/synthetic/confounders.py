@@ -1,7 +1,7 @@
-"""Signs on a film that have nothing to do with disease, drawn so that they follow the target with a given probability.
+"""Draw confounders on synthetic radiographs: marks unrelated to disease that correlate with the target's side.
 
-Each sign tells one of the patient's sides: marker, text and collimation by where they stand, gain and blur by how the
-whole film looks. They are chosen by a generator of their own, so the film under them is the same with and without.
+Each confounder encodes one side of the patient: marker, text and collimation by their position, gain and blur by the
+look of the whole image. They use a random generator of their own, so the radiograph is the same with and without them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from cclip_deploy.errors import UsageError
 Pixels = npt.NDArray[np.float32]
 
 CONFOUNDERS = ("marker", "text", "collimation", "gain", "blur")
-USUAL_RHO = 0.95
+DEFAULT_RHO = 0.95
 OTHER_SIDE = {"left": "right", "right": "left"}
 BURNT_IN = {"left": "AP SUPINE\nPORTABLE", "right": "PA ERECT\nROOM 2"}
 BRIGHT, DARK = 1.16, 0.86
 BLUR_SHARE = 0.007
-"""Radius of the blur as a share of the film's height."""
+"""Blur radius as a fraction of the image height."""
 
 
 @dataclass(frozen=True)
 class Confounding:
-    """Which signs are drawn, and how often each stands for the target's side rather than for the other one."""
+    """Which confounders are drawn, and the probability `rho` that each encodes the target's side."""
 
     kinds: frozenset[str]
     rho: float
@@ -39,18 +39,21 @@ class Confounding:
             if kind not in CONFOUNDERS:
                 raise UsageError(f"Unknown confounder {kind!r}. Confounders are {', '.join(CONFOUNDERS)}.")
         if not 0 <= self.rho <= 1:
-            raise UsageError(f"rho is {self.rho}. It is a probability: use a value from 0 to 1.")
+            raise UsageError(f"rho is {self.rho}; it is a probability from 0 to 1.")
 
 
-def confound(kinds: Collection[str], rho: float | None) -> Confounding | None:
-    """What a command line means: no kinds with a rho are all kinds, kinds without a rho follow with USUAL_RHO."""
+def make_confounding(kinds: Collection[str], rho: float | None) -> Confounding | None:
+    """Build a Confounding from command-line options; no kinds mean all, no rho means DEFAULT_RHO, neither None."""
     if not kinds and rho is None:
         return None
-    return Confounding(frozenset(kinds or CONFOUNDERS), USUAL_RHO if rho is None else rho)
+    return Confounding(frozenset(kinds or CONFOUNDERS), DEFAULT_RHO if rho is None else rho)
 
 
-def choose_signs(rng: np.random.Generator, target_side: str, confounding: Confounding | None) -> dict[str, str]:
-    """The side that each sign tells. Signs that are not drawn take their chance too, so that the others stay."""
+def choose_confounders(rng: np.random.Generator, target_side: str, confounding: Confounding | None) -> dict[str, str]:
+    """Choose the side that each confounder encodes.
+
+    Random numbers are drawn for all kinds, so choosing fewer does not change the others.
+    """
     chances = rng.random(len(CONFOUNDERS))
     if confounding is None:
         return {}
@@ -62,47 +65,47 @@ def choose_signs(rng: np.random.Generator, target_side: str, confounding: Confou
     }
 
 
-def marker_attenuation(image_hw: tuple[int, int], signs: Mapping[str, str]) -> Plane:
-    """A lead plate with a letter cut into it, in the upper corner of the side it tells: (H, W), 0 without a marker."""
+def marker_attenuation(image_hw: tuple[int, int], confounders: Mapping[str, str]) -> Plane:
+    """Return the attenuation (H, W) of a lead marker with a letter, in the upper corner of its side; 0 without one."""
     canvas = Image.new("L", (CANVAS_PX, CANVAS_PX))
-    if "marker" in signs:
-        pen, outward = ImageDraw.Draw(canvas), OUTWARD[signs["marker"]]
+    if "marker" in confounders:
+        pen, outward = ImageDraw.Draw(canvas), OUTWARD[confounders["marker"]]
         x, y, half = round(CANVAS_PX * (0.5 + 0.40 * outward)), round(0.075 * CANVAS_PX), round(0.04 * CANVAS_PX)
         pen.rectangle((x - half, y - half, x + half, y + half), fill=255)
-        letter = signs["marker"][0].upper()
+        letter = confounders["marker"][0].upper()
         pen.text((x, y), letter, fill=40, font=ImageFont.load_default(1.9 * half), anchor="mm")
     return np.asarray(canvas.resize(image_hw[::-1], Image.Resampling.BOX), np.float32) * np.float32(2 / 255)
 
 
-def finish_film(film: Pixels, signs: Mapping[str, str]) -> Pixels:
-    """The film with gain, blur, collimation and burnt-in text, in this order: (H, W) in [0, 1]."""
-    if "gain" in signs:
-        film = np.minimum(film * np.float32(BRIGHT if signs["gain"] == "left" else DARK), np.float32(1))
-    if signs.get("blur") == "left":
-        film = _blur(film)
-    if "collimation" in signs:
-        film = _collimate(film, signs["collimation"])
-    return _burn_in(film, signs["text"]) if "text" in signs else film
+def apply_confounders(pixels: Pixels, confounders: Mapping[str, str]) -> Pixels:
+    """Apply gain, blur, collimation and burnt-in text, in this order, to (H, W) in [0, 1]."""
+    if "gain" in confounders:
+        pixels = np.minimum(pixels * np.float32(BRIGHT if confounders["gain"] == "left" else DARK), np.float32(1))
+    if confounders.get("blur") == "left":
+        pixels = _blur(pixels)
+    if "collimation" in confounders:
+        pixels = _collimate(pixels, confounders["collimation"])
+    return _burn_in(pixels, confounders["text"]) if "text" in confounders else pixels
 
 
-def _blur(film: Pixels) -> Pixels:
-    radius = BLUR_SHARE * film.shape[0]
-    # Pillow's Gaussian takes 8 bits alone.
-    soft = Image.fromarray(np.rint(film * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
+def _blur(pixels: Pixels) -> Pixels:
+    radius = BLUR_SHARE * pixels.shape[0]
+    # Pillow's Gaussian filter supports 8-bit images only.
+    soft = Image.fromarray(np.rint(pixels * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
     return np.asarray(np.asarray(soft) / 255, np.float32)
 
 
-def _collimate(film: Pixels, side: str) -> Pixels:
-    """A dark shutter along the edge of the side, a little oblique."""
-    rows, columns = (np.linspace(0, 1, n, dtype=np.float32) for n in film.shape)
+def _collimate(pixels: Pixels, side: str) -> Pixels:
+    """Darken a slightly oblique strip along the edge of a side."""
+    rows, columns = (np.linspace(0, 1, n, dtype=np.float32) for n in pixels.shape)
     from_edge = 1 - columns[None, :] if side == "left" else columns[None, :]
-    open_share = np.clip((from_edge - 0.045 - 0.025 * rows[:, None]) * film.shape[1] + 0.5, 0, 1)
-    return np.asarray(film * (0.02 + 0.98 * open_share), np.float32)
+    exposed = np.clip((from_edge - 0.045 - 0.025 * rows[:, None]) * pixels.shape[1] + 0.5, 0, 1)
+    return np.asarray(pixels * (0.02 + 0.98 * exposed), np.float32)
 
 
-def _burn_in(film: Pixels, side: str) -> Pixels:
-    """Two lines of white text with a dark outline in the lower corner of the side."""
-    height, width = film.shape
+def _burn_in(pixels: Pixels, side: str) -> Pixels:
+    """Draw two lines of white text with a dark outline in the lower corner of a side."""
+    height, width = pixels.shape
     canvas = Image.new("LA", (2 * CANVAS_PX, 2 * CANVAS_PX))
     at_left = side == "right"
     ImageDraw.Draw(canvas).multiline_text(
@@ -113,4 +116,4 @@ def _burn_in(film: Pixels, side: str) -> Pixels:
     )  # fmt: skip
     planes = (plane.resize((width, height), Image.Resampling.BOX) for plane in canvas.convert("La").split())
     ink, cover = (np.asarray(plane, np.float32) / 255 for plane in planes)
-    return np.asarray(film * (1 - cover) + ink, np.float32)
+    return np.asarray(pixels * (1 - cover) + ink, np.float32)

@@ -1,7 +1,7 @@
-"""Draws a frontal chest radiograph of nobody: lungs, heart, spine, ribs, vessels, and the exposure of the film.
+"""Generate a synthetic frontal chest radiograph: lungs, heart, spine, ribs, vessels and film exposure.
 
-Lengths are shares of the picture: y runs from 0 at its top to 1 at its bottom, x from the midline, positive towards the
-patient's left, which is the picture's right. Tissue adds attenuation, air takes it away, and the film shows the sum.
+Lengths are fractions of the image: y is 0 at the top and 1 at the bottom; x is 0 at the midline, positive toward the
+patient's left (the right of the image). Tissue adds attenuation and air subtracts it; the film shows the sum.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from PIL import Image, ImageDraw, ImageFilter
 Plane = npt.NDArray[np.floating[Any]]
 
 OUTWARD = {"left": 1.0, "right": -1.0}
-"""The direction away from the midline."""
+"""Sign of x away from the midline."""
 CANVAS_PX = 320
-"""Side of the canvas that fine lines are drawn on before they are brought to the picture's size."""
+"""Side of the canvas for fine lines, which is then resized to the image."""
 RIB_SPACING = 0.078
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where every pixel lies in the body, after the patient's own size, shift and tilt."""
+    """Body coordinates of every pixel, after random size, shift and tilt of the patient."""
 
     x: Plane  # (H, W)
     y: Plane  # (H, W)
@@ -39,7 +39,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Chest:
-    """Attenuation of a healthy chest, and how much of the beam each lung lets through."""
+    """Attenuation of a healthy chest, and the lungs."""
 
     frame: Frame
     attenuation: Plane  # (H, W), about 0 (air) to 1.5 (abdomen)
@@ -47,7 +47,7 @@ class Chest:
 
 
 def draw_chest(rng: np.random.Generator, image_hw: tuple[int, int]) -> Chest:
-    """A healthy chest of `image_hw` pixels; every chance in it comes from `rng`."""
+    """Draw a healthy chest of `image_hw` pixels; all randomness comes from `rng`."""
     frame = place_patient(rng, image_hw)
     depth = rng.uniform(0.0, 0.035)
     lungs = {side: _draw_lung(frame, side, depth, rng.uniform(-0.012, 0.012)) for side in OUTWARD}
@@ -60,7 +60,7 @@ def draw_chest(rng: np.random.Generator, image_hw: tuple[int, int]) -> Chest:
 
 
 def place_patient(rng: np.random.Generator, image_hw: tuple[int, int]) -> Frame:
-    """Coordinates of a patient who stands a little off center, tilted, larger or smaller."""
+    """Return coordinates for a patient with random offset, tilt and size."""
     height, width = image_hw
     rows = (np.arange(height, dtype=np.float32)[:, None] + 0.5) / height - 0.5
     columns = (np.arange(width, dtype=np.float32)[None, :] + 0.5) / width - 0.5
@@ -73,28 +73,28 @@ def place_patient(rng: np.random.Generator, image_hw: tuple[int, int]) -> Frame:
 
 
 def lung_span(side: str, y: float) -> tuple[float, float]:
-    """Medial and lateral distance from the midline between which a lung is clear of heart and chest wall at `y`."""
+    """Return the medial and lateral distance from the midline between which a lung is free of heart and wall at `y`."""
     below_aorta = min(max((y - 0.42) / 0.18, 0.0), 1.0)
     medial = 0.075 + (0.135 if side == "left" else 0.035) * below_aorta
     return medial, float(_chest_wall(np.array(y)))
 
 
 def step(distance: Plane, width: float) -> Plane:
-    """0 to 1 across an edge: one half at distance 0, smooth over about 2 x `width` on either side."""
+    """Smooth step from 0 to 1: one half at distance 0, over about 2 x `width` on either side."""
     scaled = np.clip(distance / (2 * width), -1, 1)
     smooth: Plane = 0.5 + scaled * (0.75 - 0.25 * scaled * scaled)
     return smooth
 
 
 def smooth_noise(rng: np.random.Generator, image_hw: tuple[int, int], cells: int) -> Plane:
-    """Noise of mean 0 and deviation about 1 with `cells` grains across the picture: (H, W)."""
+    """Return noise (H, W) of mean 0 and standard deviation about 1, with `cells` grains across the image."""
     lattice = rng.standard_normal((cells, cells)).astype(np.float32)
-    picture = Image.fromarray(lattice).resize(image_hw[::-1], Image.Resampling.BICUBIC)
-    return np.asarray(picture, np.float32) * np.float32(1.4)
+    resized = Image.fromarray(lattice).resize(image_hw[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(resized, np.float32) * np.float32(1.4)
 
 
 def expose(rng: np.random.Generator, attenuation: Plane) -> npt.NDArray[np.float32]:
-    """The film: fog, grain and vignette on the attenuation, and the tone curve of a display: (H, W) in [0, 1]."""
+    """Expose a film: add fog, grain, vignette and a tone curve to attenuation; returns (H, W) in [0, 1]."""
     height, width = attenuation.shape
     fog = 0.03 * smooth_noise(rng, (height, width), 5) + 0.014 * smooth_noise(rng, (height, width), 40)
     film = 1 - np.exp(-1.25 * np.maximum(attenuation + fog, 0))
@@ -107,14 +107,14 @@ def expose(rng: np.random.Generator, attenuation: Plane) -> npt.NDArray[np.float
 
 
 def _chest_wall(y: Plane) -> Plane:
-    """Distance of the inner chest wall from the midline, 0.1 at the apex, widest near the diaphragm."""
+    """Distance from the midline to the inner chest wall: 0.1 at the apex, largest near the diaphragm."""
     t = np.clip((y - 0.115) / 0.68, 0, 1)
     wall: Plane = 0.105 + 0.265 * (1 - (1 - t) ** 2.6) ** 0.6
     return wall
 
 
 def _diaphragm(side: str, outward: Plane, depth: float) -> Plane:
-    """Height of a dome at each distance from the midline; the right one stands higher."""
+    """Height of the diaphragm's dome at each distance from the midline; the right one is higher."""
     top = (0.735 if side == "right" else 0.76) + depth
     away = outward - 0.155
     dome: Plane = top + np.where(away > 0, 2.4, 0.9) * np.square(away)
@@ -135,7 +135,7 @@ def _draw_lung(frame: Frame, side: str, depth: float, apex: float) -> Plane:
 
 
 def _draw_trunk(frame: Frame, rng: np.random.Generator) -> Plane:
-    """Soft tissue: thick in the middle, thin at the flanks, open air above the shoulders."""
+    """Soft tissue: thick in the middle, thin at the flanks, none above the shoulders."""
     outward = np.abs(frame.x)
     flank = rng.uniform(0.435, 0.475) + 0.04 * np.square(frame.y - 0.55) + 0.25 * step(0.27 - frame.y, 0.05)
     shoulder = frame.y - 0.02 - 0.35 * np.maximum(outward - 0.13, 0) ** 1.25 * step(outward - 0.13, 0.03)
@@ -145,7 +145,7 @@ def _draw_trunk(frame: Frame, rng: np.random.Generator) -> Plane:
 
 
 def _ellipse(frame: Frame, center: tuple[float, float], radii: tuple[float, float], edge: float) -> Plane:
-    """1 inside, 0 outside, with a soft edge."""
+    """Ellipse with a soft edge: 1 inside, 0 outside."""
     distance = np.hypot((frame.x - center[0]) / radii[0], (frame.y - center[1]) / radii[1])
     return step((1 - distance) * min(radii), edge)
 
@@ -176,16 +176,16 @@ def _draw_spine(frame: Frame) -> Plane:
 
 
 def _draw_abdomen(frame: Frame, rng: np.random.Generator, depth: float) -> Plane:
-    """What lies below the domes, with the stomach's bubble of air."""
-    left_share = step(frame.x, 0.04)
-    domes = left_share * _diaphragm("left", frame.x, depth) + (1 - left_share) * _diaphragm("right", -frame.x, depth)
+    """Tissue below the diaphragm, with the gastric air bubble."""
+    left = step(frame.x, 0.04)
+    domes = left * _diaphragm("left", frame.x, depth) + (1 - left) * _diaphragm("right", -frame.x, depth)
     abdomen = 0.26 * step(frame.y - domes, 0.008)
     bubble = _ellipse(frame, (rng.uniform(0.12, 0.18), 0.84 + depth), (0.06, rng.uniform(0.02, 0.035)), 0.012)
     return abdomen - rng.uniform(0.0, 0.35) * bubble
 
 
 def _rib_band(phase: Plane, half_width: float) -> Plane:
-    """Periodic bars, brighter along their edges as cortical bone is."""
+    """Periodic bars, brighter along the edges like cortical bone."""
     distance = np.abs(phase - np.floor(phase) - 0.5)
     band: Plane = step(half_width - distance, 0.05) * (0.55 + 0.45 * np.square(distance / half_width))
     return band
@@ -203,7 +203,7 @@ def _draw_ribs(frame: Frame, rng: np.random.Generator) -> Plane:
 
 
 def _draw_shoulders(frame: Frame, rng: np.random.Generator) -> Plane:
-    """Clavicles, shoulder blades, heads of the upper arms."""
+    """Clavicles, shoulder blades and humeral heads."""
     outward = np.abs(frame.x)
     height = rng.uniform(0.135, 0.165)
     middle = height - 0.13 * outward + 0.012 * np.sin(14 * outward)
@@ -218,7 +218,7 @@ def _draw_shoulders(frame: Frame, rng: np.random.Generator) -> Plane:
 
 
 def _draw_vessels(frame: Frame, rng: np.random.Generator) -> Plane:
-    """Vessels that leave the hila, fork, and thin out: (H, W)."""
+    """Branching vessels from the hila, thinner toward the periphery: (H, W)."""
     canvas = Image.new("L", (CANVAS_PX, CANVAS_PX))
     pen = ImageDraw.Draw(canvas)
     for outward in OUTWARD.values():
@@ -237,7 +237,7 @@ def _draw_vessel(
     outward: float,
     width: float,
 ) -> None:
-    """One vessel of short straight pieces; it forks where it has become thin."""
+    """Draw one vessel of short segments, which branches at random and becomes thinner."""
     while width > 0.003:
         length = 0.036
         end = (at[0] + outward * length * math.cos(angle), at[1] + length * math.sin(angle))

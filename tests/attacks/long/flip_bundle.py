@@ -1,4 +1,4 @@
-"""Flip bytes of a bundle's files, and use it each time: only errors of the project come out, or the same answer.
+"""Flip bytes in the files of a bundle and use it: the result must be unchanged or an error of the project.
 
 Half of the flips leave SHA256SUMS as it was, as an accident does: then the bundle is refused or answers as before. The
 other half make the sums fit, as a stranger does, so that the parsers see the bytes: then a changed weight gives another

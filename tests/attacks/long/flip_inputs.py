@@ -1,4 +1,4 @@
-"""Change bytes of every kind of input that users give, and read it: a plain answer or a CclipError may come out.
+"""Change bytes in every kind of user input and read it: the outcome must be a result or a CclipError.
 
     python -m tests.attacks.long.flip_inputs [--changes 40000] [--seed 0] [--mib 1500]
 
@@ -38,7 +38,7 @@ from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.tables import read_table
 from cclip_deploy.engines.profile import read_profile
 from cclip_deploy.errors import CclipError
-from cclip_deploy.imaging.reading import picture_orientation, picture_size, read_picture
+from cclip_deploy.imaging.reading import image_orientation, image_size, read_image
 from cclip_deploy.prompts.reader import mirror, read_prompt
 from cclip_deploy.prompts.spelling import repair_prompt
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
@@ -176,13 +176,13 @@ def _tell(kind: Input, number: int, seed: int, error: BaseException, path: Path)
 
 def _read_all(path: Path) -> None:
     """Everything that is done with an image and a mask of a data set; each may refuse, the first is what counts."""
-    for read in (picture_size, picture_orientation, read_mask):
+    for read in (image_size, image_orientation, read_mask):
         try:
             read(path)
         except CclipError as error:
             if _is_of_memory(error):
                 raise
-    read_picture(path)
+    read_image(path)
 
 
 def _pictures() -> list[Input]:

@@ -1,4 +1,4 @@
-"""Whole commands, killed and interrupted at their file operations: `python tests/attacks/long/kill.py [--seed N]`.
+"""Kill and interrupt whole commands at their file operations: `python tests/attacks/long/kill.py [--seed N]`.
 
 Each command is run once to count its file operations below its output; then again and again, with SIGKILL, SIGTERM,
 SIGHUP or SIGINT sent at one of them: at every rename, and at others that the seed draws. After each, the output has to

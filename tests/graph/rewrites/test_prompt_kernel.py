@@ -40,7 +40,7 @@ def convolved(upsampled: Tensor, folded: FoldedKernel) -> Tensor:
 def test_folded_kernel_equals_the_head(height: int, width: int, batch: int, seed: int) -> None:
     upsampled, state = random_map(batch, 6, height, width, seed=seed), random_map(batch, 64, seed=seed)
     folded = FoldLastConvolution()(HEAD)(state)
-    assert relative_error(convolved(upsampled, folded), HEAD.answer(upsampled, state)) <= 1e-12
+    assert relative_error(convolved(upsampled, folded), HEAD.apply_prompt(upsampled, state)) <= 1e-12
 
 
 def test_folded_numbers_are_k_w_and_k_b() -> None:
