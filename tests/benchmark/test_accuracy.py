@@ -66,7 +66,7 @@ def test_a_baseline_above_the_limit_of_its_precision_is_left_out(precision: str,
 def test_the_limit_of_a_bundle_is_that_of_its_precision() -> None:
     assert len(judged(candidate("bundle", "int8-fp16", 0.1))[0]) == 1
     for precision, shift in (("fp32", 1e-3), ("int8-fp16", 0.4)):
-        with pytest.raises(ParityError, match="away from PyTorch"):
+        with pytest.raises(ParityError, match="to PyTorch, above its limit"):
             judged(candidate("bundle", precision, shift))
 
 
