@@ -154,7 +154,7 @@ def restore_folder(path: Path) -> None:
     Raises:
         EnvironmentIssue: the folder cannot be restored; the message says what to rename.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # unlike `resolve`, accepts a cycle of links
     for _ in range(_SWAP_TRIES):
         found = [] if path.exists() else temporaries(path.parent, path.name, "old")
         if not found:
