@@ -22,17 +22,17 @@ MEASURES = {
 
 
 def scores(measurements: Measurements) -> str:
-    """Mean of every arm over the seeds, with Student's interval."""
+    """Render the mean of every arm over the seeds, with Student's interval."""
     return _spreads(measurements.read(FILE)["arms"], tuple(MEASURES), sign="")
 
 
 def differences(measurements: Measurements) -> str:
-    """Every arm less the reference, seed by seed."""
+    """Render the paired difference of every arm to the reference, by seed."""
     return _spreads(measurements.read(FILE)["differences"], ("dice_id", "dice_anti", "drop", "toggle"), sign="+")
 
 
 def masks(measurements: Measurements) -> str:
-    """Mean, entropy and standard deviation of the three masks."""
+    """Render mean, entropy and standard deviation of the three masks."""
     trainings = measurements.read(FILE)["trainings"]
     facts = {"mean": "mean, M3 / M4 / M5", "entropy_bits": "entropy, bits", "sd": "standard deviation"}
     arms = dict.fromkeys(training["arm"] for training in trainings)
@@ -45,17 +45,17 @@ def masks(measurements: Measurements) -> str:
 
 
 def pairs(measurements: Measurements) -> str:
-    """Difference of the drop between every two arms, seed by seed."""
+    """Render the paired difference of the drop between every two arms, by seed."""
     return markdown(*pair_rows(_drops(measurements), MEASURES["drop"]))
 
 
 def power(measurements: Measurements) -> str:
-    """How often the seeds would find a true difference of the drop."""
+    """Render the power of the seeds to detect a difference of the drop."""
     return markdown(*power_rows(_drops(measurements), "off"))
 
 
 def settings(measurements: Measurements) -> str:
-    """Every setting tried, with its Dice on the validation split."""
+    """Render every setting with its Dice on the validation split."""
     result = measurements.read(FILE)
     rows = []
     for arm, tried in result["settings_tried"].items():

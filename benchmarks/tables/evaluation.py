@@ -24,7 +24,7 @@ SCORES = {
 
 
 def scores(measurements: Measurements) -> str:
-    """Every score with its interval and the rows that it is over."""
+    """Render every metric with its interval and its number of rows."""
     result = measurements.read(FILE)
     data, tolerance = result["data"], result["policy"]["boundary_tolerance_px"]
     rows = []
@@ -36,7 +36,7 @@ def scores(measurements: Measurements) -> str:
 
 
 def controls(measurements: Measurements) -> str:
-    """Every prompt control beside the true prompts of the same rows."""
+    """Render every prompt control against the true prompts of the same rows."""
     shown = ("true_dice", "dice", "difference")
     rows = [
         (control["name"], str(control["dice"]["rows"]), *(estimate(control[key]) for key in shown))
@@ -46,12 +46,12 @@ def controls(measurements: Measurements) -> str:
 
 
 def coverage(part: int) -> Callable[[Measurements], str]:
-    """One of the tables of simulated coverage: of patients, rounds or seeds."""
+    """Render one table of simulated coverage: of patients, rounds or seeds."""
     return lambda measurements: coverage_tables(measurements.read("interval_coverage.json")).strip().split("\n\n")[part]
 
 
 def estimate(found: dict[str, Any], digits: int = 3) -> str:
-    """`0.826 [0.806, 0.845]` of an estimate of `evaluation.json`."""
+    """Return `0.826 [0.806, 0.845]` for an estimate of `evaluation.json`."""
     return with_interval(found["value"], found["low"], found["high"], digits=digits)
 
 

@@ -21,12 +21,12 @@ MARKER = re.compile(r"<!-- /?(?:table|value)\b")
 WORDS = "<!-- words -->"
 RULE = re.compile(r"\s*\|?[ :|-]*-[ :|-]*\|[ :|-]*")
 MEASURED = re.compile(r"\d (?:ms|s|MB|GB|×|%)(?!\w)|±|\[[+−-]?\d")
-"""A number with the unit of a measurement, or an interval."""
+"""Matches a number with the unit of a measurement, or an interval."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page of the documentation: its path in the repository, and what renders each of its regions.
+    """A page of the documentation, with the renderers of its regions.
 
     Every renderer must be used on the page, and every region must have a renderer.
     """
@@ -36,7 +36,7 @@ class Page:
     values: Mapping[str, Renderer]
 
     def render(self, text: str, measurements: Measurements) -> str:
-        """The page's text with every region rendered again.
+        """Return the text of the page with every region rendered again.
 
         Raises:
             ValueError: a region without a renderer, a renderer without a region, or a marker without its partner.
@@ -47,7 +47,7 @@ class Page:
         return VALUE.sub(lambda found: _filled(found, self.values[found["name"]](measurements)), text)
 
     def differences(self, text: str, measurements: Measurements) -> list[str]:
-        """The kind and name of every region whose text is not what the measurements give."""
+        """Return the kind and name of every region whose text differs from the measurements."""
         rendered = self.render(text, measurements)
         return [
             f"{kind} '{then['name']}'"
@@ -66,7 +66,7 @@ class Page:
 
 
 def unmarked_tables(text: str) -> list[str]:
-    """The first line of every Markdown table that should stand in a marked region.
+    """Return the first line of every Markdown table that should be in a marked region.
 
     That is every table which does not follow `<!-- words -->`, and one that does but holds measured numbers.
     """

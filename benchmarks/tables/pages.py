@@ -1,4 +1,4 @@
-"""The pages whose tables are rendered."""
+"""Pages with rendered tables."""
 
 from __future__ import annotations
 

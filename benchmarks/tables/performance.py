@@ -22,7 +22,7 @@ AGAINST = {
     "PyTorch eager, whole network": "PyTorch eager",
     "OpenVINO with its defaults": DEFAULTS,
 }
-"""How the figures of many prompts name a baseline, and how their table does."""
+"""Names of the baselines in the figures of many prompts, and in their table."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Bench:
         return Bench(measurements.read(file))
 
     def candidates(self, stage: str) -> list[Mapping[str, Any]]:
-        """Results of one stage, the fastest last."""
+        """Return the results of one stage, the fastest last."""
         found = [row for row in self.result["results"] if row["stage"] == stage]
         return sorted(found, key=lambda row: -float(row["p50_ms"]))
 
     def p50_ms(self, name: str) -> float:
-        """A candidate's median time; NotMeasured if the run has none of this name."""
+        """Return the median time of a candidate; raise NotMeasured if there is none of this name."""
         for row in self.result["results"]:
             if row["name"] == name:
                 return float(row["p50_ms"])
         raise NotMeasured(f"Not measured yet: no candidate '{name}'.")
 
     def ratio(self, baseline: str, candidate: str) -> str:
-        """`3.42 × [2.95, 3.54]`: baseline time / candidate time; 1 × of itself, a dash where it was not compared."""
+        """Return `3.42 × [2.95, 3.54]`, baseline time / candidate time; 1 × for itself, else a dash."""
         if baseline == candidate:
             return "1 ×"
         try:
@@ -58,7 +58,7 @@ class Bench:
         return with_interval(row["ratio"], row["low"], row["high"], " ×")
 
     def paired(self, baseline: str, candidate: str) -> Mapping[str, Any]:
-        """The paired ratio, baseline time / candidate time, with `low` and `high`; NotMeasured if there is none."""
+        """Return the paired ratio, baseline time / candidate time, with its interval; raise NotMeasured if missing."""
         for row in self.result["ratios"]:
             if (row["baseline"], row["candidate"]) == (baseline, candidate):
                 found: Mapping[str, Any] = row
@@ -66,7 +66,7 @@ class Bench:
         raise NotMeasured(f"Not measured yet: '{candidate}' was not compared with '{baseline}'.")
 
     def figure(self, what: str, backend: str) -> str:
-        """An FP32 figure with its interval, bold where it reaches its goal; a dash if there is none."""
+        """Return an FP32 figure with its interval, bold if it reaches its target; a dash if missing."""
         for row in self.result["figures"]:
             of_fp32 = row["backend"] in (backend, None) and row.get("precision") in ("fp32", None)
             if of_fp32 and _plain_name(row["what"]) == what:
@@ -74,17 +74,17 @@ class Bench:
         return "–"
 
     def fastest(self, matches: Callable[[str], bool]) -> str | None:
-        """The name of the fastest whole candidate whose name fits; None if the run has none."""
+        """Return the name of the fastest matching candidate of the whole network; None if there is none."""
         found = [str(row["name"]) for row in self.candidates(WHOLE) if matches(row["name"])]
         return found[-1] if found else None
 
     def eager(self) -> str:
-        """PyTorch eager, whole network, in the faster of its memory formats."""
+        """Return the name of PyTorch eager, whole network, in its faster memory format."""
         return self.fastest(lambda name: name in (EAGER, f"{EAGER}, channels last")) or EAGER
 
 
 def _accuracy(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Relative error of the logits, and mean Dice of the masks, to PyTorch's; a dash where they were not measured."""
+    """Return the relative error of the logits and the mean Dice against PyTorch; a dash if not measured."""
     error, dice = row.get("relative_error"), row.get("mask_dice")
     return f"{error:.1e}" if error else "–", "–" if dice is None else f"{dice:.4f}"
 
@@ -96,7 +96,7 @@ def _figure(row: Mapping[str, Any]) -> str:
 
 
 def one_image(file: str, baselines: Sequence[str] = ()) -> Renderer:
-    """A renderer of one image and one prompt: the baselines, then a new prompt, then a cached one; slowest first.
+    """Return a renderer for one image and one prompt: baselines, new prompt, cached prompt; slowest first.
 
     `baselines` selects some of them; all unless given.
     """
@@ -120,7 +120,7 @@ def one_image(file: str, baselines: Sequence[str] = ()) -> Renderer:
 
 
 def many_prompts(file: str, starts: str = "") -> Renderer:
-    """A renderer of many prompts on an image, a row for each workload, runtime and precision.
+    """Return a renderer for many prompts, with a row for each workload, backend and precision.
 
     `starts` is how the names of the shown workloads begin: `128 `.
     """
@@ -142,7 +142,7 @@ def many_prompts(file: str, starts: str = "") -> Renderer:
 
 
 def goals(measurements: Measurements) -> str:
-    """Every figure that has a goal, at both image sizes in both runtimes; bold where it is reached."""
+    """Render every figure with a target, at both image sizes on both backends; bold if it is reached."""
     benches = [Bench.read(measurements, file) for file in (SMALL, LARGE)]
     figures = benches[0].result["figures"]
     goal_of = {_plain_name(row["what"]): _goal(row) for row in figures if row["goal"] is not None}
@@ -155,14 +155,14 @@ def goals(measurements: Measurements) -> str:
 
 
 def missed_goals(measurements: Measurements) -> str:
-    """The goals that FP32 graphs in ONNX Runtime miss at 224×224."""
+    """Render the targets that FP32 graphs in ONNX Runtime miss at 224×224."""
     figures = [row for row in measurements.read(SMALL)["figures"] if row["backend"] in ("onnxruntime", None)]
     missed = [(_plain_name(row["what"]), _goal(row), _figure(row)) for row in figures if row["met"] is False]
     return markdown(("missed goal", "goal", "measured"), missed) if missed else "Every goal is reached."
 
 
 def multiply_adds(measurements: Measurements) -> str:
-    """Multiply-adds of the published network, of the plain export, and of each graph of a bundle."""
+    """Render the multiply-adds of the published network, of the plain export, and of each graph of a bundle."""
     found = measurements.read(COUNTS)
     graphs = found["graphs"]
     rows = [
@@ -176,7 +176,7 @@ def multiply_adds(measurements: Measurements) -> str:
 
 
 def bound(*graphs: str) -> Renderer:
-    """A renderer of the plain export's multiply-adds over those of some graphs: the speed-up at equal efficiency."""
+    """Return a renderer of the plain export's multiply-adds over those of some graphs."""
 
     def render(measurements: Measurements) -> str:
         found = measurements.read(COUNTS)
@@ -186,7 +186,7 @@ def bound(*graphs: str) -> Renderer:
 
 
 def plain_efficiency(measurements: Measurements) -> str:
-    """The fraction of the measured sgemm peak, in percent, at which the plain export runs in ONNX Runtime."""
+    """Render the fraction of the measured sgemm peak, in percent, at which the plain export runs in ONNX Runtime."""
     bench = Bench.read(measurements, SMALL)
     peak = bench.result["peak"]["multiply_adds_per_second"]
     seconds = bench.p50_ms(PLAIN) / 1e3
@@ -194,20 +194,20 @@ def plain_efficiency(measurements: Measurements) -> str:
 
 
 def machine(measurements: Measurements) -> str:
-    """What the run at 224×224 ran on."""
+    """Render the machine of the run at 224×224."""
     result = measurements.read(SMALL)
     name = " ".join(result["fingerprint"]["cpu"]["model"].replace("(R)", "").split())
     return f"{result['threads']} threads of an {name}"
 
 
 def rounds(measurements: Measurements) -> str:
-    """Rounds of both runs: `8 at 224×224 and 3 at 416×416`."""
+    """Render the rounds of both runs: `8 at 224×224 and 3 at 416×416`."""
     counts = [max(row["n"] for row in measurements.read(file)["results"]) for file in (SMALL, LARGE)]
     return f"{counts[0]} at 224×224 and {counts[1]} at 416×416"
 
 
 def title_of(row: Mapping[str, Any]) -> str:
-    """`cclip-deploy, new prompt: OpenVINO, fp32`, or a baseline's title and precision."""
+    """Return `cclip-deploy, new prompt: OpenVINO, fp32`, or a baseline's title and precision."""
     if not row.get("ours"):
         return f"{TITLES.get(row['name'], row['name'])}, {row['precision']}"
     prompt = "cached prompt" if row["name"].startswith("cached") else "new prompt"
@@ -224,7 +224,7 @@ def _group(row: Mapping[str, Any]) -> int:
 
 
 def _plain_name(what: str) -> str:
-    """A figure's name without the baseline that was the fastest of its kind in this run."""
+    """Return the name of a figure without the name of its baseline in this run."""
     return re.sub(r" \([^()]*\)$|, channels last$", "", what)
 
 

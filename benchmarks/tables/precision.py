@@ -23,7 +23,7 @@ METHODS = {"min-max": "min-max", "entropy": "entropy", "percentile": "percentile
 
 
 def choice(measurements: Measurements) -> str:
-    """What each precision is for, and its masks on the trained tiny network."""
+    """Render the use of each precision, and its masks on the trained tiny network."""
     by_name = {row["precision"]: row for row in measurements.read(TINY)["rows"]}
     rows = []
     for name, (option, purpose) in USES.items():
@@ -37,7 +37,7 @@ def choice(measurements: Measurements) -> str:
 
 
 def costs(file: str) -> Any:
-    """A renderer of one network's engines: layers, sizes, build and masks of every precision."""
+    """Return a renderer of one network's engines: layers, sizes, build time and masks by precision."""
 
     def render(measurements: Measurements) -> str:
         rows = []
@@ -57,13 +57,13 @@ def costs(file: str) -> Any:
 
 
 def goals(measurements: Measurements) -> str:
-    """The goals of the precisions, measured; the missed ones say so."""
+    """Render the targets of the precisions and whether they are reached."""
     rows = [*_mask_goals(measurements), *_engine_goals(measurements), _speed_goal(measurements)]
     return markdown(("figure", "goal", "measured", "met"), [(*row[:3], "yes" if row[3] else "**no**") for row in rows])
 
 
 def front(precision: str) -> Any:
-    """A renderer of the Pareto front that tune-precision found on the trained tiny network."""
+    """Return a renderer of the Pareto front of tune-precision on the trained tiny network."""
 
     def render(measurements: Measurements) -> str:
         profile = measurements.read(TUNED[precision])
@@ -82,7 +82,7 @@ def front(precision: str) -> Any:
 
 
 def curve(measurements: Measurements) -> str:
-    """Mean Dice to FP32 by method and number of calibration images."""
+    """Render the mean Dice against FP32 by method and number of calibration images."""
     points = measurements.read(CURVE)
     counts = sorted({point["calibration_pictures"] for point in points})
     by = {(point["method"], point["calibration_pictures"]): point["mean"] for point in points}

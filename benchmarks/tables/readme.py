@@ -24,7 +24,7 @@ BASELINES = (
 
 
 def demo(measurements: Measurements) -> str:
-    """What `make demo` printed, and its time in all."""
+    """Render the table of `make demo` and its total time."""
     report = measurements.read(DEMO)
     rows = [(row["stage"], row["what"], row["value"], row["goal"], MET[row["met"]]) for row in report["rows"]]
     rows.append(("demo", "all stages", f"{report['total_seconds']:.0f} s", "", ""))
@@ -32,12 +32,12 @@ def demo(measurements: Measurements) -> str:
 
 
 def against_plain(candidate: str) -> Renderer:
-    """A renderer of the paired ratio to the plain export, without its interval."""
+    """Return a renderer of the paired ratio to the plain export, without its interval."""
     return lambda measurements: shown(Bench.read(measurements, SMALL).paired(PLAIN, candidate)["ratio"])
 
 
 def against_eager(candidate: str) -> Renderer:
-    """The same to PyTorch eager, whole network, in the faster of its memory formats."""
+    """Return a renderer of the paired ratio to PyTorch eager, whole network, in its faster memory format."""
 
     def render(measurements: Measurements) -> str:
         bench = Bench.read(measurements, SMALL)

@@ -1,4 +1,4 @@
-"""Kept measurements, and how their numbers are written."""
+"""Stored measurements, and formatting of their numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class NotMeasured(Exception):
-    """A measurement that no file holds."""
+    """A measurement is missing."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Measurements:
     folder: Path
 
     def read(self, name: str) -> Any:
-        """The contents of a JSON or TOML file; NotMeasured if there is none."""
+        """Return the contents of a JSON or TOML file; raise NotMeasured if it does not exist."""
         path = self.folder / name
         if not path.is_file():
             raise NotMeasured(f"Not measured yet: docs/measurements/{name} is missing.")
@@ -31,25 +31,25 @@ class Measurements:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A Markdown table; the columns numbered in `right` are aligned to the right."""
+    """Return a Markdown table; the columns with the indices `right` are right-aligned."""
     rule = ["---:" if number in right else "---" for number in range(len(columns))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows))
 
 
 def decimals(value: float, significant: int = 3) -> int:
-    """How many decimals show a number with that many significant digits; none above them."""
+    """Return the number of decimals for a number of significant digits."""
     return max(0, significant - 1 - math.floor(math.log10(abs(value)))) if value else significant - 1
 
 
 def shown(value: float, unit: str = "", digits: int | None = None) -> str:
-    """`3.42`, `10.2`, `149`: three significant digits unless `digits` gives the decimals."""
+    """Format a number with three significant digits, or with `digits` decimals: `3.42`, `10.2`, `149`."""
     return f"{value:,.{decimals(value) if digits is None else digits}f}{unit}"
 
 
 def with_interval(
     value: float | None, low: float | None, high: float | None, unit: str = "", digits: int | None = None
 ) -> str:
-    """`3.42 × [2.95, 3.54]`, the number alone where it has no interval, a dash where there is none."""
+    """Format `3.42 × [2.95, 3.54]`; without an interval the number alone, for None a dash."""
     if value is None:
         return "–"
     digits = decimals(value) if digits is None else digits

@@ -1,4 +1,4 @@
-"""Who is compared with PyTorch, on what, and who is left out for it."""
+"""Tests of the accuracy of candidates relative to PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMED = BenchInputs(np.zeros((1, 3, 1, 1), np.float32), np.zeros((1, 3), np.int6
 
 
 def candidate(role: Role, precision: str, shift: float) -> BenchCandidate:
-    """One whose logits are all too high by `shift`."""
+    """A candidate whose logits are all too high by `shift`."""
 
     def answer(image: Any, tokens: Any) -> Any:
         return RAMP + np.float32(shift)
@@ -56,21 +56,21 @@ def test_a_baseline_in_bf16_stays_with_its_error_and_its_dice() -> None:
 
 
 @pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.03), ("bf16", 0.3), ("bf16", float("nan"))])
-def test_a_baseline_beyond_its_own_precision_is_left_out_and_named(precision: str, shift: float) -> None:
+def test_a_baseline_above_the_limit_of_its_precision_is_left_out(precision: str, shift: float) -> None:
     kept, left_out = judged(candidate("baseline", precision, shift))
     assert kept == []
     assert left_out[0]["name"] == "it"
     assert "computes something else: relative error" in left_out[0]["reason"]
 
 
-def test_a_bundle_is_held_to_its_precision_and_int8_with_an_fp16_rest_to_int8() -> None:
+def test_the_limit_of_a_bundle_is_that_of_its_precision() -> None:
     assert len(judged(candidate("bundle", "int8-fp16", 0.1))[0]) == 1
     for precision, shift in (("fp32", 1e-3), ("int8-fp16", 0.4)):
-        with pytest.raises(ParityError, match="away from PyTorch"):
+        with pytest.raises(ParityError, match="to PyTorch, above its limit"):
             judged(candidate("bundle", precision, shift))
 
 
-def test_dice_is_not_measured_on_masks_that_are_almost_empty_or_almost_full() -> None:
+def test_dice_is_not_measured_on_nearly_empty_or_full_masks() -> None:
     tiny, full = RAMP - 0.97, RAMP + 0.97
     half_useful = replace(PAIRS, logits=np.concatenate([tiny, RAMP]))
     assert half_useful.is_useful() == [False, True]
@@ -80,7 +80,7 @@ def test_dice_is_not_measured_on_masks_that_are_almost_empty_or_almost_full() ->
     assert useless.accuracy(lambda *_: tiny, TIMED, tiny).mask_dice is None
 
 
-def test_the_pairs_nearest_to_half_an_image_are_chosen(tiny_bundle: Bundle, tiny_network: Any) -> None:
+def test_the_pairs_with_masks_closest_to_half_an_image_are_selected(tiny_bundle: Bundle, tiny_network: Any) -> None:
     pairs = ReferencePairs.of(tiny_bundle, tiny_network)
     told = pairs.to_dict()
     import torch

@@ -1,4 +1,4 @@
-"""What `bench` measures where a backend or a device is given, and what it says of the rest."""
+"""Tests of `bench` with a backend or a device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = ("--rounds", "3", "--warmup", "0", "--no-compile", "--threads", str(THRE
 
 @pytest.fixture(scope="session")
 def mixed_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with INT8 graphs whose rest is FP16, which OpenVINO cannot run."""
+    """The tiny bundle with int8-fp16 graphs, which OpenVINO cannot run."""
 
     def make(path: Path) -> None:
         films = path.parent / "films"
@@ -47,7 +47,7 @@ def mixed_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def plain_at_hand(plain_bundle_path: Path, tiny_checkpoint: Path) -> tuple[Any, ...]:
-    """The options that spare a run the export of a plain bundle."""
+    """Options with an existing plain bundle, so that none is exported."""
     return ("--checkpoint", tiny_checkpoint, "--plain", plain_bundle_path)
 
 
@@ -78,9 +78,7 @@ def test_with_peers_a_given_backend_alone_runs_the_bundle(
     assert {"plain export", "pytorch eager"} <= {row["name"] for row in told["results"]}
 
 
-def test_with_peers_a_device_that_is_not_there_ends_with_3_as_without(
-    tiny_bundle_path: Path, plain_at_hand: tuple[Any, ...]
-) -> None:
+def test_a_missing_device_ends_with_3_with_peers_too(tiny_bundle_path: Path, plain_at_hand: tuple[Any, ...]) -> None:
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -108,7 +106,7 @@ def test_int8_with_an_fp16_rest_is_timed_in_onnx_runtime_and_listed_for_openvino
     assert "OpenVINO" in left_out["graphs int8-fp16, OpenVINO"]
 
 
-def test_a_precision_that_was_altered_is_an_error_and_not_left_out(mixed_bundle_path: Path, tmp_path: Path) -> None:
+def test_an_altered_graph_is_an_error_and_not_left_out(mixed_bundle_path: Path, tmp_path: Path) -> None:
     copy = copy_of(mixed_bundle_path, tmp_path)
     flip_byte(copy / "graphs" / "image_encoder.int8-fp16.onnx")
     done = invoke("bench", copy, *QUICK)

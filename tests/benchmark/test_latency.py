@@ -1,4 +1,4 @@
-"""Interleaved timing on a clock that the test turns, percentiles by their definition, ratios with a known truth."""
+"""Tests of interleaved timing with a fake clock, of percentiles and of paired ratios."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cclip_deploy.evaluation.median_interval import median_interval
 
 @dataclass
 class Clock:
-    """Time that passes only where a candidate spends it."""
+    """Fake clock that only candidates advance."""
 
     now_ns: int = 0
     log: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ def test_every_round_runs_all_candidates_in_an_order_that_varies_with_round_and_
     assert orders(1) != orders(2)
 
 
-def test_a_slow_first_call_stays_out_of_the_percentiles() -> None:
+def test_percentiles_exclude_the_warm_up() -> None:
     clock = Clock()
     candidate = clock.candidate("jit", lambda call: 1000 if call == 0 else 2)
     timing = measure_interleaved([candidate], 4, 1, seed=0, settle=at_rest, clock_ns=clock)["jit"]
@@ -104,7 +104,7 @@ def test_a_budget_adds_no_round_to_those_that_were_requested() -> None:
     assert timings["a"].samples_ms.size == 4
 
 
-def test_the_report_holds_every_round_so_that_each_number_can_be_computed_again() -> None:
+def test_the_report_contains_all_samples() -> None:
     clock = Clock()
     candidates = [clock.candidate("slow", lambda call: 30 + call), clock.candidate("fast", lambda call: 10 + call)]
     timings = measure_interleaved(candidates, 12, 1, seed=0, settle=at_rest, clock_ns=clock)
@@ -129,7 +129,7 @@ def test_freeing_the_result_is_not_timed() -> None:
     np.testing.assert_allclose(timings["a"].samples_ms, [3, 3, 3])
 
 
-def test_settling_comes_before_each_run_off_the_clock_and_its_failures_are_counted() -> None:
+def test_waiting_before_each_run_is_not_timed_and_its_failures_are_counted() -> None:
     clock = Clock()
     answers = iter([True, True] + [False, True] * 3)
 
@@ -164,7 +164,7 @@ def test_waiting_for_quiet_sees_a_spinning_thread(monkeypatch: pytest.MonkeyPatc
     assert latency.wait_until_quiet()
 
 
-def test_the_garbage_collector_rests_during_a_run_and_is_back_after_a_failed_one() -> None:
+def test_the_garbage_collector_is_off_during_a_run_and_on_after_a_failed_one() -> None:
     states: list[bool] = []
 
     def fail() -> None:
@@ -181,7 +181,7 @@ def test_the_garbage_collector_rests_during_a_run_and_is_back_after_a_failed_one
     ("names", "rounds", "warmup", "message"),
     [("aab", 3, 0, r"\['a'\]"), ("", 3, 0, "no candidates"), ("a", 2, 0, "at least 3"), ("a", 3, -1, "after -1")],
 )
-def test_a_plan_that_cannot_be_measured_is_refused(names: str, rounds: int, warmup: int, message: str) -> None:
+def test_an_invalid_plan_is_a_usage_error(names: str, rounds: int, warmup: int, message: str) -> None:
     candidates = [Clock().candidate(name, lambda _: 1) for name in names]
     with pytest.raises(UsageError, match=message):
         measure_interleaved(candidates, rounds, warmup, seed=0)
@@ -208,12 +208,12 @@ def test_upper_percentiles_are_the_smallest_sample_with_that_share_at_or_below(n
 @pytest.mark.parametrize(
     "samples", [[], [1.0, 0.0], [1.0, -2.0], [1.0, float("nan")], [1.0, float("inf")], [[1.0, 2.0]]]
 )
-def test_samples_that_are_no_latencies_are_refused(samples: list[float]) -> None:
+def test_invalid_samples_are_a_usage_error(samples: list[float]) -> None:
     with pytest.raises(UsageError, match="positive milliseconds"):
         summarize(samples)
 
 
-def test_a_drift_that_hits_both_alike_leaves_the_paired_ratio_exact() -> None:
+def test_common_drift_does_not_change_the_paired_ratio() -> None:
     drift = np.linspace(1, 10, 20)
     ratio = paired_ratio(30 * drift, 12 * drift, baseline="eager", candidate="ours")
     assert (ratio.baseline, ratio.candidate, ratio.n) == ("eager", "ours", 20)
@@ -227,14 +227,14 @@ def test_a_ratio_of_too_few_rounds_has_no_interval(rounds: int) -> None:
 
 
 @pytest.mark.parametrize(("rounds", "rank"), [(6, 1), (8, 1), (9, 2), (20, 6), (30, 10)])
-def test_the_interval_of_a_median_is_of_the_ranks_that_a_table_gives(rounds: int, rank: int) -> None:
+def test_the_interval_of_a_median_has_the_ranks_of_a_published_table(rounds: int, rank: int) -> None:
     """Ranks of the sign test's 95 % interval, as in Conover, Practical Nonparametric Statistics."""
     values = np.random.default_rng(rounds).permutation(np.arange(1.0, rounds + 1))
     assert median_interval(values) == (rank, rounds + 1 - rank)
 
 
 @pytest.mark.parametrize("rounds", [6, 8, 40])
-def test_the_interval_covers_the_true_ratio_at_least_as_often_as_it_says(rounds: int) -> None:
+def test_the_interval_has_at_least_its_nominal_coverage(rounds: int) -> None:
     random = np.random.default_rng(3)
     hits = 0
     for _ in range(1000):

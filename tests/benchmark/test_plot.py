@@ -1,4 +1,4 @@
-"""The picture of a benchmark shows what the result says, on white, and is small enough to commit."""
+"""Tests of the bar chart of a benchmark."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def result(**changes: object) -> dict[str, Any]:
 
 
 def longest_run(picture: np.ndarray, color: str) -> int:
-    """The most pixels of exactly this color side by side: a bar, since letters are narrow."""
+    """Return the longest horizontal run of pixels of a color, which is the longest bar."""
     wanted = np.array([int(color[place : place + 2], 16) for place in (1, 3, 5)])
     rows = ["".join("x" if hit else " " for hit in row) for row in (picture == wanted).all(axis=2)]
     return max(len(run) for row in rows for run in row.split(" "))
@@ -46,7 +46,7 @@ def test_bars_are_as_long_as_the_times_on_a_white_ground(tmp_path: Path) -> None
     assert longest_run(picture, LINE) / longest_run(picture, BLUE) == pytest.approx(8, rel=0.05)  # 800 ms to 100 ms
 
 
-def test_kept_results_of_earlier_versions_are_drawn(tmp_path: Path) -> None:
+def test_results_of_earlier_versions_are_plotted(tmp_path: Path) -> None:
     kept = Path(__file__).parents[2] / "docs" / "measurements" / "rn101_416x416.json"
     told = json.loads(kept.read_text())
     for row in told["results"]:  # as earlier versions wrote it
@@ -56,7 +56,9 @@ def test_kept_results_of_earlier_versions_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "b.png").stat().st_size > 10_000
 
 
-def test_what_does_not_run_in_fp32_says_so_with_its_dice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_precisions_than_fp32_are_labeled_with_their_dice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from matplotlib.figure import Figure
 
     def keep(self: Figure, *_: object, **__: object) -> None:
@@ -83,7 +85,7 @@ def test_the_same_result_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_what_cannot_be_drawn_is_told(tmp_path: Path) -> None:
+def test_other_results_are_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no plain export"):
         draw_benchmark(result(results=result()["results"][:1]), tmp_path / "b.png")
     with pytest.raises(DataError, match="bench --peers --json"):

@@ -1,4 +1,4 @@
-"""What a command costs: time and memory of that command alone. Which commit runs."""
+"""Tests of the time and memory of a command, and of the git revision."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_the_peak_of_the_process_that_measures_is_not_counted() -> None:
     del ballast
 
 
-def test_a_command_that_fails_is_told_with_what_it_said() -> None:
+def test_the_error_of_a_failed_command_contains_its_message() -> None:
     with pytest.raises(EnvironmentIssue, match=r"ended with code 3: no such film"):
         measure_command(python("import sys; print('no such film', file=sys.stderr); sys.exit(3)"))
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A git checkout with one commit, from which the package seems to run."""
+    """A git checkout with one commit that seems to contain the package."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
     folder = tmp_path / "a checkout"

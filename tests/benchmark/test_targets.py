@@ -1,4 +1,4 @@
-"""Figures from timings that are known, against what they come to by hand."""
+"""Tests of the figures, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUNDS = np.tile([1.0, 1.1, 0.9], 4)  # a slower round is slower for all, so rat
 
 
 def row(ms: float, role: Role, form: Form, backend: str = "onnxruntime", **fields: Any) -> tuple[BenchCandidate, float]:
-    """A candidate whose name says nothing, and its time."""
+    """A candidate with a meaningless name, and its time."""
     fields = {"device": "cpu", "precision": "fp32", **fields}
     name, precision = f"{form}-{ms}-{fields['device']}", fields.pop("precision")
     return BenchCandidate(name, backend, precision, WHOLE, lambda: None, role=role, form=form, **fields), ms
@@ -50,7 +50,7 @@ ROWS = (
 
 @pytest.fixture
 def rn101(tiny_bundle_path: Path) -> Manifest:
-    """The tiny bundle's manifest, under the name and size that have goals."""
+    """The manifest of the tiny bundle, with the name and the size that have targets."""
     manifest = Bundle.open(tiny_bundle_path).manifest
     return manifest.model_copy(update={"model": {**manifest.model, "name": "rn101"}, "image_hw": (224, 224)})
 
@@ -88,7 +88,7 @@ def speed_up(told: list[Figure], form: Form, compared_with: str, precision: str 
         (Form.CACHED_PROMPTS, "eager", 240.0, None),
     ],
 )
-def test_a_speed_up_is_what_it_comes_to_by_hand(
+def test_speed_ups_match_values_computed_by_hand(
     rn101: Manifest, form: Form, compared_with: str, value: float, met: bool | None
 ) -> None:
     figure = speed_up(found(rn101), form, compared_with)
@@ -98,7 +98,7 @@ def test_a_speed_up_is_what_it_comes_to_by_hand(
     assert figure.n == 12
 
 
-def test_a_lower_precision_has_figures_of_its_own_and_no_goals(rn101: Manifest) -> None:
+def test_a_lower_precision_has_figures_and_no_targets(rn101: Manifest) -> None:
     figure = speed_up(found(rn101), Form.CACHED, "plain", "int8")
     assert (figure.value, figure.goal) == (pytest.approx(12.5), None)
 
@@ -120,7 +120,7 @@ def test_a_lower_precision_has_figures_of_its_own_and_no_goals(rn101: Manifest) 
         ("predict, start to end, warm disk", 3.5, False),
     ],
 )
-def test_a_figure_is_what_it_comes_to_by_hand(rn101: Manifest, what: str, value: float, met: bool | None) -> None:
+def test_figures_match_values_computed_by_hand(rn101: Manifest, what: str, value: float, met: bool | None) -> None:
     figure = {figure.what: figure for figure in found(rn101)}[what]
     assert figure.value == pytest.approx(value)
     assert figure.met is met
@@ -133,7 +133,7 @@ def test_what_includes_encoding_the_prompt_comes_before_what_does_not(rn101: Man
     ]  # fmt: skip
 
 
-def test_what_was_not_run_that_often_says_so(rn101: Manifest) -> None:
+def test_extrapolated_figures_are_marked(rn101: Manifest) -> None:
     told = {(f.subject.form, f.extrapolated) for f in found(rn101) if f.extrapolated}
     assert told == {(form, "128 × one run of the same round") for form in ("new prompts", "cached prompts")}
 
@@ -156,18 +156,18 @@ def test_counted_multiply_adds_are_the_manifests(rn101: Manifest) -> None:
     assert told[what] == pytest.approx(PLAIN_MULTIPLY_ADDS / cached)
 
 
-def test_another_network_has_figures_and_no_goals(tiny_bundle: Bundle) -> None:
+def test_another_network_has_figures_and_no_targets(tiny_bundle: Bundle) -> None:
     shown = found(tiny_bundle.manifest)
     assert len(shown) > 20
     assert {figure.goal for figure in shown} == {None}
 
 
-def test_at_another_size_the_ratios_keep_their_goals(rn101: Manifest) -> None:
+def test_ratios_have_the_same_targets_at_another_size(rn101: Manifest) -> None:
     goals = [figure.goal for figure in found(rn101.model_copy(update={"image_hw": (416, 416)})) if figure.goal]
     assert sorted(goals) == [2.0, 3.8, 4.0, 10.5, 100.0]
 
 
-def test_a_baseline_on_another_device_is_not_compared_with(rn101: Manifest) -> None:
+def test_a_baseline_on_another_device_is_not_compared(rn101: Manifest) -> None:
     on_gpu = [row(5.0, "bundle", Form.CACHED, "tensorrt", device="cuda", includes_prompt_encoding=False)]
     told = [f.subject for f in found(rn101, [*ROWS, *on_gpu]) if f.backend == "tensorrt"]
     assert {subject.baseline for subject in told} == {"pytorch eager-10.0-cuda"}

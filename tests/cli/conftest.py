@@ -1,4 +1,4 @@
-"""Shared by the tests of the command line."""
+"""Fixtures of the command-line tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.ctrl_c import handled_by
 
 @pytest.fixture
 def own_handlers() -> Iterator[None]:
-    """Signals are handled in this process as in the installed program."""
+    """Install the signal handlers of the program in this process."""
     with handled_by(entry.receive):
         yield
     entry.received.clear()

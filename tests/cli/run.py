@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, or in this one where only the parsing matters."""
+"""Run the command line in a subprocess or in this process."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def run(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subproc
 def interrupt_at(
     message: str, *arguments: str | Path, by: signal.Signals = signal.SIGINT
 ) -> subprocess.CompletedProcess[str]:
-    """Run the installed program, which gets a signal right after a line on standard error that begins so."""
+    """Run the installed program and send it a signal after a line on standard error that starts with `message`."""
     return run(*arguments, env=signal_itself(by, f"stderr {message}"))
 
 
 def interrupt_import(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the installed program, and press Ctrl-C as it begins to import a module."""
+    """Run the installed program and send it SIGINT when it starts to import `module`."""
     return run(*arguments, env=signal_itself(signal.SIGINT, f"import {module}"))
 
 
 def signal_itself(number: signal.Signals, point: str) -> dict[str, str]:
-    """Environment variables of a Python that sends itself a signal."""
+    """Return environment variables with which Python sends itself a signal."""
     return _at_start(SIGNAL_AT=f"{int(number)} {point}")
 
 
 def without(*packages: str) -> dict[str, str]:
-    """Environment variables of a Python in which packages are not installed."""
+    """Return environment variables with which packages seem not to be installed."""
     return _at_start(ABSENT=",".join(packages))
 
 
 def _at_start(**variables: str) -> dict[str, str]:
-    """Variables that tests/cli/at_start/sitecustomize.py reads, and the path to it."""
+    """Return variables for tests/cli/at_start/sitecustomize.py, and the path to it."""
     folder = Path(__file__).with_name("at_start")
     path = os.pathsep.join(part for part in (str(folder), os.environ.get("PYTHONPATH")) if part)
     return {"PYTHONPATH": path, **variables}

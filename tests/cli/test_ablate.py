@@ -1,4 +1,4 @@
-"""`cclip-deploy ablate`: from a plan to tables, a folder, and JSON."""
+"""Tests of `cclip-deploy ablate`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ recipe = { mode = "joint" }
 
 
 @pytest.mark.slow
-def test_ablate_prints_its_tables_and_the_second_time_json(tmp_path: Path) -> None:
+def test_ablate_prints_tables_and_a_resumed_run_prints_json(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text(PLAN)
     done = invoke("ablate", tmp_path / "plan.toml", "-o", tmp_path / "run")
     assert done.exit_code == 0, done.output
@@ -39,7 +39,7 @@ def test_ablate_prints_its_tables_and_the_second_time_json(tmp_path: Path) -> No
     assert [training["arm"] for training in told["trainings"]] == ["off", "joint"]
 
 
-def test_ablate_names_what_is_wrong_with_a_plan(tmp_path: Path) -> None:
+def test_an_invalid_plan_is_a_usage_error_that_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text(PLAN.replace('"joint"', '"jiont"'))
     done = invoke("ablate", tmp_path / "plan.toml", "-o", tmp_path / "run")
     assert done.exit_code == 2

@@ -1,4 +1,4 @@
-"""The program as a whole: its help, its exit codes, one message for an error, JSON and nothing else where asked."""
+"""Tests of the whole program: help, exit codes, error messages, JSON output, signals."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def app_that_raises(error: BaseException) -> typer.Typer:
 
 
 @pytest.mark.parametrize("name", EXIT_CODES)
-def test_an_error_on_purpose_is_one_message_and_its_exit_code(name: str) -> None:
+def test_an_error_prints_one_message_and_sets_its_exit_code(name: str) -> None:
     done = CliRunner().invoke(app_that_raises(getattr(errors, name)("Say [what] to do: [/b] x[0]. " * 20)), [])
     assert done.exit_code == EXIT_CODES[name]
     assert done.stderr == "Error: " + "Say [what] to do: [/b] x[0]. " * 20 + "\n"
@@ -94,12 +94,12 @@ def test_errors_leave_standard_output_to_json(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_json_is_one_document_with_nothing_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_json_writes_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"text": "[bold]ä[/]", "list": [1.5, None]})
     assert json.loads(capsys.readouterr().out) == {"text": "[bold]ä[/]", "list": [1.5, None]}
 
 
-def test_titles_and_progress_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_titles_and_progress_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     made = table("films[1]/[/b].cclip :lung:", "name", "size ")
     made.add_row("a" * 40, "1")
     console.stdout.print(made)
@@ -127,13 +127,13 @@ def test_numbers_are_shown_with_three_digits(count: float, unit: str, shown: str
     assert si(count, unit) == shown
 
 
-def test_the_command_is_kept_as_it_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_is_quoted_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/opt/bin/cclip-deploy", "predict", "a b.png", "--prompt", "it's"])
     assert command_line() == """cclip-deploy predict 'a b.png' --prompt 'it'"'"'s'"""
 
 
-def test_a_closed_pipe_is_no_half_document(tmp_path: Path) -> None:
-    """`cclip-deploy doctor --json | head -1` ends, whatever the reader does."""
+def test_a_closed_pipe_ends_the_program_without_a_traceback(tmp_path: Path) -> None:
+    """`cclip-deploy doctor --json | head -1` ends normally."""
     done = subprocess.run(
         f"'{PROGRAM}' doctor --json | head -1", shell=True, capture_output=True, text=True, timeout=120
     )
@@ -142,7 +142,7 @@ def test_a_closed_pipe_is_no_half_document(tmp_path: Path) -> None:
 
 
 def swallow_ctrl_c(instead: Exception | None) -> None:
-    """As compiled code does: KeyboardInterrupt is lost, or becomes another error."""
+    """Swallow KeyboardInterrupt or replace it by another error, as compiled code does."""
     with suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     if instead is not None:
@@ -151,7 +151,7 @@ def swallow_ctrl_c(instead: Exception | None) -> None:
 
 @pytest.mark.usefixtures("own_handlers")
 @pytest.mark.parametrize("instead", [ValueError("could not determine the shape of object type"), None])
-def test_ctrl_c_ends_with_130_even_where_a_library_swallows_it(instead: Exception | None) -> None:
+def test_ctrl_c_ends_with_130_even_if_a_library_swallows_it(instead: Exception | None) -> None:
     app = typer.Typer()
 
     @app.command()
@@ -166,7 +166,7 @@ def test_ctrl_c_ends_with_130_even_where_a_library_swallows_it(instead: Exceptio
 
 @pytest.mark.usefixtures("own_handlers")
 @pytest.mark.parametrize("quiet", [True, False])
-def test_work_ends_at_its_next_progress_after_a_swallowed_ctrl_c(quiet: bool) -> None:
+def test_the_next_progress_message_raises_after_a_swallowed_ctrl_c(quiet: bool) -> None:
     with progress(quiet) as tell:
         tell("Reading")
         swallow_ctrl_c(None)
@@ -181,8 +181,8 @@ def test_ctrl_c_during_an_import_ends_with_130_and_one_line(module: str, tmp_pat
     assert done.stderr == "Interrupted; nothing was left half-written.\n"
 
 
-def test_ctrl_c_ends_with_130_wherever_it_comes() -> None:
-    """Outside any command too, as where options are parsed; a finished program that lost it has no other end."""
+def test_ctrl_c_outside_a_command_ends_with_130() -> None:
+    """A swallowed Ctrl-C sets the exit code even if the program ends normally, as during the parsing of options."""
     code = """
 import signal
 from contextlib import suppress

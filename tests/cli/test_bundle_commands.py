@@ -1,4 +1,4 @@
-"""verify, inspect, bench and build-engine on bundles that are right, altered, or lie."""
+"""Tests of verify, inspect, bench and build-engine on valid, damaged and inconsistent bundles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def copy(tiny_bundle_path: Path, tmp_path: Path) -> Path:
     return copy_of(tiny_bundle_path, tmp_path / "here")
 
 
-def test_verify_passes_with_0_and_shows_the_worst_of_each_graph(tiny_bundle_path: Path) -> None:
+def test_verify_passes_and_prints_the_worst_value_of_each_graph(tiny_bundle_path: Path) -> None:
     done = invoke("verify", tiny_bundle_path, "--threads", "2")
     assert done.exit_code == 0, done.stderr
     for word in ("fused", "chain", "mask_decoder", "relative_error", "mask_dice"):
@@ -30,7 +30,7 @@ def test_verify_passes_with_0_and_shows_the_worst_of_each_graph(tiny_bundle_path
     assert "FAILED" not in done.stdout
 
 
-def test_verify_prints_its_contract(tiny_bundle_path: Path) -> None:
+def test_verify_prints_json(tiny_bundle_path: Path) -> None:
     done = run("verify", tiny_bundle_path, "--threads", "1", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
@@ -41,7 +41,7 @@ def test_verify_prints_its_contract(tiny_bundle_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_verify_ends_with_4_where_a_graph_was_altered_and_still_prints_its_json(copy: Path) -> None:
+def test_verify_of_an_altered_graph_ends_with_4_and_prints_json(copy: Path) -> None:
     change_weights(copy / "graphs" / "fused.onnx", lambda weights: weights * np.float32(1.05))
     reseal(copy)
     done = run("verify", copy, "--threads", "1", "--json")
@@ -55,7 +55,7 @@ def test_verify_ends_with_4_where_a_graph_was_altered_and_still_prints_its_json(
     assert "FAILED" in shown.stdout
 
 
-def test_verify_ends_with_4_and_valid_json_where_a_graph_gives_nan(copy: Path) -> None:
+def test_verify_of_a_graph_with_nan_outputs_ends_with_4_and_prints_valid_json(copy: Path) -> None:
     change_weights(copy / "graphs" / "fused.onnx", lambda weights: np.full_like(weights, np.nan))
     reseal(copy)
     done = invoke("verify", copy, "--threads", "1", "--json")
@@ -68,7 +68,7 @@ def test_verify_ends_with_4_and_valid_json_where_a_graph_gives_nan(copy: Path) -
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "bench", "build-engine"])
-def test_a_changed_byte_ends_every_command_with_6(command: str, copy: Path) -> None:
+def test_a_flipped_byte_ends_every_command_with_6(command: str, copy: Path) -> None:
     flip_byte(copy / "graphs" / "mask_decoder.onnx")
     before = digests(copy)
     done = invoke(command, copy, "--json")
@@ -79,19 +79,19 @@ def test_a_changed_byte_ends_every_command_with_6(command: str, copy: Path) -> N
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "bench", "build-engine"])
-def test_what_is_no_bundle_ends_every_command_with_6(command: str, tmp_path: Path) -> None:
+def test_a_missing_bundle_ends_every_command_with_6(command: str, tmp_path: Path) -> None:
     done = invoke(command, tmp_path / "none.cclip")
     assert (done.exit_code, done.stdout) == (6, "")
     assert "Export one: cclip-deploy export CHECKPOINT" in done.stderr
 
 
-def test_pictures_without_a_checkpoint_are_a_usage_error(tiny_bundle_path: Path) -> None:
+def test_images_without_a_checkpoint_are_a_usage_error(tiny_bundle_path: Path) -> None:
     done = invoke("verify", tiny_bundle_path, "--image", "a.png")
     assert done.exit_code == 2
     assert "give --checkpoint FILE" in done.stderr
 
 
-def test_inspect_shows_graphs_and_prints_its_contract(tiny_bundle_path: Path) -> None:
+def test_inspect_prints_a_table_and_json(tiny_bundle_path: Path) -> None:
     shown = invoke("inspect", tiny_bundle_path)
     assert shown.exit_code == 0
     for word in ("fused", "prompt_encoder", "tiny, deploy form, 64x96, 24 tokens", "checksums match"):
@@ -101,7 +101,7 @@ def test_inspect_shows_graphs_and_prints_its_contract(tiny_bundle_path: Path) ->
     assert told["engines"] == []
 
 
-def test_bench_shows_a_table_and_prints_its_contract(tiny_bundle_path: Path) -> None:
+def test_bench_prints_a_table_and_json(tiny_bundle_path: Path) -> None:
     arguments = ("bench", tiny_bundle_path, "--rounds", "3", "--warmup", "0", "--no-compile", "--threads", "1")
     shown = invoke(*arguments)
     assert shown.exit_code == 0, shown.stderr
@@ -114,13 +114,13 @@ def test_bench_shows_a_table_and_prints_its_contract(tiny_bundle_path: Path) -> 
     assert told["results"][0].keys() >= {"name", "backend", "precision", "stage", "p50_ms", "p90_ms", "p99_ms", "n"}
 
 
-def test_bench_beside_the_peers_needs_the_checkpoint(tiny_bundle_path: Path) -> None:
+def test_bench_with_peers_needs_the_checkpoint(tiny_bundle_path: Path) -> None:
     done = invoke("bench", tiny_bundle_path, "--peers")
     assert done.exit_code == 2
     assert "give --checkpoint FILE" in done.stderr
 
 
-def test_bench_shows_figures_with_goals_and_keeps_its_json(
+def test_bench_prints_figures_with_targets_and_writes_json(
     tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cclip_deploy.benchmark import run as bench
@@ -152,7 +152,7 @@ def test_bench_shows_figures_with_goals_and_keeps_its_json(
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])
-def test_openvino_runs_where_it_was_asked_for(command: str, tiny_bundle_path: Path) -> None:
+def test_openvino_runs_if_requested(command: str, tiny_bundle_path: Path) -> None:
     done = invoke(command, tiny_bundle_path, "--backend", "openvino", "--threads", "1", "--json")
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
@@ -160,7 +160,7 @@ def test_openvino_runs_where_it_was_asked_for(command: str, tiny_bundle_path: Pa
     assert {row["backend"] for row in rows} - {"bundle"} == {"openvino"}  # stages run without a backend
 
 
-def test_an_openvino_that_is_not_there_ends_with_3_and_not_in_onnx_runtime(
+def test_missing_openvino_ends_with_3_without_a_fallback(
     tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -169,7 +169,7 @@ def test_an_openvino_that_is_not_there_ends_with_3_and_not_in_onnx_runtime(
     assert "pip install 'cclip-deploy[openvino]'" in done.stderr
 
 
-def test_cuda_that_is_not_there_ends_with_3_and_not_on_the_cpu(tiny_bundle_path: Path) -> None:
+def test_missing_cuda_ends_with_3_without_a_fallback(tiny_bundle_path: Path) -> None:
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -186,7 +186,7 @@ rtx = pytest.mark.skipif(
 
 
 @rtx
-def test_build_engine_adds_and_inspect_and_verify_tell_of_it(copy: Path) -> None:
+def test_build_engine_adds_engines_that_inspect_and_verify_list(copy: Path) -> None:
     arguments = (
         "build-engine",
         copy,

@@ -1,4 +1,4 @@
-"""The commands that make, check and explain data."""
+"""Tests of synth, data and prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.cli.run import invoke
 
 
 @pytest.mark.parametrize("layout", ["qata", "mosmed", "languidemedseg", "medvlsm", "flat", "jsonl"])
-def test_a_synthetic_set_is_made_and_reported(tmp_path: Path, layout: str) -> None:
+def test_a_synthetic_data_set_is_generated_and_checked(tmp_path: Path, layout: str) -> None:
     made = invoke(
         "synth", tmp_path / "set", "--layout", layout, "--images", "10", "--size", "32", "--seed", "3",
         "--confounder-rho", "0.95", "--absent-share", "0.5", "--typo-share", "0.5", "--json",
@@ -29,7 +29,7 @@ def test_a_synthetic_set_is_made_and_reported(tmp_path: Path, layout: str) -> No
     assert sum(split["free_prompts"] for split in splits) == 0
 
 
-def test_the_table_is_for_people(tmp_path: Path) -> None:
+def test_data_prints_a_table(tmp_path: Path) -> None:
     assert invoke("synth", tmp_path / "set", "--images", "5", "--size", "32").exit_code == 0
     said = invoke("data", tmp_path / "set", "--layout", "flat", "--prompt-length", "8", "--subject", "train")
     assert said.exit_code == 0
@@ -44,19 +44,19 @@ def test_the_table_is_for_people(tmp_path: Path) -> None:
         ("--layout qata --prompts-per-image 2", 2), ("--images 4", 2),
     ],
 )  # fmt: skip
-def test_a_set_that_cannot_be_is_refused_and_nothing_written(tmp_path: Path, arguments: str, code: int) -> None:
+def test_invalid_options_of_synth_write_nothing(tmp_path: Path, arguments: str, code: int) -> None:
     done = invoke("synth", tmp_path / "set", "--size", "32", *arguments.split())
     assert done.exit_code == code
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_no_data_set_ends_with_6(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_data_set_ends_with_6(tmp_path: Path) -> None:
     done = invoke("data", tmp_path, "--json")
     assert (done.exit_code, done.stdout) == (6, "")
     assert "none of the layouts" in done.stderr
 
 
-def test_a_prompt_is_repaired_read_and_counted() -> None:
+def test_prompt_corrects_parses_and_tokenizes() -> None:
     text = "Bilateral pulmonary infection, two infected areas, uppper left lung and middle lowerright lung."
     done = invoke("prompt", text, "--json", "--prompt-length", "16")
     assert done.exit_code == 0
@@ -83,7 +83,7 @@ def test_free_text_has_no_zones_and_an_empty_prompt_is_an_error() -> None:
     assert invoke("prompt", "x", "--prompt-length", "99").exit_code == 2
 
 
-def test_any_wording_is_read_and_what_is_not_understood_is_said() -> None:
+def test_other_wordings_are_parsed_and_unknown_words_are_listed() -> None:
     said = json.loads(invoke("prompt", "opacities in the rigth upper and middle zones", "--json").stdout)
     assert (said["zones"], said["side"]) == ({"left": [], "right": ["upper", "middle"]}, "right")
     assert said["repairs"] == [{"found": "rigth", "put": "right"}]
@@ -94,7 +94,7 @@ def test_any_wording_is_read_and_what_is_not_understood_is_said() -> None:
     assert "not understood" in invoke("prompt", "no infection in the left lung").stdout
 
 
-def test_a_bundle_gives_its_own_tokenizer_and_length(tiny_bundle_path: Path) -> None:
+def test_prompt_uses_the_tokenizer_and_length_of_a_bundle(tiny_bundle_path: Path) -> None:
     from cclip_deploy.bundle.bundle import Bundle
 
     said = json.loads(invoke("prompt", "lower left lung", "--json", "--bundle", tiny_bundle_path).stdout)

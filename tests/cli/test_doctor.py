@@ -1,4 +1,4 @@
-"""What `doctor` prints and how it ends."""
+"""Tests of `cclip-deploy doctor`: output and exit codes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_json_lists_every_check_with_status_and_remedy(app: typer.Typer, monkeyp
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_it_ends_with_3_when_no_bundle_can_run(
+def test_exit_code_is_3_if_no_bundle_can_run(
     arguments: list[str], app: typer.Typer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     see([NUMPY, BROKEN], monkeypatch)
@@ -60,6 +60,6 @@ def test_remedies_stay_on_one_line_in_a_narrow_terminal(app: typer.Typer, monkey
     assert "\n    pip install --force-reinstall x\n" in done.stdout
 
 
-def test_brackets_in_a_message_are_printed_as_they_are(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brackets_in_a_message_are_printed_literally(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
     see([BROKEN], monkeypatch, width=200)
     assert "[bad] wheel" in CliRunner().invoke(app, []).stdout

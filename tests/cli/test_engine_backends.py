@@ -1,4 +1,4 @@
-"""Engines by `--backend`: run on a GPU, refused without one, and replaced only where that was allowed."""
+"""Tests of `--backend` with engines: an error without a GPU, unless a fallback is allowed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def film(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])
-def test_without_a_gpu_the_exit_code_is_that_of_the_environment(bundle: Bundle, command: str) -> None:
+def test_without_a_gpu_the_exit_code_is_3(bundle: Bundle, command: str) -> None:
     done = invoke(command, bundle.path, *RTX, "--threads", "2")
     assert done.exit_code == 3
     assert "There is no NVIDIA driver here" in done.stderr
@@ -49,7 +49,7 @@ def test_predict_without_a_gpu_writes_nothing(bundle: Bundle, film: Path, tmp_pa
     assert not out.exists()
 
 
-def test_predict_names_what_ran_instead(bundle: Bundle, film: Path, tmp_path: Path) -> None:
+def test_predict_reports_the_fallback(bundle: Bundle, film: Path, tmp_path: Path) -> None:
     arguments = (bundle.path, film, "--prompt", "left lung", "-o", tmp_path / "out", *RTX, "--allow-fallback")
     done = invoke("predict", *arguments, "--threads", "2", "--json")
     assert done.exit_code == 0, done.stderr
@@ -60,7 +60,7 @@ def test_predict_names_what_ran_instead(bundle: Bundle, film: Path, tmp_path: Pa
     assert "onnxruntime on cpu ran instead of tensorrt-rtx" in told
 
 
-def test_predict_says_which_engines_were_not_used_and_what_runs_them(
+def test_predict_lists_the_unused_engines_and_the_backend_that_runs_them(
     bundle: Bundle, film: Path, tmp_path: Path
 ) -> None:
     arguments = ("predict", bundle.path, film, "--prompt", "left lung", "-o", tmp_path / "out", "--threads", "2")
@@ -75,7 +75,7 @@ def test_predict_says_which_engines_were_not_used_and_what_runs_them(
     ) in said
 
 
-def test_bench_names_what_ran_instead(bundle: Bundle) -> None:
+def test_bench_reports_the_fallback(bundle: Bundle) -> None:
     done = invoke("bench", bundle.path, *RTX, "--allow-fallback", "--rounds", "3", "--warmup", "0", "--json")
     assert done.exit_code == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
@@ -92,19 +92,19 @@ def test_a_bundle_without_engines_is_a_usage_error(tiny_bundle_path: Path) -> No
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt", "tensorrt-rtx"])
-def test_a_provider_that_is_not_there_is_an_error_or_replaced(tiny_bundle_path: Path, device: str) -> None:
+def test_a_missing_provider_is_an_error_unless_a_fallback_is_allowed(tiny_bundle_path: Path, device: str) -> None:
     done = invoke("verify", tiny_bundle_path, "--device", device)
     assert done.exit_code == 3
 
 
-def test_verify_names_what_ran_instead(tiny_bundle_path: Path) -> None:
+def test_verify_reports_the_fallback(tiny_bundle_path: Path) -> None:
     done = invoke("verify", tiny_bundle_path, "--device", "cuda", "--allow-fallback", "--threads", "2", "--json")
     told = json.loads(done.stdout)
     assert [(row["asked"], row["ran"]) for row in told["ran"]] == [("onnxruntime on cuda", "onnxruntime on cpu")]
     assert any("ran instead of onnxruntime on cuda" in note for note in told["notes"])
 
 
-def test_a_profile_is_built_as_it_says_and_stands_alone(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_a_build_profile_is_built_and_excludes_other_options(tiny_bundle_path: Path, tmp_path: Path) -> None:
     copy, profile = copy_of(tiny_bundle_path, tmp_path), tmp_path / "mine.toml"
     profile.write_text(
         'name = "mine"\nwhy = "a test"\nbackend = "tensorrt-rtx"\nprecision = "fp32"\ngraphs = ["mask_decoder"]\n'

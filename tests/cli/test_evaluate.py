@@ -1,4 +1,4 @@
-"""`evaluate`, and `predict --explain`, as a user meets them."""
+"""Tests of `cclip-deploy evaluate` and `cclip-deploy predict --explain`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_json_is_one_document_with_intervals(tiny_bundle_path: Path, films: Path
     assert any("Fewer than" in warning for warning in told["warnings"])
 
 
-def test_the_tables_name_policy_and_controls(tiny_bundle_path: Path, films: Path) -> None:
+def test_the_tables_show_the_empty_mask_policy_and_the_controls(tiny_bundle_path: Path, films: Path) -> None:
     done = invoke("evaluate", tiny_bundle_path, films, "--threads", 2, "--empty-masks", "leave-out")
     assert done.exit_code == 0, done.output
     for part in ("Dice, mean over rows", "Dice, pooled over all pixels", "side-swapped", "are left out of means"):
@@ -51,14 +51,14 @@ def test_backend_and_precision_are_the_options_of_predict(tiny_bundle_path: Path
     assert "bf16" in done.stderr
 
 
-def test_a_report_that_is_there_is_refused_before_the_work(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+def test_an_existing_report_is_an_error_before_any_work(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     done = invoke("evaluate", tiny_bundle_path, films, "-o", tmp_path)
     assert done.exit_code == 2
     assert "exists already" in done.stderr
     assert "Reading" not in done.stderr
 
 
-def test_a_split_without_rows_ends_with_the_code_of_bad_data(tiny_bundle_path: Path, films: Path) -> None:
+def test_a_split_without_rows_ends_with_6(tiny_bundle_path: Path, films: Path) -> None:
     done = invoke("evaluate", tiny_bundle_path, films, "--split", "train")
     assert done.exit_code == 6
     assert "no rows of split 'train'" in done.stderr
@@ -77,7 +77,7 @@ except SystemExit as end:
     assert loaded_by(code, str(tiny_bundle_path), str(films)) == ["onnxruntime"]
 
 
-def test_explain_is_drawn_from_the_command_line(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+def test_predict_explain_writes_a_plot(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     film = next((films / "images").iterdir())
     done = invoke("predict", tiny_bundle_path, film, "--prompt", "left", "-o", tmp_path, "--explain", "--json",
                   "--threads", 2)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Exports from the command line: what is refused and how, and what Ctrl-C leaves."""
+"""Tests of `cclip-deploy export`: usage errors, existing outputs, interruption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.cli.run import interrupt_at, invoke, run
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder to export into, empty."""
+    """An empty folder to export to."""
     made = tmp_path / "out"
     made.mkdir()
     return made
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
         (["--plain", "--with-masks"], "exclude --plain"),
     ],
 )
-def test_a_wrong_option_is_one_message_and_2(
+def test_a_wrong_option_prints_one_message_and_ends_with_2(
     arguments: list[str], said: str, tiny_checkpoint: Path, folder: Path
 ) -> None:
     done = invoke("export", tiny_checkpoint, "-o", folder / "new.cclip", *arguments)
@@ -46,7 +46,7 @@ def test_a_wrong_option_is_one_message_and_2(
     assert os.listdir(folder) == []
 
 
-def test_an_output_that_exists_is_refused_and_force_replaces_bundles_only(
+def test_an_existing_output_is_an_error_and_force_replaces_only_bundles(
     tiny_checkpoint: Path, tiny_bundle_path: Path, folder: Path
 ) -> None:
     before = digests(tiny_bundle_path)
@@ -59,7 +59,7 @@ def test_an_output_that_exists_is_refused_and_force_replaces_bundles_only(
     assert os.listdir(folder) == ["thesis.txt"]
 
 
-def test_files_that_are_no_checkpoint_are_named(tmp_path: Path, folder: Path, tiny_checkpoint: Path) -> None:
+def test_files_that_are_not_checkpoints_are_named(tmp_path: Path, folder: Path, tiny_checkpoint: Path) -> None:
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "picture.png")
     (tmp_path / "short.safetensors").write_bytes(tiny_checkpoint.read_bytes()[:1_000_000])
     torch.save({"layer.weight": torch.ones(3)}, tmp_path / "stranger.pth")
@@ -85,7 +85,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(stage: str, tiny_checkpoint: Pa
 
 
 @pytest.mark.slow
-def test_kill_leaves_nothing_either(tiny_checkpoint: Path, folder: Path) -> None:
+def test_kill_leaves_nothing(tiny_checkpoint: Path, folder: Path) -> None:
     done = interrupt_at(
         "Tracing prompt_encoder", "export", tiny_checkpoint, "-o", folder / "new.cclip", "--image-size", "32",
         "--threads", "1", by=signal.SIGTERM,
@@ -97,7 +97,7 @@ def test_kill_leaves_nothing_either(tiny_checkpoint: Path, folder: Path) -> None
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_through_export_inspect_verify_and_predict(tiny_checkpoint: Path, folder: Path) -> None:
-    """Another size than the other tests have, a short prompt, all further outputs; what works in its own process."""
+    """With another size than in the other tests, a short prompt and all optional outputs, in subprocesses."""
     bundle = folder / "square.cclip"
     done = run(
         "export", tiny_checkpoint, "-o", bundle, "--image-size", "64", "--prompt-length", "8", "--with-masks",
@@ -129,7 +129,7 @@ def test_a_checkpoint_goes_through_export_inspect_verify_and_predict(tiny_checkp
 
 
 @pytest.mark.slow
-def test_a_table_is_shown_and_force_replaces_a_bundle(
+def test_export_prints_a_table_and_force_replaces_a_bundle(
     tiny_checkpoint: Path, tiny_bundle_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import onnx

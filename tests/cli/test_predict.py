@@ -1,4 +1,4 @@
-"""Predict from the command line: files, table, JSON, and how it ends where a picture or prompt is bad."""
+"""Tests of `cclip-deploy predict`: files, table, JSON, and exit codes for bad images and prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.imaging.test_dicom import write_dicom
 
 @pytest.fixture
 def films(tmp_path: Path) -> Path:
-    """A folder with a deep gray PNG, a color JPEG and a DICOM film."""
+    """A folder with a 16-bit gray PNG, a color JPEG and a DICOM radiograph."""
     folder = tmp_path / "films"
     folder.mkdir()
     rng = np.random.default_rng(2)
@@ -28,7 +28,7 @@ def films(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_and_two_prompts_print_their_contract(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+def test_a_folder_with_two_prompts_prints_json(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     done = run(
         "predict", tiny_bundle_path, films, "--prompt", "left lung", "--prompt", "heart", "-o", tmp_path / "out",
         "--threads", "1", "--json",
@@ -54,10 +54,10 @@ def test_a_folder_and_two_prompts_print_their_contract(tiny_bundle_path: Path, f
     assert len(os.listdir(tmp_path / "out")) == 18
 
 
-def test_typing_errors_are_repaired_as_in_evaluation_and_said(
+def test_typing_errors_are_corrected_as_in_evaluation_and_reported(
     tiny_bundle_path: Path, films: Path, tmp_path: Path
 ) -> None:
-    """`evaluate` scores what `read_data_set` repaired; `predict` once asked what was typed."""
+    """`evaluate` uses the prompts that `read_data_set` corrected, and `predict` must use the same."""
 
     def predicted(prompt: str, *more: str) -> tuple[dict[str, Any], np.ndarray]:
         out = tmp_path / f"{prompt}{len(more)}"
@@ -80,7 +80,7 @@ def test_typing_errors_are_repaired_as_in_evaluation_and_said(
     assert "Repaired prompt 'uppper lung': 'uppper' to 'upper'" in shown.stdout
 
 
-def test_a_table_shows_prompts_as_they_were_typed(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+def test_the_table_prints_prompts_literally(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     prompts = ("left [/b] lung", ":lung: [red]mass")
     asked = [part for prompt in prompts for part in ("--prompt", prompt)]
     done = invoke("predict", tiny_bundle_path, films / "photo.jpg", *asked, "-o", tmp_path / "o", "--threads", "1")
@@ -89,7 +89,7 @@ def test_a_table_shows_prompts_as_they_were_typed(tiny_bundle_path: Path, films:
     assert "1 of 1: " in done.stderr
 
 
-def test_an_unreadable_picture_among_good_ones_ends_with_6_when_the_rest_is_done(
+def test_an_unreadable_image_ends_with_6_after_the_others_are_done(
     tiny_bundle_path: Path, films: Path, tmp_path: Path
 ) -> None:
     (films / "broken.png").write_bytes((films / "deep.png").read_bytes()[:100])
@@ -108,7 +108,7 @@ def test_an_unreadable_picture_among_good_ones_ends_with_6_when_the_rest_is_done
 @pytest.mark.parametrize(
     ("prompt", "said"), [("", "The prompt is empty"), (" \t", "The prompt is empty"), ("heart " * 30, "room for 24")]
 )
-def test_a_prompt_that_cannot_be_used_ends_with_2(
+def test_an_invalid_prompt_ends_with_2(
     prompt: str, said: str, tiny_bundle_path: Path, films: Path, tmp_path: Path
 ) -> None:
     done = invoke("predict", tiny_bundle_path, films, "--prompt", prompt, "-o", tmp_path / "out")
@@ -137,7 +137,7 @@ def test_other_bad_input_has_its_exit_code(tiny_bundle_path: Path, films: Path, 
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_a_prompt_cache_is_used_mended_and_told(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+def test_a_prompt_cache_is_used_repaired_and_reported(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     asked = (
         "predict", tiny_bundle_path, films, "--prompt", "left lung", "--prompt", "heart", "-o", tmp_path / "out",
@@ -159,9 +159,7 @@ def test_a_prompt_cache_is_used_mended_and_told(tiny_bundle_path: Path, films: P
     assert "Prompt kernels: 0 computed, 6 from memory, 2 from disk" in said
 
 
-def test_a_prompt_cache_that_cannot_be_used_ends_before_any_work(
-    tiny_bundle_path: Path, films: Path, tmp_path: Path
-) -> None:
+def test_an_unusable_prompt_cache_fails_before_any_work(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     for place, code in ((films / "photo.jpg", 2), (Path("/proc/cache"), 3)):
         done = invoke(
             "predict", tiny_bundle_path, films, "--prompt", "lung", "-o", tmp_path / "out", "--prompt-cache", place
@@ -171,7 +169,7 @@ def test_a_prompt_cache_that_cannot_be_used_ends_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_leaves_whole_files_and_ends_at_once(tiny_bundle_path: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_only_complete_files(tiny_bundle_path: Path, tmp_path: Path) -> None:
     (tmp_path / "films").mkdir()
     rng = np.random.default_rng(1)
     for n in range(150):
@@ -191,7 +189,7 @@ def test_ctrl_c_leaves_whole_files_and_ends_at_once(tiny_bundle_path: Path, tmp_
             image.load()
 
 
-def test_either_backend_finds_the_same(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+def test_both_backends_give_the_same_masks(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     shares = {}
     for backend in ("onnxruntime", "openvino"):
         done = invoke(
@@ -212,7 +210,7 @@ def test_either_backend_finds_the_same(tiny_bundle_path: Path, films: Path, tmp_
         ("fp8-fp16", "--fp8 --fp16 --calibration DATA"),
     ],
 )  # fmt: skip
-def test_a_precision_that_the_bundle_lacks_runs_no_other(
+def test_a_missing_precision_is_an_error_without_a_fallback(
     precision: str, flags: str, backend: str, tiny_bundle_path: Path, films: Path, tmp_path: Path
 ) -> None:
     done = invoke(
@@ -225,7 +223,9 @@ def test_a_precision_that_the_bundle_lacks_runs_no_other(
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_it_says_what_ran(backend: str, tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+def test_predict_reports_the_backend_that_ran(
+    backend: str, tiny_bundle_path: Path, films: Path, tmp_path: Path
+) -> None:
     arguments = (
         "predict", tiny_bundle_path, films / "deep.png", "--prompt", "lung", "--backend", backend, "-o",
         tmp_path / "out", "--threads", "1",

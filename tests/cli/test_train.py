@@ -1,4 +1,4 @@
-"""`cclip-deploy train` as a user meets it."""
+"""Tests of `cclip-deploy train`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_recipe(folder: Path) -> Path:
     return folder / "recipe.toml"
 
 
-def test_a_recipe_trains_and_says_what_came_out_and_where_clip_was_found(tmp_path: Path) -> None:
+def test_train_prints_its_results_and_the_tensors_found_in_clip(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     save_file(open_clip_twin(TINY).state_dict(), tmp_path / "clip.safetensors")
     done = invoke("train", recipe, "-o", tmp_path / "run", "--clip-weights", tmp_path / "clip.safetensors")
@@ -43,8 +43,8 @@ def test_a_recipe_trains_and_says_what_came_out_and_where_clip_was_found(tmp_pat
     assert "--resume" in again.stderr
 
 
-def test_clip_weights_beside_a_start_checkpoint_are_refused_before_anything_is_done(tmp_path: Path) -> None:
-    """The option passes the recipe's own checks: else the checkpoint would silently replace CLIP's weights."""
+def test_clip_weights_with_an_initial_checkpoint_are_a_usage_error(tmp_path: Path) -> None:
+    """The option is validated with the recipe; otherwise the checkpoint would silently replace CLIP's weights."""
     recipe = write_recipe(tmp_path)
     recipe.write_text(f'start_checkpoint = "{tmp_path / "start.safetensors"}"\n{recipe.read_text()}')
     done = invoke("train", recipe, "-o", tmp_path / "run", "--clip-weights", tmp_path / "clip.safetensors")
@@ -55,7 +55,7 @@ def test_clip_weights_beside_a_start_checkpoint_are_refused_before_anything_is_d
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_reports_in_json_and_keeps_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_prints_json_and_writes_nothing(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     done = invoke("train", recipe, "-o", tmp_path / "run", "--dry-run", "--json")
     assert done.exit_code == 0, done.stderr
@@ -64,7 +64,7 @@ def test_a_dry_run_reports_in_json_and_keeps_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_without_torch_nothing_is_drawn_and_the_extra_is_named(tmp_path: Path) -> None:
+def test_without_torch_no_data_is_generated_and_the_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(
         f'[data]\nfolder = "{tmp_path / "films"}"\nsynthetic = {{ images = 625 }}\n', encoding="utf-8"
     )
@@ -74,7 +74,7 @@ def test_without_torch_nothing_is_drawn_and_the_extra_is_named(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
 
 
-def test_a_wrong_recipe_and_a_missing_data_set_have_exit_codes(tmp_path: Path) -> None:
+def test_exit_codes_of_a_wrong_recipe_and_a_missing_data_set(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("epoch = 3")
     assert invoke("train", tmp_path / "recipe.toml").exit_code == 2
     (tmp_path / "recipe.toml").write_text("epochs = 3")

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and what is said of one that cannot be read or written."""
+"""Tests of atomic writes and of the errors of files that cannot be read or written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHOLE: list[Any] = [whole_folder, whole_file]
 
 @pytest.mark.parametrize("whole", WHOLE)
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOENT, errno.EISDIR])
-def test_another_file_that_cannot_be_read_meanwhile_is_named_as_such(
+def test_a_failed_read_of_another_file_is_a_data_error(
     whole: type[AbstractContextManager[Path]], number: int, tmp_path: Path
 ) -> None:
     other = tmp_path / "image.png"
@@ -28,7 +28,7 @@ def test_another_file_that_cannot_be_read_meanwhile_is_named_as_such(
 
 
 @pytest.mark.parametrize("whole", WHOLE)
-def test_its_own_parts_and_errors_without_a_name_are_writing(
+def test_errors_of_the_target_or_without_a_file_name_are_write_errors(
     whole: type[AbstractContextManager[Path]], tmp_path: Path
 ) -> None:
     for filename in (None, "{unfinished}", "{unfinished}/deep/file", "{parent}"):
@@ -41,12 +41,12 @@ def refuse(filename: str | None) -> None:
 
 
 @pytest.mark.parametrize("whole", WHOLE)
-def test_a_full_disk_is_said_whatever_file_met_it(whole: type[AbstractContextManager[Path]], tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_for_any_file(whole: type[AbstractContextManager[Path]], tmp_path: Path) -> None:
     with pytest.raises(EnvironmentIssue, match="The disk is full"), whole(tmp_path / "new"):
         raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere")
 
 
-def test_the_hash_of_what_a_user_named_is_an_error_where_it_cannot_be_read(tmp_path: Path) -> None:
+def test_sha256_input_of_an_unreadable_file_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     # FIPS 180-2, B.1
     assert sha256_input(tmp_path / "a") == sha256_file(tmp_path / "a")

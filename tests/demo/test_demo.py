@@ -1,4 +1,4 @@
-"""The demo on almost no data: every stage runs, and nothing of the user's is overwritten."""
+"""Tests of the demo on a few images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cclip_deploy.train.config import DataSource, TrainConfig
 RECIPE_FILE = Path(__file__).parents[2] / "training" / "configs" / "synthetic_tiny.toml"
 
 
-def test_demo_trains_the_recipe_that_users_read() -> None:
+def test_the_recipe_of_the_demo_is_that_of_the_recipe_file() -> None:
     written = TrainConfig.from_toml(RECIPE_FILE)
     assert written.model_copy(update={"data": DataSource()}) == RECIPE
 
 
-def test_demo_refuses_a_folder_that_is_no_demo(tmp_path: Path) -> None:
+def test_demo_does_not_replace_another_folder(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("ten years of work")
     with pytest.raises(UsageError, match="is not an earlier demo"):
         run_demo(tmp_path, DemoOptions(), "test")
@@ -29,7 +29,7 @@ def test_demo_refuses_a_folder_that_is_no_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_demo_leaves_bundle_data_report_and_every_picture_that_the_report_shows(tmp_path: Path) -> None:
+def test_demo_writes_bundle_data_and_a_report_with_its_images(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     recipe = RECIPE.model_copy(update={"image_size": 64, "epochs": 1})
     options = DemoOptions(recipe, train_images=8, test_images=4, bench_rounds=3, bench_budget_seconds=5)

@@ -1,4 +1,4 @@
-"""Diagnosis with fake packages on the path: absent, broken, crashing, noisy; fake drivers."""
+"""Tests of the diagnosis, with fake packages (missing, broken, crashing, printing) and fake drivers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cclip_deploy.environment.doctor import DoctorCheck, Package, blockers, chec
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in front of everything else on the path."""
+    """A folder at the front of sys.path."""
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
@@ -28,7 +28,7 @@ def put(site: Path, module: str, code: str) -> Package:
     return Package(module, module.replace("_", "-"), "export", ("export",))
 
 
-def test_an_absent_package_is_missing_and_names_the_extra_that_brings_it() -> None:
+def test_a_missing_package_names_the_extra_that_installs_it() -> None:
     check = check_package(Package("no_such_module_x", "no-such", "medical", ("read DICOM",)))
     assert (check.status, check.remedy) == ("missing", "pip install 'cclip-deploy[medical]'")
     assert check.needed_for == ("read DICOM",)
@@ -41,7 +41,7 @@ def test_an_import_that_raises_is_broken_with_the_first_line_of_its_message(site
     assert check.remedy == "pip install --force-reinstall 'cclip-deploy[export]'"
 
 
-def test_an_import_that_kills_its_process_is_broken_and_kills_only_that(site: Path) -> None:
+def test_an_import_that_crashes_is_broken(site: Path) -> None:
     put(site, "fake_fatal", "import os, signal\nos.kill(os.getpid(), signal.SIGILL)")
     assert "code -4" in str(probe_import("fake_fatal").error)
 
@@ -57,12 +57,12 @@ def test_an_import_that_hangs_is_broken(site: Path, monkeypatch: pytest.MonkeyPa
     assert probe_import("fake_hang").error == "import took more than 0.5 s"
 
 
-def test_what_a_module_prints_does_not_matter(site: Path) -> None:
+def test_the_output_of_a_module_is_ignored(site: Path) -> None:
     put(site, "fake_noisy", "import sys\nprint('{\"error\": 1}', end='')\nprint('warning', file=sys.stderr)")
     assert probe_import("fake_noisy") == machine.Probe(None)
 
 
-def test_packages_are_imported_only_when_asked_to(site: Path) -> None:
+def test_packages_are_imported_only_with_deep(site: Path) -> None:
     package = put(site, "fake_late", "raise RuntimeError('imported')")
     assert check_package(package).status == "ok"
     assert check_package(package, deep=True).detail == "RuntimeError: imported"
@@ -87,7 +87,7 @@ def test_a_cuda_provider_with_a_gpu_is_ok(site: Path) -> None:
     assert [check.status for check in machine.check_onnxruntime(has_gpu=True)] == ["ok", "ok"]
 
 
-def test_both_builds_of_onnxruntime_at_once_are_named(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_installed_builds_of_onnxruntime_are_broken(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(site, "onnxruntime", ONNXRUNTIME_WITH_CUDA)
     monkeypatch.setattr(machine, "installed_version", lambda _: "1.32.0")
     cuda = machine.check_onnxruntime(has_gpu=True)[1]
@@ -102,7 +102,7 @@ def test_an_onnxruntime_that_does_not_import_blocks_running_a_bundle(site: Path)
     assert blockers([main, cuda]) == [main]
 
 
-def test_openvino_tells_its_version_its_processor_and_its_arithmetic() -> None:
+def test_openvino_reports_version_processor_and_number_formats() -> None:
     check = machine.check_openvino()
     assert (check.status, check.remedy) == ("ok", None)
     assert str(machine.installed_version("openvino")) in check.detail
@@ -129,7 +129,7 @@ def test_tensorrt_rtx_builds_without_a_gpu_and_plain_tensorrt_does_not(site: Pat
 
 
 class FakeCuda:
-    """libcuda.so.1 as far as two calls go."""
+    """Fake libcuda.so.1 with the two functions that are called."""
 
     def __init__(self, code: int, gpus: int) -> None:
         self.code, self.gpus = code, gpus
@@ -142,7 +142,7 @@ class FakeCuda:
         return 0
 
 
-def test_a_machine_without_driver_says_how_to_get_one() -> None:
+def test_a_missing_driver_has_a_remedy() -> None:
     check = machine.check_driver("libno-such-driver.so.1")
     assert check.status == "missing"
     assert "libno-such-driver.so.1" in check.detail
@@ -158,14 +158,14 @@ def test_a_driver_counts_its_gpus(code: int, gpus: int, status: str, monkeypatch
     assert ("2 GPUs; nvidia-smi ended with 18" in check.detail) == (status == "ok")
 
 
-def test_gpus_are_named_where_nvidia_smi_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_named_by_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeCuda(0, 1))
     monkeypatch.setattr(machine, "read_gpus", lambda: ([{"name": "NVIDIA L4", "driver": "550.54"}], None))
     assert machine.check_driver().detail == "NVIDIA L4 (driver 550.54)"
 
 
 @pytest.mark.parametrize(("free_gib", "status"), [(4.9, "missing"), (5.0, "ok")])
-def test_a_full_disk_keeps_from_exporting(
+def test_a_full_disk_blocks_export(
     free_gib: float, status: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=int(free_gib * 2**30)))
@@ -181,7 +181,7 @@ def test_this_machine_can_run_a_bundle_and_every_problem_has_a_remedy() -> None:
     assert all((check.status == "ok") == (check.remedy is None) for check in checks)
 
 
-def test_every_package_is_brought_by_the_extra_that_its_remedy_names() -> None:
+def test_the_extra_of_every_remedy_contains_the_package() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     brought = {"": project["dependencies"], **project["optional-dependencies"]}
     bindings = (machine.ONNXRUNTIME, machine.OPENVINO, machine.TENSORRT_RTX, machine.TENSORRT)

@@ -1,4 +1,4 @@
-"""What goes into a fingerprint's id and what does not; GPUs as a stand-in for nvidia-smi reports them."""
+"""Tests of the fingerprint and its id, with a fake nvidia-smi."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def changed(*path: str | int, to: object) -> dict[str, Any]:
     return facts
 
 
-def test_the_fingerprint_is_json_and_says_what_the_system_says() -> None:
+def test_the_fingerprint_is_json_and_describes_the_system() -> None:
     facts = json.loads(json.dumps(fingerprint()))
     assert facts["cpu"]["usable_cores"] == len(os.sched_getaffinity(0))
     assert facts["cpu"]["model"]
@@ -64,7 +64,7 @@ def test_the_fingerprint_is_json_and_says_what_the_system_says() -> None:
     assert facts["id"] == fingerprint_id(facts) == fingerprint()["id"]
 
 
-def test_taking_it_imports_no_engine_and_no_numpy() -> None:
+def test_fingerprint_imports_no_backend_and_no_numpy() -> None:
     code = (
         "import sys; from cclip_deploy.environment.fingerprint import fingerprint; fingerprint(); "
         "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'open_clip', 'numpy'}; "
@@ -86,7 +86,7 @@ def test_taking_it_imports_no_engine_and_no_numpy() -> None:
         (("gpu", 0, "sm_clock_mhz"), 1500.0),
     ],
 )
-def test_the_id_does_not_depend_on_what_leaves_timings_comparable(path: tuple[str | int, ...], to: object) -> None:
+def test_the_id_ignores_what_does_not_affect_timings(path: tuple[str | int, ...], to: object) -> None:
     other = changed(*path, to=to)
     assert fingerprint_id(other) == fingerprint_id(FACTS)
     assert differences(FACTS, other) == []
@@ -106,7 +106,7 @@ def test_the_id_does_not_depend_on_what_leaves_timings_comparable(path: tuple[st
         (("gpu", 0, "max_sm_clock_mhz"), 1000.0, "gpu0.max_sm_clock_mhz: 2040.0 in the baseline, 1000.0 here"),
     ],
 )
-def test_the_id_changes_with_what_decides_timings_and_the_difference_is_named(
+def test_the_id_changes_with_what_affects_timings_and_the_difference_is_named(
     path: tuple[str | int, ...], to: object, said: str
 ) -> None:
     other = changed(*path, to=to)
@@ -146,9 +146,7 @@ def test_without_nvidia_smi_there_is_no_gpu_and_no_problem(tmp_path: Path, monke
     assert read_gpus() == (None, None)
 
 
-def test_an_nvidia_smi_that_fails_is_a_problem_in_its_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_message_of_a_failing_nvidia_smi_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_smi(
         tmp_path, "#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n", monkeypatch
     )
@@ -175,14 +173,14 @@ def test_an_nvidia_smi_that_hangs_is_a_problem(tmp_path: Path, monkeypatch: pyte
         ({}, None),
     ],
 )
-def test_a_containers_processor_quota_is_read(files: dict[str, str], cores: float | None, tmp_path: Path) -> None:
+def test_the_cpu_quota_of_a_container_is_read(files: dict[str, str], cores: float | None, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert module.read_cpu_quota(tmp_path) == cores
 
 
-def test_memory_is_the_machines_or_the_containers_limit(tmp_path: Path) -> None:
+def test_memory_is_that_of_the_machine_or_the_limit_of_the_container(tmp_path: Path) -> None:
     machine_bytes = module.total_memory_bytes(tmp_path)
     stated_kib = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     assert machine_bytes == int(stated_kib.split()[1]) * 1024
