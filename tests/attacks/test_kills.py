@@ -195,7 +195,7 @@ def test_nohup_keeps_a_run_alive() -> None:
 
 
 def test_a_closed_terminal_ends_a_command_as_ctrl_c_does(tmp_path: Path) -> None:
-    done = interrupt_at("Film 100", "synth", tmp_path / "set", "--images", "120", "--size", "32", by=signal.SIGHUP)
+    done = interrupt_at("Image 100", "synth", tmp_path / "set", "--images", "120", "--size", "32", by=signal.SIGHUP)
     assert done.returncode == 129
     assert done.stderr.rstrip().endswith("Interrupted; nothing was left half-written.")
     assert os.listdir(tmp_path) == []

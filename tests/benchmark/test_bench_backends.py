@@ -91,7 +91,7 @@ def test_a_missing_device_ends_with_3_with_peers_too(tiny_bundle_path: Path, pla
 def test_openvino_on_a_gpu_is_a_usage_error(tiny_bundle_path: Path) -> None:
     done = invoke("bench", tiny_bundle_path, "--backend", "openvino", "--device", "cuda", *QUICK)
     assert done.exit_code == 2
-    assert "OpenVINO runs on the CPU, not on cuda" in done.stderr
+    assert "OpenVINO does not run on the device cuda" in done.stderr
 
 
 def test_int8_with_an_fp16_rest_is_timed_in_onnx_runtime_and_listed_for_openvino(

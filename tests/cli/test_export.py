@@ -55,7 +55,7 @@ def test_an_existing_output_is_an_error_and_force_replaces_only_bundles(
     assert digests(tiny_bundle_path) == before
     (folder / "thesis.txt").write_text("mine")
     done = invoke("export", tiny_checkpoint, "-o", folder, "--force")
-    assert (done.exit_code, done.stderr.count("is no bundle")) == (2, 1)
+    assert (done.exit_code, done.stderr.count("is not a bundle")) == (2, 1)
     assert os.listdir(folder) == ["thesis.txt"]
 
 

@@ -95,7 +95,7 @@ def test_an_int8_bundle_verifies_graphs_chain_and_engines(int8_bundle_path: Path
         ("image_encoder", "onnxruntime"), ("chain", "onnxruntime"), ("image_encoder", "tensorrt-rtx"),
         ("image_encoder", "onnx"),
     }  # fmt: skip
-    assert any("calibrated on 16 pictures (min-max)" in note for note in found.notes)
+    assert any("calibrated on 16 images (min-max)" in note for note in found.notes)
 
 
 def test_a_record_with_more_high_precision_products_than_its_graph_is_refused(

@@ -37,8 +37,8 @@ def _graphs(bundle: Bundle) -> Iterator[Made]:
 
 def _lowered(bundle: Bundle) -> Iterator[Made]:
     for name, full, entry in _graphs(bundle):
-        for precision in get_args(Precision)[1:]:
-            ranges = dict.fromkeys(tensors_to_calibrate(full), 2.0) if Precision(precision).is_quantized else None
+        for precision in list(Precision)[1:]:
+            ranges = dict.fromkeys(tensors_to_calibrate(full), 2.0) if precision.is_quantized else None
             if ranges != {}:
                 for io in get_args(InputsAndOutputs):
                     keep = (named[-1],) if (named := sorted(product_names(full))) else ()
