@@ -6,21 +6,18 @@ import errno
 import io
 import json
 import os
-import re
 import stat
 import tempfile
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from cclip_deploy.common.files import disk_problem
-from cclip_deploy.common.limits import LARGEST_JSON, LARGEST_TOML, MOST_JSON_VALUES, MOST_KEY_PARTS
+from cclip_deploy.common.limits import LARGEST_JSON, MOST_JSON_VALUES
 from cclip_deploy.errors import CclipError, DataError
 
 BAD_PATHS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR})
 _SHOWN_LETTERS = 300
 _SMALL_READ = 2**16
-_LONG_KEY = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){{{MOST_KEY_PARTS}}}""")
 
 
 def shown(path: Path | str) -> str:
@@ -118,19 +115,6 @@ def parse_json(text: str, where: str, **options: Any) -> Any:
         raise DataError(f"{where} cannot be read as JSON: it is nested too deeply. Restore or correct it.") from None
     except ValueError as problem:
         raise DataError(f"{where} cannot be read as JSON: {problem}. Restore or correct it.") from problem
-
-
-def read_toml(path: Path, error: type[CclipError] = DataError) -> dict[str, Any]:
-    """The TOML document in a file; raises `error` where it is none, too large, or nested too deeply."""
-    text = read_text(path, "TOML file", LARGEST_TOML, error)
-    if _LONG_KEY.search(text):
-        raise error(f"{path} is not a TOML file: a key has more than {MOST_KEY_PARTS} parts. Correct it.")
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise error(f"{path} is not a TOML file: it is nested too deeply. Correct it.") from None
-    except ValueError as problem:
-        raise error(f"{path} is not a TOML file: {problem}.") from problem
 
 
 def check_inside(folder: Path, name: str, where: str, allow_outside: bool = False) -> Path:

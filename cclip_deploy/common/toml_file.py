@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cclip_deploy.common.paths import is_there
-from cclip_deploy.common.paths import read_toml as read_document
-from cclip_deploy.errors import UsageError
+from cclip_deploy.common.limits import LARGEST_TOML, MOST_KEY_PARTS
+from cclip_deploy.common.paths import is_there, read_text
+from cclip_deploy.errors import CclipError, DataError, UsageError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_LONG_KEY = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){{{MOST_KEY_PARTS}}}""")
 
 
 class StrictModel(BaseModel):
@@ -43,6 +47,19 @@ def read_toml(
         return model.model_validate(values | dict(overrides or {}))
     except ValidationError as error:
         raise UsageError(f"{path}: {faults_of(error)}.{remedy}") from error
+
+
+def read_document(path: Path, error: type[CclipError] = DataError) -> dict[str, Any]:
+    """The TOML document in a file; raises `error` where it is none, too large, or nested too deeply."""
+    text = read_text(path, "TOML file", LARGEST_TOML, error)
+    if _LONG_KEY.search(text):
+        raise error(f"{path} is not a TOML file: a key has more than {MOST_KEY_PARTS} parts. Correct it.")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise error(f"{path} is not a TOML file: it is nested too deeply. Correct it.") from None
+    except ValueError as problem:
+        raise error(f"{path} is not a TOML file: {problem}.") from problem
 
 
 def faults_of(error: ValidationError) -> str:

@@ -99,7 +99,7 @@ def opened_raster(path: Path) -> Iterator[Image.Image]:
         ImageError: the file is no regular one, of another type or too large, or what the block does with it fails.
     """
     _check_file(path)
-    # OpenBackend here, because Pillow maps a named file into memory and then misreads TIFFs of orientation 5 to 8.
+    # Opened here, because Pillow maps a named file into memory and then misreads TIFFs of orientation 5 to 8.
     with decoding(path), BoundedFile(path) as file, _open(path, file) as image:
         check_picture_size(path, *image.size, _channels(image))
         tags = getattr(image, "tag_v2", {})

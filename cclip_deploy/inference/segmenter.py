@@ -48,7 +48,7 @@ class Segmenter:
             raise UsageError(
                 f"{bundle.path} was exported with --plain, as a reference for benchmarks. Export it without --plain."
             )
-        if getattr(backend, "bundle", bundle).sums != bundle.sums:
+        if getattr(backend, "bundle", bundle).identity != bundle.identity:
             raise UsageError(
                 f"The backend was opened with another bundle than {bundle.path} is now. Open both from one Bundle."
             )
