@@ -217,7 +217,7 @@ def bundle_spec(bundle: Bundle, backend: Backend) -> SegmenterSpec:
         raise UsageError(
             f"{bundle.path} was exported with --plain, as a reference for benchmarks. Export it without --plain."
         )
-    if getattr(backend, "bundle", bundle).sums != bundle.sums:
+    if getattr(backend, "bundle", bundle).identity != bundle.identity:
         raise UsageError(f"The backend was opened with another bundle than {bundle.path}. Open both from one Bundle.")
     chain_precisions(backend, bundle)
     tokenizer = bundle.tokenizer()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import os
 import resource
 from collections.abc import Callable
@@ -10,6 +12,16 @@ from pathlib import Path
 import pytest
 
 MIB = 2**20
+SECONDS = 120
+
+
+def prepare_child() -> None:
+    """Call this first in a forked child. Work of more than `SECONDS` prints a traceback and ends with status 1.
+
+    Garbage of the parent is never collected: the destructors of its sessions would wait for threads that a fork lacks.
+    """
+    gc.freeze()
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
 
 
 def within(mib: int, function: Callable[[], object]) -> str:
@@ -20,6 +32,7 @@ def within(mib: int, function: Callable[[], object]) -> str:
     child = os.fork()
     if not child:
         os.close(reading)
+        prepare_child()
         os.write(writing, _limited(mib, function).encode(errors="replace")[:4000])
         os._exit(0)
     os.close(writing)

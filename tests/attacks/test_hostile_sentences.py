@@ -7,9 +7,8 @@ characters were still cleaned and tokenized, and `²` before "lesions" and `&#99
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import ftfy
@@ -25,6 +24,7 @@ from cclip_deploy.prompts import spelling
 from cclip_deploy.prompts.reader import meaning, mirror, read_prompt
 from cclip_deploy.prompts.spelling import repair_prompt, repair_prompts, respell
 from cclip_deploy.prompts.tokenizer import PromptTokenizer, clean_prompt
+from tests.attacks.steps import counted_lines
 from tests.attacks.test_hostile_masks import pair, write_set
 from tests.cli.run import invoke
 
@@ -32,23 +32,6 @@ STEPS_AT_MOST, STEPS_PER_LETTER = 10_000, 60
 """Three times what 300 rows of 1 to 5 of these words took at most: 20 steps a letter."""
 NAMES = "left right upper middle lower lung lungs all both bilateral RUL L zone zones two no and of the"
 WORDS = [*NAMES.split(), *"2²,.;&-()x"]
-
-
-@contextmanager
-def counted_lines() -> Iterator[list[int]]:
-    """Counts the lines of Python that run in a block, in functions called from it."""
-    steps = [0]
-
-    def trace(frame: object, event: str, argument: object) -> object:
-        steps[0] += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)  # type: ignore[arg-type]
-    try:
-        yield steps
-    finally:
-        sys.settrace(before)
 
 
 def steps_of(function: Callable[[str], object], text: str) -> int:

@@ -14,10 +14,8 @@ import json
 import os
 import re
 import socket
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,7 @@ from cclip_deploy.ablation.plan import read_plan
 from cclip_deploy.common.csv_text import csv_text
 from cclip_deploy.common.json_file import parse_json, read_json
 from cclip_deploy.common.limits import LONGEST_CELL, MOST_CELLS, MOST_ROWS
-from cclip_deploy.common.toml_file import read_document as read_toml
+from cclip_deploy.common.toml_file import read_document
 from cclip_deploy.datasets import tables
 from cclip_deploy.datasets import workbook as workbook_module
 from cclip_deploy.datasets.reading import read_data_set
@@ -38,6 +36,7 @@ from cclip_deploy.engines.profile import read_profile
 from cclip_deploy.errors import CclipError, DataError, UsageError
 from cclip_deploy.train.config import TrainConfig
 from tests.attacks.memory import within
+from tests.attacks.steps import counted_lines
 from tests.cli.run import invoke
 
 MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
@@ -152,26 +151,9 @@ def test_a_sparse_table_of_gigabytes_is_refused_by_its_size(tmp_path: Path) -> N
     for name in ("a.csv", "a.jsonl", "a.xlsx", "a.json", "a.toml"):
         with (tmp_path / name).open("wb") as file:
             file.truncate(2**33)
-        read = {"a.json": read_json, "a.toml": read_toml}.get(name, read_table)
+        read = {"a.json": read_json, "a.toml": read_document}.get(name, read_table)
         with pytest.raises(DataError, match="8,589,934,592 bytes"):
             read(tmp_path / name)
-
-
-@contextmanager
-def counted_steps() -> Iterator[list[int]]:
-    """Counts lines of Python that run."""
-    steps = [0]
-
-    def trace(frame: object, event: str, argument: object) -> object:
-        steps[0] += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)  # type: ignore[arg-type]
-    try:
-        yield steps
-    finally:
-        sys.settrace(before)
 
 
 class CountedName(str):
@@ -219,14 +201,14 @@ TOML_BOMBS = [
 @pytest.mark.parametrize("read", [TrainConfig.from_toml, read_plan, read_profile])
 def test_toml_that_is_a_bomb_is_a_usage_error(tmp_path: Path, read: Callable[[Path], object], text: str) -> None:
     (tmp_path / "a.toml").write_text(text)
-    with counted_steps() as steps, pytest.raises(UsageError, match=r"a\.toml"):
+    with counted_lines() as steps, pytest.raises(UsageError, match=r"a\.toml"):
         read(tmp_path / "a.toml")
     assert steps[0] < 500_000
 
 
 def test_a_long_word_in_toml_is_searched_for_long_keys_in_linear_time(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("a = '" + "b" * 200_000 + "'\n# " + "c.c " * 5000)
-    assert read_toml(tmp_path / "a.toml") == {"a": "b" * 200_000}
+    assert read_document(tmp_path / "a.toml") == {"a": "b" * 200_000}
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])

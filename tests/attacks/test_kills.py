@@ -18,6 +18,7 @@ import pytest
 
 from cclip_deploy.cli.entry import start
 from cclip_deploy.common.files import replace_together, restore_folder, whole_file, whole_folder, writing_into
+from tests.attacks.memory import prepare_child
 from tests.bundles import digests
 from tests.cli.run import interrupt_at
 
@@ -31,6 +32,7 @@ def in_child(work: Callable[[], object]) -> int:
     """The exit code of a forked child that does the work and ends without any clean-up of the parent's."""
     child = os.fork()
     if child == 0:
+        prepare_child()
         try:
             work()
         except BaseException:
