@@ -89,7 +89,7 @@ def require_equal(path: Path, found: str, listed: str) -> None:
         )
 
 
-def hash_bytes(content: bytes) -> str:
+def hash_bytes(content: bytes | memoryview) -> str:
     """Return the hex SHA-256."""
     return hashlib.sha256(content).hexdigest()
 

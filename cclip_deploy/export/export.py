@@ -139,6 +139,7 @@ def _trace_graphs(
 def _write_graphs(
     loaded: LoadedCheckpoint, options: ExportOptions, form: InputForm, command: str, folder: Path, on_progress: Progress
 ) -> Manifest:
+    from cclip_deploy.export.share_weights import share_weights
     from cclip_deploy.graph.entry import graph_entry, save_graph
 
     (folder / "graphs").mkdir()
@@ -148,6 +149,8 @@ def _write_graphs(
     for name in list(graphs):
         graph, file = graphs.pop(name), f"graphs/{name}.onnx"
         save_graph(graph, folder / file)
+        if name == "fused":
+            share_weights(folder / file, [folder / entry.file for entry in entries.values()])
         entries[name] = graph_entry(graph, file, folder, loaded.sha256, "fp32")
     (folder / TOKENIZER).write_text(PromptTokenizer.from_open_clip().to_json(), encoding="utf-8")
     return Manifest(

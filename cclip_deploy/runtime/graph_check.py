@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import GraphEntry
@@ -11,6 +13,7 @@ from cclip_deploy.errors import BundleError
 from cclip_deploy.runtime.graph_sizes import tensor_shapes
 from cclip_deploy.runtime.onnx_wire import Graph, GraphError, read_model
 from cclip_deploy.runtime.shape_rules import RULES, Shape
+from cclip_deploy.runtime.shared_weights import resolved
 
 OPSETS = range(18, 23)
 """ONNX operator set versions of exported graphs, for which `shape_rules` is written."""
@@ -27,13 +30,24 @@ MOST_LETTERS = 400
 
 
 def read_checked(bundle: Bundle, entry: GraphEntry) -> bytes:
-    """Return the content of a bundle's graph after checking its checksum and structure.
+    """Return a bundle's graph with all its weights, after checking its checksum and structure.
 
     Raises:
         BundleError: the checksum is wrong, or `check_graph` raises.
     """
-    content = bundle.read(entry.file)
-    check_graph(content, bundle.path / entry.file, entry)
+    path = bundle.path / entry.file
+
+    def read(name: str, sha256: str) -> bytes:
+        file = f"{PurePosixPath(entry.file).parent}/{name}"
+        if file not in (graph.file for graph in bundle.manifest.graphs.values()):
+            raise GraphError(f"its weights are in {name!r}, which is not a graph of the bundle")
+        if bundle.sums.get(file) != sha256:
+            raise GraphError(f"its weights are in another version of {name!r} than the bundle's")
+        return bundle.read(file)
+
+    with _explained(path):
+        content = resolved(bundle.read(entry.file), read)
+    check_graph(content, path, entry)
     return content
 
 
@@ -49,10 +63,17 @@ def check_graph(content: bytes, path: Path, entry: GraphEntry) -> None:
         path: its name, for the message.
         entry: its entry in the manifest, which gives the shapes of the inputs.
     """
-    try:
+    with _explained(path):
         graph = read_model(content)
         _check_operators(graph)
         _check_sizes(graph, entry)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Convert GraphError to BundleError, which names the file."""
+    try:
+        yield
     except GraphError as error:
         reason = str(error)[:MOST_LETTERS]
         raise BundleError(

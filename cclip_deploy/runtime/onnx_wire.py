@@ -130,10 +130,10 @@ class _Message:
         return self._values.get(key, [])
 
     def text(self, key: int) -> str:
-        return _text(self.view(key), self.what)
+        return read_text(self.view(key), self.what)
 
     def texts(self, key: int) -> tuple[str, ...]:
-        return tuple(_text(view, self.what) for view in self.views(key))
+        return tuple(read_text(view, self.what) for view in self.views(key))
 
     def integers(self, key: int) -> tuple[int, ...]:
         """Return a repeated integer field, packed or not."""
@@ -200,7 +200,7 @@ class _Reader:
             self._left -= 1
             if self._left < 0:
                 raise GraphError(f"it has more than {MOST_FIELDS} fields")
-            key, position = _varint(view, position)
+            key, position = read_varint(view, position)
             number, wire = key >> 3, key & 7
             if number not in known:
                 raise GraphError(
@@ -211,22 +211,22 @@ class _Reader:
                 raise GraphError(f"field {number} of a {what} has wire type {wire}")
             if number in values and not expected.repeated:
                 raise GraphError(f"field {number} of a {what} occurs twice")
-            value, position = _value(view, position, wire)
+            value, position = read_value(view, position, wire)
             values.setdefault(number, []).append(value)
         return _Message(what, values)
 
 
-def _value(view: memoryview, position: int, wire: int) -> tuple[int | memoryview, int]:
+def read_value(view: memoryview, position: int, wire: int) -> tuple[int | memoryview, int]:
     """Return a field's content and the position after it."""
     if wire == VARINT:
-        return _varint(view, position)
-    length, position = (4, position) if wire == FIXED32 else _varint(view, position)
+        return read_varint(view, position)
+    length, position = (4, position) if wire == FIXED32 else read_varint(view, position)
     if length > len(view) - position:
         raise GraphError("it ends in the middle of a field")
     return view[position : position + length], position + length
 
 
-def _varint(view: memoryview, position: int) -> tuple[int, int]:
+def read_varint(view: memoryview, position: int) -> tuple[int, int]:
     """Return a number of at most 64 bits and the position after it."""
     number = 0
     for shift in range(0, 70, 7):
@@ -249,12 +249,12 @@ def _unpacked(view: memoryview) -> list[int]:
         raise GraphError(f"a list of integers has {len(view)} bytes")
     numbers, position = [], 0
     while position < len(view):
-        number, position = _varint(view, position)
+        number, position = read_varint(view, position)
         numbers.append(number)
     return numbers
 
 
-def _text(view: memoryview, what: str) -> str:
+def read_text(view: memoryview, what: str) -> str:
     try:
         return str(view, "utf-8")
     except UnicodeDecodeError as error:

@@ -19,6 +19,8 @@ def describe_bundle(path: Path) -> dict[str, Any]:
     strays = bundle.check_all()
     manifest = bundle.manifest
     height, width = manifest.image_hw
+    for entry in manifest.graphs.values():
+        read_checked(bundle, entry)
     return {
         "summary": f"{manifest.model['name']}, {manifest.form} form, {height}x{width}, {manifest.prompt_length} tokens",
         "graphs": {
@@ -30,7 +32,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
                 "precision": entry.precision,
                 "made_from_sha256": entry.made_from_sha256,
                 "file": entry.file,
-                "bytes": len(read_checked(bundle, entry)),
+                "bytes": bundle.check(entry.file),
             }
             for name, entry in manifest.graphs.items()
         },
