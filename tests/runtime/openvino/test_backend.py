@@ -187,12 +187,13 @@ def quantized(source: Path, target: Path, images: list[np.ndarray]) -> None:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(({"image": image} for image in self.left), None)
 
-    nodes = onnx.load(source).graph.node
+    model = onnx.load(source)  # given a path, the quantizer writes a file beside it
+    nodes = model.graph.node
     joined = {node.output[0] for node in nodes if node.op_type == "Concat"}
     kept = [node.name for node in nodes if node.op_type == "Conv" and joined & set(node.input)]
     assert len(kept) == 1
     quantize_static(
-        str(source), str(target), Images(), nodes_to_exclude=kept, quant_format=QuantFormat.QDQ,
+        model, str(target), Images(), nodes_to_exclude=kept, quant_format=QuantFormat.QDQ,
         per_channel=True, op_types_to_quantize=["Conv"], activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
         extra_options={
             "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False,
