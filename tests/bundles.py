@@ -14,6 +14,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from cclip_deploy.bundle.bundle import Bundle
+from cclip_deploy.runtime.graph_check import read_checked
+
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -71,6 +74,15 @@ def reseal(folder: Path, change: Change | None = None) -> None:
         change(manifest)
     replace_text(folder / "manifest.json", json.dumps(manifest))
     seal(folder)
+
+
+def store_all_weights(folder: Path) -> None:
+    """Write `fused` with all its weights, as earlier builds did, so that the other graphs can be changed alone."""
+    bundle = Bundle.open(folder)
+    content = read_checked(bundle, bundle.graph("fused"))
+    (folder / "graphs/fused.onnx").unlink()
+    (folder / "graphs/fused.onnx").write_bytes(content)
+    reseal(folder)
 
 
 def change_weights(graph: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:

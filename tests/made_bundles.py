@@ -18,6 +18,7 @@ from cclip_deploy.export import export
 from cclip_deploy.export.export import ExportOptions, export_bundle
 from cclip_deploy.graph.precision.convert import InputsAndOutputs
 from cclip_deploy.quantization.calibrate import CalibrationOptions
+from cclip_deploy.runtime.graph_model import load_model
 from tests.bundles import copy_of, reseal
 from tests.conftest import THREADS, TINY_HW
 from tests.made_once import made_once
@@ -77,7 +78,8 @@ def low_bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def traced_before(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, onnx.ModelProto]:
     """Replace tracing in an export by the tiny bundle's graphs, which a test may modify."""
-    graphs = {path.stem: onnx.load(path) for path in sorted((tiny_bundle_path / "graphs").iterdir())}
+    bundle = Bundle.open(tiny_bundle_path)
+    graphs = {name: load_model(bundle, name) for name in bundle.manifest.graphs}
 
     def take(*args: Any) -> dict[str, onnx.ModelProto]:
         return dict(graphs)

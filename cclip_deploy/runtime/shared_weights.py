@@ -32,17 +32,12 @@ class Field(NamedTuple):
 
 def pinned_files(content: bytes) -> dict[str, str]:
     """Return the SHA-256 of each file that a graph takes weights from, by name; empty if it has all its weights."""
-    pins: dict[str, str] = {}
-    for field in _fields(memoryview(content)):
-        if field.number == MODEL_METADATA:
-            name, value = _entry(field)
-            if name.startswith(PIN):
-                pins[name.removeprefix(PIN)] = value
-    return pins
+    entries = (_entry(field) for field in _fields(memoryview(content)) if field.number == MODEL_METADATA)
+    return {key.removeprefix(PIN): value for key, value in entries if key.startswith(PIN)}
 
 
 def insert_weights(content: bytes, files: Mapping[str, bytes]) -> bytes:
-    """Return an ONNX file with the weights that it takes from other files.
+    """Return an ONNX file with the weights that it takes from other files, and without the pins.
 
     Args:
         content: an ONNX file.
@@ -54,8 +49,10 @@ def insert_weights(content: bytes, files: Mapping[str, bytes]) -> bytes:
     inserter = _Inserter(files)
     parts: list[bytes | memoryview] = []
     for field in _fields(memoryview(content)):
-        is_graph = field.number == MODEL_GRAPH
-        parts += _message(MODEL_GRAPH, inserter.graph(_view(field))) if is_graph else [field.encoded]
+        if field.number == MODEL_GRAPH:
+            parts += _message(MODEL_GRAPH, inserter.graph(_view(field)))
+        elif field.number != MODEL_METADATA or not _entry(field)[0].startswith(PIN):
+            parts.append(field.encoded)
     return b"".join(parts)
 
 

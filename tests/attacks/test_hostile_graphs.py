@@ -350,7 +350,7 @@ def test_bytes_that_only_protobuf_refuses_are_an_error_in_words(copy: Path) -> N
     (copy / PLACE).unlink()
     (copy / PLACE).write_bytes(content)
     reseal(copy)
-    with pytest.raises(BundleError, match=r"mask_decoder\.onnx is not an ONNX graph"):
+    with pytest.raises(BundleError, match=r"mask_decoder\.onnx is not a graph"):
         load_model(Bundle.open(copy), GRAPH)
     with pytest.raises(BundleError, match=r"mask_decoder\.onnx"):
         OnnxRuntimeBackend(Bundle.open(copy), threads=1).load(GRAPH)

@@ -16,6 +16,7 @@ from cclip_deploy.bundle.manifest import GraphEntry
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.graph.precision.convert import InputsAndOutputs, convert_graph, product_names, tensors_to_calibrate
 from cclip_deploy.runtime.graph_check import check_graph
+from cclip_deploy.runtime.graph_model import load_model
 from cclip_deploy.runtime.graph_sizes import tensor_shapes
 from cclip_deploy.runtime.onnx_wire import read_model
 from cclip_deploy.runtime.shape_rules import RULES
@@ -32,7 +33,7 @@ def made(tiny_bundle_path: Path, plain_bundle_path: Path) -> list[Made]:
 
 def _graphs(bundle: Bundle) -> Iterator[Made]:
     for name, entry in bundle.manifest.graphs.items():
-        yield name, onnx.load(bundle.path / entry.file), entry
+        yield name, load_model(bundle, name), entry
 
 
 def _lowered(bundle: Bundle) -> Iterator[Made]:

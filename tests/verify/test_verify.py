@@ -17,7 +17,7 @@ from cclip_deploy.engines.build import BuildOptions, build_engines
 from cclip_deploy.errors import BundleError, ImageError, PromptError, UsageError
 from cclip_deploy.model.checkpoint import save_checkpoint
 from cclip_deploy.verify.verify import Verification, VerifyOptions, verify_bundle
-from tests.bundles import change_weights, copy_of, digests, flip_byte, reseal
+from tests.bundles import change_weights, copy_of, digests, flip_byte, reseal, store_all_weights
 from tests.conftest import THREADS, random_network
 from tests.made_bundles import add_precisions
 
@@ -71,6 +71,7 @@ def test_json_is_the_contract(tiny_bundle_path: Path) -> None:
 
 @pytest.mark.parametrize("graph", ["image_encoder", "prompt_encoder", "fused"])
 def test_a_slightly_altered_weight_fails_with_correct_checksums(copy: Path, graph: str) -> None:
+    store_all_weights(copy)
     change_weights(copy / "graphs" / f"{graph}.onnx", lambda weights: weights * np.float32(1.01))
     reseal(copy)
     assert Bundle.open(copy).check_all() == ()
@@ -86,6 +87,7 @@ def test_a_network_that_gives_nan_fails_and_its_json_is_valid(copy: Path) -> Non
         weights.flat[0] = np.nan
         return np.full_like(weights, np.nan)
 
+    store_all_weights(copy)
     change_weights(copy / "graphs" / "image_encoder.onnx", poison)
     reseal(copy)
     found = verify(copy)
