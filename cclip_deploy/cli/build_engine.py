@@ -11,7 +11,8 @@ import typer
 
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table
+from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+from cclip_deploy.common.numbers import si
 from cclip_deploy.common.paths import check_writable
 from cclip_deploy.errors import UsageError
 

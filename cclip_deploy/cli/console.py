@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cclip_deploy.cli.entry import end_interrupted, raise_if_received, received
+from cclip_deploy.common.html_page import Section
 from cclip_deploy.common.json_file import json_text
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import path_problem
@@ -169,12 +170,16 @@ def yes_or_no(met: bool | None) -> Text:
     return styled("", "") if met is None else styled(*(("yes", "green") if met else ("no", "bold red")))
 
 
-def si(count: float, unit: str = "") -> str:
-    """Format a number with three digits and an SI prefix: 21.4 G, 85.3 M."""
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= factor:
-            return f"{count / factor:.3g} {prefix}{unit}"
-    return f"{count:.3g} {unit}".strip()
+def print_section(section: Section) -> None:
+    """Print the table of a section, its title above and its text below."""
+    if section.table is not None:
+        heads, numbers = enumerate(section.table.head), section.table.numbers
+        shown = table(section.title, *(f"{name} " if index in numbers else name for index, name in heads))
+        for row in section.table.rows:
+            shown.add_row(*(yes_or_no(cell) if isinstance(cell, bool) else styled(cell, "") for cell in row))
+        stdout.print(shown)
+    for text in section.text:
+        stdout.print(text, markup=False)
 
 
 def command_line() -> str:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, si, stdout, table
+from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, stdout, table
+from cclip_deploy.common.numbers import si
 
 
 @reports_errors

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import print_json, progress, reports_errors, si, stdout, table
+from cclip_deploy.cli.console import print_json, progress, reports_errors, stdout, table
+from cclip_deploy.common.numbers import si
 
 
 @reports_errors

@@ -11,7 +11,6 @@ from typing import Any
 from cclip_deploy.benchmark.candidate import Form
 from cclip_deploy.common.html_page import Figure, Section, Table, write_page
 from cclip_deploy.common.json_file import json_text
-from cclip_deploy.common.names import printable
 from cclip_deploy.evaluation.evaluate import DiceScores
 from cclip_deploy.inference.predict import Prediction
 from cclip_deploy.train.run import TrainReport
@@ -123,7 +122,7 @@ class DemoFacts:
 def save_report(folder: Path, facts: DemoFacts, json_name: str, page_name: str) -> None:
     """Write the JSON file and the HTML page."""
     (folder / json_name).write_text(json_text(facts.to_dict()), encoding="utf-8")
-    (folder / page_name).write_text(printable(_page(facts)), encoding="utf-8")
+    (folder / page_name).write_text(_page(facts), encoding="utf-8")
 
 
 def _page(facts: DemoFacts) -> str:

@@ -165,7 +165,7 @@ def _page(result: EvaluationResult) -> str:
     data, network = result.data, result.network
     scores = Table(("score", "value [95 % interval]", "rows"), tuple(score_rows(result)), frozenset({1, 2}))
     sections = [
-        Section("", tuple(f"Warning: {warning}" for warning in result.warnings()), tiles=_tiles(result)),
+        Section("", warnings=tuple(result.warnings()), tiles=_tiles(result)),
         Section("", figures=_plots(result)),
         Section("Prompt controls", table=_control_table(result)),
         Section("All scores", tuple(remarks(result)), table=scores),

@@ -161,11 +161,11 @@ def test_every_part_of_a_page_is_escaped() -> None:
     page = write_page(
         HTML,
         HTML,
-        [Section(HTML, (HTML,), (Tile(HTML, HTML, HTML),), Table((HTML,), ((HTML,),)), (Figure(HTML, HTML),))],
+        [Section(HTML, (HTML,), (HTML,), (Tile(HTML, HTML, HTML),), Table((HTML,), ((HTML,),)), (Figure(HTML, HTML),))],
     )
     assert "<script" not in page
     assert 'onerror="' not in page
-    assert page.count("&lt;script&gt;") == 13
+    assert page.count("&lt;script&gt;") == 15
 
 
 @pytest.mark.parametrize("name", ["../../up", "a/b", "[/b]", "$\\frac$", "", ".", "\x1b[2J", "x" * 300])

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from cclip_deploy import __version__, errors
 from cclip_deploy.cli import console
-from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, si, table
+from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, table
+from cclip_deploy.common.numbers import si
 from tests.cli.run import PROGRAM, interrupt_import, invoke, run
 
 COMMANDS = [

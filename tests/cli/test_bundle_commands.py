@@ -101,12 +101,13 @@ def test_inspect_prints_a_table_and_json(tiny_bundle_path: Path) -> None:
     assert told["engines"] == []
 
 
-def test_bench_prints_a_table_and_json(tiny_bundle_path: Path) -> None:
+def test_bench_prints_a_table_and_json(tiny_bundle_path: Path, tmp_path: Path) -> None:
     arguments = ("bench", tiny_bundle_path, "--rounds", "3", "--warmup", "0", "--no-compile", "--threads", "1")
-    shown = invoke(*arguments)
+    shown = invoke(*arguments, "--report", tmp_path / "bench.html")
     assert shown.exit_code == 0, shown.stderr
     assert "Not measured: pytorch eager: needs --checkpoint." in shown.stdout
     assert "Round 3 of 3" in shown.stderr
+    assert "<td>cached prompt fp32</td>" in (tmp_path / "bench.html").read_text().replace(' class="short"', "")
     done = run(*arguments, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
