@@ -35,12 +35,6 @@ class ParityError(CclipError):
     exit_code = 4
 
 
-class LatencyRegression(CclipError):
-    """A latency limit is exceeded."""
-
-    exit_code = 5
-
-
 class DataError(CclipError):
     """An input file is invalid or unreadable."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.interval_coverage import coverage_tables
 from benchmarks.tables.markers import Page
 from benchmarks.tables.sources import Measurements, markdown, with_interval
-from cclip_deploy.evaluation.interval_coverage import coverage_tables
 
 FILE = "evaluation_tiny.json"
 SCORES = {

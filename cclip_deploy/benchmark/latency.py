@@ -1,13 +1,12 @@
-"""Latency of several candidates in interleaved rounds, their report, and throughput."""
+"""Latency of several candidates in interleaved rounds and their report."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,20 +55,6 @@ class Timing:
     samples_ms: NDArray[np.float64]
     warmup_ms: NDArray[np.float64]
     disturbed_n: int = 0
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Items per second with `concurrency` parallel calls."""
-
-    items_per_second: float
-    concurrency: int
-    items: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return asdict(self)
 
 
 def measure_interleaved(
@@ -139,32 +124,6 @@ def paired_ratios(candidates: Sequence[Candidate], timings: Mapping[str, Timing]
         raise UsageError(f"No candidate is named {baseline!r}. Use one of: {', '.join(stages)}.")
     others = [name for name, stage in stages.items() if stage == stages[baseline] and name != baseline]
     return [paired_ratio(timings[baseline].samples_ms, timings[name].samples_ms, baseline, name) for name in others]
-
-
-def measure_throughput(
-    run: Callable[[], object], concurrency: int, seconds: float, items_per_run: int = 1
-) -> Throughput:
-    """Call `run` from `concurrency` threads for about `seconds` and return the throughput.
-
-    The elapsed time includes the last call. Warm up `run` before. Thread-local modes such as torch.inference_mode must
-    be set inside `run`.
-    """
-    if concurrency < 1 or seconds <= 0:
-        raise UsageError(f"Throughput needs concurrency >= 1 and seconds > 0, not {concurrency} and {seconds}.")
-    started = time.perf_counter()
-
-    def run_until_deadline() -> int:
-        calls = 0
-        while calls == 0 or time.perf_counter() - started < seconds:
-            run()
-            calls += 1
-        return calls
-
-    with ThreadPoolExecutor(concurrency) as threads:
-        futures = [threads.submit(run_until_deadline) for _ in range(concurrency)]
-        items = items_per_run * sum(future.result() for future in futures)
-    spent_seconds = time.perf_counter() - started
-    return Throughput(items / spent_seconds, concurrency, items, spent_seconds)
 
 
 def report(candidates: Sequence[Candidate], timings: Mapping[str, Timing], baselines: Sequence[str]) -> dict[str, Any]:

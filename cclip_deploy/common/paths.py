@@ -58,14 +58,6 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is anything at a path; True, too, where the system refuses the path, so that its use says why."""
-    try:
-        return path.exists()
-    except OSError:
-        return True
-
-
 class BoundedFile(io.BufferedReader):
     """A file to read, which never takes more memory for a read than it has bytes left.
 

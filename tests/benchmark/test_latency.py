@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -282,26 +281,3 @@ def test_an_unknown_baseline_is_named_with_the_known_ones() -> None:
     candidate, timing = timed("ours", "fused", 1)
     with pytest.raises(UsageError, match=r"'eagre'.*Use one of: ours"):
         latency.paired_ratios([candidate], {"ours": timing}, "eagre")
-
-
-def test_throughput_counts_items_of_all_threads() -> None:
-    calls: list[int] = []
-
-    def run() -> None:
-        calls.append(threading.get_ident())
-        time.sleep(0.05)
-
-    result = latency.measure_throughput(run, concurrency=4, seconds=0.4, items_per_run=8)
-    assert len(set(calls)) == 4
-    assert result.items == 8 * len(calls)
-    assert result.seconds >= 0.4
-    assert result.items_per_second == pytest.approx(result.items / result.seconds)
-    assert result.items_per_second < 4 * 8 / 0.05
-
-
-def test_a_failing_call_ends_the_throughput_measurement_with_its_error() -> None:
-    def fail() -> None:
-        raise RuntimeError("device lost")
-
-    with pytest.raises(RuntimeError, match="device lost"):
-        latency.measure_throughput(fail, concurrency=2, seconds=0.1)

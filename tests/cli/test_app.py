@@ -52,7 +52,7 @@ def test_a_command_that_cannot_be_parsed_ends_with_2(arguments: str) -> None:
 
 EXIT_CODES = {
     "UsageError": 2, "PromptError": 2, "PrecisionNotSupported": 2, "EnvironmentIssue": 3, "TargetInUse": 3,
-    "ParityError": 4, "LatencyRegression": 5, "DataError": 6, "CheckpointError": 6, "BundleError": 6, "ImageError": 6,
+    "ParityError": 4, "DataError": 6, "CheckpointError": 6, "BundleError": 6, "ImageError": 6,
     "RewriteRefused": 1, "CclipError": 1,
 }  # fmt: skip
 

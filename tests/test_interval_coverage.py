@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS
-from cclip_deploy.evaluation.interval_coverage import (
+from benchmarks.interval_coverage import (
     CASES,
     PATIENTS,
     coverage_tables,
@@ -18,8 +17,9 @@ from cclip_deploy.evaluation.interval_coverage import (
     seed_coverage,
     true_value,
 )
+from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
