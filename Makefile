@@ -4,7 +4,7 @@ VENV := .venv
 RUNTIME := .venv-runtime
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu check lint format pytest clean
+.PHONY: demo test test-gpu check lint format pytest docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/cclip-deploy demo
@@ -26,6 +26,10 @@ pytest: $(VENV)/installed $(RUNTIME)/installed
 # is timed too: make test-gpu BUNDLE=rn101.cclip. Elsewhere every test is skipped, with the reason.
 test-gpu: $(VENV)/installed
 	CCLIP_GPU_RESULTS=docs/measurements/gpu CCLIP_GPU_BUNDLE=$(BUNDLE) $(BIN)/python -m pytest tests/gpu -m gpu -v
+
+# The documentation site, in runs/site.
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
