@@ -235,7 +235,7 @@ def test_precision_tables_show_sizes_builds_and_masks(kept_precisions: Measureme
         "| min-max | 0.9902 | 0.9916 |",
         "| percentile 99.99 (the default) | 0.9902 | 0.9916 |",
     ]
-    assert "| `--bf16` | where FP16 overflows" in precision.choice(kept_precisions)
+    assert "| `--bf16` | if FP16 overflows" in precision.choice(kept_precisions)
 
 
 def test_precision_goals_say_what_was_missed(kept_precisions: Measurements) -> None:

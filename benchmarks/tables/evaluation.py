@@ -19,7 +19,7 @@ SCORES = {
     "boundary_dice": ("boundary Dice", 3),
     "expected_calibration_error": ("expected calibration error", 4),
     "brier": ("Brier score", 4),
-    "empty_found_empty": ("empty references found empty", 3),
+    "empty_found_empty": ("empty references predicted empty", 3),
 }
 
 

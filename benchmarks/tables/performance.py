@@ -151,14 +151,14 @@ def goals(measurements: Measurements) -> str:
         first, *cells = _figure_row(name, benches)
         rows.append((first, goal, *cells))
     columns = [f"{side}, {runtime}" for side in (224, 416) for runtime in BACKENDS.values()]
-    return markdown(("figure", "goal", *columns), rows)
+    return markdown(("figure", "target", *columns), rows)
 
 
-def missed_goals(measurements: Measurements) -> str:
+def missed_targets(measurements: Measurements) -> str:
     """Render the targets that FP32 graphs in ONNX Runtime miss at 224×224."""
     figures = [row for row in measurements.read(SMALL)["figures"] if row["backend"] in ("onnxruntime", None)]
     missed = [(_plain_name(row["what"]), _goal(row), _figure(row)) for row in figures if row["met"] is False]
-    return markdown(("missed goal", "goal", "measured"), missed) if missed else "Every goal is reached."
+    return markdown(("missed target", "target", "measured"), missed) if missed else "Every target is reached."
 
 
 def multiply_adds(measurements: Measurements) -> str:
@@ -167,9 +167,9 @@ def multiply_adds(measurements: Measurements) -> str:
     graphs = found["graphs"]
     rows = [
         ("whole published network, one image and one prompt", found["published"]),
-        ("its causal path, as published (`export --plain`)", found["plain"]),
+        ("its causal path in the published order of operations (`export --plain`)", found["plain"]),
         ("`image_encoder`, once per image", graphs["image_encoder"]),
-        ("`prompt_encoder`, once per prompt, then cached (`--prompt-cache` on disk, too)", graphs["prompt_encoder"]),
+        ("`prompt_encoder`, once per prompt, then cached (`--prompt-cache`: on disk)", graphs["prompt_encoder"]),
         ("`mask_decoder`, for each prompt on each image", graphs["mask_decoder"]),
     ]
     return markdown(("what runs", "multiply-adds"), [(what, shown(count / 1e9, " G")) for what, count in rows])

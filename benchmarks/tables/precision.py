@@ -14,10 +14,10 @@ TUNED = {"int8": "tiny_int8.toml", "fp8": "tiny_fp8.toml"}
 CURVE = "calibration_curve_tiny.json"
 USES = {
     "fp16": ("`--fp16`", "the default on any GPU; no calibration"),
-    "bf16": ("`--bf16`", "where FP16 overflows (a build says so, and names the layer)"),
+    "bf16": ("`--bf16`", "if FP16 overflows (the build fails and names the layer)"),
     "int8": ("`--int8`, rest FP32", "CPUs with OpenVINO; the smallest image engine"),
-    "int8-fp16": ("`--int8 --fp16`, rest FP16", "GPUs, where FP16 is too slow or too large"),
-    "fp8": ("`--fp8`, rest FP32", "Ada and later, where INT8 is not wanted; with the tuned profile only"),
+    "int8-fp16": ("`--int8 --fp16`, rest FP16", "GPUs, if FP16 is too slow or too large"),
+    "fp8": ("`--fp8`, rest FP32", "Ada and later, as an alternative to INT8; only with a tuned profile"),
 }
 METHODS = {"min-max": "min-max", "entropy": "entropy", "percentile": "percentile 99.99 (the default)"}
 
@@ -33,7 +33,7 @@ def choice(measurements: Measurements) -> str:
             kept = len(measurements.read(TUNED[name])["keep"])
             purpose = f"as above, {kept} of {len(tuned['damage'])} blocks in FP32"
             rows.append((f"`--{name}` with the tuned profile", purpose, _dice(tuned["held_out"])))
-    return markdown(("precision", "for", "mean Dice to FP32 / worst image"), rows)
+    return markdown(("precision", "use", "mean Dice to FP32 / worst image"), rows)
 
 
 def costs(file: str) -> Any:
@@ -59,7 +59,8 @@ def costs(file: str) -> Any:
 def goals(measurements: Measurements) -> str:
     """Render the targets of the precisions and whether they are reached."""
     rows = [*_mask_goals(measurements), *_engine_goals(measurements), _speed_goal(measurements)]
-    return markdown(("figure", "goal", "measured", "met"), [(*row[:3], "yes" if row[3] else "**no**") for row in rows])
+    columns = ("figure", "target", "measured", "met")
+    return markdown(columns, [(*row[:3], "yes" if row[3] else "**no**") for row in rows])
 
 
 def front(precision: str) -> Any:
@@ -75,7 +76,7 @@ def front(precision: str) -> Any:
             held_out = point["held_out"]
             rows.append((label, f"{100 * point['share']:.1f} %", f"{held_out['mean']:.4f}", f"{held_out['worst']:.4f}"))
             before = point["kept"]
-        columns = ("blocks kept in FP32", f"fraction in {precision.upper()}", "held-out mean Dice", "worst image")
+        columns = ("blocks in FP32", f"fraction in {precision.upper()}", "held-out mean Dice", "worst image")
         return markdown(columns, rows, right=(1, 2, 3))
 
     return render

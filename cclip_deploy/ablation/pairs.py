@@ -64,7 +64,7 @@ def pair_rows(values: Mapping[str, Sequence[float]], title: str, digits: int = 3
         )
         for pair in pairs
     )
-    return ("arm", "less", title, "higher in", "p", f"p, Holm ({len(pairs)} pairs)"), rows
+    return ("arm", "compared with", title, "higher in", "p", f"p, Holm ({len(pairs)} pairs)"), rows
 
 
 def power_rows(values: Mapping[str, Sequence[float]], reference: str) -> Rows:
