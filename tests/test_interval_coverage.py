@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.interval_coverage import (
+from benchmarks.tables.coverage import (
     CASES,
     PATIENTS,
     coverage_tables,

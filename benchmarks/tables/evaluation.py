@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.interval_coverage import coverage_tables
+from benchmarks.tables.coverage import coverage_tables
 from benchmarks.tables.markers import Page
 from benchmarks.tables.sources import Measurements, markdown, with_interval
 

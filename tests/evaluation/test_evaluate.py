@@ -271,7 +271,7 @@ def test_page_and_json_have_the_same_numbers(report: Path, of_bundle: Evaluation
 def test_page_and_json_warn_of_few_patients(report: Path, of_bundle: EvaluationResult) -> None:
     (warning,) = json.loads((report / "evaluation.json").read_text())["warnings"]
     assert warning.startswith(f"Fewer than {FEW_PATIENTS} patients: The split.")
-    assert f"<p>Warning: {warning}</p>" in (report / "index.html").read_text()
+    assert f"<strong>Warning:</strong> {warning}</p>" in (report / "index.html").read_text()
 
 
 def test_the_warning_names_scores_of_few_patients(of_bundle: EvaluationResult) -> None:
