@@ -25,12 +25,15 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, default=600.0, help="time limit in seconds, applied after the first ten rounds"
     )
+    parser.add_argument(
+        "--workload", nargs=2, type=int, action="append", metavar=("IMAGES", "PROMPTS"), help="repeatable; default: all"
+    )
     parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
     arguments = parser.parse_args()
 
     options = BenchOptions(
         arguments.checkpoint, compile=not arguments.no_compile, threads=arguments.threads, rounds=arguments.rounds,
-        budget_seconds=arguments.budget, peers=True, workloads=WORKLOADS,
+        budget_seconds=arguments.budget, peers=True, workloads=tuple(map(tuple, arguments.workload or WORKLOADS)),
     )  # fmt: skip
     for bundle_path in arguments.bundles:
         bundle = Bundle.open(bundle_path)

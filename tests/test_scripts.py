@@ -127,12 +127,12 @@ def test_suite_measures_and_draw_draws(
 ) -> None:
     said = run_script(
         "benchmarks/suite.py", tiny_bundle_path, "--checkpoint", tiny_checkpoint, "-o", tmp_path, "--rounds", "3",
-        "--budget", "1", "--no-compile", "--threads", THREADS,
+        "--budget", "1", "--no-compile", "--threads", THREADS, "--workload", "2", "3", "--workload", "1", "4",
     )  # fmt: skip
     result = json.loads((tmp_path / "tiny_64x96.json").read_text())
-    assert {"8 × image, 128 × prompt", "1 × image, 1 × prompt"} <= {row["stage"] for row in result["results"]}
+    assert {"2 × image, 3 × prompt", "1 × image, 4 × prompt"} <= {row["stage"] for row in result["results"]}
     for prompts in ("new", "cached"):
-        assert f"onnxruntime: 128 {prompts} prompts on one image, against the plain export in ONNX Runtime: " in said
+        assert f"onnxruntime: 4 {prompts} prompts on one image, against the plain export in ONNX Runtime: " in said
     run_script("benchmarks/draw.py", tmp_path / "tiny_64x96.json", "-o", tmp_path / "drawn" / "benchmark.png")
     with Image.open(tmp_path / "drawn" / "benchmark.png") as picture:
         assert picture.width > 900

@@ -97,7 +97,7 @@ def test_kill_leaves_nothing(tiny_checkpoint: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_through_export_inspect_verify_and_predict(tiny_checkpoint: Path, folder: Path) -> None:
-    """With another size than in the other tests, a short prompt and all optional outputs, in subprocesses."""
+    """With another size than in the other tests, a short prompt and all optional outputs; the export in a subprocess."""
     bundle = folder / "square.cclip"
     done = run(
         "export", tiny_checkpoint, "-o", bundle, "--image-size", "64", "--prompt-length", "8", "--with-masks",
@@ -115,13 +115,15 @@ def test_a_checkpoint_goes_through_export_inspect_verify_and_predict(tiny_checkp
     outputs = [tensor["name"] for tensor in facts["graphs"]["image_encoder"]["outputs"]]
     assert outputs == ["features", "mask3", "mask4", "mask5", "confounding_features"]
     assert facts["command"].startswith("cclip-deploy export ")
-    verified = run("verify", bundle, "--threads", "2", "--json")
-    assert verified.returncode == 0
+    verified = invoke("verify", bundle, "--threads", "2", "--json")
+    assert verified.exit_code == 0
     checked = {check["name"] for check in json.loads(verified.stdout)["checks"]}
     assert "image_encoder/seeded/confounding_features" in checked
     Image.fromarray(np.arange(80 * 50, dtype=np.uint16).reshape(80, 50)).save(folder / "film.png")
-    predicted = run("predict", bundle, folder / "film.png", "--prompt", "left lung", "-o", folder / "masks", "--json")
-    assert predicted.returncode == 0, predicted.stderr
+    predicted = invoke(
+        "predict", bundle, folder / "film.png", "--prompt", "left lung", "-o", folder / "masks", "--json"
+    )
+    assert predicted.exit_code == 0, predicted.stderr
     prompt = "both the upper left and the lower right lung"
     too_long = invoke("predict", bundle, folder / "film.png", "--prompt", prompt, "-o", folder / "masks", "--json")
     assert too_long.exit_code == 2
