@@ -97,7 +97,7 @@ def test_kill_leaves_nothing(tiny_checkpoint: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_through_export_inspect_verify_and_predict(tiny_checkpoint: Path, folder: Path) -> None:
-    """With another size than in the other tests, a short prompt and all optional outputs; the export in a subprocess."""
+    """With another size than in the other tests, a short prompt and all optional outputs; export in a subprocess."""
     bundle = folder / "square.cclip"
     done = run(
         "export", tiny_checkpoint, "-o", bundle, "--image-size", "64", "--prompt-length", "8", "--with-masks",
