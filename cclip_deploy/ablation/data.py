@@ -57,8 +57,8 @@ class TrialData:
         assert self.films is not None
         for number in range(self.films.test):
             forms = [
-                make_samples(image_rng(self.seed, "test", number), self.image_hw, self.films.prompts_per_film, asking)
-                for asking in (_asking(self.films, 1.0), _asking(self.films, 0.0))
+                make_samples(image_rng(self.seed, "test", number), self.image_hw, self.films.prompts_per_film, options)
+                for options in (_test_options(self.films, 1.0), _test_options(self.films, 0.0))
             ]
             one, other = forms
             prompts = tuple(sample.prompt for sample in one)
@@ -84,24 +84,24 @@ def prepare_data(
         )  # fmt: skip
     films, signs, place = plan.films, plan.arms[arm].signs, folder / f"seed{seed}"
 
-    def draw(name: str, counts: Mapping[str, int], asking: SyntheticOptions) -> Path:
+    def draw(name: str, counts: Mapping[str, int], options: SyntheticOptions) -> Path:
         target = place / name
         if not target.exists():
             on_message(f"Generating {sum(counts.values())} images in {target}")
-            write_dataset(target, counts, hw, seed, prompts_per_image=films.prompts_per_film, options=asking)
+            write_dataset(target, counts, hw, seed, prompts_per_image=films.prompts_per_film, options=options)
         return target
 
-    training = draw(f"train-{signs}", {"train": films.train, "val": films.val}, _training_asking(films, signs))
+    training = draw(f"train-{signs}", {"train": films.train, "val": films.val}, _training_options(films, signs))
     rho_of = {name: rho(films.rho) for name, rho in TEST_SETS.items()} if tested else {}
-    tests = {name: draw(name, {"test": films.test}, _asking(films, rho)) for name, rho in rho_of.items()}
+    tests = {name: draw(name, {"test": films.test}, _test_options(films, rho)) for name, rho in rho_of.items()}
     return TrialData(training, "flat", None, tests, films, hw, seed)
 
 
-def _training_asking(films: Films, signs: Signs) -> SyntheticOptions:
+def _training_options(films: Films, signs: Signs) -> SyntheticOptions:
     if signs == "none":
         return DEFAULT_OPTIONS
-    return _asking(films, films.rho if signs == "follow" else 0.5)
+    return _test_options(films, films.rho if signs == "follow" else 0.5)
 
 
-def _asking(films: Films, rho: float) -> SyntheticOptions:
+def _test_options(films: Films, rho: float) -> SyntheticOptions:
     return SyntheticOptions(Confounding(frozenset(films.confounders), rho))

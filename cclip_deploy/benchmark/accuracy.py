@@ -14,7 +14,7 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import ParityError
 from cclip_deploy.imaging.preprocess import to_input
 from cclip_deploy.parity.compare import LIMITS, limits_of, mask_dices, relative_error
-from cclip_deploy.parity.reference import PICTURE_PROMPTS, SHORTEST_PROMPT, drawn_films
+from cclip_deploy.parity.reference import PICTURE_PROMPTS, SHORTEST_PROMPT, synthetic_radiographs
 
 if TYPE_CHECKING:
     from cclip_deploy.model.network import CausalCLIPSeg
@@ -57,8 +57,8 @@ class ReferencePairs:
 
         manifest, tokenizer = bundle.manifest, bundle.tokenizer()
         prompts = [text for text in PROMPTS if len(tokenizer.ids(text)) <= manifest.prompt_length]
-        films = drawn_films(manifest.image_hw)
-        images = np.concatenate([to_input(pixels, manifest.image_hw, manifest.preprocessing) for pixels in films])
+        radiographs = synthetic_radiographs(manifest.image_hw)
+        images = np.concatenate([to_input(pixels, manifest.image_hw, manifest.preprocessing) for pixels in radiographs])
         tokens = np.stack([tokenizer.encode(text, manifest.prompt_length) for text in prompts])
         logits = PyTorchBackend(model).all_pairs(images, tokens)
         distance = np.abs((logits >= 0).mean(axis=(2, 3)) - 0.5)

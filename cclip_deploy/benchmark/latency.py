@@ -28,7 +28,7 @@ NANOSECONDS_PER_MS = 1e6
 class Candidate:
     """One way to compute one stage.
 
-    `run` must not return before the result is ready: a CUDA candidate synchronizes. `stage` says what the time covers
+    `run` must not return before the result is ready: a CUDA candidate synchronizes. `stage` names what the time covers
     ("image", "prompt", "fused", "end to end", …); ratios are computed within a stage. `extra` holds facts for the
     report, such as the number of threads.
     """

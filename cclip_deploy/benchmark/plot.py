@@ -102,5 +102,5 @@ def _title(result: Mapping[str, Any]) -> str:
 def _subtitle(result: Mapping[str, Any]) -> str:
     cpu = result["fingerprint"]["cpu"]["model"].replace("(R)", "").replace("(TM)", "")
     count = min(row["n"] for row in result["results"])
-    runs = f"FP32 unless a bar says otherwise, median of {count} interleaved rounds"
+    runs = f"FP32 unless a bar names another precision, median of {count} interleaved rounds"
     return f"{cpu} · {runs} · × = times as fast as the plain export"

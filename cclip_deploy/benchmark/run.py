@@ -22,7 +22,7 @@ from cclip_deploy.benchmark.process import ProcessCost, measure_command, source_
 from cclip_deploy.benchmark.targets import figures, ratio_baselines
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import EnvironmentIssue, UsageError
-from cclip_deploy.parity.reference import PICTURE_PROMPTS, SHORTEST_PROMPT, drawn_films
+from cclip_deploy.parity.reference import PICTURE_PROMPTS, SHORTEST_PROMPT, synthetic_radiographs
 from cclip_deploy.runtime.registry import BackendName, engine_precisions
 
 PROGRAM = (sys.executable, "-c", "from cclip_deploy.cli.app import main; main()")
@@ -147,12 +147,12 @@ def _compared(bundle: Bundle, options: BenchOptions, left_out: LeftOut, on_progr
         yield _Compared([*candidates, *([baselines.of_machine()] if options.peers and on_cpu else [])], pairs)
 
 
-def _predict_command(bundle: Bundle, film: Path, backend: BackendName, options: BenchOptions) -> list[str]:
+def _predict_command(bundle: Bundle, image: Path, backend: BackendName, options: BenchOptions) -> list[str]:
     precision = engine_precisions(bundle, backend)[0] if options.choice_of(backend).runs_engines else "fp32"
     length, tokenizer = bundle.manifest.prompt_length, bundle.tokenizer()
     prompt = next(p for p in (*PICTURE_PROMPTS, SHORTEST_PROMPT) if len(tokenizer.ids(p)) <= length)
     return [
-        *PROGRAM, "predict", str(bundle.path), str(film), "--prompt", prompt, "-o", str(film.parent / "masks"),
+        *PROGRAM, "predict", str(bundle.path), str(image), "--prompt", prompt, "-o", str(image.parent / "masks"),
         "--threads", str(options.threads), "--backend", backend, "--device", options.device, "--precision", precision,
         "--json",
     ]  # fmt: skip
@@ -165,12 +165,12 @@ def _measure_predict(
 
     found: dict[str, ProcessCost] = {}
     with tempfile.TemporaryDirectory(prefix="cclip-bench-") as folder:
-        film = Path(folder) / "film.png"
-        Image.fromarray((drawn_films(bundle.manifest.image_hw)[0] * 255).round().astype(np.uint8)).save(film)
+        image = Path(folder) / "image.png"
+        Image.fromarray((synthetic_radiographs(bundle.manifest.image_hw)[0] * 255).round().astype(np.uint8)).save(image)
         for backend in options.backends():
             on_progress(f"Timing predict in a subprocess, {backend}")
             try:
-                found[backend] = measure_command(_predict_command(bundle, film, backend, options))
+                found[backend] = measure_command(_predict_command(bundle, image, backend, options))
             except EnvironmentIssue as error:
                 left_out.append({"name": f"predict, {backend}", "reason": str(error)})
     return found

@@ -52,7 +52,8 @@ def build_engine(
     ] = None,
     io: Annotated[Literal["fp32", "fp16"], typer.Option(help="Type of the float inputs and outputs.")] = "fp32",
     compute_capability: Annotated[
-        list[str] | None, typer.Option(help="GPU to build for, such as 8.9; may be repeated; tensorrt-rtx only.")
+        list[str] | None,
+        typer.Option(help="Compute capability to build for, such as 8.9; may be repeated; tensorrt-rtx only."),
     ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Build profile that sets all but the calibration; see engines/profiles/.")

@@ -49,7 +49,7 @@ def cclip_deploy(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    """Handle the options given before a command."""
 
 
 app.command("demo")(demo.demo)

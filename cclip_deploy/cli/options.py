@@ -28,7 +28,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Bundle = Annotated[Path, typer.Argument(help="Bundle folder, as written by export.", show_default=False)]
 Repair = Annotated[bool, typer.Option(help="Correct typing errors in prompts, as training and evaluation do.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: the runtime's own.", min=1, max=MAX_THREADS)]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads. If no default is shown, the runtime chooses.", min=1, max=MAX_THREADS)
+]
 DefaultThreads = Annotated[int, typer.Option(help="CPU threads.", min=1, max=MAX_THREADS)]
 Precision = Annotated[precision.Precision, typer.Option(help="Precision of the bundle's graphs or engines to run.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint of the bundle, to run the network in PyTorch.")]
@@ -82,7 +84,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class DataSets:
-    """Options that say how data-set folders are read."""
+    """Options for reading data-set folders."""
 
     layout: Annotated[
         Literal["lvit", "languidemedseg", "medvlsm", "flat"] | None,

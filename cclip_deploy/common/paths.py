@@ -59,9 +59,9 @@ def is_file(path: Path) -> bool:
 
 
 class BoundedFile(io.BufferedReader):
-    """A file to read, which never takes more memory for a read than it has bytes left.
+    """A file for reading; a read allocates at most as many bytes as are left in the file.
 
-    Python sets aside as much as is asked, and decoders ask for the lengths that a stranger's file says.
+    Python allocates the requested number of bytes, and decoders request lengths that an untrusted file contains.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +69,7 @@ class BoundedFile(io.BufferedReader):
         self._size = os.fstat(self.fileno()).st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Up to `size` bytes; all that are left unless given."""
+        """Return up to `size` bytes; by default all that are left."""
         if size is not None and 0 <= size <= _SMALL_READ:
             return super().read(size)
         left = max(0, self._size - self.tell())

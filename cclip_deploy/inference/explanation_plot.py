@@ -62,7 +62,7 @@ def _panels(seen: Seen, answer: Floats | None) -> list[Panel]:
         limits = float(values.min()), float(values.max())
         panels.append(Panel(values, "Confounding features", _range(values), "mean over channels", limits))
     if answer is not None:
-        panels.append(Panel(answer, "Confounding branch's answer", _range(answer), "probability", (0.0, 1.0)))
+        panels.append(Panel(answer, "Prediction of the confounding branch", _range(answer), "probability", (0.0, 1.0)))
     return panels
 
 
@@ -85,7 +85,7 @@ def _draw(pixels: Floats, mask: NDArray[np.bool_], prompt: str, panels: list[Pan
     _draw_image(every[0], pixels)
     if mask.any():
         every[0].contour(mask, levels=[0.5], colors=["#38C7D6"], linewidths=1.6)
-    _title(every[0], "Answer of the causal branch", f"{mask.mean():.1%} of the image")
+    _title(every[0], "Prediction of the causal branch", f"{mask.mean():.1%} of the image")
     for axes, panel in zip(every[1:], panels, strict=False):
         _draw_image(axes, pixels)
         drawn = axes.imshow(

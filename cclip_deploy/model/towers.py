@@ -61,7 +61,7 @@ class DenseAttentionPool(nn.Module):
 
 
 class ImageTower(ModifiedResNet):  # type: ignore[misc]  # open_clip is untyped
-    """open_clip's ModifiedResNet, its three last maps let out, its attention pool made dense."""
+    """open_clip's ModifiedResNet that returns its last three maps, with a dense attention pool."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(

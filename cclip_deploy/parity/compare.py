@@ -207,7 +207,7 @@ def refuse_failures(checks: Sequence[Check]) -> None:
 
 
 def without_useful_masks(references: Sequence[Reference]) -> list[str]:
-    """Return the names of references without useful masks, on which mask agreement says little."""
+    """Return the names of references without useful masks, for which mask agreement shows little."""
     return [reference.name for reference in references if not useful(reference.logits).any()]
 
 

@@ -91,7 +91,7 @@ def seeded_inputs(image_hw: tuple[int, int], prompt_length: int) -> tuple[Floats
     return image.astype(np.float32), tokens
 
 
-def drawn_films(image_hw: tuple[int, int]) -> list[Floats]:
+def synthetic_radiographs(image_hw: tuple[int, int]) -> list[Floats]:
     """Return two synthetic chest radiographs (H, W)."""
     return [make_sample(np.random.default_rng(SEED + n), image_hw).image for n in range(2)]
 

@@ -128,14 +128,14 @@ class Source:
             raise ValueError(f"source ids {self.ids.shape} of {len(self.sentences)} sentences")
         for picture in self.pictures:
             if picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)) or not picture.size:
-                raise ValueError(f"source picture {picture.shape}")
+                raise ValueError(f"source image {picture.shape}")
             if picture.dtype not in (np.uint8, np.uint16, np.float32):
-                raise ValueError(f"source picture of {picture.dtype}")
+                raise ValueError(f"source image of {picture.dtype}")
         for masks, picture in zip(self.masks, self.pictures, strict=False):
             if masks.shape[1:] != picture.shape[:2]:
-                raise ValueError(f"source masks {masks.shape} of a picture {picture.shape}")
+                raise ValueError(f"source masks {masks.shape} of an image {picture.shape}")
         if len(self.masks) + len(self.probe_inputs) != len(self.pictures):
-            raise ValueError(f"source masks and inputs do not match its {len(self.pictures)} pictures")
+            raise ValueError(f"source masks and inputs do not match its {len(self.pictures)} images")
 
 
 def pack_pixels(pixels: Floats) -> Array:

@@ -246,7 +246,7 @@ def _refuse_overlap(
     if shared:
         raise DataError(
             f"{len(shared)} of {len(pictures)} calibration images are in the evaluation set too (first {shared[0]}). "
-            "Calibrate with other images: masks must not be judged on images that ranges were fitted to."
+            "Calibrate with other images: masks must not be evaluated on calibration images."
         )
     evaluated = {image.patient for image in evaluation} - {None}
     overlapping = [picture for picture in pictures if picture.patient in evaluated]

@@ -57,11 +57,13 @@ def measure_curve(
         for method in methods:
             on_progress(f"{method}, {count} images")
             ranges = ranges_of(statistics, method, options.percentile)
-            points.append(CalibrationCurvePoint(method, count, _judge(bundle, precision, ranges, evaluation, threads)))
+            points.append(
+                CalibrationCurvePoint(method, count, _evaluate(bundle, precision, ranges, evaluation, threads))
+            )
     return points
 
 
-def _judge(
+def _evaluate(
     bundle: Bundle,
     precision: Precision,
     ranges: dict[str, float],

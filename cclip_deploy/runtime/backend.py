@@ -77,7 +77,7 @@ def check_tensors(path: Path, entry: GraphEntry, inputs: Iterable[TensorSpec], o
     for what, found, listed in (("inputs", inputs, entry.inputs), ("outputs", outputs, entry.outputs)):
         real, expected = ({t.name: (t.dtype, _sides(t.shape)) for t in tensors} for tensors in (found, listed))
         if real != expected:
-            raise BundleError(f"{path} has {what} {real}, the manifest says {expected}. Export the bundle again.")
+            raise BundleError(f"{path} has {what} {real}, but the manifest has {expected}. Export the bundle again.")
 
 
 def check_answer(path: Path, entry: GraphEntry, inputs: Arrays, outputs: Arrays) -> None:

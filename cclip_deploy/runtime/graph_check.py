@@ -98,7 +98,7 @@ def _check_operators(graph: Graph) -> None:
 def _check_sizes(graph: Graph, entry: GraphEntry) -> None:
     inputs = {tensor.name: _bound(tensor.shape) for tensor in entry.inputs}
     if sorted(graph.inputs) != sorted(inputs):
-        raise GraphError(f"it has inputs {list(graph.inputs)}, the manifest says {list(inputs)}")
+        raise GraphError(f"it has inputs {list(graph.inputs)}, but the manifest has {list(inputs)}")
     shapes = tensor_shapes(graph, inputs)
     weights = {tensor.name for tensor in graph.initializers}
     sizes = {name: prod(shape) for name, shape in shapes.items() if name not in weights}

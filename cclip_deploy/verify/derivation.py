@@ -76,8 +76,8 @@ def layer_checks(
 
     entry, graph = bundle.graph(name), name.split(".")[0]
     found, full = models or _models(bundle, name)
-    one_picture = replace(references[-1], image=references[-1].image[:1])
-    errors = layer_errors(found, full, entry.precision, one_picture.inputs_of(graph))
+    one_image = replace(references[-1], image=references[-1].image[:1])
+    errors = layer_errors(found, full, entry.precision, one_image.inputs_of(graph))
     if not errors:
         return []
     limit = layer_limit(entry.precision)

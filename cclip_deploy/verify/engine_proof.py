@@ -110,7 +110,7 @@ def _why_no_engine(content: bytes, engine: EngineEntry, graph: GraphEntry, table
     if engine.backend == "tensorrt-rtx":
         length = int.from_bytes(content[LENGTH_BYTES], "little")
         if length != len(content):
-            return f"the engine is truncated or extended: it has {len(content)} bytes, its header says {length}."
+            return f"the engine is truncated or extended: it has {len(content)} bytes, its header gives {length}."
         names += [NODE.format(node) for node in sorted({node for row in table.rows for node in row.origins})]
     missing = next((name for name in names if name.encode() not in content), None)
     return None if missing is None else f"the file does not contain {missing} of its graph: it is another engine."

@@ -222,7 +222,7 @@ def _reference_notes(references: Sequence[Reference]) -> list[str]:
         )
     for name in without_useful_masks(references):
         notes.append(
-            f"No mask of the reference {name} covers between 2 % and 98 % of its image, so mask agreement says little "
+            f"No mask of the reference {name} covers between 2 % and 98 % of its image, so mask agreement shows little "
             "there beyond the tensor errors."
         )
     return notes

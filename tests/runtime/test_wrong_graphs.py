@@ -37,12 +37,12 @@ def test_a_graph_with_other_inputs_or_outputs_than_the_manifest_raises(
     real = path.read_bytes()
     path.write_bytes(decoder.read_bytes())
     reseal(copy)
-    with pytest.raises(BundleError, match=r"prompt_encoder\.onnx .* has inputs .*'features'.*, the manifest says"):
+    with pytest.raises(BundleError, match=r"prompt_encoder\.onnx .* has inputs .*'features'.*, but the manifest has"):
         open_backend(Bundle.open(copy)).load("prompt_encoder")
     path.write_bytes(real)
     reseal(copy, lambda manifest: manifest["graphs"]["prompt_encoder"]["outputs"][0].update(dtype="float16"))
-    with pytest.raises(BundleError, match=r"prompt_encoder\.onnx has outputs .*, the manifest says .*float16"):
+    with pytest.raises(BundleError, match=r"prompt_encoder\.onnx has outputs .*, but the manifest has .*float16"):
         open_backend(Bundle.open(copy)).load("prompt_encoder")
     reseal(copy, lambda manifest: manifest["graphs"]["prompt_encoder"]["outputs"][0].update(shape=["prompts", 9, 31]))
-    with pytest.raises(BundleError, match=r"\['\?', 9, 32\].*, the manifest says .*\['\?', 9, 31\]"):
+    with pytest.raises(BundleError, match=r"\['\?', 9, 32\].*, but the manifest has .*\['\?', 9, 31\]"):
         open_backend(Bundle.open(copy)).load("prompt_encoder")

@@ -42,7 +42,7 @@ class OnnxRuntimeGpuBackend(OnnxRuntimeBackend):
             precision: of the graphs.
             device: key of `PROVIDERS`.
             threads: CPU threads for operators that do not run on the GPU.
-            cache: folder for what the TensorRT providers compile; it contains code, so nobody else may write to it.
+            cache: folder for what the TensorRT providers compile. It contains code, so others must not write to it.
                 None compiles again in every process.
             memory: ONNX Runtime's name of the device memory for outputs.
         """

@@ -72,7 +72,7 @@ def network_flags(binding: ModuleType) -> int:
 
 
 def check_targets(precision: Precision, compute_capabilities: Sequence[str]) -> None:
-    """Raise UsageError where a GPU of one of these compute capabilities cannot compute in the precision, or is none."""
+    """Raise UsageError if a compute capability is invalid, or GPUs of it do not support the precision."""
     least = _LEAST_CAPABILITY.get(Precision(precision).product_type, (0, 0))
     for capability in compute_capabilities:
         try:
