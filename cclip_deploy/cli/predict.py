@@ -46,7 +46,6 @@ def predict(
 ) -> None:
     """Segment images by text prompts: write [bold]mask, probability map and overlay[/] at the original image size."""
     from cclip_deploy.bundle.bundle import Bundle
-    from cclip_deploy.prompts.spelling import repair_prompts
 
     if checkpoint is not None and not explain:
         raise UsageError("--checkpoint is only used with --explain. Add --explain or remove --checkpoint.")
@@ -58,22 +57,20 @@ def predict(
     from cclip_deploy.inference.predict import predict as run
     from cclip_deploy.inference.run_report import report_run
     from cclip_deploy.inference.segmenter import Segmenter
-    from cclip_deploy.runtime.registry import opened as open_runtime
 
-    prompts = repair_prompts(prompt, repair)
-    with open_runtime(runtime.config(), opened, precision) as runs, image_progress(quiet=json) as on_image:
-        segmenter = Segmenter.of_bundle(opened, runs.backend, prompt_cache)
+    loaded = Segmenter.load(opened, runtime.config(), precision, prompt_cache=prompt_cache)
+    with loaded as segmenter, image_progress(quiet=json) as on_image:
         explainer = _open_explainer(opened, segmenter, checkpoint) if explain else None
-        chosen = PredictOptions(threshold, force, explainer)
-        found = run(segmenter, images, [p.text for p in prompts], output, chosen, on_image)
-        ran = report_run(runs, opened)
+        chosen = PredictOptions(threshold, force, explainer, repair)
+        found = run(segmenter, images, prompt, output, chosen, on_image)
+        ran = report_run(segmenter.opened, opened)
     if json:
         failed = [{"image": str(path), "error": reason} for path, reason in found.failed]
         print_json(
             {
                 "predictions": [row.to_dict() for row in found.done],
                 "failed": failed,
-                "repaired_prompts": [p.to_dict() for p in prompts if p.repairs],
+                "repaired_prompts": [p.to_dict() for p in found.prompts if p.repairs],
                 "prompt_kernels": found.prompt_counts.to_dict(),
                 "ran": ran.to_dict(),
             }
@@ -84,7 +81,7 @@ def predict(
             numbers = (f"{row.area_share:.2%}", f"{row.mean_probability:.3f}")
             shown.add_row(row.image.name, row.prompt, *numbers, str(row.written.mask))
         stdout.print(shown)
-        for repaired in (p for p in prompts if p.repairs):
+        for repaired in (p for p in found.prompts if p.repairs):
             stdout.print(repaired.describe(), markup=False)
         stdout.print(found.prompt_counts.describe())
         stdout.print(ran.summary(), markup=False)

@@ -21,6 +21,7 @@ from cclip_deploy.imaging.png import encode_png
 from cclip_deploy.imaging.preprocess import check_unit_range
 from cclip_deploy.imaging.raster_pixels import row_strips
 from cclip_deploy.imaging.reading import image_stem, open_raster
+from cclip_deploy.imaging.segmentation import Segmentation
 
 OVERLAY_LONGEST_PX = 1024
 SOURCE = "cclip-deploy picture SHA-256"
@@ -42,26 +43,24 @@ class WrittenMask:
     overlay: Path
 
 
-def write_segmentation(
-    picture: Picture, prompt: str, probability: NDArray[Any], folder: Path, stem: str, threshold: float = 0.5
-) -> WrittenMask:
+def write_segmentation(picture: Picture, segmentation: Segmentation, folder: Path, stem: str) -> WrittenMask:
     """Write `<stem>-mask.png`, `<stem>-probability.png` and `<stem>-overlay.png`, replacing existing ones.
 
-    The three files are replaced together (`files.replace_together`). The mask stores `picture.sha256` as PNG text.
+    The mask is 8-bit gray, 255 inside; the probability is 16-bit gray, 65535 is 1. The three files are replaced
+    together (`files.replace_together`). The mask stores `picture.sha256` as PNG text.
 
     Args:
         picture: image that was segmented.
-        prompt: shown below the overlay.
-        probability: (H, W) in [0, 1], of the image's size; written as 16-bit gray, 65535 = 1.
+        segmentation: its mask; the prompt is shown below the overlay.
         folder: created if missing.
         stem: start of the file names.
-        threshold: the mask is 255 where probability >= threshold and 0 elsewhere (8 bits).
 
     Raises:
         UsageError: a wrong shape, value, threshold or stem.
         EnvironmentIssue: the disk is full or the folder cannot be written.
     """
     height, width = picture.pixels.shape[:2]
+    probability, threshold = segmentation.probability, segmentation.threshold
     if probability.shape != (height, width):
         raise UsageError(f"The probability is {probability.shape}, the image {(height, width)}. Use to_source first.")
     check_unit_range("The probability", probability)
@@ -69,13 +68,12 @@ def write_segmentation(
         raise UsageError(f"Threshold {threshold} is not in (0, 1]. Use 0.5, for example.")
     if not stem or Path(stem).name != stem:
         raise UsageError(f"{stem!r} cannot begin a file name. Make one with file_stem.")
-    mask = probability >= threshold
     written = WrittenMask(*(folder / f"{stem}-{what}.png" for what in ("mask", "probability", "overlay")))
     source = {SOURCE: picture.sha256} if picture.sha256 else {}
     encoded = {
-        written.mask: encode_png(mask.view(np.uint8) * np.uint8(255), source),
+        written.mask: segmentation.mask_png(source),
         written.probability: encode_png(_to_uint16(probability)),
-        written.overlay: encode_png(np.asarray(draw_overlay(picture.pixels, mask, prompt))),
+        written.overlay: encode_png(np.asarray(draw_overlay(picture.pixels, segmentation.mask, segmentation.prompt))),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,21 +13,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cclip_deploy.common.files import sha256_input, writing_into
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import check_writable
 from cclip_deploy.errors import DataError, ImageError, UsageError
 from cclip_deploy.imaging.image import Picture
 from cclip_deploy.imaging.reading import failure_of, find_images, read_image
+from cclip_deploy.imaging.segmentation import Segmentation, check_threshold
 from cclip_deploy.imaging.writing import WrittenMask, file_stem, mask_path, mask_source, write_segmentation
 from cclip_deploy.inference.explain import Explainer
 from cclip_deploy.inference.explanation_plot import write_explanation
 from cclip_deploy.inference.prompt_cache import CacheCounts
 from cclip_deploy.inference.room import Room
 from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.prompts.spelling import RepairedPrompt, repair_prompts
 
 READ_AHEAD, WRITE_BEHIND, WRITERS = 2, 4, 2
 BYTES_PER_PIXEL = 16
@@ -64,10 +63,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The results, the images that could not be used with the reason, and where prompt kernels came from."""
+    """The results, the images that could not be used with the reason, and the prompts and their cache counts."""
 
     done: tuple[Prediction, ...]
     failed: tuple[tuple[Path, str], ...]
+    prompts: tuple[RepairedPrompt, ...]
     prompt_counts: CacheCounts
 
 
@@ -79,17 +79,19 @@ class PredictOptions:
         threshold: probability from which a pixel is part of the mask, between 0 and 1; None is the bundle's threshold.
         replace: whether masks of other images may be replaced.
         explainer: if given, an explanation is written beside every mask.
+        repair: whether typing errors in prompts are corrected, as in training and evaluation.
     """
 
     threshold: float | None = None
     replace: bool = False
     explainer: Explainer | None = None
+    repair: bool = True
 
 
 def predict(
     segmenter: Segmenter,
     images: Sequence[Path],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     output: Path,
     options: PredictOptions = PredictOptions(),
     on_picture: Callable[[Path, int, int], None] = lambda path, number, total: None,
@@ -104,7 +106,7 @@ def predict(
     Args:
         segmenter: of a bundle.
         images: files and folders.
-        prompts: at least one.
+        prompts: a string is one prompt; or a list of prompts.
         output: folder to write to. Masks of the same image file in it are replaced.
         options: threshold, replacement and explanations.
         on_picture: called with each image, its number from 1 and the number of images, before it is segmented.
@@ -116,35 +118,26 @@ def predict(
         PromptError: a prompt is empty or too long; raised before anything is written.
         EnvironmentIssue: `output` is not writable; files that were written before are complete.
     """
-    if options.threshold is not None and not 0 < options.threshold < 1:
-        raise UsageError(
-            f"The threshold {options.threshold} is not between 0 and 1. Leave it out to use the bundle's threshold."
-        )
+    if options.threshold is not None:
+        check_threshold(options.threshold)
+    asked = repair_prompts(prompts, options.repair)
     check_writable(output)
     with writing_into(output):
         paths = find_images(images)
         used: set[str] = set()
-        stems = {path: [file_stem(path, prompt, used) for prompt in prompts] for path in paths}
+        stems = {path: [file_stem(path, prompt.text, used) for prompt in asked] for path in paths}
         if not options.replace:
             _check_existing_masks(output, stems)
-        return _predict(segmenter, stems, prompts, output, options, on_picture)
+        return _predict(_Run(segmenter, stems, asked, output, options), on_picture)
 
 
-def _predict(
-    segmenter: Segmenter,
-    stems: Mapping[Path, Sequence[str]],
-    prompts: Sequence[str],
-    output: Path,
-    options: PredictOptions,
-    on_picture: Callable[[Path, int, int], None],
-) -> Predictions:
+def _predict(run: _Run, on_picture: Callable[[Path, int, int], None]) -> Predictions:
+    segmenter, found, total = run.segmenter, _Found(), len(run.stems)
     counted_before = segmenter.prompt_counts
-    segmenter.prepare(prompts)
-    limit = segmenter.spec.threshold if options.threshold is None else options.threshold
-    run, found = _Run(segmenter, stems, prompts, output, limit, options.explainer), _Found()
+    segmenter.prepare([prompt.text for prompt in run.prompts])
     with _threads(WRITERS, "writer") as writers, _threads(1, "reader") as reader, closing(Room()) as room:
-        for number, (path, read) in enumerate(_read_ahead(reader, list(stems), room), start=1):
-            on_picture(path, number, len(stems))
+        for number, (path, read) in enumerate(_read_ahead(reader, list(run.stems), room), start=1):
+            on_picture(path, number, total)
             try:
                 picture = read.result()
             except Exception as error:  # decoders raise many kinds of errors on damaged files
@@ -161,7 +154,7 @@ def _predict(
             room.give(picture.pixels.nbytes)
         found.collect(0)
     counts = segmenter.prompt_counts.since(counted_before)
-    return Predictions(tuple(found.done), tuple(found.failed.items()), counts)
+    return Predictions(tuple(found.done), tuple(found.failed.items()), tuple(run.prompts), counts)
 
 
 @dataclass
@@ -170,23 +163,22 @@ class _Run:
 
     segmenter: Segmenter
     stems: Mapping[Path, Sequence[str]]
-    prompts: Sequence[str]
+    prompts: Sequence[RepairedPrompt]
     output: Path
-    limit: float
-    explainer: Explainer | None
+    options: PredictOptions
 
     def masks(self, picture: Picture) -> Iterator[Callable[[], Prediction]]:
         """Run the network, and yield a function for each prompt that writes its mask."""
-        seen = None if self.explainer is None else self.explainer.look(picture.pixels)
+        explainer = self.options.explainer
+        seen = None if explainer is None else explainer.look(picture.pixels)
         features = None if seen is None else seen.features
-        probabilities = self.segmenter.probabilities(picture.pixels, self.prompts, features)
-        for prompt, probability, stem in zip(self.prompts, probabilities, self.stems[picture.path], strict=True):
+        results = self.segmenter.segment_each(picture, self.prompts, self.options.threshold, features)
+        for result, stem in zip(results, self.stems[picture.path], strict=True):
             explanation = None
-            if self.explainer is not None and seen is not None:
-                answer = self.explainer.confounding_answer(prompt)
-                path, inside = self.output / f"{stem}-explanation.png", probability >= self.limit
-                explanation = write_explanation(path, picture.pixels, inside, prompt, seen, answer)
-            yield partial(_write, picture, prompt, probability, self.output, stem, self.limit, explanation)
+            if explainer is not None and seen is not None:
+                answer, path = explainer.confounding_answer(result.prompt), self.output / f"{stem}-explanation.png"
+                explanation = write_explanation(path, picture.pixels, result.mask, result.prompt, seen, answer)
+            yield partial(_write, picture, result, self.output, stem, explanation)
 
 
 @dataclass
@@ -285,21 +277,14 @@ def _read_ahead(
 
 
 def _write(
-    picture: Picture,
-    prompt: str,
-    probability: NDArray[np.float32],
-    output: Path,
-    stem: str,
-    threshold: float,
-    explanation: Path | None = None,
+    picture: Picture, result: Segmentation, output: Path, stem: str, explanation: Path | None = None
 ) -> Prediction:
-    inside = probability >= threshold
     return Prediction(
         image=picture.path,
-        prompt=prompt,
-        area_share=float(inside.mean()),
-        mean_probability=float(probability.mean()),
-        mean_probability_inside=float(probability.mean(where=inside, dtype=np.float64)) if inside.any() else None,
-        written=write_segmentation(picture, prompt, probability, output, stem, threshold),
+        prompt=result.prompt,
+        area_share=result.area_share,
+        mean_probability=result.mean_probability,
+        mean_probability_inside=result.mean_probability_inside,
+        written=write_segmentation(picture, result, output, stem),
         explanation=explanation,
     )

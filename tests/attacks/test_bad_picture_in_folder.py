@@ -115,7 +115,7 @@ def test_predict_continues_where_memory_ends_after_reading(
     """In the resize to the network, the one back, or the mask's files."""
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "b.png")
     module = (
-        pipeline if stage == "write_segmentation" else __import__("cclip_deploy.inference.segmenter", fromlist=["x"])
+        pipeline if stage == "write_segmentation" else __import__("cclip_deploy.inference.graph_chain", fromlist=["x"])
     )
     real = getattr(module, stage)
 

@@ -215,7 +215,7 @@ def test_a_single_unreadable_image_raises_its_own_error(fast: Segmenter, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("prompts", "error"), [([], UsageError), (["lung", ""], PromptError), (["lung " * 30], PromptError)]
+    ("prompts", "error"), [([], UsageError), (["lung", ""], PromptError), (["heart " * 30], PromptError)]
 )
 def test_prompts_are_refused_before_anything_is_written(
     fast: Segmenter, fake: Brightness, tmp_path: Path, prompts: list[str], error: type[Exception]
