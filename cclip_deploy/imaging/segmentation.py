@@ -71,6 +71,14 @@ class Segmentation:
         """Mean of the probability over the mask; None if the mask is empty."""
         return float(self.probability.mean(where=self.mask, dtype=np.float64)) if self.area_px else None
 
+    @cached_property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """Left, top, right, bottom of the mask in pixels, right and bottom exclusive; None if it is empty."""
+        if not self.area_px:
+            return None
+        columns, rows = (np.flatnonzero(self.mask.any(axis=axis)) for axis in (0, 1))
+        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
     @property
     def region_count(self) -> int:
         """Number of connected regions of the mask; pixels that touch at a corner are connected."""
@@ -95,6 +103,7 @@ class Segmentation:
             "area_share": self.area_share,
             "mean_probability": self.mean_probability,
             "mean_probability_inside": self.mean_probability_inside,
+            "box": None if self.box is None else list(self.box),
             "region_count": self.region_count,
             "findings": [finding.to_dict() for finding in self.findings],
             "warnings": list(self.warnings),

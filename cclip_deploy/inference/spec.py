@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from cclip_deploy.bundle.bundle import CHAIN, TOKENIZER, Bundle
 from cclip_deploy.errors import BundleError, UsageError
@@ -25,6 +26,7 @@ class SegmenterSpec:
         tokenizer: splits prompts into tokens.
         vocabulary_size: of the network; token ids are smaller.
         threshold: probability from which a pixel is part of the mask.
+        graphs: precision of each graph, if there are graphs.
     """
 
     name: str
@@ -34,6 +36,7 @@ class SegmenterSpec:
     tokenizer: PromptTokenizer
     vocabulary_size: int
     threshold: float
+    graphs: Mapping[str, str] = field(default_factory=dict)
 
 
 def bundle_spec(bundle: Bundle, backend: Backend) -> SegmenterSpec:
@@ -51,7 +54,7 @@ def bundle_spec(bundle: Bundle, backend: Backend) -> SegmenterSpec:
         )
     if getattr(backend, "bundle", bundle).identity != bundle.identity:
         raise UsageError(f"The backend was opened with another bundle than {bundle.path}. Open both from one Bundle.")
-    chain_precisions(backend, bundle)
+    graphs = chain_precisions(backend, bundle)
     tokenizer = bundle.tokenizer()
     tokens = tokenizer.vocabulary_size
     vocabulary_size = manifest.model.get("vocabulary_size", tokens)
@@ -62,7 +65,7 @@ def bundle_spec(bundle: Bundle, backend: Backend) -> SegmenterSpec:
         )
     return SegmenterSpec(
         str(bundle.path), manifest.image_hw, manifest.prompt_length, manifest.preprocessing, tokenizer,
-        vocabulary_size, manifest.threshold,
+        vocabulary_size, manifest.threshold, graphs,
     )  # fmt: skip
 
 

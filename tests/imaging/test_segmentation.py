@@ -23,6 +23,7 @@ def test_area_mask_and_means() -> None:
     assert (result.area_px, result.area_mm2, result.area_share) == (3, 3.0, 3 / 8)
     assert result.mean_probability == pytest.approx(PROBABILITY.mean())
     assert result.mean_probability_inside == pytest.approx(0.7)
+    assert result.box == (0, 0, 4, 2)
     assert result.region_count == 2
     first, second = result.findings
     assert (first.area_px, first.area_mm2, first.box, first.center) == (2, 2.0, (0, 0, 2, 1), (0.5, 0.0))
@@ -37,7 +38,8 @@ def test_without_a_spacing_there_are_no_millimeters() -> None:
 
 def test_an_empty_mask() -> None:
     result = Segmentation("left lung", np.zeros((3, 4), np.float32), 0.5)
-    assert (result.area_px, result.mean_probability_inside, result.region_count, result.findings) == (0, None, 0, ())
+    assert (result.area_px, result.box, result.mean_probability_inside) == (0, None, None)
+    assert (result.region_count, result.findings) == (0, ())
 
 
 def test_json_has_everything_but_the_arrays() -> None:
@@ -45,7 +47,7 @@ def test_json_has_everything_but_the_arrays() -> None:
     told = json.loads(json.dumps(result.to_dict()))
     assert told.keys() == {
         "prompt", "threshold", "area_px", "area_mm2", "area_share", "mean_probability", "mean_probability_inside",
-        "region_count", "findings", "warnings",
+        "box", "region_count", "findings", "warnings",
     }  # fmt: skip
     assert told["findings"][1] == {"area_px": 1, "area_mm2": 1.0, "box": [3, 1, 4, 2], "center": [3.0, 1.0]}
     assert told["warnings"] == ["a warning"]

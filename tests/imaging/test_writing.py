@@ -18,8 +18,9 @@ from PIL import Image
 
 from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.imaging.image import Picture
+from cclip_deploy.imaging.naming import file_stem
 from cclip_deploy.imaging.segmentation import Segmentation
-from cclip_deploy.imaging.writing import OVERLAY_LONGEST_PX, WrittenMask, draw_overlay, file_stem, write_segmentation
+from cclip_deploy.imaging.writing import OVERLAY_LONGEST_PX, WrittenMask, draw_overlay, write_segmentation
 
 CYAN, AMBER = np.array([56, 199, 214]), np.array([255, 179, 71])
 
