@@ -121,10 +121,13 @@ def report_every(on_progress: Callable[[str], None], what: str, step: int = 100)
 
 
 @contextmanager
-def image_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
-    """Yield a function that shows the current image: a progress bar on a terminal, else a line; nothing if quiet.
+def image_progress(quiet: bool, lines: bool | None = None) -> Iterator[Callable[[Path, int, int], None]]:
+    """Yield a function that shows the current image, with the throughput so far and the estimated time left.
 
-    Both show the throughput so far and the estimated time left.
+    Args:
+        quiet: show nothing.
+        lines: whether to print a line for each image; otherwise there is a progress bar, on a terminal only. None
+            prints lines where there is no terminal.
     """
     started = time.monotonic()
 
@@ -135,9 +138,10 @@ def image_progress(quiet: bool) -> Iterator[Callable[[Path, int, int], None]]:
         left = timedelta(seconds=round(seconds / done * (total - done)))
         return f"{number} of {total}: {path} ({done / seconds:.3g} images/s, {left} left)"
 
-    if quiet:
+    lines = not stderr.is_terminal if lines is None else lines
+    if quiet or not (lines or stderr.is_terminal):
         yield _unless_received(lambda path, number, total: None)
-    elif stderr.is_terminal:
+    elif not lines:
         with Progress(
             BarColumn(), TextColumn("{task.description}", markup=False), console=stderr, transient=True
         ) as bar:

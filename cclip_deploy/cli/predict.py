@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,12 @@ from cclip_deploy.errors import UsageError
 if TYPE_CHECKING:
     from cclip_deploy.bundle.bundle import Bundle
     from cclip_deploy.inference.explain import Explainer
+    from cclip_deploy.inference.prediction import Predictions
     from cclip_deploy.inference.segmenter import Segmenter
+
+SCHEMA = "cclip-deploy/predict/1"
+MOST_ROWS = 20
+"""Masks up to which the table is printed without --verbose."""
 
 
 @reports_errors
@@ -24,9 +30,13 @@ def predict(
     bundle: options.Bundle,
     images: Annotated[list[Path], typer.Argument(help="Images or folders of images: PNG, JPEG, TIFF, BMP or DICOM.")],
     prompt: Annotated[list[str], typer.Option(help="Description of what to segment; may be repeated.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Output folder for masks and overlays.")] = Path(
-        "predictions"
-    ),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")] = Path("predictions"),
+    outputs: Annotated[
+        str, typer.Option(help="What to write for each mask, separated by commas: mask, probability, overlay.")
+    ] = "mask,probability,overlay",
+    index: Annotated[
+        str, typer.Option(help="Formats of the run's index, separated by commas: json, csv, parquet; or none.")
+    ] = "json,csv",
     threshold: options.Threshold = None,
     force: Annotated[bool, typer.Option(help="Replace existing masks of another image.")] = False,
     repair: options.Repair = True,
@@ -42,11 +52,17 @@ def predict(
     ] = None,
     precision: options.Precision = Precision.FP32,
     runtime: options.Runtime = options.RUNTIME,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help=f"Print a line for each image, and more than {MOST_ROWS} masks.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
-    """Segment images by text prompts: write [bold]mask, probability map and overlay[/] at the original image size."""
+    """Segment images by text prompts: write [bold]masks and probability maps[/] at the original image size.
+
+    Overlays are for viewing: their longest side is at most 1024 pixels. predictions.json and predictions.csv in the
+    output folder list what the run wrote.
+    """
     from cclip_deploy.bundle.bundle import Bundle
-    from cclip_deploy.prompts.spelling import repair_prompts
 
     if checkpoint is not None and not explain:
         raise UsageError("--checkpoint is only used with --explain. Add --explain or remove --checkpoint.")
@@ -54,43 +70,51 @@ def predict(
     if runtime.backend in (None, "onnxruntime", "openvino"):
         opened.read_ahead(precision, *(() if prompt_cache else ("prompt_encoder",)), "image_encoder", "mask_decoder")
 
-    from cclip_deploy.inference.predict import PredictOptions, refuse_failures
+    from cclip_deploy.inference.index import index_paths
+    from cclip_deploy.inference.predict import PredictOptions
     from cclip_deploy.inference.predict import predict as run
+    from cclip_deploy.inference.prediction import refuse_failures
     from cclip_deploy.inference.run_report import report_run
     from cclip_deploy.inference.segmenter import Segmenter
-    from cclip_deploy.runtime.registry import opened as open_runtime
 
-    prompts = repair_prompts(prompt, repair)
-    with open_runtime(runtime.config(), opened, precision) as runs, image_progress(quiet=json) as on_image:
-        segmenter = Segmenter.of_bundle(opened, runs.backend, prompt_cache)
+    chosen = PredictOptions(threshold, force, None, repair, _listed(outputs), _listed(index))
+    chosen.check()
+    loaded = Segmenter.load(opened, runtime.config(), precision, prompt_cache=prompt_cache)
+    with loaded as segmenter, image_progress(quiet=json, lines=verbose) as on_image:
         explainer = _open_explainer(opened, segmenter, checkpoint) if explain else None
-        chosen = PredictOptions(threshold, force, explainer)
-        found = run(segmenter, images, [p.text for p in prompts], output, chosen, on_image)
-        ran = report_run(runs, opened)
+        found = run(segmenter, images, prompt, output, replace(chosen, explainer=explainer), on_image)
+        ran = report_run(segmenter.opened, opened)
+    written = index_paths(output, chosen.index)
     if json:
-        failed = [{"image": str(path), "error": reason} for path, reason in found.failed]
-        print_json(
-            {
-                "predictions": [row.to_dict() for row in found.done],
-                "failed": failed,
-                "repaired_prompts": [p.to_dict() for p in prompts if p.repairs],
-                "prompt_kernels": found.prompt_counts.to_dict(),
-                "ran": ran.to_dict(),
-            }
-        )
+        print_json({"schema": SCHEMA, **found.to_dict(), "index": list(map(str, written)), "ran": ran.to_dict()})
     else:
-        shown = table("Predictions", "image", "prompt", "area ", "mean probability ", "mask")
-        for row in found.done:
-            numbers = (f"{row.area_share:.2%}", f"{row.mean_probability:.3f}")
-            shown.add_row(row.image.name, row.prompt, *numbers, str(row.written.mask))
-        stdout.print(shown)
-        for repaired in (p for p in prompts if p.repairs):
-            stdout.print(repaired.describe(), markup=False)
+        _print_masks(found, verbose)
         stdout.print(found.prompt_counts.describe())
         stdout.print(ran.summary(), markup=False)
         for note in ran.notes():
             stdout.print(f"Note: {note}", markup=False)
+        if written:
+            stdout.print(f"Index: {', '.join(map(str, written))}", markup=False)
+        stdout.print(found.summary())
     refuse_failures(found)
+
+
+def _listed(option: str) -> tuple[str, ...]:
+    """Return the parts of an option that are separated by commas; "none" has none."""
+    parts = tuple(part.strip() for part in option.split(",") if part.strip())
+    return () if parts == ("none",) else parts
+
+
+def _print_masks(found: Predictions, verbose: bool) -> None:
+    """Print a table of the masks if there are few of them, and what was repaired or may not be understood."""
+    if verbose or len(found.done) <= MOST_ROWS:
+        shown = table("Predictions", "image", "prompt", "area ", "mean probability ", "file")
+        for row in found.done:
+            numbers = (f"{row.area_share:.2%}", f"{row.mean_probability:.3f}")
+            shown.add_row(str(row.image), row.prompt, *numbers, str(next(iter(row.files.values()))))
+        stdout.print(shown)
+    for warning in dict.fromkeys(warning for row in found.done for warning in row.warnings):
+        stdout.print(warning, markup=False)
 
 
 def _open_explainer(bundle: Bundle, segmenter: Segmenter, checkpoint: Path | None) -> Explainer:

@@ -23,7 +23,8 @@ from cclip_deploy.errors import EnvironmentIssue, ParityError, UsageError
 from cclip_deploy.evaluation.evaluate import evaluate_dice
 from cclip_deploy.evaluation.models import BundleModel
 from cclip_deploy.export.export import ExportOptions, export_bundle
-from cclip_deploy.inference.predict import Prediction, predict
+from cclip_deploy.inference.predict import predict
+from cclip_deploy.inference.prediction import Prediction
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.runtime.registry import BackendConfig, opened
 from cclip_deploy.train.config import Devices, TrainConfig

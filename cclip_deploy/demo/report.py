@@ -12,7 +12,7 @@ from cclip_deploy.benchmark.candidate import Form
 from cclip_deploy.common.html_page import Figure, Section, Table, write_page
 from cclip_deploy.common.json_file import json_text
 from cclip_deploy.evaluation.evaluate import DiceScores
-from cclip_deploy.inference.predict import Prediction
+from cclip_deploy.inference.prediction import Prediction
 from cclip_deploy.train.run import TrainReport
 from cclip_deploy.verify.verify import Verification
 

@@ -12,7 +12,8 @@ from cclip_deploy.bundle.bundle import CHAIN, Bundle
 from cclip_deploy.errors import CheckpointError, ParityError
 from cclip_deploy.imaging.preprocess import Preprocessing
 from cclip_deploy.inference.prompt_cache import Tokens
-from cclip_deploy.inference.segmenter import Segmenter, SegmenterSpec, chain_precisions
+from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.inference.spec import SegmenterSpec, chain_precisions
 from cclip_deploy.model.config import InputForm
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 from cclip_deploy.runtime.registry import OpenBackend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from cclip_deploy.errors import ImageError
 
@@ -22,16 +22,12 @@ _JPEG_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 _JPEG_2000_SIZE = b"\xff\x4f\xff\x51"
 
 
-def check_frame(path: Path, file: BinaryIO, header: Dataset) -> None:
-    """Raise ImageError if the frame of a compressed file differs in size from Rows and Columns."""
-    from pydicom import dcmread
+def check_frame(path: Path, pixel_data: bytes, header: Dataset) -> None:
+    """Raise ImageError if the frame in compressed pixel data differs in size from Rows and Columns."""
     from pydicom.encaps import get_frame
     from pydicom.uid import RLELossless
 
-    file.seek(0)
-    content = dcmread(file, specific_tags=["PixelData"])
-    frame = bytes(get_frame(content.PixelData, 0, number_of_frames=1))
-    file.seek(0)
+    frame = bytes(get_frame(pixel_data, 0, number_of_frames=1))
     declared = (int(header.Columns), int(header.Rows))
     if header.file_meta.TransferSyntaxUID == RLELossless:
         for segment in _segments(frame):

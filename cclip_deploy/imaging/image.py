@@ -23,11 +23,13 @@ class Picture:
     """Decoded image; not named Image, which is Pillow's.
 
     Attributes:
-        path: file it was read from.
+        path: file it was read from; for an image in memory, a name for messages.
         pixels: (H, W) or (H, W, 3) float32 in [0, 1], 0 is black, upright.
-        kind: file format, such as "png" or "dicom".
+        kind: file format, such as "png" or "dicom"; "array" or "pillow" for an image in memory without one.
         bits: bits per channel that `pixels` carries.
         sha256: hex digest of the file's bytes; empty if it was not computed.
+        spacing_mm: distances in mm between the centers of rows and of columns; None if they are not known.
+        warnings: sentences on what is unusual about the pixels.
     """
 
     path: Path
@@ -35,6 +37,8 @@ class Picture:
     kind: str
     bits: int
     sha256: str = ""
+    spacing_mm: tuple[float, float] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def check_image_size(path: Path, width: int, height: int, channels: int = 1) -> None:

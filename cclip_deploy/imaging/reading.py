@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,11 @@ from cclip_deploy.imaging.raster_pixels import UPRIGHT, orientation_of, read_pix
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
-_KINDS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "TIFF": "tiff", "BMP": "bmp"}
+KINDS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "TIFF": "tiff", "BMP": "bmp"}
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _GREY_MODES = frozenset({"1", "L", "I", "F"})
 _METADATA_CHUNKS, _MOST_CHUNKS = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"}), 100_000
-_ON_ITS_SIDE = frozenset({5, 6, 7, 8})
+ON_ITS_SIDE = frozenset({5, 6, 7, 8})
 
 
 def read_image(path: Path) -> Picture:
@@ -43,7 +44,19 @@ def read_image(path: Path) -> Picture:
     if is_dicom_file(path):
         return read_dicom(path)
     with open_raster(path) as image:
-        return _decode(path, image)
+        return decode_raster(path, image)
+
+
+def read_bytes(content: bytes, name: Path = Path("The image")) -> Picture:
+    """Read the content of an image file, like `read_image`; `name` stands for the file in messages."""
+    if not content:
+        raise ImageError(f"{name} is empty (0 bytes). If it is an open file, go back to its start: file.seek(0).")
+    if len(content) > LARGEST_PICTURE_FILE:
+        raise ImageError(f"{name} has more than {LARGEST_PICTURE_FILE:,} bytes, the maximum for an image. Reduce it.")
+    if content[128:132] == b"DICM":
+        return read_dicom(name, io.BytesIO(content))
+    with open_raster(name, io.BytesIO(content)) as image:
+        return decode_raster(name, image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -57,7 +70,7 @@ def image_size(path: Path) -> tuple[int, int]:
     if is_dicom_file(path):
         return dicom_size(path)
     with open_raster(path) as image:
-        return image.size[::-1] if _orientation(path, image) in _ON_ITS_SIDE else image.size
+        return image.size[::-1] if _orientation(path, image) in ON_ITS_SIDE else image.size
 
 
 def image_orientation(path: Path) -> int:
@@ -69,20 +82,38 @@ def image_orientation(path: Path) -> int:
 
 
 @contextmanager
-def open_raster(path: Path) -> Iterator[Image.Image]:
+def open_raster(path: Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
     """Open a PNG, JPEG, TIFF or BMP file in Pillow. Other formats are refused: Pillow runs external programs for some.
+
+    Args:
+        path: the file, or a name for messages.
+        file: what is read instead of the file at `path`.
 
     Raises:
         ImageError: the file is not a regular file, of another type or too large, or the body of the `with` fails.
     """
-    _check_file(path)
+    if file is None:
+        _check_file(path)
     # Pass a file object: Pillow memory-maps a file given by name, and then misreads TIFFs of orientation 5 to 8.
-    with decoding(path), BoundedFile(path) as file, _open(path, file) as image:
-        check_image_size(path, *image.size, _channels(image))
-        tags = getattr(image, "tag_v2", {})
-        tile = (tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_LENGTH, 1))
-        check_image_size(path, *tile, _channels(image))
+    with decoding(path), file or BoundedFile(path) as opened, _open(path, opened) as image:
+        check_raster(path, image)
         yield image
+
+
+def check_raster(path: Path, image: Image.Image) -> None:
+    """Raise ImageError if an image that may not be decoded yet, or a tile of it, is too large."""
+    check_image_size(path, *image.size, _channels(image))
+    tags = getattr(image, "tag_v2", {})
+    tile = (tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_LENGTH, 1))
+    check_image_size(path, *tile, _channels(image))
+
+
+def decode_raster(path: Path, image: Image.Image) -> Picture:
+    """Convert a Pillow image; raise ImageError if it has several frames or values out of range."""
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ImageError(f"{path} has several pages or frames. Save the one you want as a separate file.")
+    pixels, bits = read_pixels(path, image)
+    return Picture(path=path, pixels=pixels, kind=KINDS.get(str(image.format), "pillow"), bits=bits)
 
 
 def failure_of(path: Path, error: Exception) -> str:
@@ -156,16 +187,8 @@ def _is_visible_image(path: Path, folder: Path) -> bool:
     return not hidden and is_image_file(path)
 
 
-def _decode(path: Path, image: Image.Image) -> Picture:
-    kind = _KINDS[str(image.format)]
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise ImageError(f"{path} has several pages or frames. Save the one you want as a separate file.")
-    pixels, bits = read_pixels(path, image)
-    return Picture(path=path, pixels=pixels, kind=kind, bits=bits)
-
-
 def _channels(image: Image.Image) -> int:
-    """Number of channels that `_decode` allocates for an image, including alpha."""
+    """Number of channels that `decode_raster` allocates for an image, including alpha."""
     if image.mode in _GREY_MODES or image.mode.startswith("I;"):
         return 1
     return 2 if image.mode in {"LA", "La"} else 3 + image.has_transparency_data

@@ -1,11 +1,9 @@
-"""Write a segmentation to disk as three PNG files: mask, probability map and overlay."""
+"""Write a segmentation to disk as PNG files: mask, probability map and overlay."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import re
-import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,48 +18,69 @@ from cclip_deploy.imaging.image import Picture
 from cclip_deploy.imaging.png import encode_png
 from cclip_deploy.imaging.preprocess import check_unit_range
 from cclip_deploy.imaging.raster_pixels import row_strips
-from cclip_deploy.imaging.reading import image_stem, open_raster
+from cclip_deploy.imaging.reading import open_raster
+from cclip_deploy.imaging.segmentation import Segmentation
 
 OVERLAY_LONGEST_PX = 1024
 SOURCE = "cclip-deploy picture SHA-256"
-"""PNG text keyword of a mask with the SHA-256 of its image."""
+"""PNG text keyword of an output with the SHA-256 of its image."""
+OUTPUTS = ("mask", "probability", "overlay")
+"""What `write_segmentation` can write."""
 
 _ENLARGE_BELOW_PX, _CAPTION_LEAST_PX, _CAPTION_LINES = 512, 320, 6
 _PREDICTED, _REFERENCE = (56, 199, 214), (255, 179, 71)
 _STRIP, _TEXT = (18, 22, 27), (232, 236, 239)
 _TINT, _HALO = 0.28, 0.4
-_IMAGE_SLUG, _PROMPT_SLUG, _HASH = 60, 40, 8
 
 
 @dataclass(frozen=True)
 class WrittenMask:
-    """Paths of the three PNG files for one image and prompt."""
+    """PNG files of one image and prompt, by kind: those of `OUTPUTS` that were written."""
 
-    mask: Path
-    probability: Path
-    overlay: Path
+    files: Mapping[str, Path]
+
+    @property
+    def mask(self) -> Path:
+        return self.files["mask"]
+
+    @property
+    def probability(self) -> Path:
+        return self.files["probability"]
+
+    @property
+    def overlay(self) -> Path:
+        return self.files["overlay"]
+
+
+def check_outputs(outputs: Sequence[str]) -> None:
+    """Raise UsageError unless `outputs` names at least one of `OUTPUTS`, and nothing else."""
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown or not outputs:
+        problem = f"{unknown[0]!r} is not an output" if unknown else "No output is named"
+        raise UsageError(f"{problem}. Name some of {','.join(OUTPUTS)}.")
 
 
 def write_segmentation(
-    picture: Picture, prompt: str, probability: NDArray[Any], folder: Path, stem: str, threshold: float = 0.5
+    picture: Picture, segmentation: Segmentation, folder: Path, stem: str, outputs: Sequence[str] = OUTPUTS
 ) -> WrittenMask:
     """Write `<stem>-mask.png`, `<stem>-probability.png` and `<stem>-overlay.png`, replacing existing ones.
 
-    The three files are replaced together (`files.replace_together`). The mask stores `picture.sha256` as PNG text.
+    The mask is 8-bit gray, 255 inside; the probability is 16-bit gray, 65535 is 1; the overlay is made by
+    `draw_overlay`. Each stores `picture.sha256` as PNG text. They are replaced together (`files.replace_together`).
 
     Args:
         picture: image that was segmented.
-        prompt: shown below the overlay.
-        probability: (H, W) in [0, 1], of the image's size; written as 16-bit gray, 65535 = 1.
+        segmentation: its mask; the prompt is shown below the overlay.
         folder: created if missing.
         stem: start of the file names.
-        threshold: the mask is 255 where probability >= threshold and 0 elsewhere (8 bits).
+        outputs: which of `OUTPUTS` to write.
 
     Raises:
-        UsageError: a wrong shape, value, threshold or stem.
+        UsageError: a wrong shape, value, threshold, stem or output.
         EnvironmentIssue: the disk is full or the folder cannot be written.
     """
     height, width = picture.pixels.shape[:2]
+    probability, threshold = segmentation.probability, segmentation.threshold
     if probability.shape != (height, width):
         raise UsageError(f"The probability is {probability.shape}, the image {(height, width)}. Use to_source first.")
     check_unit_range("The probability", probability)
@@ -69,29 +88,32 @@ def write_segmentation(
         raise UsageError(f"Threshold {threshold} is not in (0, 1]. Use 0.5, for example.")
     if not stem or Path(stem).name != stem:
         raise UsageError(f"{stem!r} cannot begin a file name. Make one with file_stem.")
-    mask = probability >= threshold
-    written = WrittenMask(*(folder / f"{stem}-{what}.png" for what in ("mask", "probability", "overlay")))
+    check_outputs(outputs)
     source = {SOURCE: picture.sha256} if picture.sha256 else {}
-    encoded = {
-        written.mask: encode_png(mask.view(np.uint8) * np.uint8(255), source),
-        written.probability: encode_png(_to_uint16(probability)),
-        written.overlay: encode_png(np.asarray(draw_overlay(picture.pixels, mask, prompt))),
+    encode: dict[str, Callable[[], bytes]] = {
+        "mask": lambda: segmentation.mask_png(source),
+        "probability": lambda: encode_png(_to_uint16(probability), source),
+        "overlay": lambda: encode_png(
+            np.asarray(draw_overlay(picture.pixels, segmentation.mask, segmentation.prompt)), source
+        ),
     }
+    written = {name: output_path(folder, stem, name) for name in OUTPUTS if name in outputs}
+    encoded = {path: encode[name]() for name, path in written.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_together(encoded)
     except OSError as error:
         raise _writing_issue(folder, error) from error
-    return written
+    return WrittenMask(written)
 
 
-def mask_path(folder: Path, stem: str) -> Path:
-    """Return the path where `write_segmentation` writes the mask."""
-    return folder / f"{stem}-mask.png"
+def output_path(folder: Path, stem: str, output: str) -> Path:
+    """Return the path where `write_segmentation` writes an output."""
+    return folder / f"{stem}-{output}.png"
 
 
 def mask_source(path: Path) -> str | None:
-    """Return the SHA-256 of the image that a mask was made from, or None if the mask does not store it.
+    """Return the SHA-256 of the image that an output was made from, or None if the file does not store it.
 
     Raises:
         ImageError: the file is not an image.
@@ -99,26 +121,6 @@ def mask_source(path: Path) -> str | None:
     with open_raster(path) as image:
         found = image.info.get(SOURCE)
         return found if isinstance(found, str) else None
-
-
-def file_stem(image_path: Path, prompt: str, used: set[str]) -> str:
-    """Return a short, portable file-name stem of letters, digits, '.', '_' and '-' for an image and a prompt.
-
-    A hash of path and prompt is appended if either had to be shortened or has no Latin letter, or if the stem is in
-    `used`. The new stem is added, case-folded, to `used`. The same calls in the same order give the same stems.
-    """
-    image_slug, prompt_slug = _slug(image_stem(image_path.name), r"[^\w.]+"), _slug(prompt.lower(), r"\W+")
-    cut = len(image_slug) > _IMAGE_SLUG or len(prompt_slug) > _PROMPT_SLUG or not (image_slug and prompt_slug)
-    parts = [image_slug[:_IMAGE_SLUG].rstrip("-."), prompt_slug[:_PROMPT_SLUG].rstrip("-")]
-    plain = "-".join(part for part in parts if part)
-    digest = hashlib.sha256(f"{image_path.as_posix()}\0{prompt}".encode(errors="surrogatepass")).hexdigest()[:_HASH]
-    hashed = f"{plain}-{digest}" if plain else digest
-    stem, count = hashed if cut else plain, 1
-    while stem.casefold() in used:
-        stem = hashed if count == 1 else f"{hashed}-{count}"
-        count += 1
-    used.add(stem.casefold())
-    return stem
 
 
 def draw_overlay(
@@ -146,11 +148,6 @@ def draw_overlay(
         _draw_outline(image, _fine_region(truth, size), _REFERENCE)
     _draw_outline(image, fine, _PREDICTED)
     return _add_caption(image, prompt, with_reference=truth is not None)
-
-
-def _slug(text: str, separators: str) -> str:
-    latin = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return re.sub(separators, "-", latin).strip("-.")
 
 
 def _to_uint16(probability: NDArray[Any]) -> NDArray[np.uint16]:

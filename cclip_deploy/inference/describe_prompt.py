@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.prompts.reader import read_prompt
-from cclip_deploy.prompts.spelling import repair_prompts
+from cclip_deploy.prompts.spelling import RepairedPrompt, repair_prompts
 from cclip_deploy.prompts.tokenizer import PromptTokenizer
 
 SHORTEST_LENGTH, LONGEST_LENGTH, USUAL_LENGTH = 3, 77, 32
@@ -61,3 +62,16 @@ def describe_prompt(written: str, tokenizer: PromptTokenizer, length: int, repai
         "prompt_length": length,
         "cut": len(ids) > length,
     }
+
+
+def prompt_warnings(prompt: RepairedPrompt) -> tuple[str, ...]:
+    """Return sentences on what was repaired in a prompt, and on words or places in it that are not understood."""
+    warnings = [prompt.describe()] if prompt.repairs else []
+    if unclear := _not_understood(prompt.text):
+        warnings.append(f"The prompt {prompt.text!r} may not be understood: {unclear}. Name only what to segment.")
+    return tuple(warnings)
+
+
+@lru_cache(1 << 12)
+def _not_understood(text: str) -> str:
+    return ", ".join(read_prompt(text).not_understood)

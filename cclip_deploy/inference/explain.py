@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import CheckpointError, ParityError, UsageError
 from cclip_deploy.imaging.preprocess import to_input, to_source
-from cclip_deploy.inference.segmenter import Segmenter, sigmoid
+from cclip_deploy.inference.graph_chain import GraphChain, sigmoid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class Explainer(Protocol):
 class BundleExplainer:
     """Explains by further outputs of a bundle's image encoder, from the image pass that the masks come from."""
 
-    def __init__(self, bundle: Bundle, segmenter: Segmenter) -> None:
+    def __init__(self, bundle: Bundle, segmenter: GraphChain) -> None:
         """Raise UsageError if the bundle was exported without those outputs."""
         outputs = {output.name for output in bundle.graph("image_encoder").outputs}
         if not outputs & {*MASKS, CONFOUNDING}:
@@ -112,7 +112,7 @@ class CheckpointExplainer:
         return to_source(sigmoid(logits[0, 0]), source_hw)
 
 
-def open_explainer(bundle: Bundle, segmenter: Segmenter, checkpoint: Path | None) -> Explainer:
+def open_explainer(bundle: Bundle, segmenter: GraphChain, checkpoint: Path | None) -> Explainer:
     """Return a `CheckpointExplainer` if a checkpoint is given, else a `BundleExplainer`; raise like these."""
     if checkpoint is None:
         return BundleExplainer(bundle, segmenter)

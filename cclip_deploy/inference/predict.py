@@ -5,70 +5,35 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cclip_deploy.common.files import sha256_input, writing_into
-from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import check_writable
-from cclip_deploy.errors import DataError, ImageError, UsageError
+from cclip_deploy.errors import CclipError, DataError, ImageError, UsageError
 from cclip_deploy.imaging.image import Picture
+from cclip_deploy.imaging.naming import file_stem, image_names
 from cclip_deploy.imaging.reading import failure_of, find_images, read_image
-from cclip_deploy.imaging.writing import WrittenMask, file_stem, mask_path, mask_source, write_segmentation
+from cclip_deploy.imaging.segmentation import Segmentation, check_threshold
+from cclip_deploy.imaging.writing import OUTPUTS, check_outputs, mask_source, output_path, write_segmentation
 from cclip_deploy.inference.explain import Explainer
 from cclip_deploy.inference.explanation_plot import write_explanation
-from cclip_deploy.inference.prompt_cache import CacheCounts
+from cclip_deploy.inference.index import check_formats, write_index
+from cclip_deploy.inference.prediction import Prediction, Predictions
 from cclip_deploy.inference.room import Room
 from cclip_deploy.inference.segmenter import Segmenter
+from cclip_deploy.prompts.spelling import RepairedPrompt, repair_prompts
 
 READ_AHEAD, WRITE_BEHIND, WRITERS = 2, 4, 2
 BYTES_PER_PIXEL = 16
 """Memory of a mask that waits to be written: its probabilities and what is made from them."""
 _NICENESS = 10
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The result for one image and prompt. Fractions and probabilities are in [0, 1], at the size of the image file."""
-
-    image: Path
-    prompt: str
-    area_share: float
-    mean_probability: float
-    mean_probability_inside: float | None
-    written: WrittenMask
-    explanation: Path | None = None
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the JSON form of `predict --json`."""
-        files = {"mask": self.written.mask, "probability": self.written.probability, "overlay": self.written.overlay}
-        if self.explanation is not None:
-            files["explanation"] = self.explanation
-        return {
-            "image": printable(self.image),
-            "prompt": self.prompt,
-            "files": {what: printable(path) for what, path in files.items()},
-            "area_share": self.area_share,
-            "mean_probability": self.mean_probability,
-            "mean_probability_inside": self.mean_probability_inside,
-        }
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The results, the images that could not be used with the reason, and where prompt kernels came from."""
-
-    done: tuple[Prediction, ...]
-    failed: tuple[tuple[Path, str], ...]
-    prompt_counts: CacheCounts
 
 
 @dataclass(frozen=True)
@@ -79,17 +44,30 @@ class PredictOptions:
         threshold: probability from which a pixel is part of the mask, between 0 and 1; None is the bundle's threshold.
         replace: whether masks of other images may be replaced.
         explainer: if given, an explanation is written beside every mask.
+        repair: whether typing errors in prompts are corrected, as in training and evaluation.
+        outputs: which of `OUTPUTS` are written for each mask.
+        index: formats in which an index of the run is written, see `write_index`.
     """
 
     threshold: float | None = None
     replace: bool = False
     explainer: Explainer | None = None
+    repair: bool = True
+    outputs: tuple[str, ...] = OUTPUTS
+    index: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise UsageError if an option is out of range, and EnvironmentIssue if a package for it is missing."""
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+        check_outputs(self.outputs)
+        check_formats(self.index)
 
 
 def predict(
     segmenter: Segmenter,
     images: Sequence[Path],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     output: Path,
     options: PredictOptions = PredictOptions(),
     on_picture: Callable[[Path, int, int], None] = lambda path, number, total: None,
@@ -104,7 +82,7 @@ def predict(
     Args:
         segmenter: of a bundle.
         images: files and folders.
-        prompts: at least one.
+        prompts: a string is one prompt; or a list of prompts.
         output: folder to write to. Masks of the same image file in it are replaced.
         options: threshold, replacement and explanations.
         on_picture: called with each image, its number from 1 and the number of images, before it is segmented.
@@ -116,52 +94,17 @@ def predict(
         PromptError: a prompt is empty or too long; raised before anything is written.
         EnvironmentIssue: `output` is not writable; files that were written before are complete.
     """
-    if options.threshold is not None and not 0 < options.threshold < 1:
-        raise UsageError(
-            f"The threshold {options.threshold} is not between 0 and 1. Leave it out to use the bundle's threshold."
-        )
+    options.check()
+    asked = repair_prompts(prompts, options.repair)
     check_writable(output)
     with writing_into(output):
         paths = find_images(images)
         used: set[str] = set()
-        stems = {path: [file_stem(path, prompt, used) for prompt in prompts] for path in paths}
+        names = image_names(paths)
+        stems = {path: [file_stem(path, prompt.text, used, names[path]) for prompt in asked] for path in paths}
         if not options.replace:
             _check_existing_masks(output, stems)
-        return _predict(segmenter, stems, prompts, output, options, on_picture)
-
-
-def _predict(
-    segmenter: Segmenter,
-    stems: Mapping[Path, Sequence[str]],
-    prompts: Sequence[str],
-    output: Path,
-    options: PredictOptions,
-    on_picture: Callable[[Path, int, int], None],
-) -> Predictions:
-    counted_before = segmenter.prompt_counts
-    segmenter.prepare(prompts)
-    limit = segmenter.spec.threshold if options.threshold is None else options.threshold
-    run, found = _Run(segmenter, stems, prompts, output, limit, options.explainer), _Found()
-    with _threads(WRITERS, "writer") as writers, _threads(1, "reader") as reader, closing(Room()) as room:
-        for number, (path, read) in enumerate(_read_ahead(reader, list(stems), room), start=1):
-            on_picture(path, number, len(stems))
-            try:
-                picture = read.result()
-            except Exception as error:  # decoders raise many kinds of errors on damaged files
-                found.fail(path, error)
-                continue
-            height, width = picture.pixels.shape[:2]
-            at_once = room.most_bytes // (BYTES_PER_PIXEL * height * width)
-            try:
-                for write in run.masks(picture):
-                    found.writing.append((path, writers.submit(write)))
-                    found.collect(min(WRITE_BEHIND, max(0, at_once - 1)))
-            except MemoryError as error:
-                found.fail(path, error)
-            room.give(picture.pixels.nbytes)
-        found.collect(0)
-    counts = segmenter.prompt_counts.since(counted_before)
-    return Predictions(tuple(found.done), tuple(found.failed.items()), counts)
+        return _Run(segmenter, stems, asked, output, options).predict(on_picture)
 
 
 @dataclass
@@ -170,23 +113,73 @@ class _Run:
 
     segmenter: Segmenter
     stems: Mapping[Path, Sequence[str]]
-    prompts: Sequence[str]
+    prompts: Sequence[RepairedPrompt]
     output: Path
-    limit: float
-    explainer: Explainer | None
+    options: PredictOptions
+
+    def predict(self, on_picture: Callable[[Path, int, int], None]) -> Predictions:
+        """Segment all images, and write the index, also if the run is stopped after a mask was written."""
+        counted_before, started, found = self.segmenter.prompt_counts, time.monotonic(), _Found()
+
+        def outcome(complete: bool) -> Predictions:
+            counts, seconds = self.segmenter.prompt_counts.since(counted_before), time.monotonic() - started
+            failed = tuple(found.failed.items())
+            return Predictions(tuple(found.done), failed, tuple(self.prompts), counts, seconds, complete)
+
+        try:
+            self._segment_all(found, on_picture)
+        except BaseException:
+            found.collect_finished()
+            if found.done:
+                with suppress(CclipError):
+                    self._write_index(outcome(complete=False))
+            raise
+        predictions = outcome(complete=True)
+        self._write_index(predictions)
+        return predictions
+
+    def _write_index(self, predictions: Predictions) -> None:
+        if self.options.index:
+            ran = {**self.segmenter.opened.to_dict(), "graphs": dict(self.segmenter.spec.graphs)}
+            write_index(self.output, self.options.index, predictions, ran)
+
+    def _segment_all(self, found: _Found, on_picture: Callable[[Path, int, int], None]) -> None:
+        self.segmenter.prepare([prompt.text for prompt in self.prompts])
+        with _threads(WRITERS, "writer") as writers, _threads(1, "reader") as reader, closing(Room()) as room:
+            for number, (path, read) in enumerate(_read_ahead(reader, list(self.stems), room), start=1):
+                on_picture(path, number, len(self.stems))
+                try:
+                    picture = read.result()
+                except Exception as error:  # decoders raise many kinds of errors on damaged files
+                    found.fail(path, error)
+                    continue
+                height, width = picture.pixels.shape[:2]
+                at_once = room.most_bytes // (BYTES_PER_PIXEL * height * width)
+                try:
+                    for write in self.masks(picture):
+                        found.writing.append((path, writers.submit(write)))
+                        found.collect(min(WRITE_BEHIND, max(0, at_once - 1)))
+                except MemoryError as error:
+                    found.fail(path, error)
+                room.give(picture.pixels.nbytes)
+            found.collect(0)
 
     def masks(self, picture: Picture) -> Iterator[Callable[[], Prediction]]:
         """Run the network, and yield a function for each prompt that writes its mask."""
-        seen = None if self.explainer is None else self.explainer.look(picture.pixels)
+        explainer = self.options.explainer
+        seen = None if explainer is None else explainer.look(picture.pixels)
         features = None if seen is None else seen.features
-        probabilities = self.segmenter.probabilities(picture.pixels, self.prompts, features)
-        for prompt, probability, stem in zip(self.prompts, probabilities, self.stems[picture.path], strict=True):
+        results = self.segmenter.segment_each(picture, self.prompts, self.options.threshold, features)
+        for result, stem in zip(results, self.stems[picture.path], strict=True):
             explanation = None
-            if self.explainer is not None and seen is not None:
-                answer = self.explainer.confounding_answer(prompt)
-                path, inside = self.output / f"{stem}-explanation.png", probability >= self.limit
-                explanation = write_explanation(path, picture.pixels, inside, prompt, seen, answer)
-            yield partial(_write, picture, prompt, probability, self.output, stem, self.limit, explanation)
+            if explainer is not None and seen is not None:
+                answer, path = explainer.confounding_answer(result.prompt), self.output / f"{stem}-explanation.png"
+                explanation = write_explanation(path, picture.pixels, result.mask, result.prompt, seen, answer)
+            yield partial(self._write, picture, result, stem, explanation)
+
+    def _write(self, picture: Picture, result: Segmentation, stem: str, explanation: Path | None) -> Prediction:
+        written = write_segmentation(picture, result, self.output, stem, self.options.outputs)
+        return Prediction.of(picture.path, result, written, explanation)
 
 
 @dataclass
@@ -206,28 +199,21 @@ class _Found:
             except MemoryError as error:
                 self.fail(path, error)
 
+    def collect_finished(self) -> None:
+        """Take the results of masks that were written, after the writers have ended."""
+        finished = [future for _, future in self.writing if not future.cancelled() and future.exception() is None]
+        self.done += (future.result() for future in finished)
+
     def fail(self, path: Path, error: Exception) -> None:
         """Record why an image failed; the first reason counts."""
         self.failed.setdefault(path, failure_of(path, error))
 
 
-def refuse_failures(predictions: Predictions) -> None:
-    """Raise ImageError if images could not be used."""
-    if not predictions.failed:
-        return
-    (path, reason), count = predictions.failed[0], len(predictions.failed)
-    if count == 1 and not predictions.done:
-        raise ImageError(reason)
-    raise ImageError(
-        f"{count} of {count + len({p.image for p in predictions.done})} images could not be used "
-        f"(the others are done); first: {path}: {reason}"
-    )
-
-
 def _check_existing_masks(output: Path, stems: Mapping[Path, Sequence[str]]) -> None:
     """Raise UsageError if existing masks are of other images, or do not contain the hash of their image."""
     for path, names in stems.items():
-        there = [mask for mask in (mask_path(output, name) for name in names) if mask.exists()]
+        written = ([output_path(output, name, what) for what in OUTPUTS] for name in names)
+        there = [found for files in written if (found := next((file for file in files if file.exists()), None))]
         try:
             sha256 = sha256_input(path) if there else ""
         except DataError:  # nothing will be written for an unreadable image
@@ -237,8 +223,8 @@ def _check_existing_masks(output: Path, stems: Mapping[Path, Sequence[str]]) -> 
             if source != sha256:
                 problem = "does not contain the hash of its image" if source is None else "is of another image"
                 raise UsageError(
-                    f"{mask} exists and {problem}; the mask of {path} would replace it. Choose another output folder, "
-                    "or give --force to replace it."
+                    f"{mask} exists and {problem}; the files of {path} would have its name. Choose another output "
+                    "folder, or give --force to replace what is there."
                 )
 
 
@@ -282,24 +268,3 @@ def _read_ahead(
             yield ahead.popleft()
     while ahead:
         yield ahead.popleft()
-
-
-def _write(
-    picture: Picture,
-    prompt: str,
-    probability: NDArray[np.float32],
-    output: Path,
-    stem: str,
-    threshold: float,
-    explanation: Path | None = None,
-) -> Prediction:
-    inside = probability >= threshold
-    return Prediction(
-        image=picture.path,
-        prompt=prompt,
-        area_share=float(inside.mean()),
-        mean_probability=float(probability.mean()),
-        mean_probability_inside=float(probability.mean(where=inside, dtype=np.float64)) if inside.any() else None,
-        written=write_segmentation(picture, prompt, probability, output, stem, threshold),
-        explanation=explanation,
-    )

@@ -8,7 +8,7 @@ from typing import Any
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import EngineEntry
 from cclip_deploy.bundle.precision import Precision
-from cclip_deploy.inference.segmenter import chain_precisions
+from cclip_deploy.inference.spec import chain_precisions
 from cclip_deploy.runtime.registry import OpenBackend
 from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
 

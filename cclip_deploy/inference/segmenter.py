@@ -3,70 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
+from typing import cast, overload
 
-import numpy as np
-from numpy.typing import NDArray
+from cclip_deploy.bundle.bundle import CHAIN, Bundle
+from cclip_deploy.common.limits import MOST_PICTURE_BYTES
+from cclip_deploy.common.threads import check_threads
+from cclip_deploy.errors import UsageError
+from cclip_deploy.imaging.image import Picture
+from cclip_deploy.imaging.segmentation import Segmentation, check_spacing, check_threshold
+from cclip_deploy.imaging.sources import ImageSource, read_source
+from cclip_deploy.inference.describe_prompt import prompt_warnings
+from cclip_deploy.inference.graph_chain import Features, Floats, GraphChain
+from cclip_deploy.inference.prompt_cache import KernelFolder, PromptCache
+from cclip_deploy.inference.spec import SegmenterSpec, bundle_spec, kernel_origin
+from cclip_deploy.prompts.spelling import RepairedPrompt, repair_prompts
+from cclip_deploy.runtime.backend import Backend
+from cclip_deploy.runtime.registry import BackendConfig, BackendName, OpenBackend, opened
 
-from cclip_deploy.bundle.bundle import CHAIN, TOKENIZER, Bundle
-from cclip_deploy.errors import BundleError, ParityError, UsageError
-from cclip_deploy.imaging.preprocess import Preprocessing, to_input, to_source
-from cclip_deploy.inference.prompt_cache import (
-    CacheCounts,
-    KernelFolder,
-    KernelOrigin,
-    PromptCache,
-    PromptKernels,
-    Tokens,
-)
-from cclip_deploy.prompts.tokenizer import PromptTokenizer
-from cclip_deploy.runtime.backend import Backend, DeviceBackend, DeviceTensor, TensorsOrArrays
-from cclip_deploy.runtime.tensorrt.runner import TensorRtBackend
-
-PROMPTS_AT_ONCE = 16
-"""Largest number of prompts in one run of the prompt encoder or mask decoder."""
-
-Floats = NDArray[np.float32]
-Features = NDArray[np.float32] | DeviceTensor
-"""Output of the image encoder, (B, h, w, 256); it stays in device memory on backends that have their own."""
+IMAGES_AT_ONCE = 8
+"""Largest number of images in one run of the image encoder and mask decoder."""
 
 
-@dataclass(frozen=True)
-class SegmenterSpec:
-    """How a network's inputs are prepared and its outputs are read.
+class Segmenter(GraphChain):
+    """Segments images by text prompts. The kernel of a prompt is computed once and cached.
+
+        with Segmenter.load("lungs.cclip") as segmenter:
+            result = segmenter.segment("film.dcm", "lower left lung")
+            print(result.area_px, result.mask.shape)
+
+    Graphs are loaded when they are first needed, or by `warm_up`. All methods but `close` may be called from several
+    threads at once.
 
     Attributes:
-        name: the bundle or checkpoint, for messages.
-        image_hw: height and width of the network's input.
-        prompt_length: number of tokens in a prompt.
-        preprocessing: resizing and normalization of images.
-        tokenizer: splits prompts into tokens.
-        vocabulary_size: of the network; token ids are smaller.
-        threshold: probability from which a pixel is part of the mask.
+        spec: how the network's inputs are prepared and its outputs are read.
+        opened: the backend with what was requested, what runs, and the reason if they differ.
     """
-
-    name: str
-    image_hw: tuple[int, int]
-    prompt_length: int
-    preprocessing: Preprocessing
-    tokenizer: PromptTokenizer
-    vocabulary_size: int
-    threshold: float
-
-
-class Segmenter:
-    """Segments images by text prompts on a backend. The kernel of a prompt is computed once and cached."""
 
     def __init__(self, backend: Backend, spec: SegmenterSpec, cache: PromptCache | None = None) -> None:
         """Use a backend's graphs, which are loaded on first use; without `cache`, kernels are cached in memory."""
-        self.backend = backend
-        self.spec = spec
-        self._cache = PromptCache() if cache is None else cache
+        super().__init__(backend, spec, cache)
+        self.opened = OpenBackend(backend, backend.name, backend.name)
+        self._resources = ExitStack()
+
+    @staticmethod
+    def load(
+        bundle: str | Path | Bundle,
+        backend: BackendName | BackendConfig = "onnxruntime",
+        precision: str = "fp32",
+        threads: int | None = None,
+        prompt_cache: str | Path | None = None,
+    ) -> Segmenter:
+        """Open a bundle on a backend. Use the segmenter in `with`, or close it.
+
+        Args:
+            bundle: folder of the bundle, or the open bundle.
+            backend: "onnxruntime" or "openvino" to run graphs on a CPU, "tensorrt" or "tensorrt-rtx" to run engines, or
+                a configuration with device, GPU settings and fallback.
+            precision: of the graphs or engines, such as "fp16".
+            threads: CPU threads of one run; None is the backend's default.
+            prompt_cache: folder that keeps the kernels of prompts between processes.
+
+        Raises:
+            BundleError: the bundle is missing, damaged, or has another schema version.
+            UsageError: there is no such backend, or the bundle lacks graphs or engines of the precision.
+            EnvironmentIssue: the backend is not installed or cannot use its device.
+        """
+        found = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+        config = backend if isinstance(backend, BackendConfig) else BackendConfig(backend)
+        config = config if threads is None else replace(config, threads=threads)
+        check_threads(config.threads)
+        with ExitStack() as resources:
+            runs = resources.enter_context(opened(config, found, precision))
+            for graph in CHAIN:
+                resources.callback(runs.backend.unload, graph)
+            segmenter = Segmenter.of_bundle(found, runs.backend, None if prompt_cache is None else Path(prompt_cache))
+            segmenter.opened, segmenter._resources = runs, resources.pop_all()
+        return segmenter
 
     @staticmethod
     def of_bundle(bundle: Bundle, backend: Backend, prompt_cache: Path | None = None) -> Segmenter:
-        """Return a segmenter for a bundle; prompt kernels are also stored in the folder `prompt_cache`, if given.
+        """Return a segmenter for a bundle on an open backend, which `close` leaves open.
+
+        Prompt kernels are also stored in the folder `prompt_cache`, if given.
 
         Raises:
             UsageError: see `bundle_spec`; or `prompt_cache` is a file.
@@ -77,190 +99,137 @@ class Segmenter:
         folder = None if prompt_cache is None else KernelFolder(prompt_cache, kernel_origin(bundle, backend.precision))
         return Segmenter(backend, spec, PromptCache(folder))
 
-    @property
-    def prompt_counts(self) -> CacheCounts:
-        """How many prompts came from memory, from disk, were computed, or were recomputed for a damaged file."""
-        return self._cache.counts
+    def __enter__(self) -> Segmenter:
+        return self
 
-    def encode_image(self, pixels: Floats) -> Features:
-        """Return the features (1, h, w, 256) of an image: pixels (H, W) or (H, W, 3) in [0, 1], any size."""
-        return self.run_image_encoder(self._network_input(pixels))
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
-    def image_outputs(self, pixels: Floats) -> dict[str, Floats]:
-        """Return all outputs of the image encoder: features, and the causal masks if they were exported."""
-        return self.backend.run("image_encoder", {"image": self._network_input(pixels)})
+    def __repr__(self) -> str:
+        return f"<Segmenter {self.spec.name!r}, {self.opened.ran}, {self._backend.precision}>"
 
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptKernels:
-        """Return the kernels of the prompts, in order; 9 kB per prompt.
+    def close(self) -> None:
+        """Free the graphs and what `load` opened; the segmenter cannot be used afterwards."""
+        self._is_closed = True
+        self._resources.close()
 
-        Raises:
-            UsageError: there is no prompt.
-            PromptError: a prompt is empty or too long; raised before anything is computed.
-        """
-        return self.encode_tokens(self._token_rows(prompts))
+    # The overloads overlap because a path is a sequence of strings, too; the first one that fits is meant.
+    @overload
+    def segment(  # type: ignore[overload-overlap]
+        self, image: ImageSource, prompts: str, *, threshold: float | None = ..., repair: bool = ...,
+        spacing_mm: tuple[float, float] | None = ...,
+    ) -> Segmentation: ...  # fmt: skip
+    @overload
+    def segment(  # type: ignore[overload-overlap]
+        self, image: ImageSource, prompts: Sequence[str], *, threshold: float | None = ..., repair: bool = ...,
+        spacing_mm: tuple[float, float] | None = ...,
+    ) -> list[Segmentation]: ...  # fmt: skip
+    @overload
+    def segment(  # type: ignore[overload-overlap]
+        self, image: Sequence[ImageSource], prompts: str, *, threshold: float | None = ..., repair: bool = ...,
+        spacing_mm: tuple[float, float] | None = ...,
+    ) -> list[Segmentation]: ...  # fmt: skip
+    @overload
+    def segment(
+        self, image: Sequence[ImageSource], prompts: Sequence[str], *, threshold: float | None = ...,
+        repair: bool = ..., spacing_mm: tuple[float, float] | None = ...,
+    ) -> list[list[Segmentation]]: ...  # fmt: skip
+    def segment(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        prompts: str | Sequence[str],
+        *,
+        threshold: float | None = None,
+        repair: bool = True,
+        spacing_mm: tuple[float, float] | None = None,
+    ) -> Segmentation | list[Segmentation] | list[list[Segmentation]]:
+        """Segment one image, or a list of images, by one prompt or several.
 
-    def encode_tokens(self, rows: Sequence[Tokens]) -> PromptKernels:
-        """Return the kernels of token rows (L,), in order.
-
-        Raises:
-            UsageError: a token id is outside the vocabulary, which not every runtime rejects.
-        """
-        return PromptKernels.join(list(self._kernel_parts(rows)))
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        """Validate all prompts, and compute and cache their kernels if they fit into memory.
-
-        The prompt encoder is unloaded then, so that the image encoder can use its memory. Raises like `encode_prompts`.
-        """
-        rows = self._token_rows(prompts)
-        distinct = list({row.tobytes(): row for row in rows}.values())
-        if len(distinct) <= self._cache.capacity:
-            for _ in self._kernel_parts(distinct):
-                pass
-            self.backend.unload("prompt_encoder")
-
-    def decode(self, features: Features, kernels: PromptKernels) -> Floats:
-        """Return the logits (B, P, h, w) of features (B, h, w, 256) and the kernels of P prompts.
-
-        Raises:
-            ParityError: logits are not finite.
-        """
-        parts = (kernels.part(start, start + PROMPTS_AT_ONCE) for start in range(0, len(kernels), PROMPTS_AT_ONCE))
-        return np.concatenate([self._decode_part(features, part) for part in parts], axis=1)
-
-    def probabilities(
-        self, pixels: Floats, prompts: Sequence[str], features: Features | None = None
-    ) -> Iterator[Floats]:
-        """Yield for each prompt, in order, the probability (H, W) of every pixel of the image.
-
-        The image encoder runs once, and prompts are decoded `PROMPTS_AT_ONCE` at a time, so memory does not grow with
-        the number of prompts. Raises like `encode_prompts`.
+        Every image passes through the image encoder once, up to `IMAGES_AT_ONCE` of a list together. All results of the
+        call are in memory at the end: 5 bytes per pixel and prompt.
 
         Args:
-            pixels: (H, W) or (H, W, 3) in [0, 1], any size.
-            prompts: at least one.
-            features: of `pixels`, if they were computed before.
+            image: see `read_source` for what an image can be; or a list or tuple of images.
+            prompts: a string is one prompt; or a list of prompts.
+            threshold: probability from which a pixel is part of the mask; None is the bundle's threshold.
+            repair: whether typing errors in prompts are corrected, as in training, evaluation and `predict`.
+            spacing_mm: distances in mm between the centers of rows and of columns, for images whose files do not say.
+
+        Returns:
+            One result for one image and a string. A list, in order, for several prompts, or for several images. A list
+            of results for each image, for several prompts on several images.
+
+        Raises:
+            UsageError: there is no image or prompt, or an argument is out of range or of another type.
+            PromptError: a prompt is empty or too long. Both are raised before an image is read.
+            ImageError: an image cannot be decoded or used; the message says which. No result is returned then.
+            ParityError: the network gave values that are not finite.
         """
-        yield from self.answer(pixels, self._token_rows(prompts), features)
+        is_batch = isinstance(image, list | tuple)
+        images = cast("Sequence[ImageSource]", image if is_batch else [image])
+        if not images:
+            raise UsageError("There is no image. Give at least one.")
+        asked = repair_prompts(prompts, repair)
+        rows = self._token_rows([prompt.text for prompt in asked])
+        limit = self._threshold(threshold)
+        if spacing_mm is not None:
+            check_spacing(spacing_mm)
+        results: list[list[Segmentation]] = []
+        for pictures in _groups(images, spacing_mm):
+            found: list[list[Segmentation]] = [[] for _ in pictures]
+            maps_of_prompts = self.answers([picture.pixels for picture in pictures], rows)
+            for prompt, maps in zip(asked, maps_of_prompts, strict=True):
+                for of_image, picture, probability in zip(found, pictures, maps, strict=True):
+                    of_image.append(_result(picture, prompt, probability, limit))
+            results += found
+        if isinstance(prompts, str):
+            firsts = [of_image[0] for of_image in results]
+            return firsts if is_batch else firsts[0]
+        return results if is_batch else results[0]
 
-    def answer(self, pixels: Floats, rows: Sequence[Tokens], features: Features | None = None) -> Iterator[Floats]:
-        """Like `probabilities`, for token rows (L,) instead of prompts."""
-        source_hw = (pixels.shape[0], pixels.shape[1])
-        for part in self._kernel_parts(rows):
-            features = self.encode_image(pixels) if features is None else features
-            for logits in self._decode_part(features, part)[0]:
-                yield to_source(sigmoid(logits), source_hw)
+    def segment_each(
+        self,
+        picture: Picture,
+        prompts: Sequence[RepairedPrompt],
+        threshold: float | None = None,
+        features: Features | None = None,
+    ) -> Iterator[Segmentation]:
+        """Yield the results of `segment` for one image one by one, so that memory does not grow with the prompts.
 
-    def warm_up(self) -> None:
-        """Load every graph that `probabilities` needs."""
-        for graph in ("prompt_encoder", "image_encoder", "mask_decoder"):
-            self.backend.load(graph)
+        Args:
+            picture: the image.
+            prompts: as `repair_prompts` returns them.
+            threshold: see `segment`.
+            features: of the image, if they were computed before.
+        """
+        limit = self._threshold(threshold)
+        probabilities = self.probabilities(picture.pixels, [prompt.text for prompt in prompts], features)
+        for prompt, probability in zip(prompts, probabilities, strict=True):
+            yield _result(picture, prompt, probability, limit)
 
-    def run_image_encoder(self, image: Floats) -> Features:
-        """Return the features (B, h, w, 256) of preprocessed images (B, 3, H, W)."""
-        if isinstance(self.backend, DeviceBackend):
-            return self.backend.run_on_device("image_encoder", {"image": image}, ["features"])["features"]
-        return self.backend.run("image_encoder", {"image": image})["features"]
-
-    def run_prompt_encoder(self, tokens: Tokens) -> PromptKernels:
-        """Return the kernels of tokens (P, L), computed without the cache, `PROMPTS_AT_ONCE` in each run."""
-        parts = (tokens[start : start + PROMPTS_AT_ONCE] for start in range(0, len(tokens), PROMPTS_AT_ONCE))
-        outputs = [self.backend.run("prompt_encoder", {"tokens": part}) for part in parts]
-        return PromptKernels.join([PromptKernels(o["kernel"], o["tap_bias"], o["bias"]) for o in outputs])
-
-    def run_mask_decoder(self, features: Features, kernels: PromptKernels) -> Floats:
-        """Return the logits (B, P, h, w) of features and kernels in one run, without checking them."""
-        prompt = {"kernel": kernels.kernel, "tap_bias": kernels.tap_bias, "bias": kernels.bias}
-        if isinstance(self.backend, DeviceBackend):
-            inputs: TensorsOrArrays = {"features": features, **prompt}
-            return self.backend.run("mask_decoder", inputs)["logits"]
-        return self.backend.run("mask_decoder", {"features": np.asarray(features), **prompt})["logits"]
-
-    def _network_input(self, pixels: Floats) -> Floats:
-        return to_input(pixels, self.spec.image_hw, self.spec.preprocessing)
-
-    def _token_rows(self, prompts: Sequence[str]) -> list[Tokens]:
-        if not prompts:
-            raise UsageError("There is no prompt. Give at least one.")
-        return [self.spec.tokenizer.encode(prompt, self.spec.prompt_length) for prompt in prompts]
-
-    def _kernel_parts(self, rows: Sequence[Tokens]) -> Iterator[PromptKernels]:
-        for row in rows:
-            if row.size and not 0 <= int(row.min()) <= int(row.max()) < self.spec.vocabulary_size:
-                raise UsageError(
-                    f"Token ids range from {row.min()} to {row.max()}; {self.spec.name} allows 0 to "
-                    f"{self.spec.vocabulary_size - 1}. Use its own tokenizer."
-                )
-        for start in range(0, len(rows), PROMPTS_AT_ONCE):
-            yield self._cache.kernels(rows[start : start + PROMPTS_AT_ONCE], self.run_prompt_encoder)
-
-    def _decode_part(self, features: Features, part: PromptKernels) -> Floats:
-        logits = self.run_mask_decoder(features, part)
-        if not np.isfinite(logits).all():
-            raise ParityError(
-                f"{self.spec.name} gave logits that are not finite, so there is no mask. Check the bundle: "
-                "cclip-deploy verify BUNDLE."
-            )
-        return logits
+    def _threshold(self, threshold: float | None) -> float:
+        if threshold is None:
+            return self.spec.threshold
+        check_threshold(threshold)
+        return threshold
 
 
-def bundle_spec(bundle: Bundle, backend: Backend) -> SegmenterSpec:
-    """Return the spec of a bundle, after checking that the backend can segment with it.
-
-    Raises:
-        UsageError: the bundle was exported with --plain, lacks a graph or engine of the backend's precision, or is not
-            the one that the backend was opened with.
-        BundleError: the tokenizer has more tokens than the network.
-    """
-    manifest = bundle.manifest
-    if manifest.form != "deploy":
-        raise UsageError(
-            f"{bundle.path} was exported with --plain, as a reference for benchmarks. Export it without --plain."
-        )
-    if getattr(backend, "bundle", bundle).identity != bundle.identity:
-        raise UsageError(f"The backend was opened with another bundle than {bundle.path}. Open both from one Bundle.")
-    chain_precisions(backend, bundle)
-    tokenizer = bundle.tokenizer()
-    tokens = tokenizer.vocabulary_size
-    vocabulary_size = manifest.model.get("vocabulary_size", tokens)
-    if not isinstance(vocabulary_size, int) or vocabulary_size < tokens:
-        raise BundleError(
-            f"{bundle.path} has a tokenizer of {tokens} tokens and a network of {vocabulary_size}. Export the bundle "
-            "again."
-        )
-    return SegmenterSpec(
-        str(bundle.path), manifest.image_hw, manifest.prompt_length, manifest.preprocessing, tokenizer,
-        vocabulary_size, manifest.threshold,
-    )  # fmt: skip
+def _groups(images: Sequence[ImageSource], spacing_mm: tuple[float, float] | None) -> Iterator[list[Picture]]:
+    """Read images and yield them in groups of at most `IMAGES_AT_ONCE` images and, if more than one, limited bytes."""
+    group: list[Picture] = []
+    for number, image in enumerate(images, start=1):
+        picture = read_source(image, "The image" if len(images) == 1 else f"Image {number}")
+        picture = picture if spacing_mm is None else replace(picture, spacing_mm=spacing_mm)
+        size = picture.pixels.nbytes + sum(other.pixels.nbytes for other in group)
+        if len(group) == IMAGES_AT_ONCE or (group and size > MOST_PICTURE_BYTES):
+            yield group
+            group = []
+        group.append(picture)
+    yield group
 
 
-def sigmoid(logits: Floats) -> Floats:
-    """Return the probabilities of logits, without overflow for large ones."""
-    probabilities: Floats = (0.5 * (1.0 + np.tanh(0.5 * logits))).astype(np.float32)
-    return probabilities
-
-
-def chain_precisions(backend: Backend, bundle: Bundle) -> dict[str, str]:
-    """Return the precision of each graph that segments on a backend.
-
-    Raises:
-        UsageError: the bundle lacks one of the graphs or engines; the message names the command that builds it.
-    """
-    if isinstance(backend, TensorRtBackend):
-        return {graph: backend.entry(graph).precision for graph in CHAIN}
-    return {graph: entry.precision for graph, entry in bundle.chain(backend.precision).items()}
-
-
-def kernel_origin(bundle: Bundle, precision: str) -> KernelOrigin:
-    """Return what the prompt kernels of a bundle depend on besides the prompt.
-
-    Raises:
-        UsageError: the bundle has no prompt encoder of that precision.
-        BundleError: the prompt encoder's kernel has no fixed number of channels.
-    """
-    entry = bundle.graph_in("prompt_encoder", precision)
-    channels = [tensor.shape[-1] for tensor in entry.outputs if tensor.name == "kernel"]
-    if len(channels) != 1 or not isinstance(channels[0], int):
-        raise BundleError(f"{bundle.path} has a prompt encoder without a kernel of fixed width. Export it again.")
-    length = bundle.manifest.prompt_length
-    return KernelOrigin(entry.sha256, entry.precision, bundle.sums[TOKENIZER], length, channels[0])
+def _result(picture: Picture, prompt: RepairedPrompt, probability: Floats, threshold: float) -> Segmentation:
+    warnings = (*prompt_warnings(prompt), *picture.warnings)
+    return Segmentation(prompt.text, probability, threshold, picture.spacing_mm, warnings)

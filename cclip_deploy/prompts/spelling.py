@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from cclip_deploy.common.limits import LONGEST_PROMPT
-from cclip_deploy.errors import PromptError
+from cclip_deploy.errors import PromptError, UsageError
 from cclip_deploy.prompts.template import NUMBERS, parse_or_none
 
 _WORDS = {
@@ -85,6 +85,17 @@ def check_prompt(text: str) -> None:
         )
 
 
+def prompt_list(prompts: str | Sequence[str]) -> list[str]:
+    """Return prompts as a list; a bare string is one prompt. Raise UsageError if there is none, or one is not text."""
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise UsageError("There is no prompt. Give at least one.")
+    for prompt in listed:
+        if not isinstance(prompt, str):
+            raise UsageError(f"The prompt {prompt!r} is of type {type(prompt).__name__}, not text. Give a string.")
+    return listed
+
+
 def repair_prompt(written: str) -> RepairedPrompt:
     """Repair misspelled, repeated, run-together and broken words that name places in the lungs.
 
@@ -114,11 +125,15 @@ def repair_prompt(written: str) -> RepairedPrompt:
     return RepairedPrompt(written, text, tuple(repairs))
 
 
-def repair_prompts(written: Sequence[str], repair: bool = True) -> list[RepairedPrompt]:
-    """Repair all prompts, or only check their length if `repair` is False; raises like `repair_prompt`."""
-    for text in written:
+def repair_prompts(written: str | Sequence[str], repair: bool = True) -> list[RepairedPrompt]:
+    """Repair all prompts, or only check their length if `repair` is False; raises like these.
+
+    See `prompt_list` for what is a prompt and `repair_prompt` for what is repaired.
+    """
+    texts = prompt_list(written)
+    for text in texts:
         check_prompt(text)
-    return [repair_prompt(text) if repair else RepairedPrompt(text, text) for text in written]
+    return [repair_prompt(text) if repair else RepairedPrompt(text, text) for text in texts]
 
 
 @lru_cache(1 << 14)

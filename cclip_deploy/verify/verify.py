@@ -13,7 +13,7 @@ from cclip_deploy.bundle.manifest import graph_key
 from cclip_deploy.common.threads import set_torch_threads
 from cclip_deploy.errors import UsageError
 from cclip_deploy.imaging.reading import find_images
-from cclip_deploy.inference.segmenter import chain_precisions
+from cclip_deploy.inference.spec import chain_precisions
 from cclip_deploy.parity.compare import Check, can_chain, check_graphs, plain_batch, without_useful_masks
 from cclip_deploy.parity.reference import Reference, load_references
 from cclip_deploy.parity.stages import check_tokenizer_file, mask_stage_checks, stage_checks

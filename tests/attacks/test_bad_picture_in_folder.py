@@ -24,6 +24,7 @@ from cclip_deploy.errors import EnvironmentIssue, ImageError
 from cclip_deploy.imaging import reading as images_module
 from cclip_deploy.inference import predict as pipeline
 from cclip_deploy.inference.predict import predict
+from cclip_deploy.inference.prediction import refuse_failures
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.quantization.agreement import evaluation_images
 from cclip_deploy.quantization.calibrate import CalibrationOptions, choose_pictures
@@ -78,7 +79,7 @@ def check_the_others(segmenter: Segmenter, folder: Path, tmp_path: Path, bad: st
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == alone
     assert len(alone) == 3 * len(GOOD)
     with pytest.raises(ImageError, match=r"1 of 4 images could not be used \(the others are done\)"):
-        pipeline.refuse_failures(found)
+        refuse_failures(found)
     return reason
 
 
@@ -115,7 +116,7 @@ def test_predict_continues_where_memory_ends_after_reading(
     """In the resize to the network, the one back, or the mask's files."""
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "b.png")
     module = (
-        pipeline if stage == "write_segmentation" else __import__("cclip_deploy.inference.segmenter", fromlist=["x"])
+        pipeline if stage == "write_segmentation" else __import__("cclip_deploy.inference.graph_chain", fromlist=["x"])
     )
     real = getattr(module, stage)
 

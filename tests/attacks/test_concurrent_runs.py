@@ -192,7 +192,7 @@ class Films:
     def predict(self, patient: str, *more: str) -> tuple[int, str]:
         done = invoke(
             "predict", self.bundle, self.folder / patient / "film.png", "--prompt", "lung", "-o", self.out,
-            "--threads", "1", *more,
+            "--threads", "1", "--index", "none", *more,
         )  # fmt: skip
         return done.exit_code, done.stderr
 

@@ -122,9 +122,10 @@ def test_predict_shows_names_and_prompts_as_they_are(tiny_bundle_path: Path, tmp
     done = invoke(*arguments)
     assert done.exit_code == 6
     assert isinstance(done.exception, SystemExit)
-    cells = "".join(done.stdout.split())
-    assert "[link=https:x]a[]0;b[b].png" in cells
-    assert "left[/b]lung" in cells
+    lines = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    cells = ["".join("".join(parts).split()) for parts in zip(*lines, strict=True)]
+    assert "[red]in[bold]/[link=https:x]a[]0;b[b].png" in cells[0]
+    assert "left[/b]lung" in cells[1]
     assert "[red]in[bold]" in done.stderr
     assert not STEERING & set(done.stdout + done.stderr)
     document = json.loads(invoke(*arguments, "--json").stdout)

@@ -66,7 +66,7 @@ def test_an_image_of_such_a_name_is_segmented(form: list[str], tiny_bundle_path:
     assert done.exit_code == 0, done.output
     if form:
         assert strict_json(done.stdout_bytes)["predictions"][0]["image"].endswith(f"{SHOWN}.png")
-    assert len(os.listdir(tmp_path / "out")) == 3
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
 def test_an_image_of_such_a_name_can_calibrate(tmp_path: Path) -> None:

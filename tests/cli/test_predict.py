@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,20 @@ def test_a_folder_with_two_prompts_prints_json(tiny_bundle_path: Path, films: Pa
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
-    assert told.keys() == {"predictions", "failed", "repaired_prompts", "prompt_kernels", "ran"}
+    assert told.keys() == {
+        "schema", "images", "masks", "seconds", "complete", "predictions", "failed", "repaired_prompts",
+        "prompt_kernels", "index", "ran",
+    }  # fmt: skip
+    assert told["schema"] == "cclip-deploy/predict/1"
+    assert (told["images"], told["masks"], told["complete"]) == (3, 6, True)
     assert told["failed"] == told["repaired_prompts"] == []
     assert [(Path(row["image"]).name, row["prompt"]) for row in told["predictions"]] == [
         (name, prompt) for name in ("deep.png", "film", "photo.jpg") for prompt in ("left lung", "heart")
     ]
     for row in told["predictions"]:
         assert row.keys() == {
-            "image", "prompt", "files", "area_share", "mean_probability", "mean_probability_inside",
+            "image", "prompt", "files", "area_share", "area_px", "area_mm2", "mean_probability",
+            "mean_probability_inside", "box", "region_count", "warnings",
         }  # fmt: skip
         assert 0 <= row["area_share"] <= 1
         assert 0 < row["mean_probability"] < 1
@@ -51,7 +58,7 @@ def test_a_folder_with_two_prompts_prints_json(tiny_bundle_path: Path, films: Pa
             Image.open(row["files"]["mask"]) as mask,
         ):
             assert mask.size == source.size
-    assert len(os.listdir(tmp_path / "out")) == 18
+    assert len(list((tmp_path / "out").glob("*.png"))) == 18
 
 
 def test_typing_errors_are_corrected_as_in_evaluation_and_reported(
@@ -83,7 +90,9 @@ def test_typing_errors_are_corrected_as_in_evaluation_and_reported(
 def test_the_table_prints_prompts_literally(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
     prompts = ("left [/b] lung", ":lung: [red]mass")
     asked = [part for prompt in prompts for part in ("--prompt", prompt)]
-    done = invoke("predict", tiny_bundle_path, films / "photo.jpg", *asked, "-o", tmp_path / "o", "--threads", "1")
+    done = invoke(
+        "predict", tiny_bundle_path, films / "photo.jpg", *asked, "-o", tmp_path / "o", "--threads", "1", "-v"
+    )
     assert done.exit_code == 0, done.output
     assert all(prompt in done.stdout for prompt in prompts)
     assert "1 of 1: " in done.stderr
@@ -102,7 +111,7 @@ def test_an_unreadable_image_ends_with_6_after_the_others_are_done(
     assert [row.keys() for row in told["failed"]] == [{"image", "error"}]
     assert told["failed"][0]["image"] == str(films / "broken.png")
     assert done.stderr.startswith("Error: 1 of 4 images could not be used (the others are done); first: ")
-    assert len(os.listdir(tmp_path / "out")) == 9
+    assert len(list((tmp_path / "out").glob("*.png"))) == 9
 
 
 @pytest.mark.parametrize(
@@ -150,11 +159,11 @@ def test_a_prompt_cache_is_used_repaired_and_reported(tiny_bundle_path: Path, fi
         return dict(json.loads(done.stdout)["prompt_kernels"])
 
     assert counts() == {"memory_hits": 6, "disk_hits": 0, "misses": 2, "rebuilt": 0}
-    masks = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    masks = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
     assert counts() == {"memory_hits": 6, "disk_hits": 2, "misses": 0, "rebuilt": 0}
     flip_byte(next(cache.iterdir()))
     assert counts() == {"memory_hits": 6, "disk_hits": 1, "misses": 0, "rebuilt": 1}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == masks
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")} == masks
     said = invoke(*asked).stdout
     assert "Prompt kernels: 0 computed, 6 from memory, 2 from disk" in said
 
@@ -176,14 +185,18 @@ def test_ctrl_c_leaves_only_complete_files(tiny_bundle_path: Path, tmp_path: Pat
         Image.fromarray(rng.integers(0, 256, (300, 300)).astype(np.uint8)).save(tmp_path / "films" / f"{n:03}.png")
     done = interrupt_at(
         "12 of 150", "predict", tiny_bundle_path, tmp_path / "films", "--prompt", "lung", "-o", tmp_path / "out",
-        "--threads", "1",
+        "--threads", "1", "-v",
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
     assert done.stderr.rstrip().endswith("nothing was left half-written.")
     assert "images/s, " in done.stderr
-    names = sorted(os.listdir(tmp_path / "out"))
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert 0 < len(names) < 300
     assert len(names) % 3 == 0
+    index = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert index["complete"] is False
+    assert sorted(file for row in index["predictions"] for file in row["files"].values()) == names
+    assert sorted(os.listdir(tmp_path / "out")) == [*names, "predictions.csv", "predictions.json"]
     for name in names:
         with Image.open(tmp_path / "out" / name) as image:
             image.load()
@@ -237,3 +250,49 @@ def test_predict_reports_the_backend_that_ran(
     said = invoke(*arguments).stdout
     assert f"Ran: {backend} on cpu; image_encoder fp32, prompt_encoder fp32, mask_decoder fp32." in said
     assert "engines" not in said
+
+
+def test_a_run_ends_with_a_summary_and_shows_images_only_if_asked(
+    tiny_bundle_path: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("predict", tiny_bundle_path, "films", "--prompt", "lung", "-o", "out", "--threads", "1")
+    quiet, verbose = invoke(*arguments), invoke(*arguments, "-v")
+    assert quiet.stderr == ""
+    assert [line.split(" (")[0] for line in verbose.stderr.splitlines()] == [
+        f"{n} of 3: films/{name}" for n, name in enumerate(("deep.png", "film", "photo.jpg"), start=1)
+    ]
+    for done in (quiet, verbose):
+        *_, index, summary = done.stdout.splitlines()
+        assert index == "Index: out/predictions.json, out/predictions.csv"
+        assert re.fullmatch(r"3 images, 3 masks in [\d.e-]+ s \([\d.e+]+ images/s\)\.", summary)
+        assert "films/photo.jpg" in done.stdout
+
+
+def test_a_long_table_is_printed_only_if_asked(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    prompts = [part for n in range(8) for part in ("--prompt", f"rib {n}")]
+    arguments = (
+        "predict", tiny_bundle_path, films, *prompts, "-o", tmp_path / "out", "--threads", "1", "--outputs", "mask",
+    )  # fmt: skip
+    short, long = invoke(*arguments).stdout, invoke(*arguments, "-v").stdout
+    assert "rib 7" not in short
+    assert "3 images, 24 masks in " in short
+    assert long.count("rib 7") == 3
+    assert len(list((tmp_path / "out").glob("*.png"))) == 24
+
+
+def test_outputs_and_the_index_are_chosen(tiny_bundle_path: Path, films: Path, tmp_path: Path) -> None:
+    arguments = ("predict", tiny_bundle_path, films / "photo.jpg", "--prompt", "lung", "-o", tmp_path / "out")
+    done = invoke(*arguments, "--outputs", "overlay, probability", "--index", "csv", "--threads", "1", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["index"] == [str(tmp_path / "out" / "predictions.csv")]
+    assert sorted(told["predictions"][0]["files"]) == ["overlay", "probability"]
+    assert len(os.listdir(tmp_path / "out")) == 3
+    for option, value, said in (
+        ("--outputs", "msk", "'msk' is not an output"), ("--outputs", ",", "No output"),
+        ("--index", "xml", "'xml' is not a format"),
+    ):  # fmt: skip
+        refused = invoke(*arguments, option, value)
+        assert refused.exit_code == 2
+        assert said in refused.stderr

@@ -8,7 +8,7 @@ import pytest
 
 from cclip_deploy.engines.profile import read_profile
 from cclip_deploy.errors import UsageError
-from cclip_deploy.inference.segmenter import PROMPTS_AT_ONCE
+from cclip_deploy.inference.graph_chain import PROMPTS_AT_ONCE
 
 PROFILES = sorted((Path(__file__).parents[2] / "engines" / "profiles").glob("*.toml"))
 BASE = 'name = "x"\nwhy = "y"\nbackend = "tensorrt-rtx"\nprecision = "fp16"\n'

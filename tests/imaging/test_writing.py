@@ -18,7 +18,9 @@ from PIL import Image
 
 from cclip_deploy.errors import EnvironmentIssue, UsageError
 from cclip_deploy.imaging.image import Picture
-from cclip_deploy.imaging.writing import OVERLAY_LONGEST_PX, draw_overlay, file_stem, write_segmentation
+from cclip_deploy.imaging.naming import file_stem
+from cclip_deploy.imaging.segmentation import Segmentation
+from cclip_deploy.imaging.writing import OVERLAY_LONGEST_PX, WrittenMask, draw_overlay, write_segmentation
 
 CYAN, AMBER = np.array([56, 199, 214]), np.array([255, 179, 71])
 
@@ -26,6 +28,11 @@ CYAN, AMBER = np.array([56, 199, 214]), np.array([255, 179, 71])
 def picture_of(height: int, width: int) -> Picture:
     pixels = np.random.default_rng(0).random((height, width)).astype(np.float32)
     return Picture(path=Path("film.png"), pixels=pixels, kind="png", bits=8)
+
+
+def write(picture: Picture, probability: np.ndarray, folder: Path, stem: str, threshold: float = 0.5) -> WrittenMask:
+    """Write a mask of the prompt "left lung"."""
+    return write_segmentation(picture, Segmentation("left lung", probability, threshold), folder, stem)
 
 
 @given(
@@ -39,7 +46,7 @@ def test_mask_and_probability_are_read_back_equal(
     tmp_path_factory: pytest.TempPathFactory, probability: np.ndarray, threshold: float
 ) -> None:
     folder = tmp_path_factory.mktemp("masks")
-    written = write_segmentation(picture_of(*probability.shape), "left lung", probability, folder, "a", threshold)
+    written = write(picture_of(*probability.shape), probability, folder, "a", threshold)
     with Image.open(written.mask) as mask, Image.open(written.probability) as deep:
         assert (mask.mode, mask.format) == ("L", "PNG")
         np.testing.assert_array_equal(np.asarray(mask), np.where(probability >= threshold, 255, 0))
@@ -49,12 +56,12 @@ def test_mask_and_probability_are_read_back_equal(
 
 def test_probability_of_exactly_the_threshold_is_inside(tmp_path: Path) -> None:
     probability = np.array([[0.5, np.nextafter(np.float32(0.5), np.float32(0))]], np.float32)
-    written = write_segmentation(picture_of(1, 2), "p", probability, tmp_path, "a")
+    written = write(picture_of(1, 2), probability, tmp_path, "a")
     assert np.asarray(Image.open(written.mask)).tolist() == [[255, 0]]
 
 
 def test_three_files_and_nothing_else_are_left(tmp_path: Path) -> None:
-    written = write_segmentation(picture_of(8, 9), "p", np.zeros((8, 9), np.float32), tmp_path / "new" / "folder", "a")
+    written = write(picture_of(8, 9), np.zeros((8, 9), np.float32), tmp_path / "new" / "folder", "a")
     names = {written.mask.name, written.probability.name, written.overlay.name}
     assert names == {"a-mask.png", "a-probability.png", "a-overlay.png"}
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == names
@@ -62,7 +69,7 @@ def test_three_files_and_nothing_else_are_left(tmp_path: Path) -> None:
 
 def test_second_write_replaces_the_first(tmp_path: Path) -> None:
     for value in (0.0, 1.0):
-        written = write_segmentation(picture_of(4, 4), "p", np.full((4, 4), value), tmp_path, "a")
+        written = write(picture_of(4, 4), np.full((4, 4), value), tmp_path, "a")
     assert np.asarray(Image.open(written.mask)).min() == 255
 
 
@@ -82,14 +89,14 @@ def test_invalid_calls_write_nothing(
     tmp_path: Path, probability: np.ndarray, stem: str, threshold: float, words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        write_segmentation(picture_of(4, 4), "p", probability, tmp_path, stem, threshold)
+        write(picture_of(4, 4), probability, tmp_path, stem, threshold)
     assert not list(tmp_path.iterdir())
 
 
 def _write_and_fail(folder: Path) -> str:
     """Write over an old result, expect an EnvironmentIssue, check that the old is whole; the message."""
     with pytest.raises(EnvironmentIssue) as caught:
-        write_segmentation(picture_of(64, 64), "p", np.ones((64, 64)), folder, "a")
+        write(picture_of(64, 64), np.ones((64, 64)), folder, "a")
     assert {path.name for path in folder.iterdir()} == {"a-mask.png", "a-probability.png", "a-overlay.png"}
     assert np.asarray(Image.open(folder / "a-mask.png")).max() == 0
     return str(caught.value)
@@ -97,7 +104,7 @@ def _write_and_fail(folder: Path) -> str:
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
 def test_full_disk_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
-    write_segmentation(picture_of(64, 64), "p", np.zeros((64, 64)), tmp_path, "a")
+    write(picture_of(64, 64), np.zeros((64, 64)), tmp_path, "a")
     calls = 0
     write_bytes = Path.write_bytes
 
@@ -126,7 +133,7 @@ def file_size_limit() -> Iterator[None]:
 
 
 def test_kernel_that_refuses_to_write_leaves_the_old_files(tmp_path: Path) -> None:
-    write_segmentation(picture_of(64, 64), "p", np.zeros((64, 64)), tmp_path, "a")
+    write(picture_of(64, 64), np.zeros((64, 64)), tmp_path, "a")
     with file_size_limit():
         message = _write_and_fail(tmp_path)
     assert "No room for masks" in message
@@ -135,7 +142,7 @@ def test_kernel_that_refuses_to_write_leaves_the_old_files(tmp_path: Path) -> No
 def test_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(EnvironmentIssue, match=r"Masks cannot be written to .*taken"):
-        write_segmentation(picture_of(4, 4), "p", np.zeros((4, 4)), tmp_path / "taken", "a")
+        write(picture_of(4, 4), np.zeros((4, 4)), tmp_path / "taken", "a")
 
 
 def test_interrupt_leaves_no_part_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +154,7 @@ def test_interrupt_leaves_no_part_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "write_bytes", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_segmentation(picture_of(4, 4), "p", np.zeros((4, 4)), tmp_path, "a")
+        write(picture_of(4, 4), np.zeros((4, 4)), tmp_path, "a")
     assert not list(tmp_path.iterdir())
 
 

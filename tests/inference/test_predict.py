@@ -17,7 +17,8 @@ from cclip_deploy.errors import EnvironmentIssue, ImageError, PromptError, Usage
 from cclip_deploy.imaging.preprocess import to_source
 from cclip_deploy.imaging.reading import read_image
 from cclip_deploy.inference import predict as pipeline
-from cclip_deploy.inference.predict import READ_AHEAD, WRITE_BEHIND, PredictOptions, predict, refuse_failures
+from cclip_deploy.inference.predict import READ_AHEAD, WRITE_BEHIND, PredictOptions, predict
+from cclip_deploy.inference.prediction import refuse_failures
 from cclip_deploy.inference.prompt_cache import CacheCounts
 from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend
@@ -157,7 +158,10 @@ def test_json_names_the_files_and_numbers(fast: Segmenter, tmp_path: Path) -> No
     path = save_png(tmp_path / "a.png")
     row = predict(fast, [path], ["lung"], tmp_path / "out").done[0]
     told = row.to_dict()
-    assert told.keys() == {"image", "prompt", "files", "area_share", "mean_probability", "mean_probability_inside"}
+    assert told.keys() == {
+        "image", "prompt", "files", "area_share", "area_px", "area_mm2", "mean_probability",
+        "mean_probability_inside", "box", "region_count", "warnings",
+    }  # fmt: skip
     assert told["image"] == str(path)
     files = told["files"]
     assert isinstance(files, dict)
@@ -215,7 +219,7 @@ def test_a_single_unreadable_image_raises_its_own_error(fast: Segmenter, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("prompts", "error"), [([], UsageError), (["lung", ""], PromptError), (["lung " * 30], PromptError)]
+    ("prompts", "error"), [([], UsageError), (["lung", ""], PromptError), (["heart " * 30], PromptError)]
 )
 def test_prompts_are_refused_before_anything_is_written(
     fast: Segmenter, fake: Brightness, tmp_path: Path, prompts: list[str], error: type[Exception]

@@ -12,8 +12,9 @@ import pytest
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.errors import ParityError, PromptError, UsageError
 from cclip_deploy.imaging.preprocess import to_input, to_source
+from cclip_deploy.inference.graph_chain import PROMPTS_AT_ONCE, sigmoid
 from cclip_deploy.inference.prompt_cache import CacheCounts, PromptCache
-from cclip_deploy.inference.segmenter import PROMPTS_AT_ONCE, Segmenter, sigmoid
+from cclip_deploy.inference.segmenter import Segmenter
 from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.runtime.backend import Backend
 from cclip_deploy.runtime.onnxruntime.cpu import OnnxRuntimeBackend

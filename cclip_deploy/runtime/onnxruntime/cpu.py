@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,7 @@ class OnnxRuntimeBackend:
         self.seconds_limit = seconds_limit
         self._runtime = load_onnxruntime(device)
         self._sessions: dict[str, Any] = {}
+        self._loading = threading.RLock()
 
     def load(self, graph: str) -> None:
         self._session(graph)
@@ -106,22 +108,26 @@ class OnnxRuntimeBackend:
             raise run_failure("ONNX Runtime", path, error) from error
 
     def _session(self, graph: str) -> Any:
-        if graph not in self._sessions:
-            entry = self.bundle.graph_in(graph, self.precision)
-            path, content = self.bundle.path / entry.file, read_checked(self.bundle, entry)
-            is_emulated = self.rounds_as_written and entry.precision.rest == "fp16"
-            is_emulated = self.device == "cpu" and (is_emulated or entry.precision == "bf16")
-            model = NamedGraph(_with_emulated_rounding(content, path) if is_emulated else content, path)
-            del content  # as large as the weights
-            providers = self._providers(entry)
-            session = make_session(self._runtime, model, self.device, self.threads, entry.precision, providers)
-            try:
-                inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
-            except UnicodeDecodeError as error:
-                raise BundleError(f"{path} contains names that are not UTF-8. Export the bundle again.") from error
-            check_tensors(path, entry, inputs, outputs)
-            self._sessions[graph] = session
-        return self._sessions[graph]
+        with self._loading:
+            if graph not in self._sessions:
+                self._sessions[graph] = self._new_session(graph)
+            return self._sessions[graph]
+
+    def _new_session(self, graph: str) -> Any:
+        entry = self.bundle.graph_in(graph, self.precision)
+        path, content = self.bundle.path / entry.file, read_checked(self.bundle, entry)
+        is_emulated = self.rounds_as_written and entry.precision.rest == "fp16"
+        is_emulated = self.device == "cpu" and (is_emulated or entry.precision == "bf16")
+        model = NamedGraph(_with_emulated_rounding(content, path) if is_emulated else content, path)
+        del content  # as large as the weights
+        providers = self._providers(entry)
+        session = make_session(self._runtime, model, self.device, self.threads, entry.precision, providers)
+        try:
+            inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{path} contains names that are not UTF-8. Export the bundle again.") from error
+        check_tensors(path, entry, inputs, outputs)
+        return session
 
     def _providers(self, entry: GraphEntry) -> list[Provider]:
         """Return the execution providers for a graph, in order, with their options."""

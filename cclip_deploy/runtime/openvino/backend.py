@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,7 @@ class OpenVinoBackend:
         self.seconds_limit = seconds_limit
         self._core = load_openvino().Core()
         self._compiled: dict[tuple[str, bool], CompiledGraph] = {}
+        self._compiling = RLock()
         self.read_back: dict[str, Arithmetic] = {}
 
     def load(self, graph: str) -> None:
@@ -103,23 +104,25 @@ class OpenVinoBackend:
         return self.bundle.graph_in(graph, self.precision)
 
     def _graph(self, graph: str, is_single: bool) -> CompiledGraph:
-        if (graph, is_single) not in self._compiled:
-            entry = self._entry(graph)
-            path = self.bundle.path / entry.file
-            model = read_graph(self._core, read_checked(self.bundle, entry), path)
-            inputs, outputs = ({t.name for t in tensors} for tensors in (entry.inputs, entry.outputs))
-            check_tensors(path, entry, _specs(model.inputs, inputs), _specs(model.outputs, outputs))
-            if is_single:
-                model.reshape(
-                    {t.name: [1 if isinstance(side, str) else side for side in t.shape] for t in entry.inputs}
-                )
-            if entry.precision.product_type == "int8":
-                use_all_bits(model)
-            compiled = compile_graph(self._core, model, entry.precision, self.threads)
-            self.read_back[graph] = arithmetic_of(compiled)
-            refuse_lower(entry.file, entry.precision, self.read_back[graph])
-            self._compiled[graph, is_single] = CompiledGraph(compiled, path, self.seconds_limit)
-        return self._compiled[graph, is_single]
+        with self._compiling:
+            if (graph, is_single) not in self._compiled:
+                self._compiled[graph, is_single] = self._compile(graph, is_single)
+            return self._compiled[graph, is_single]
+
+    def _compile(self, graph: str, is_single: bool) -> CompiledGraph:
+        entry = self._entry(graph)
+        path = self.bundle.path / entry.file
+        model = read_graph(self._core, read_checked(self.bundle, entry), path)
+        inputs, outputs = ({t.name for t in tensors} for tensors in (entry.inputs, entry.outputs))
+        check_tensors(path, entry, _specs(model.inputs, inputs), _specs(model.outputs, outputs))
+        if is_single:
+            model.reshape({t.name: [1 if isinstance(side, str) else side for side in t.shape] for t in entry.inputs})
+        if entry.precision.product_type == "int8":
+            use_all_bits(model)
+        compiled = compile_graph(self._core, model, entry.precision, self.threads)
+        self.read_back[graph] = arithmetic_of(compiled)
+        refuse_lower(entry.file, entry.precision, self.read_back[graph])
+        return CompiledGraph(compiled, path, self.seconds_limit)
 
 
 class CompiledGraph:

@@ -226,7 +226,9 @@ def programs(shared: Path, share: float) -> list[Program]:
                 return 0
 
         need(forked(settle, log) == 0, "the output cannot be held")
-        found = digests(out)
+        found = {name: value for name, value in digests(out).items() if name.endswith(".png")}
+        if (out / "predictions.json").exists():
+            json.loads((out / "predictions.json").read_text())
         for stem in {name.rsplit("-", 1)[0] for name in found}:
             mine = {name: value for name, value in found.items() if name.startswith(stem)}
             wholes = ({name: value for name, value in of.items() if name.startswith(stem)} for of in (low, high))
