@@ -157,7 +157,10 @@ class GraphChain:
         return to_input(pixels, self.spec.image_hw, self.spec.preprocessing)
 
     def _token_rows(self, prompts: str | Sequence[str]) -> list[Tokens]:
-        return [self.spec.tokenizer.encode(prompt, self.spec.prompt_length) for prompt in prompt_list(prompts)]
+        listed = prompt_list(prompts)
+        if not listed:
+            raise UsageError("There is no prompt. Give at least one.")
+        return [self.spec.tokenizer.encode(prompt, self.spec.prompt_length) for prompt in listed]
 
     def _kernel_parts(self, rows: Sequence[Tokens]) -> Iterator[PromptKernels]:
         for row in rows:

@@ -86,10 +86,8 @@ def check_prompt(text: str) -> None:
 
 
 def prompt_list(prompts: str | Sequence[str]) -> list[str]:
-    """Return prompts as a list; a bare string is one prompt. Raise UsageError if there is none, or one is not text."""
+    """Return prompts as a list; a bare string is one prompt. Raise UsageError if one is not text."""
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not listed:
-        raise UsageError("There is no prompt. Give at least one.")
     for prompt in listed:
         if not isinstance(prompt, str):
             raise UsageError(f"The prompt {prompt!r} is of type {type(prompt).__name__}, not text. Give a string.")
