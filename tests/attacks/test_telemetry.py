@@ -23,7 +23,7 @@ from tests.cli.run import PROGRAM
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 15
-RUNTIME_EXTRAS = ("cpu", "openvino", "export", "train", "rtx", "medical")
+RUNTIME_EXTRAS = ("cpu", "openvino", "export", "train", "rtx", "medical", "parquet")
 NAMESPACE = ("unshare", "--map-root-user", "--net")
 """A network namespace of its own: without a route, so nothing can leave, and whatever tries is counted."""
 

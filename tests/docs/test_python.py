@@ -16,7 +16,7 @@ import pytest
 import cclip_deploy
 from tests.imaging.test_dicom import write_dicom
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INSTALL = "pip install fastapi python-multipart httpx"
 
 
@@ -30,10 +30,10 @@ EXAMPLES = [(page, code) for page in ("README.md", "docs/python.md") for code in
 
 @pytest.fixture
 def beside_a_bundle(tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `lungs.cclip` and `film.dcm`, which the examples name; it becomes the working directory."""
+    """A folder with `lungs.cclip` and `image.dcm`, which the examples name; it becomes the working directory."""
     (tmp_path / "lungs.cclip").symlink_to(tiny_bundle_path)
     film = np.random.default_rng(0).integers(0, 4096, (48, 36)).astype(np.uint16)
-    write_dicom(tmp_path / "film.dcm", film, bits=12, PixelSpacing=[0.2, 0.2])
+    write_dicom(tmp_path / "image.dcm", film, bits=12, PixelSpacing=[0.2, 0.2])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -78,7 +78,7 @@ def test_the_body_of_the_service_answers(beside_a_bundle: Path, monkeypatch: pyt
         return dict(names["segment"](types.SimpleNamespace(file=io.BytesIO(content)), prompt))
 
     with names["segmenter"]:
-        answer = post((beside_a_bundle / "film.dcm").read_bytes(), "left lung")
+        answer = post((beside_a_bundle / "image.dcm").read_bytes(), "left lung")
         assert answer["area_mm2"] == pytest.approx(0.04 * answer["area_px"])
         for content, prompt, said in ((b"no image", "left lung", "not a complete PNG"), (b"", "", "prompt is empty")):
             with pytest.raises(_HttpError) as caught:
@@ -96,7 +96,7 @@ def test_the_service_answers_over_http(beside_a_bundle: Path) -> None:
     exec(compile(SERVICE, "docs/python.md", "exec"), names)
     with names["segmenter"]:
         client = TestClient(names["app"])
-        film = (beside_a_bundle / "film.dcm").read_bytes()
+        film = (beside_a_bundle / "image.dcm").read_bytes()
         done = client.post("/segment", params={"prompt": "left lung"}, files={"image": film})
         assert done.status_code == 200
         assert done.json()["prompt"] == "left lung"
