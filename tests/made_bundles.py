@@ -84,5 +84,5 @@ def traced_before(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
     def take(*args: Any) -> dict[str, onnx.ModelProto]:
         return dict(graphs)
 
-    monkeypatch.setattr(export, "_trace_graphs", take)
+    monkeypatch.setattr(export, "trace_graphs", take)
     return graphs

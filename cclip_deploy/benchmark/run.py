@@ -51,7 +51,7 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, on_progress: Progress = 
     ]
     with _compared(bundle, options, left_out, on_progress) as compared:
         candidates = compared.candidates
-        processes = _measure_predict(bundle, options, left_out, on_progress) if options.peers else {}
+        processes = measure_predict(bundle, options, left_out, on_progress) if options.peers else {}
         on_progress(f"Timing {len(candidates)} candidates, {options.threads} threads")
         timings = measure_interleaved(
             candidates,
@@ -158,7 +158,7 @@ def _predict_command(bundle: Bundle, image: Path, backend: BackendName, options:
     ]  # fmt: skip
 
 
-def _measure_predict(
+def measure_predict(
     bundle: Bundle, options: BenchOptions, left_out: LeftOut, on_progress: Progress
 ) -> dict[str, ProcessCost]:
     from PIL import Image

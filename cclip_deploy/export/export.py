@@ -113,9 +113,10 @@ def _input_form(options: ExportOptions, trained: InputForm) -> InputForm:
     return InputForm(options.image_hw or trained.image_hw, length)
 
 
-def _trace_graphs(
+def trace_graphs(
     loaded: LoadedCheckpoint, options: ExportOptions, input_form: InputForm, on_progress: Progress
 ) -> dict[str, onnx.ModelProto]:
+    """Return the graphs of a checkpoint by name: the deploy graphs, or `plain`."""
     from cclip_deploy.graph.deploy import to_deploy_form
     from cclip_deploy.graph.fuse import fuse
     from cclip_deploy.graph.trace import plan_deploy_graphs, plan_plain_graph, trace
@@ -144,7 +145,7 @@ def _write_graphs(
 
     (folder / "graphs").mkdir()
     entries: dict[str, GraphEntry] = {}
-    graphs = _trace_graphs(loaded, options, form, on_progress)
+    graphs = trace_graphs(loaded, options, form, on_progress)
     on_progress("Checking and writing graphs")
     for name in list(graphs):
         graph, file = graphs.pop(name), f"graphs/{name}.onnx"

@@ -131,7 +131,9 @@ def test_whatever_clip_s_tokenizer_does_not_have_is_refused_before_the_library_s
     def unreachable(*_: Any) -> Any:
         raise AssertionError("the library was called")
 
-    monkeypatch.setattr(tokens, "_build", unreachable)
+    monkeypatch.setattr(tokens, "Tokenizer", unreachable)
+    with pytest.raises(AssertionError, match="the library was called"):
+        PromptTokenizer.parse(SMALL.encode(), PATH)
     form = json.loads(SMALL)
     change(form)
     assert reason in refusal(json.dumps(form).encode())

@@ -309,7 +309,7 @@ def test_new_prompts_are_encoded_in_the_timed_region_and_cached_ones_are_not(
 
     seen: dict[str, list[int]] = {}
     monkeypatch.setattr("cclip_deploy.benchmark.run.measure_interleaved", timings_of)
-    monkeypatch.setattr("cclip_deploy.benchmark.run._measure_predict", lambda *_: {})
+    monkeypatch.setattr("cclip_deploy.benchmark.run.measure_predict", lambda *_: {})
     options = quick(
         checkpoint=tiny_checkpoint, plain_bundle=plain_bundle_path, peers=True, backend="onnxruntime",
         workloads=((1, 20),),

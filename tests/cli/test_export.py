@@ -137,7 +137,7 @@ def test_export_prints_a_table_and_force_replaces_a_bundle(
     import onnx
 
     graphs = {path.stem: onnx.load(path) for path in sorted((tiny_bundle_path / "graphs").iterdir())}
-    monkeypatch.setattr(export, "_trace_graphs", lambda *args: dict(graphs))
+    monkeypatch.setattr(export, "trace_graphs", lambda *args: dict(graphs))
     copy = copy_of(tiny_bundle_path, folder)
     done = invoke(
         "export", tiny_checkpoint, "-o", copy, "--force", "--image-size", "64x96", "--prompt-length", "24",

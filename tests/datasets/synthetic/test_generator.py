@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.datasets import writing
 from cclip_deploy.datasets.flat import read_flat
 from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.datasets.synthetic.confounders import CONFOUNDERS, Confounding, choose_confounders, make_confounding
@@ -262,10 +261,10 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_stopped_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(writing, "_save_mask", fail)
+    monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(EnvironmentIssue if isinstance(error, OSError) else KeyboardInterrupt):
         write_dataset(tmp_path / "data", {"train": 1}, (32, 32), seed=0)
     assert list(tmp_path.iterdir()) == []
