@@ -41,7 +41,9 @@ def build_engine(
     evaluation_pictures: Annotated[int, typer.Option(help="Maximum number of evaluation images.", min=1)] = 64,
     data_sets: options.DataSets = options.DATA_SETS,
     allow_few: Annotated[bool, typer.Option(help="Allow calibration with fewer than 8 images.")] = False,
-    calibration_cache: Annotated[bool, typer.Option(help="Cache calibration ranges between runs.")] = True,
+    calibration_cache: Annotated[
+        bool, typer.Option(help="Cache calibration ranges between runs, as by default.", show_default=False)
+    ] = True,
     tuned: Annotated[
         Path | None,
         typer.Option(help="Profile of tune-precision: precision, high-precision blocks, calibration method."),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from rich.text import Text
+from typer import rich_utils
 
 from cclip_deploy import __version__
 from cclip_deploy.cli import (
@@ -17,6 +20,7 @@ from cclip_deploy.cli import (
     evaluate,
     export,
     inspect,
+    options,
     predict,
     prompt,
     synth,
@@ -24,8 +28,25 @@ from cclip_deploy.cli import (
     tune_precision,
     verify,
 )
+from cclip_deploy.cli.console import reports_errors, set_verbosity
 
 HELP = "Deploy CausalCLIPSeg checkpoints to ONNX Runtime, OpenVINO and TensorRT, verified against PyTorch."
+
+
+class _FoldedNames(rich_utils.OptionHighlighter):
+    """Highlighter of option names that wraps a name which is too long for its column instead of cutting it."""
+
+    def __call__(self, text: str | Text) -> Text:
+        highlighted = super().__call__(text)
+        highlighted.overflow = "fold"
+        return highlighted
+
+
+class _FoldedNegativeNames(_FoldedNames, rich_utils.NegativeOptionHighlighter):
+    """The same for the names that switch an option off."""
+
+
+rich_utils.highlighter, rich_utils.negative_highlighter = _FoldedNames(), _FoldedNegativeNames()
 
 app = typer.Typer(
     name="cclip-deploy",
@@ -33,7 +54,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -44,26 +65,43 @@ def _show_version(requested: bool) -> None:
 
 
 @app.callback(help=HELP)
+@reports_errors
 def cclip_deploy(
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option("--version", "-V", help="Print the version and exit.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
     """Take the options that stand before a command."""
+    set_verbosity(quiet, verbose)
 
 
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("ablate")(ablate.ablate)
-app.command("export")(export.export)
-app.command("build-engine")(build_engine.build_engine)
-app.command("tune-precision")(tune_precision.tune_precision)
-app.command("verify")(verify.verify)
-app.command("bench")(bench.bench)
-app.command("predict")(predict.predict)
-app.command("inspect")(inspect.inspect)
-app.command("doctor")(doctor.doctor)
-app.command("data")(data.data)
-app.command("prompt")(prompt.prompt)
-app.command("synth")(synth.synth)
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Start here": {"demo": demo.demo, "doctor": doctor.doctor},
+    "Deploy": {
+        "export": export.export,
+        "tune-precision": tune_precision.tune_precision,
+        "build-engine": build_engine.build_engine,
+        "predict": predict.predict,
+    },
+    "Check": {
+        "inspect": inspect.inspect,
+        "verify": verify.verify,
+        "bench": bench.bench,
+        "evaluate": evaluate.evaluate,
+    },
+    "Data and training": {
+        "data": data.data,
+        "synth": synth.synth,
+        "prompt": prompt.prompt,
+        "train": train.train,
+        "ablate": ablate.ablate,
+    },
+}
+"""Commands by the panel of the help that lists them."""
+
+for panel, commands in COMMANDS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(options.with_verbosity(command))

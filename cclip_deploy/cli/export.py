@@ -24,8 +24,10 @@ def export(
         typer.Option("--plain/--deploy-form", help="One graph in the published order of operations."),
     ] = False,
     batch: Annotated[int, typer.Option(help="Batch size of the plain graph, which is static.")] = 1,
-    with_masks: Annotated[bool, typer.Option(help="Output the causal masks, too.")] = False,
-    with_confounding: Annotated[bool, typer.Option(help="Output the confounding features, too.")] = False,
+    with_masks: Annotated[bool, typer.Option(help="Output the causal masks, too.", show_default=False)] = False,
+    with_confounding: Annotated[
+        bool, typer.Option(help="Output the confounding features, too.", show_default=False)
+    ] = False,
     reference_image: Annotated[
         list[Path] | None, typer.Option(help="Image to record reference outputs for; may be repeated.")
     ] = None,
