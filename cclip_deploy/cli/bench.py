@@ -61,7 +61,7 @@ def bench(
     if output is not None:
         write_json(output, result)
     if json:
-        print_json(result)
+        print_json(result, "bench")
         return
     show_times(result)
     if peers:

@@ -105,10 +105,8 @@ def build_engine(
     record = _calibration_record(bundle, precision) if calibrating else None
     if json:
         engines = [entry.model_dump() for entry in entries]
-        print_json({
-            "bundle": str(bundle), "engines": engines, "mask_agreement": agreement,
-            "calibration": record and record.facts(),
-        })  # fmt: skip
+        facts = {"bundle": str(bundle), "engines": engines, "mask_agreement": agreement}
+        print_json({**facts, "calibration": record and record.facts()}, "build-engine")
         return
     _show(bundle, entries)
     for line in record.describe() if record else ():

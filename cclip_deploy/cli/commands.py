@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 from typer import rich_utils
+from typer.core import TyperGroup
 
 from cclip_deploy import __version__
 from cclip_deploy.cli import (
@@ -28,7 +30,11 @@ from cclip_deploy.cli import (
     tune_precision,
     verify,
 )
-from cclip_deploy.cli.console import reports_errors, set_verbosity
+from cclip_deploy.cli.console import print_json_error, reports_errors, set_verbosity, start_output
+from cclip_deploy.errors import UsageError
+
+ParseError: Any = typer.BadParameter.__base__
+"""Class of all errors in a command line, which Typer does not export."""
 
 HELP = "Deploy CausalCLIPSeg checkpoints to ONNX Runtime, OpenVINO and TensorRT, verified against PyTorch."
 
@@ -48,7 +54,35 @@ class _FoldedNegativeNames(_FoldedNames, rich_utils.NegativeOptionHighlighter):
 
 rich_utils.highlighter, rich_utils.negative_highlighter = _FoldedNames(), _FoldedNegativeNames()
 
+
+class _Commands(TyperGroup):
+    """Group of commands; with --json, a command line that cannot be parsed is reported as JSON, too."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        given = list(args)
+        start_output()
+        with _parse_errors_as_json("--json" in given):
+            context = super().make_context(info_name, args, *rest, **extra)
+            context.meta["json"] = "--json" in given
+            return context
+
+    def invoke(self, ctx: Any) -> Any:
+        with _parse_errors_as_json(ctx.meta["json"]):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _parse_errors_as_json(requested: bool) -> Iterator[None]:
+    try:
+        yield
+    except ParseError as error:
+        if requested:
+            print_json_error(UsageError.__name__, error.format_message(), error.exit_code)
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="cclip-deploy",
     help=HELP,
     no_args_is_help=True,

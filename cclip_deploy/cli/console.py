@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
@@ -37,6 +37,9 @@ CONTROL_CODES = dict.fromkeys(
 )
 """Control characters and bidirectional marks, which are removed because they would control the terminal."""
 MAX_MESSAGE_LENGTH = 4000
+JSON_VERSION = 1
+"""Version of all JSON documents of `--json`; increased when a key is removed, renamed or changes its meaning."""
+_document_printed = False
 
 
 class _SafeConsole(Console):
@@ -93,12 +96,15 @@ def styled(text: str, style: str) -> Text:
 def reports_errors(command: Command) -> Command:
     """Decorate a command: a CclipError is printed as one message and ends the process with its exit code.
 
+    With the argument `json`, the error is also printed as a JSON document to standard output.
+
     Ctrl-C ends the process with 130. A signal received during the command ends it even if the KeyboardInterrupt was
     swallowed. Other exceptions are raised.
     """
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        start_output()
         try:
             result = command(*args, **kwargs)
             raise_if_received()
@@ -112,6 +118,8 @@ def reports_errors(command: Command) -> Command:
             if len(message) > MAX_MESSAGE_LENGTH:
                 message = f"{message[:MAX_MESSAGE_LENGTH]} …"
             stderr.print(styled("Error:", "bold red"), message, soft_wrap=True)
+            if kwargs.get("json"):
+                print_json_error(type(known).__name__, message, known.exit_code)
             raise SystemExit(known.exit_code) from known
         return result
 
@@ -200,9 +208,23 @@ def _image_bar() -> Progress:
     )  # fmt: skip
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON document to standard output."""
-    sys.stdout.write(json_text(value))
+def start_output() -> None:
+    """Note that no JSON document was printed yet; a process may run several commands, as tests do."""
+    global _document_printed
+    _document_printed = False
+
+
+def print_json(value: Mapping[str, Any], command: str) -> None:
+    """Print the JSON document of a command to standard output; its first key `schema` is name and version."""
+    global _document_printed
+    _document_printed = True
+    sys.stdout.write(json_text({"schema": f"cclip-deploy/{command}/{JSON_VERSION}", **value}))
+
+
+def print_json_error(kind: str, message: str, exit_code: int) -> None:
+    """Print an error as JSON to standard output, unless the command has already printed its document."""
+    if not _document_printed:
+        print_json({"error": {"type": kind, "message": message, "exit_code": exit_code}}, "error")
 
 
 def table(title: str, *columns: str) -> Table:

@@ -54,7 +54,7 @@ def export(
     worst = {n: max(c.value for c in exported.checks if c.graph == n and c.metric == "relative_error") for n in graphs}
     if json:
         rows = {name: {"multiply_adds": e.multiply_adds, "relative_error": worst[name]} for name, e in graphs.items()}
-        print_json({"bundle": str(output), "tensors_dropped": exported.tensors_dropped, "graphs": rows})
+        print_json({"bundle": str(output), "tensors_dropped": exported.tensors_dropped, "graphs": rows}, "export")
         return
     shown = table(f"{output}, compared with PyTorch", "graph", "multiply-adds ", "size ", "relative error ")
     for name, entry in graphs.items():

@@ -76,7 +76,8 @@ def predict(
                 "repaired_prompts": [p.to_dict() for p in prompts if p.repairs],
                 "prompt_kernels": found.prompt_counts.to_dict(),
                 "ran": ran.to_dict(),
-            }
+            },
+            "predict",
         )
     else:
         shown = table("Predictions", "image", "prompt", "area ", "mean probability ", "mask")

@@ -144,16 +144,62 @@ def test_ctrl_c_ends_with_130_and_a_bug_keeps_its_traceback() -> None:
     assert isinstance(done.exception, ZeroDivisionError)
 
 
-def test_errors_leave_standard_output_to_json(tmp_path: Path) -> None:
+def test_with_json_an_error_is_one_document_on_standard_output(tmp_path: Path) -> None:
     done = run("inspect", tmp_path / "none.cclip", "--json")
-    assert (done.returncode, done.stdout) == (6, "")
+    assert done.returncode == 6
+    assert json.loads(done.stdout) == {
+        "schema": "cclip-deploy/error/1",
+        "error": {"type": "BundleError", "message": done.stderr.removeprefix("Error: ").strip(), "exit_code": 6},
+    }
     assert done.stderr.startswith("Error: There is no bundle at ")
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", ["inspect --json", "frobnicate --json", "inspect b --json --abacus", "--json"])
+def test_with_json_a_command_line_that_cannot_be_parsed_is_reported_as_json(arguments: str) -> None:
+    done = invoke(*arguments.split())
+    found = json.loads(done.stdout)
+    assert done.exit_code == 2
+    assert (found["schema"], found["error"]["type"], found["error"]["exit_code"]) == (
+        "cclip-deploy/error/1", "UsageError", 2,
+    )  # fmt: skip
+    assert found["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "inspect none", "predict none a.png --prompt x", "export none.pth -o out", "train none.toml",
+        "ablate none.toml",
+        "data none", "evaluate b none", "prompt x --bundle none", "verify none", "bench none",
+    ],
+)  # fmt: skip
+def test_a_missing_file_ends_with_6_whatever_it_is(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments.split())
+    assert done.exit_code == 6, done.stderr
+    assert "none" in done.stderr
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_checkpoint_in_place_of_a_bundle_is_not_proposed_as_output(exists: bool, tmp_path: Path) -> None:
+    path = tmp_path / "up0.pth"
+    if exists:
+        path.write_bytes(b"x")
+    done = invoke("predict", path, "a.png", "--prompt", "x")
+    assert done.exit_code == 6
+    assert "-o up0.cclip" in done.stderr
+
+
 def test_print_json_writes_one_document(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json({"text": "[bold]ä[/]", "list": [1.5, None]})
-    assert json.loads(capsys.readouterr().out) == {"text": "[bold]ä[/]", "list": [1.5, None]}
+    print_json({"text": "[bold]ä[/]", "list": [1.5, None]}, "data")
+    assert json.loads(capsys.readouterr().out) == {
+        "schema": "cclip-deploy/data/1",
+        "text": "[bold]ä[/]",
+        "list": [1.5, None],
+    }
 
 
 def test_titles_and_progress_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +240,7 @@ def test_a_closed_pipe_ends_the_program_without_a_traceback(tmp_path: Path) -> N
     done = subprocess.run(
         f"'{PROGRAM}' doctor --json | head -1", shell=True, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.strip() == "["
+    assert done.stdout.strip() == "{"
     assert "Traceback" not in done.stderr
 
 
