@@ -36,7 +36,7 @@ class ParityError(CclipError):
 
 
 class DataError(CclipError):
-    """An input file is invalid or unreadable."""
+    """An input file is missing, invalid or unreadable, whatever it is: image, bundle, checkpoint, recipe or profile."""
 
     exit_code = 6
 

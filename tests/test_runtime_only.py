@@ -86,7 +86,7 @@ def test_what_needs_more_is_an_error_that_names_the_extra(tiny_bundle_path: Path
 def test_its_doctor_says_that_bundles_run_and_export_does_not() -> None:
     done = run("doctor", "--json")
     assert done.returncode == 0
-    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["onnxruntime"]["status"] == "ok"
     assert checks["torch"]["status"] == "missing"
     assert checks["torch"]["remedy"] == "pip install 'cclip-deploy[export]'"

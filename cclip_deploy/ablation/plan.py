@@ -100,7 +100,12 @@ class AblationPlan(StrictModel):
 
 
 def read_plan(path: Path, data: Path | None = None) -> AblationPlan:
-    """Read a plan, and replace its data set by `data` if given; raise UsageError if it is invalid."""
+    """Read a plan, and replace its data set by `data` if given.
+
+    Raises:
+        DataError: the plan does not exist.
+        UsageError: the plan is invalid.
+    """
     plan = read_toml(path, AblationPlan, f"There is no plan {path}. training/ablations/ has examples.")
     if data is None:
         return plan

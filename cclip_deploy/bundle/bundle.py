@@ -277,6 +277,10 @@ def _seal(folder: Path, edited: Bundle | None = None) -> None:
     (folder / SUMS).write_text(format_sums(sums), encoding="utf-8")
 
 
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
+"""File names that a command for bundles is given by mistake; a bundle is never proposed to be written there."""
+
+
 def _is_link_to(old: Path, new: Path) -> bool:
     return old.exists() and old.samefile(new)
 
@@ -292,6 +296,9 @@ def _sums_of(path: Path) -> bytes | None:
 def _open(path: Path) -> Bundle:
     if not path.is_dir():
         restore_folder(path)
+    if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES:
+        what = f"{path} is a file, not a bundle" if path.is_file() else f"There is no bundle at {path}"
+        raise BundleError(f"{what}. Export a bundle first: cclip-deploy export CHECKPOINT -o {path.stem}.cclip")
     if not path.is_dir():
         raise BundleError(f"There is no bundle at {path}. Export one: cclip-deploy export CHECKPOINT -o {path}")
     if not (path / SUMS).is_file() or not (path / MANIFEST).is_file():

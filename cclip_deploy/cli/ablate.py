@@ -38,7 +38,7 @@ def ablate(
         ablation = run(read_plan(plan, data), folder, jobs, on_progress)
         write_report(folder, ablation, command_line())
     if json:
-        print_json(to_dict(ablation, command_line()))
+        print_json(to_dict(ablation, command_line()), "ablate")
         return
     for part in tables(ablation):
         shown = table(part.heading, *part.columns)

@@ -60,7 +60,7 @@ def bench(
     if report is not None:
         save_page(bench_page(result), report)
     if json:
-        print_json(result)
+        print_json(result, "bench")
         return
     for section in bench_sections(result):
         print_section(section)

@@ -42,7 +42,9 @@ def build_engine(
     evaluation_pictures: Annotated[int, typer.Option(help="Maximum number of evaluation images.", min=1)] = 64,
     data_sets: options.DataSets = options.DATA_SETS,
     allow_few: Annotated[bool, typer.Option(help="Allow calibration with fewer than 8 images.")] = False,
-    calibration_cache: Annotated[bool, typer.Option(help="Cache calibration ranges between runs.")] = True,
+    calibration_cache: Annotated[
+        bool, typer.Option(help="Cache calibration ranges between runs, as by default.", show_default=False)
+    ] = True,
     tuned: Annotated[
         Path | None,
         typer.Option(help="Profile of tune-precision: precision, high-precision blocks, calibration method."),
@@ -105,10 +107,8 @@ def build_engine(
     record = _calibration_record(bundle, precision) if calibrating else None
     if json:
         engines = [entry.model_dump() for entry in entries]
-        print_json({
-            "bundle": str(bundle), "engines": engines, "mask_agreement": agreement,
-            "calibration": record and record.facts(),
-        })  # fmt: skip
+        facts = {"bundle": str(bundle), "engines": engines, "mask_agreement": agreement}
+        print_json({**facts, "calibration": record and record.facts()}, "build-engine")
         return
     _show(bundle, entries)
     for line in record.describe() if record else ():

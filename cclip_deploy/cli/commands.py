@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from rich.text import Text
+from typer import rich_utils
+from typer.core import TyperGroup
 
 from cclip_deploy import __version__
 from cclip_deploy.cli import (
@@ -17,6 +22,7 @@ from cclip_deploy.cli import (
     evaluate,
     export,
     inspect,
+    options,
     predict,
     prompt,
     synth,
@@ -24,16 +30,65 @@ from cclip_deploy.cli import (
     tune_precision,
     verify,
 )
+from cclip_deploy.cli.console import print_json_error, reports_errors, set_verbosity, start_output
+from cclip_deploy.errors import UsageError
+
+ParseError: Any = typer.BadParameter.__base__
+"""Class of all errors in a command line, which Typer does not export."""
 
 HELP = "Deploy CausalCLIPSeg checkpoints to ONNX Runtime, OpenVINO and TensorRT, verified against PyTorch."
 
+
+class _FoldedNames(rich_utils.OptionHighlighter):
+    """Highlighter of option names that wraps a name which is too long for its column instead of cutting it."""
+
+    def __call__(self, text: str | Text) -> Text:
+        highlighted = super().__call__(text)
+        highlighted.overflow = "fold"
+        return highlighted
+
+
+class _FoldedNegativeNames(_FoldedNames, rich_utils.NegativeOptionHighlighter):
+    """The same for the names that switch an option off."""
+
+
+rich_utils.highlighter, rich_utils.negative_highlighter = _FoldedNames(), _FoldedNegativeNames()
+
+
+class _Commands(TyperGroup):
+    """Group of commands; with --json, a command line that cannot be parsed is reported as JSON, too."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        given = list(args)
+        start_output()
+        with _parse_errors_as_json("--json" in given):
+            context = super().make_context(info_name, args, *rest, **extra)
+            context.meta["json"] = "--json" in given
+            return context
+
+    def invoke(self, ctx: Any) -> Any:
+        with _parse_errors_as_json(ctx.meta["json"]):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _parse_errors_as_json(requested: bool) -> Iterator[None]:
+    try:
+        yield
+    except ParseError as error:
+        if requested:
+            print_json_error(UsageError.__name__, error.format_message(), error.exit_code)
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="cclip-deploy",
     help=HELP,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -44,26 +99,43 @@ def _show_version(requested: bool) -> None:
 
 
 @app.callback(help=HELP)
+@reports_errors
 def cclip_deploy(
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option("--version", "-V", help="Print the version and exit.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
     """Handle the options given before a command."""
+    set_verbosity(quiet, verbose)
 
 
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("ablate")(ablate.ablate)
-app.command("export")(export.export)
-app.command("build-engine")(build_engine.build_engine)
-app.command("tune-precision")(tune_precision.tune_precision)
-app.command("verify")(verify.verify)
-app.command("bench")(bench.bench)
-app.command("predict")(predict.predict)
-app.command("inspect")(inspect.inspect)
-app.command("doctor")(doctor.doctor)
-app.command("data")(data.data)
-app.command("prompt")(prompt.prompt)
-app.command("synth")(synth.synth)
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Start here": {"demo": demo.demo, "doctor": doctor.doctor},
+    "Deploy": {
+        "export": export.export,
+        "tune-precision": tune_precision.tune_precision,
+        "build-engine": build_engine.build_engine,
+        "predict": predict.predict,
+    },
+    "Check": {
+        "inspect": inspect.inspect,
+        "verify": verify.verify,
+        "bench": bench.bench,
+        "evaluate": evaluate.evaluate,
+    },
+    "Data and training": {
+        "data": data.data,
+        "synth": synth.synth,
+        "prompt": prompt.prompt,
+        "train": train.train,
+        "ablate": ablate.ablate,
+    },
+}
+"""Commands by the panel of the help that lists them."""
+
+for panel, commands in COMMANDS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(options.with_verbosity(command))

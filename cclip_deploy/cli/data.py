@@ -29,7 +29,7 @@ def data(
         data_set = read_data_set(folder, data_sets.layout, data_sets.subject, data_sets.allow_outside)
         report = report_data_set(data_set, *tokenizer.open(), report_every(on_progress, "Mask"))
     if json:
-        print_json(report.to_dict())
+        print_json(report.to_dict(), "data")
     else:
         shown = table(f"{folder}, layout {report.layout}", "", *(f"{split} " for split in report.splits))
         for name, values in report.table_rows():

@@ -25,7 +25,7 @@ def demo(
     with progress(quiet=json) as on_progress:
         facts = run_demo(output, DemoOptions(threads=threads), command_line(), on_progress)
     if json:
-        print_json(facts.to_dict())
+        print_json(facts.to_dict(), "demo")
         return
     shown = table(f"cclip-deploy demo, {facts.total_seconds:.0f} s", "stage", "what", "value", "target", "met")
     for row in facts.rows():

@@ -27,7 +27,7 @@ def doctor(
 
     checks = diagnose(deep)
     if json:
-        print_json([check.to_dict() for check in checks])
+        print_json({"checks": [check.to_dict() for check in checks]}, "doctor")
     else:
         show(checks)
     if blockers(checks):

@@ -74,7 +74,7 @@ def evaluate(
         if folder is not None:
             fill_report(folder, result)
     if json:
-        print_json(result.to_dict())
+        print_json(result.to_dict(), "evaluate")
     else:
         _show(result, output)
     if result.measurements.failed:

@@ -25,8 +25,10 @@ def export(
         typer.Option("--plain/--deploy-form", help="One graph in the published order of operations."),
     ] = False,
     batch: Annotated[int, typer.Option(help="Batch size of the plain graph, which is static.")] = 1,
-    with_masks: Annotated[bool, typer.Option(help="Output the causal masks, too.")] = False,
-    with_confounding: Annotated[bool, typer.Option(help="Output the confounding features, too.")] = False,
+    with_masks: Annotated[bool, typer.Option(help="Output the causal masks, too.", show_default=False)] = False,
+    with_confounding: Annotated[
+        bool, typer.Option(help="Output the confounding features, too.", show_default=False)
+    ] = False,
     reference_image: Annotated[
         list[Path] | None, typer.Option(help="Image to record reference outputs for; may be repeated.")
     ] = None,
@@ -53,7 +55,7 @@ def export(
     worst = {n: max(c.value for c in exported.checks if c.graph == n and c.metric == "relative_error") for n in graphs}
     if json:
         rows = {name: {"multiply_adds": e.multiply_adds, "relative_error": worst[name]} for name, e in graphs.items()}
-        print_json({"bundle": str(output), "tensors_dropped": exported.tensors_dropped, "graphs": rows})
+        print_json({"bundle": str(output), "tensors_dropped": exported.tensors_dropped, "graphs": rows}, "export")
         return
     shown = table(f"{output}, compared with PyTorch", "graph", "multiply-adds ", "size ", "relative error ")
     for name, entry in graphs.items():

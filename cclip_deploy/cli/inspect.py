@@ -18,7 +18,7 @@ def inspect(bundle: options.Bundle, json: options.Json = False) -> None:
         on_progress("Verifying checksums")
         facts = describe_bundle(bundle)
     if json:
-        print_json(facts)
+        print_json(facts, "inspect")
         return
     shown = table(f"{bundle}: {facts['summary']}", "graph", "inputs", "outputs", "multiply-adds ", "size ", "SHA-256")
     for name, graph in facts["graphs"].items():

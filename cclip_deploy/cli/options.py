@@ -5,16 +5,19 @@ A dataclass is an option group: `expand_groups` turns a parameter of that type i
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from cclip_deploy.bundle import precision
+from cclip_deploy.cli.console import reports_errors, set_verbosity
 from cclip_deploy.common.limits import MAX_THREADS
 
 if TYPE_CHECKING:
@@ -27,7 +30,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 Bundle = Annotated[Path, typer.Argument(help="Bundle folder, as written by export.", show_default=False)]
 Repair = Annotated[bool, typer.Option(help="Correct typing errors in prompts, as training and evaluation do.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+OUTPUT_PANEL = "Output"
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=OUTPUT_PANEL),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no progress, only results.", rich_help_panel=OUTPUT_PANEL)
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print a line for each item.", rich_help_panel=OUTPUT_PANEL)
+]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads. If no default is shown, the runtime chooses.", min=1, max=MAX_THREADS)
 ]
@@ -146,6 +159,8 @@ class Calibration:
 
 
 RUNTIME, DATA_SETS, TOKENIZER, CALIBRATION = Runtime(), DataSets(), Tokenizer(), Calibration()
+PANELS = {Runtime: "Backend", DataSets: "Data set", Tokenizer: "Tokenizer", Calibration: "Calibration"}
+"""Heading of each option group in the help."""
 
 
 def expand_groups(command: Command) -> Command:
@@ -164,11 +179,13 @@ def expand_groups(command: Command) -> Command:
         types = get_type_hints(hint, include_extras=True)
         parameters += [
             inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, annotation=types[field.name],
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=_with(types[field.name], rich_help_panel=PANELS[hint]),
                 default=getattr(parameter.default, field.name),
             )
             for field in fields(hint)
-        ]  # fmt: skip
+        ]
 
     @functools.wraps(command)
     def expanded(**values: Any) -> Any:
@@ -179,3 +196,52 @@ def expand_groups(command: Command) -> Command:
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return expanded  # type: ignore[return-value]
+
+
+def with_verbosity(command: Command) -> Command:
+    """Add the options -q and -v to a command; they are also accepted before it.
+
+    The types in the help are shortened, so that names of options are complete in a terminal of 80 columns.
+    """
+    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=_with_short_type(hints[name]), kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in signature.parameters.items()
+    ]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=_with_short_type(annotation), default=False)
+        for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
+    ]
+
+    @functools.wraps(command)
+    @reports_errors
+    def with_options(quiet: bool, verbose: bool, **values: Any) -> Any:
+        if quiet or verbose:
+            set_verbosity(quiet, verbose)
+        return command(**values)
+
+    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options  # type: ignore[return-value]
+
+
+_SHORT_TYPES = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def _with_short_type(annotation: Any) -> Any:
+    """Return an annotated type whose option has a short type in the help; choices are listed in full."""
+    kind = get_args(annotation)[0]
+    inner = (kind, *get_args(kind), *(part for argument in get_args(kind) for part in get_args(argument)))
+    plain = next((part for part in inner if isinstance(part, type) and part in _SHORT_TYPES), None)
+    return annotation if plain is None else _with(annotation, metavar=_SHORT_TYPES[plain])
+
+
+def _with(annotation: Any, **settings: str) -> Any:
+    """Return an annotated type whose option has other settings, except for those that it has already."""
+    kind, *metadata = get_args(annotation)
+    options = [copy.copy(item) for item in metadata]
+    for option in options:
+        for name, value in settings.items():
+            if isinstance(option, OptionInfo) and getattr(option, name) is None:
+                setattr(option, name, value)
+    return Annotated[(kind, *options)]

@@ -10,7 +10,7 @@ import typer
 
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.cli import options
-from cclip_deploy.cli.console import image_progress, print_json, reports_errors, stdout, table
+from cclip_deploy.cli.console import Verbosity, image_progress, print_json, reports_errors, stdout, table, verbosity
 from cclip_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cclip_deploy.inference.prediction import Predictions
     from cclip_deploy.inference.segmenter import Segmenter
 
-SCHEMA = "cclip-deploy/predict/1"
 MOST_ROWS = 20
 """Masks up to which the table is printed without --verbose."""
 
@@ -52,9 +51,6 @@ def predict(
     ] = None,
     precision: options.Precision = Precision.FP32,
     runtime: options.Runtime = options.RUNTIME,
-    verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help=f"Print a line for each image, and more than {MOST_ROWS} masks.")
-    ] = False,
     json: options.Json = False,
 ) -> None:
     """Segment images by text prompts: write [bold]masks and probability maps[/] at the original image size.
@@ -79,6 +75,7 @@ def predict(
 
     chosen = PredictOptions(threshold, force, None, repair, _listed(outputs), _listed(index))
     chosen.check()
+    verbose = verbosity() is Verbosity.VERBOSE
     loaded = Segmenter.load(opened, runtime.config(), precision, prompt_cache=prompt_cache)
     with loaded as segmenter, image_progress(quiet=json, lines=verbose) as on_image:
         explainer = _open_explainer(opened, segmenter, checkpoint) if explain else None
@@ -86,7 +83,7 @@ def predict(
         ran = report_run(segmenter.opened, opened)
     written = index_paths(output, chosen.index)
     if json:
-        print_json({"schema": SCHEMA, **found.to_dict(), "index": list(map(str, written)), "ran": ran.to_dict()})
+        print_json({**found.to_dict(), "index": list(map(str, written)), "ran": ran.to_dict()}, "predict")
     else:
         _print_masks(found, verbose)
         stdout.print(found.prompt_counts.describe())

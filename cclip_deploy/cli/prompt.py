@@ -23,7 +23,7 @@ def prompt(
 
     facts = describe_prompt(text, *tokenizer.open(), repair)
     if json:
-        print_json(facts)
+        print_json(facts, "prompt")
         return
     shown = table("Prompt", "", "value")
     shown.add_row("text", facts["text"])

@@ -64,7 +64,7 @@ def synth(
             test_rho=test_rho, on_progress=report_every(on_progress, "Image"),
         )  # fmt: skip
     if json:
-        print_json({"folder": str(output), "layout": layout, "films": counts, "seed": seed})
+        print_json({"folder": str(output), "layout": layout, "films": counts, "seed": seed}, "synth")
         return
     splits = ", ".join(f"{count} {split}" for split, count in counts.items())
     stdout.print(f"{output}: {images} images ({splits}), layout {layout}", markup=False)

@@ -49,7 +49,7 @@ def train(
             RunOptions(resume, dry_run=dry_run), on_progress,
         )  # fmt: skip
     if report.rank == 0:
-        print_json(_to_json(report)) if json else _show(report)
+        print_json(_to_json(report), "train") if json else _show(report)
 
 
 def _step_reporter(on_progress: Callable[[str], None]) -> Callable[[TrainProgress], None]:

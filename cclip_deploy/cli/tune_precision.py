@@ -63,7 +63,7 @@ def tune_precision(
     if picture:
         draw_pareto_front(profile, picture)
     if json:
-        print_json(profile.model_dump(mode="json"))
+        print_json(profile.model_dump(mode="json"), "tune-precision")
         return
     _show(profile)
     stdout.print(f"{output}: cclip-deploy build-engine {bundle} --tuned {output} --calibration …", markup=False)

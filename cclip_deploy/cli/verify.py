@@ -43,7 +43,7 @@ def verify(
         result = verify_bundle(Bundle.open(bundle), chosen, on_progress)
     notes = [*(p.describe() for p in prompts if p.repairs), *result.notes]
     if json:
-        print_json({**result.to_dict(), "notes": notes})
+        print_json({**result.to_dict(), "notes": notes}, "verify")
     else:
         _show(str(bundle), result.checks)
         for row in result.not_verified:

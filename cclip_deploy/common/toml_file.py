@@ -32,15 +32,16 @@ def read_toml(
     Args:
         path: file to read.
         model: what it is validated as.
-        missing: message of the UsageError if the file does not exist.
+        missing: message of the DataError if the file does not exist.
         remedy: sentence that is added to the message if a key is wrong.
         overrides: values that replace those of the file before it is validated.
 
     Raises:
-        UsageError: the file does not exist, is not TOML, or has an unknown, missing or invalid key.
+        DataError: the file does not exist.
+        UsageError: the file is not TOML, or has an unknown, missing or invalid key.
     """
     if missing and not _exists(path):
-        raise UsageError(missing)
+        raise DataError(missing)
     values = read_document(path, UsageError)
     try:
         return model.model_validate(values | dict(overrides or {}))

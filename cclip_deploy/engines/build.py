@@ -22,7 +22,7 @@ from cclip_deploy.runtime.tensorrt.binding import BindingName, check_targets, lo
 from cclip_deploy.runtime.tensorrt.builder import BuiltEngine, EngineOptions, build_engine
 from cclip_deploy.runtime.tensorrt.device import GpuInterface
 from cclip_deploy.runtime.tensorrt.open_device import open_gpu
-from cclip_deploy.runtime.tensorrt.settings import EngineSettings, engine_target, is_rtx
+from cclip_deploy.runtime.tensorrt.settings import EngineSettings, check_buildable, engine_target, is_rtx
 from cclip_deploy.verify.engine_proof import proof_record
 
 SERVED = CHAIN
@@ -74,6 +74,7 @@ def build_engines(bundle: Bundle, options: BuildOptions, on_progress: Progress =
     check_targets(options.precision, options.settings.compute_capabilities)
     _check_plan(bundle, options)
     binding = load_binding(options.backend)
+    check_buildable(options.settings.compute_capabilities, binding)
     own_gpu = None if is_rtx(binding) else _own_gpu(options)
     wanted = ConvertOptions(
         options.precision, options.graphs, options.calibration, options.keep, options.io, options.threads

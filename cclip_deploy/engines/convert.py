@@ -65,6 +65,7 @@ def convert_graphs(bundle: Bundle, options: ConvertOptions, folder: Path, on_pro
     if options.precision == "fp32":
         raise UsageError("FP32 graphs have FP32 inputs and outputs; --io fp16 requires a lower precision.")
     _require_onnx(options.precision)
+    _check_keep(bundle, options)
     work = _Work(bundle, options, folder, on_progress)
     for name in options.graphs:
         work.add(name)
@@ -148,11 +149,25 @@ class _Work:
                 f"Nothing in {', '.join(self.precisions)} can be quantized. Name image_encoder too, or build in "
                 f"{Precision(precision).rest}."
             )
-        if unknown := sorted(set(self.options.keep) - self.found):
-            raise UsageError(
-                f"No graph that is converted has a convolution, product or block named {', '.join(map(repr, unknown))},"
-                " so it cannot stay in a higher precision."
-            )
+        _check_found(self.options.keep, self.found)
+
+
+def _check_keep(bundle: Bundle, options: ConvertOptions) -> None:
+    """Check the names in `keep` against the FP32 graphs, before anything is calibrated or converted."""
+    from cclip_deploy.graph.precision.convert import matching
+
+    if options.keep:
+        _check_found(
+            options.keep, {name for g in options.graphs for name in matching(load_model(bundle, g), options.keep)}
+        )
+
+
+def _check_found(keep: tuple[str, ...], found: set[str]) -> None:
+    if unknown := sorted(set(keep) - found):
+        raise UsageError(
+            f"No graph that is converted has a convolution, product or block named {', '.join(map(repr, unknown))},"
+            " so it cannot stay in a higher precision."
+        )
 
 
 def _check_options(options: ConvertOptions) -> None:

@@ -92,6 +92,6 @@ class EngineProfile(StrictModel):
 
 
 def read_profile(path: Path) -> EngineProfile:
-    """Read a profile; raise UsageError that names an unknown, missing or invalid key."""
+    """Read a profile; raise DataError if there is none, or UsageError that names an unknown, missing or invalid key."""
     absent = f"There is no engine profile {path}. Examples are in engines/profiles/."
     return read_toml(path, EngineProfile, absent)

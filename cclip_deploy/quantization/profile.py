@@ -126,7 +126,7 @@ class TunedProfile(StrictModel):
 
 
 def read_tuned_profile(path: Path) -> TunedProfile:
-    """Read a profile; raise UsageError that names an unknown, missing or invalid key."""
+    """Read a profile; raise DataError if there is none, or UsageError that names an unknown, missing or invalid key."""
     absent = f"There is no profile {path}. Make one: cclip-deploy tune-precision BUNDLE -o {path}"
     return read_toml(path, TunedProfile, absent, " Run tune-precision again.")
 

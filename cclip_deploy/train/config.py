@@ -169,7 +169,8 @@ class TrainConfig(StrictModel):
         """Read a recipe; `data` and `clip_weights` override its own values.
 
         Raises:
-            UsageError: the recipe does not exist or cannot be read, or a key is unknown, out of range or contradictory.
+            DataError: the recipe does not exist.
+            UsageError: the recipe cannot be read, or a key is unknown, out of range or contradictory.
         """
         overrides = {} if clip_weights is None else {"clip_weights": clip_weights}
         remedy = f" The keys are {', '.join(TrainConfig.model_fields)}."

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cclip_deploy.ablation.plan import AblationPlan, read_plan
-from cclip_deploy.errors import UsageError
+from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.train.config import MODES
 
 PLANS = Path(__file__).parents[2] / "training" / "ablations"
@@ -80,5 +80,5 @@ def test_a_plan_that_needs_synthetic_images_cannot_use_a_data_set(tmp_path: Path
 
 
 def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"There is no plan .*none.toml"):
+    with pytest.raises(DataError, match=r"There is no plan .*none.toml"):
         read_plan(tmp_path / "none.toml")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 from cclip_deploy import __version__, errors
 from cclip_deploy.cli import console
-from cclip_deploy.cli.console import command_line, print_json, progress, reports_errors, table
+from cclip_deploy.cli.console import command_line, image_progress, print_json, progress, reports_errors, table
 from cclip_deploy.common.numbers import si
 from tests.cli.run import PROGRAM, interrupt_import, invoke, run
 
@@ -30,6 +34,59 @@ def test_the_installed_program_shows_version_and_commands() -> None:
     helped = run("--help")
     assert helped.returncode == 0
     assert all(command in helped.stdout for command in COMMANDS)
+    assert run("-h").stdout == helped.stdout
+    assert run("-V").stdout == run("--version").stdout
+
+
+def test_completion_scripts_can_be_shown_and_complete_commands() -> None:
+    shell = subprocess.run(["bash", "-c", f"{PROGRAM} --show-completion; true"], capture_output=True, text=True)
+    assert "complete -o default -F _cclip_deploy_completion cclip-deploy" in shell.stdout
+    asked = {"_CCLIP_DEPLOY_COMPLETE": "complete_bash", "COMP_WORDS": "cclip-deploy pre", "COMP_CWORD": "1"}
+    assert run(env=asked).stdout.split() == ["predict"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_cuts_no_name_at_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    shown = invoke(*command.split(), "-h").stdout
+    assert max(map(len, shown.splitlines())) == 80
+    assert "…" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "level"), [("-q prompt x", -1), ("prompt x -q", -1), ("prompt x", 0), ("prompt x -v", 1)]
+)
+def test_verbosity_is_an_option_before_or_after_the_command(arguments: str, level: int) -> None:
+    assert invoke(*arguments.split()).exit_code == 0
+    assert console.verbosity() == level
+    assert invoke("prompt", "x", "-q", "-v").exit_code == 2
+
+
+@pytest.mark.parametrize("show", [progress, image_progress])
+def test_quiet_prints_no_progress(show: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    console.set_verbosity(quiet=True, verbose=False)
+    try:
+        with show(False) as report:
+            report(*((Path("a.png"), 1, 2) if show is image_progress else ("Reading",)))
+    finally:
+        console.set_verbosity(quiet=False, verbose=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_long_path_does_not_change_the_width_of_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(path: str) -> list[str]:
+        terminal = Console(file=io.StringIO(), width=80, force_terminal=True)
+        monkeypatch.setattr(console, "stderr", terminal)
+        with image_progress(False) as report:
+            report(Path(path), 1, 40)
+        assert isinstance(terminal.file, io.StringIO)
+        plain = Text.from_ansi(terminal.file.getvalue()).plain
+        return [line for line in plain.splitlines() if "1 of 40" in line]
+
+    short, long = drawn("a.png"), drawn("folder/" * 40 + "a.png")
+    assert short[-1].index("1 of 40") == long[-1].index("1 of 40")
+    assert max(map(len, long)) <= 80
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -88,16 +145,62 @@ def test_ctrl_c_ends_with_130_and_a_bug_keeps_its_traceback() -> None:
     assert isinstance(done.exception, ZeroDivisionError)
 
 
-def test_errors_leave_standard_output_to_json(tmp_path: Path) -> None:
+def test_with_json_an_error_is_one_document_on_standard_output(tmp_path: Path) -> None:
     done = run("inspect", tmp_path / "none.cclip", "--json")
-    assert (done.returncode, done.stdout) == (6, "")
+    assert done.returncode == 6
+    assert json.loads(done.stdout) == {
+        "schema": "cclip-deploy/error/1",
+        "error": {"type": "BundleError", "message": done.stderr.removeprefix("Error: ").strip(), "exit_code": 6},
+    }
     assert done.stderr.startswith("Error: There is no bundle at ")
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", ["inspect --json", "frobnicate --json", "inspect b --json --abacus", "--json"])
+def test_with_json_a_command_line_that_cannot_be_parsed_is_reported_as_json(arguments: str) -> None:
+    done = invoke(*arguments.split())
+    found = json.loads(done.stdout)
+    assert done.exit_code == 2
+    assert (found["schema"], found["error"]["type"], found["error"]["exit_code"]) == (
+        "cclip-deploy/error/1", "UsageError", 2,
+    )  # fmt: skip
+    assert found["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "inspect none", "predict none a.png --prompt x", "export none.pth -o out", "train none.toml",
+        "ablate none.toml",
+        "data none", "evaluate b none", "prompt x --bundle none", "verify none", "bench none",
+    ],
+)  # fmt: skip
+def test_a_missing_file_ends_with_6_whatever_it_is(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments.split())
+    assert done.exit_code == 6, done.stderr
+    assert "none" in done.stderr
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_checkpoint_in_place_of_a_bundle_is_not_proposed_as_output(exists: bool, tmp_path: Path) -> None:
+    path = tmp_path / "up0.pth"
+    if exists:
+        path.write_bytes(b"x")
+    done = invoke("predict", path, "a.png", "--prompt", "x")
+    assert done.exit_code == 6
+    assert "-o up0.cclip" in done.stderr
+
+
 def test_print_json_writes_one_document(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json({"text": "[bold]ä[/]", "list": [1.5, None]})
-    assert json.loads(capsys.readouterr().out) == {"text": "[bold]ä[/]", "list": [1.5, None]}
+    print_json({"text": "[bold]ä[/]", "list": [1.5, None]}, "data")
+    assert json.loads(capsys.readouterr().out) == {
+        "schema": "cclip-deploy/data/1",
+        "text": "[bold]ä[/]",
+        "list": [1.5, None],
+    }
 
 
 def test_titles_and_progress_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +241,7 @@ def test_a_closed_pipe_ends_the_program_without_a_traceback(tmp_path: Path) -> N
     done = subprocess.run(
         f"'{PROGRAM}' doctor --json | head -1", shell=True, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.strip() == "["
+    assert done.stdout.strip() == "{"
     assert "Traceback" not in done.stderr
 
 

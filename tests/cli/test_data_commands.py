@@ -52,7 +52,7 @@ def test_invalid_options_of_synth_write_nothing(tmp_path: Path, arguments: str, 
 
 def test_a_folder_that_is_not_a_data_set_ends_with_6(tmp_path: Path) -> None:
     done = invoke("data", tmp_path, "--json")
-    assert (done.exit_code, done.stdout) == (6, "")
+    assert (done.exit_code, json.loads(done.stdout)["error"]["type"]) == (6, "DataError")
     assert "none of the layouts" in done.stderr
 
 

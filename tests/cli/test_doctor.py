@@ -36,7 +36,7 @@ def test_json_lists_every_check_with_status_and_remedy(app: typer.Typer, monkeyp
     see([NUMPY, TORCH], monkeypatch)
     done = CliRunner().invoke(app, ["--json"])
     assert done.exit_code == 0
-    assert json.loads(done.stdout)[1] == {
+    assert json.loads(done.stdout)["checks"][1] == {
         "name": "torch",
         "status": "missing",
         "detail": "not installed",

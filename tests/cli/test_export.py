@@ -105,7 +105,7 @@ def test_a_checkpoint_goes_through_export_inspect_verify_and_predict(tiny_checkp
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
-    assert told.keys() == {"bundle", "tensors_dropped", "graphs"}
+    assert told.keys() == {"schema", "bundle", "tensors_dropped", "graphs"}
     assert (told["bundle"], told["tensors_dropped"]) == (str(bundle), 0)
     assert told["graphs"].keys() == {"prompt_encoder", "image_encoder", "mask_decoder", "fused"}
     for graph in told["graphs"].values():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cclip_deploy.errors import UsageError
+from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.train.config import TrainConfig
 
 RECIPES = Path(__file__).parents[2] / "training" / "configs"
@@ -41,5 +41,5 @@ def test_an_invalid_recipe_is_refused_by_key(tmp_path: Path, text: str, words: s
 
 
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no recipe"):
+    with pytest.raises(DataError, match="no recipe"):
         TrainConfig.from_toml(tmp_path / "none.toml")

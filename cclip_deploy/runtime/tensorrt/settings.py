@@ -148,7 +148,8 @@ class TimingCache:
         return TimingCacheUse(self._given_sha256, hashlib.sha256(content).hexdigest())
 
 
-def _set_targets(config: Any, capabilities: tuple[str, ...], binding: ModuleType) -> None:
+def check_buildable(capabilities: tuple[str, ...], binding: ModuleType) -> None:
+    """Raise UsageError where the builder cannot build for one of these compute capabilities."""
     if not capabilities:
         return
     label = " ".join(binding_label(binding))
@@ -158,6 +159,13 @@ def _set_targets(config: Any, capabilities: tuple[str, ...], binding: ModuleType
     unknown = [name for name in capabilities if name not in known]
     if unknown:
         raise UsageError(f"{label} does not build for compute capability {unknown[0]}; it supports {', '.join(known)}.")
+
+
+def _set_targets(config: Any, capabilities: tuple[str, ...], binding: ModuleType) -> None:
+    check_buildable(capabilities, binding)
+    if not capabilities:
+        return
+    known = rtx_targets(binding)
     config.num_compute_capabilities = len(capabilities)
     for index, name in enumerate(capabilities):
         config.set_compute_capability(known[name], index)
