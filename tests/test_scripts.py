@@ -293,4 +293,4 @@ def test_drawing_without_matplotlib(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{}")
     done = run_without("matplotlib", "benchmarks/draw.py", tmp_path / "result.json")
     assert done.returncode == 3
-    assert "pip install 'cclip-deploy[train]'" in done.stderr
+    assert "pip install 'cclip-deploy[evaluate]'" in done.stderr
