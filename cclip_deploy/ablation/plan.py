@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from cclip_deploy.common.toml_file import StrictModel, faults_of, read_toml
+from cclip_deploy.common.toml_file import StrictModel, faults_of, merge, read_toml
 from cclip_deploy.datasets.synthetic.confounders import CONFOUNDERS, DEFAULT_RHO
 from cclip_deploy.errors import UsageError
 from cclip_deploy.train.config import TrainConfig
@@ -92,11 +91,13 @@ class AblationPlan(StrictModel):
 
     def recipe_of(self, arm: str, setting: int, seed: int) -> TrainConfig:
         """Return the recipe of one training; raise UsageError naming an invalid key."""
-        changed = _merge(_merge(self.recipe, self.arms[arm].recipe), self.settings_of(arm)[setting])
+        changed = merge(merge(self.recipe, self.arms[arm].recipe), self.settings_of(arm)[setting])
         try:
             return TrainConfig.model_validate({**changed, "seed": seed})
         except ValidationError as error:
-            raise UsageError(f"The recipe of arm {arm}, setting {setting + 1}: {faults_of(error)}.") from error
+            raise UsageError(
+                f"The recipe of arm {arm}, setting {setting + 1}: {faults_of(error, TrainConfig)}."
+            ) from error
 
 
 def read_plan(path: Path, data: Path | None = None) -> AblationPlan:
@@ -109,17 +110,8 @@ def read_plan(path: Path, data: Path | None = None) -> AblationPlan:
     plan = read_toml(path, AblationPlan, f"There is no plan {path}. training/ablations/ has examples.")
     if data is None:
         return plan
-    elsewhere = {"films": None, "recipe": _merge(plan.recipe, {"data": {"folder": str(data)}})}
+    elsewhere = {"films": None, "recipe": merge(plan.recipe, {"data": {"folder": str(data)}})}
     try:
         return AblationPlan.model_validate({**plan.model_dump(), **elsewhere})
     except ValidationError as error:
         raise UsageError(f"{path} cannot run on {data}: {error.errors()[0]['msg']}.") from error
-
-
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Changes:
-    """Merge `changes` into `base` recursively."""
-    merged = dict(base)
-    for key, value in changes.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged

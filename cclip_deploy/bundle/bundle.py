@@ -297,8 +297,10 @@ def _open(path: Path) -> Bundle:
     if not path.is_dir():
         restore_folder(path)
     if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES:
-        what = f"{path} is a file, not a bundle" if path.is_file() else f"There is no bundle at {path}"
-        raise BundleError(f"{what}. Export a bundle first: cclip-deploy export CHECKPOINT -o {path.stem}.cclip")
+        reason = ": it is a file" if path.is_file() else ""
+        raise BundleError(
+            f"There is no bundle at {path}{reason}. Export one: cclip-deploy export CHECKPOINT -o {path.stem}.cclip"
+        )
     if not path.is_dir():
         raise BundleError(f"There is no bundle at {path}. Export one: cclip-deploy export CHECKPOINT -o {path}")
     if not (path / SUMS).is_file() or not (path / MANIFEST).is_file():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +28,11 @@ def train(
         Path | None, typer.Option("-o", "--output", help="Output folder of the run. Default: runs/RECIPE.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Epochs, in place of the recipe's.", min=1)] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Recipe key to change, as in --set game.masker_steps=2; may be repeated."),
+    ] = None,
     clip_weights: Annotated[
         str | None, typer.Option(help="Initial weights of the towers: open_clip's name of RN101 weights, or a file.")
     ] = None,
@@ -36,11 +43,13 @@ def train(
     json: options.Json = False,
 ) -> None:
     """Train a network by a [bold]recipe[/]; write the last and the best checkpoint, logs and a record of the run."""
+    from cclip_deploy.common.toml_file import parse_settings
     from cclip_deploy.train.config import TrainConfig
     from cclip_deploy.train.run import RunOptions, find_data
     from cclip_deploy.train.run import train as run
 
-    config = TrainConfig.from_toml(recipe, data, clip_weights)
+    changes = parse_settings([*(set_ or ()), *([f"epochs={epochs}"] if epochs else ())])
+    config = TrainConfig.from_toml(recipe, data, clip_weights, changes)
     if allow_outside:
         config = config.model_copy(update={"data": config.data.model_copy(update={"allow_outside": True})})
     with progress(quiet=json) as on_progress:
@@ -53,10 +62,17 @@ def train(
 
 
 def _step_reporter(on_progress: Callable[[str], None]) -> Callable[[TrainProgress], None]:
+    started, first = time.monotonic(), 0
+
     def report(p: TrainProgress) -> None:
+        nonlocal started, first
+        if not first:
+            started, first = time.monotonic(), p.step
         if p.step % 10 == 0 or p.step == p.steps:
             dice = "" if p.dice is None else f", Dice {p.dice:.3f}"
-            on_progress(f"Epoch {p.epoch}, step {p.step} of {p.steps}, loss {p.loss:.3f}{dice}, {p.elapsed_s:.0f} s")
+            pace_s = (time.monotonic() - started) / max(p.step - first, 1)
+            left = f", {timedelta(seconds=round(pace_s * (p.steps - p.step)))} left" if p.step > first else ""
+            on_progress(f"Epoch {p.epoch}, step {p.step} of {p.steps}, loss {p.loss:.3f}{dice}{left}")
 
     return report
 

@@ -19,7 +19,7 @@ INK, QUIET, GRAY, LINE, GRID = "#16202A", "#5B6875", "#8A949E", "#C3C8CE", "#EEF
 
 def require_matplotlib(what: str) -> None:
     """Raise EnvironmentIssue if matplotlib is missing; the message starts with `what`, such as "A plot"."""
-    require_packages(what, ("matplotlib",), "train")
+    require_packages(what, ("matplotlib",), "evaluate")
 
 
 def save_figure(figure: Figure, path: Path, dpi: float | None = None) -> None:

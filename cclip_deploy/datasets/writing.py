@@ -173,7 +173,7 @@ def _write_xlsx(path: Path, described: Sequence[tuple[str, str]]) -> None:
         import openpyxl  # type: ignore[import-untyped]
     except ImportError as error:
         raise EnvironmentIssue(
-            "Writing Excel tables needs openpyxl. Install it: pip install 'cclip-deploy[train]'"
+            "Writing Excel tables needs openpyxl. Install it: pip install 'cclip-deploy[evaluate]'"
         ) from error
     book = openpyxl.Workbook()
     for row in (DESCRIBED, *described):

@@ -184,6 +184,6 @@ def student_quantile(degrees_of_freedom: int) -> float:
         from scipy.special import stdtrit
     except ImportError as error:
         raise EnvironmentIssue(
-            f"Intervals need scipy ({error}). Install it: pip install 'cclip-deploy[train]'"
+            f"Intervals need scipy ({error}). Install it: pip install 'cclip-deploy[evaluate]'"
         ) from error
     return float(stdtrit(degrees_of_freedom, (1 + CONFIDENCE) / 2))

@@ -85,7 +85,7 @@ def measure_boundary(
         from scipy.ndimage import distance_transform_edt
     except ImportError as error:
         raise EnvironmentIssue(
-            f"Boundary distances need scipy ({error}). Install it: pip install 'cclip-deploy[train]'"
+            f"Boundary distances need scipy ({error}). Install it: pip install 'cclip-deploy[evaluate]'"
         ) from error
     window = _window(predicted | reference)
     one, other = _boundary_pixels(predicted[window]), _boundary_pixels(reference[window])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
 from torch import Tensor
 
@@ -15,6 +19,8 @@ from cclip_deploy.model.network import CausalCLIPSeg
 from cclip_deploy.model.published import image_tower_name, list_names
 
 ARCHITECTURE = "RN101-quickgelu"
+LONGEST_WAIT_S = 4.0
+CACHED_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 # The residual around the attention pool, which CLIP does not have.
 RESIDUAL = "image_tower.attnpool.connect."
 # Used in training only, and absent from old files.
@@ -64,20 +70,74 @@ def load_clip_weights(model: CausalCLIPSeg, source: str) -> ClipStart:
     return ClipStart(tuple(renamed), missing)
 
 
+def check_clip_source(source: str) -> None:
+    """Check within five seconds that weights can be read or downloaded, before any other work.
+
+    Raises:
+        CheckpointError: the source is neither a file nor a name of open_clip.
+        EnvironmentIssue: the weights are not in open_clip's cache, and their server cannot be reached.
+    """
+    if source not in _names():
+        _require_file(source)
+        return
+    address = huggingface_hub.constants.ENDPOINT
+    if _is_cached(source) or _answers(address):
+        return
+    raise EnvironmentIssue(
+        f"{ARCHITECTURE} {source!r} is not in the cache, and {address} could not be reached within "
+        f"{LONGEST_WAIT_S:.0f} s. Download the weights elsewhere and give the file: --clip-weights FILE."
+    )
+
+
+def _is_cached(name: str) -> bool:
+    repository = open_clip.pretrained.get_pretrained_cfg(ARCHITECTURE, name)["hf_hub"].rstrip("/")
+    found = (huggingface_hub.try_to_load_from_cache(repository, file) for file in CACHED_FILES)
+    return any(isinstance(path, str) for path in found)
+
+
+def _answers(address: str) -> bool:
+    """Return whether a server answers in time; in a thread, because looking up its name has no time limit."""
+    answered = threading.Event()
+
+    def request() -> None:
+        try:
+            urllib.request.urlopen(address, timeout=LONGEST_WAIT_S).close()
+            answered.set()
+        except urllib.error.HTTPError:
+            answered.set()
+        except (OSError, ValueError):
+            pass
+        finally:
+            finished.set()
+
+    finished = threading.Event()
+    threading.Thread(target=request, daemon=True).start()
+    finished.wait(LONGEST_WAIT_S)
+    return answered.is_set()
+
+
+def _names() -> list[str]:
+    return open_clip.list_pretrained_tags_by_model(ARCHITECTURE)  # type: ignore[no-any-return]
+
+
+def _require_file(source: str) -> Path:
+    path = Path(source)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{source!r} is neither a file nor one of open_clip's weights for {ARCHITECTURE}: {_names()}."
+        )
+    return path
+
+
 def _read_clip(source: str) -> Mapping[str, Tensor]:
-    names = open_clip.list_pretrained_tags_by_model(ARCHITECTURE)
-    if source in names:
+    if source in _names():
         try:
             return open_clip.create_model(ARCHITECTURE, pretrained=source).state_dict()  # type: ignore[no-any-return]
         except (OSError, RuntimeError) as error:
             raise EnvironmentIssue(
                 f"open_clip could not fetch {ARCHITECTURE} {source!r}: {error}. Download the file and give its path."
             ) from error
-    path = Path(source)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{source!r} is neither a file nor one of open_clip's weights for {ARCHITECTURE}: {names}."
-        )
+    path = _require_file(source)
     tensors = read_tensors(path)
     if not any(name.startswith("visual.") for name in tensors):
         raise CheckpointError(f"{source} is not a CLIP network (no tensor is named visual.…).")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -165,14 +167,19 @@ class TrainConfig(StrictModel):
         return InputForm(self.image_hw, self.prompt_length)
 
     @staticmethod
-    def from_toml(path: Path, data: Path | None = None, clip_weights: str | None = None) -> TrainConfig:
-        """Read a recipe; `data` and `clip_weights` override its own values.
+    def from_toml(
+        path: Path,
+        data: Path | None = None,
+        clip_weights: str | None = None,
+        changes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> TrainConfig:
+        """Read a recipe; `data`, `clip_weights` and `changes` (nested, as in the file) override its own values.
 
         Raises:
             DataError: the recipe does not exist.
             UsageError: the recipe cannot be read, or a key is unknown, out of range or contradictory.
         """
-        overrides = {} if clip_weights is None else {"clip_weights": clip_weights}
+        overrides = dict(changes) if clip_weights is None else {**changes, "clip_weights": clip_weights}
         remedy = f" The keys are {', '.join(TrainConfig.model_fields)}."
         config = read_toml(path, TrainConfig, f"There is no recipe {path}. Check the path.", remedy, overrides)
         if data is None:

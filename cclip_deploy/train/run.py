@@ -101,6 +101,10 @@ def train(
         EnvironmentIssue: a package or device is missing, or the disk is full; earlier files are kept.
     """
     require_training_packages()
+    if config.clip_weights is not None:
+        from cclip_deploy.model.clip_start import check_clip_source
+
+        check_clip_source(config.clip_weights)
     if options.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             shortened = config.model_copy(update={"epochs": 1})

@@ -85,8 +85,8 @@ class Identity:
         """Return the identity of a recipe and splits; `data` has a `training_set.data_fingerprint` per split."""
         return Identity(config.model_dump(mode="json"), data)
 
-    def differences(self, other: Identity) -> list[str]:
-        """Describe how the current identity `other` differs from this saved one."""
+    def differences(self, other: Identity, more_epochs: bool = False) -> list[str]:
+        """Describe how the current identity `other`, which may have `more_epochs`, differs from this saved one."""
         now, then = (
             OLDER_VERSIONS | dict(_flatten({**identity.recipe, "data set": identity.data}))
             for identity in (other, self)
@@ -95,7 +95,9 @@ class Identity:
         return [
             f"{key} ({_shorten(then.get(key))} then, {_shorten(now.get(key))} now)"
             for key in dict.fromkeys([*then, *now])
-            if then.get(key) != now.get(key) and not key.startswith((*MAY_DIFFER, *unused))
+            if then.get(key) != now.get(key)
+            and not key.startswith((*MAY_DIFFER, *unused))
+            and not (more_epochs and key == "epochs" and then[key] < now[key])
         ]
 
 
@@ -132,7 +134,7 @@ def load_state(folder: Path, state: TrainState, identity: Identity) -> TrainingP
     path = folder / STATE
     saved = _read(path)
     try:
-        differing = Identity(**json.loads(saved["identity"])).differences(identity)
+        differing = Identity(**json.loads(saved["identity"])).differences(identity, more_epochs=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     if differing:

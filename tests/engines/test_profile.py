@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cclip_deploy.engines.profile import read_profile
-from cclip_deploy.errors import UsageError
+from cclip_deploy.errors import DataError, UsageError
 from cclip_deploy.inference.graph_chain import PROMPTS_AT_ONCE
 
 PROFILES = sorted((Path(__file__).parents[2] / "engines" / "profiles").glob("*.toml"))
@@ -47,7 +47,7 @@ def test_a_profile_becomes_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BASE + "[builder]\nworkspace = 3\n", "builder.workspace: extra inputs"),
+        (BASE + "[builder]\nworkspace = 3\n", "builder.workspace: unknown key"),
         (BASE.replace("fp16", "fp4"), "precision: input should be"),
         (BASE + "[run]\nlanes = 0\n", "run.lanes: input should be greater"),
         ('name = "x"\n', "why: field required; backend: field required"),
@@ -59,7 +59,7 @@ def test_a_mistake_is_named(text: str, message: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
         read_profile(path)
-    with pytest.raises(UsageError, match="no engine profile"):
+    with pytest.raises(DataError, match="no engine profile"):
         read_profile(tmp_path / "other.toml")
 
 

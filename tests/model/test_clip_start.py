@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
+import time
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -12,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cclip_deploy.errors import CheckpointError, EnvironmentIssue
-from cclip_deploy.model.clip_start import load_clip_weights
+from cclip_deploy.model.clip_start import check_clip_source, load_clip_weights
 from cclip_deploy.model.config import TINY
 from cclip_deploy.model.network import CausalCLIPSeg
 from tests.model.open_clip_twin import open_clip_twin
@@ -156,3 +159,31 @@ def test_weights_that_cannot_be_fetched_are_an_environment_issue(
     monkeypatch.setattr(open_clip, "create_model", create_model)
     with pytest.raises(EnvironmentIssue, match=r"could not fetch RN101-quickgelu 'openai': no route to host"):
         load_clip_weights(network, "openai")
+
+
+def test_without_a_network_the_check_names_the_file_option_within_five_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, file: None)
+    started = time.monotonic()
+    with pytest.raises(EnvironmentIssue, match="--clip-weights FILE"):
+        check_clip_source("openai")
+    assert time.monotonic() - started < 5
+    with pytest.raises(CheckpointError, match="neither a file nor"):
+        check_clip_source("openia")
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, file: None)
+        monkeypatch.setattr("cclip_deploy.model.clip_start.LONGEST_WAIT_S", 0.3)
+        with pytest.raises(EnvironmentIssue, match="could not be reached"):
+            check_clip_source("openai")
+
+
+def test_cached_weights_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, file: "/cache/file")
+    check_clip_source("openai")

@@ -23,3 +23,10 @@ def test_a_state_of_an_older_version_resumes_with_its_behavior() -> None:
     as_before = TrainConfig(mode="alternating", game=Game(own_step_statistics=False))
     assert of_older_version(as_before).differences(Identity.of(as_before, {})) == []
     assert Identity.of(now, {}).differences(Identity.of(as_before, {}))
+
+
+def test_a_run_resumes_with_more_epochs_and_not_with_fewer() -> None:
+    shorter, longer = (Identity.of(TrainConfig(epochs=epochs), {}) for epochs in (3, 5))
+    assert shorter.differences(longer, more_epochs=True) == []
+    assert shorter.differences(longer) == ["epochs (3 then, 5 now)"]
+    assert longer.differences(shorter, more_epochs=True) == ["epochs (5 then, 3 now)"]
