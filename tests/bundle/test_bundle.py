@@ -297,7 +297,10 @@ def test_an_edit_gives_no_checksum_to_a_stray_file_and_does_not_delete_it(copy: 
 
 
 def test_a_full_disk_during_an_edit_is_reported(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[object] = []
+
     def no_links(*args: object) -> None:
+        refused.append(args)
         raise OSError(errno.EPERM, "no hard links here")
 
     def full(*args: object) -> None:
@@ -307,6 +310,7 @@ def test_a_full_disk_during_an_edit_is_reported(copy: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "link", no_links)
     with edited_bundle(Bundle.open(copy)) as folder:
         assert digests(folder).items() <= before.items()
+    assert refused
     monkeypatch.setattr(shutil, "copy2", full)
     with pytest.raises(EnvironmentIssue, match="The disk is full"), edited_bundle(Bundle.open(copy)):
         pass

@@ -132,6 +132,7 @@ class FakeContext:
         assert self.profile >= 0, "no optimization profile"
         binding.runs.append(self.engine.graph)
         if len(binding.runs) == binding.fail_at_run:
+            binding.has_failed = True
             binding.logger.log("ILogger.Severity.ERROR", "injected fault")
             return False
         assert self.scratch is not None, "no scratch memory"
@@ -161,7 +162,7 @@ class FakeContext:
 
 class FakeTensorRt:
     """Stands for the module tensorrt_rtx. `most` is the largest dynamic size of each profile; run number `fail_at_run`
-    fails.
+    fails, which sets `has_failed`.
     """
 
     __name__ = "tensorrt_rtx"
@@ -175,6 +176,7 @@ class FakeTensorRt:
         self.most = most
         self.is_capturable = capturable
         self.fail_at_run = fail_at_run
+        self.has_failed = False
         self.contexts: list[FakeContext] = []
         self.strategies: list[str] = []
         self.runs: list[str] = []

@@ -193,6 +193,7 @@ def test_the_stream_works_after_a_failed_capture(bundle: Bundle, inputs: Any, ex
         with pytest.raises(EnvironmentIssue, match=r"prompt_encoder cannot be captured .* injected fault"):
             backend.run("prompt_encoder", inputs["prompt_encoder"])
         agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), expected["prompt_encoder"])
+    assert setup.gpu.has_failed
     assert setup.gpu.leaks() == {}
 
 
@@ -246,6 +247,7 @@ def test_the_message_of_a_failed_run_is_reported(bundle: Bundle, inputs: Any, ex
         with pytest.raises(EnvironmentIssue, match=r"prompt_encoder could not run\. TensorRT: injected fault"):
             backend.run("prompt_encoder", inputs["prompt_encoder"])
         agree(backend.run("prompt_encoder", inputs["prompt_encoder"]), expected["prompt_encoder"])
+    assert setup.binding.has_failed
     assert setup.gpu.leaks() == {}
 
 

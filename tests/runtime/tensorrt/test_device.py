@@ -1,4 +1,4 @@
-"""Both packages behind the GPU interface: what they call exists, what they move arrives, what is missing is told."""
+"""The GPU interface over cuda-python and pycuda: copies, CUDA graphs, memory, and errors for what is missing."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_bytes_go_to_the_device_and_back_and_everything_is_freed(gpu: tuple[Gpu,
     opened.close()
 
 
-def test_what_cuda_refuses_is_told_in_its_words(gpu: tuple[Gpu, Any]) -> None:
+def test_a_cuda_error_keeps_the_message_of_cuda(gpu: tuple[Gpu, Any]) -> None:
     with pytest.raises(EnvironmentIssue, match="out of memory"):
         gpu[0].allocate(1 << 31)
 
@@ -189,7 +189,7 @@ def test_a_graph_is_instantiated_and_its_source_destroyed(runtime: FakeRuntime) 
     ]  # fmt: skip
 
 
-def test_a_pycuda_without_graphs_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capturing_with_pycuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_pycuda, "load_pycuda_driver", fake_pycuda)
     opened = open_gpu("pycuda")
     with pytest.raises(EnvironmentIssue, match=r"cannot capture CUDA graphs\. Leave --cuda-graphs out"):
@@ -206,7 +206,7 @@ def test_a_pycuda_without_graphs_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
         ((999, None), 13000, r"cannot be used: something else \(CUDA error 999\)"),
     ],
 )
-def test_a_machine_without_a_usable_gpu_is_told_what_to_do(
+def test_a_machine_without_a_usable_gpu_is_refused_with_a_remedy(
     count: tuple[int, int | None], driver: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_cuda_python, "load_cuda_runtime", lambda: FakeRuntime(count, driver))
@@ -229,7 +229,7 @@ def test_a_missing_package_names_its_remedy(
         open_gpu(interface)
 
 
-def test_a_pycuda_without_its_driver_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pycuda_without_its_driver_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     package = ModuleType("pycuda")
     monkeypatch.setitem(sys.modules, "pycuda", package)
     with pytest.raises(EnvironmentIssue, match=r"pycuda does not load: .*Install the NVIDIA driver"):
