@@ -7,6 +7,7 @@ import os
 # pytest-xdist workers share the cores. Set before numpy and torch are imported: too many threads slow the tests down
 # and distort timings.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables in a pipe have a width of their own
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from collections.abc import Callable, Iterator

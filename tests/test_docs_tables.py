@@ -103,6 +103,8 @@ def test_markers_and_renderers_must_fit(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES_OF_DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_table_is_rendered_or_one_of_words(path: Path) -> None:
+    if path.name == "recipes.md":
+        pytest.skip("generated from the models; tests/train compares it")
     assert unmarked_tables(path.read_text(encoding="utf-8")) == []
 
 

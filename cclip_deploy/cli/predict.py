@@ -31,7 +31,11 @@ def predict(
     prompt: Annotated[list[str], typer.Option(help="Description of what to segment; may be repeated.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")] = Path("predictions"),
     outputs: Annotated[
-        str, typer.Option(help="What to write for each mask, separated by commas: mask, probability, overlay.")
+        str,
+        typer.Option(
+            help="What to write for each mask: mask, probability, overlay, separated by commas. Default: all.",
+            show_default=False,
+        ),
     ] = "mask,probability,overlay",
     index: Annotated[
         str, typer.Option(help="Formats of the run's index, separated by commas: json, csv, parquet; or none.")
