@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cclip_deploy.ablation.plan import AblationPlan, Films, Signs
+from cclip_deploy.datasets.options import DataSetOptions
 from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.datasets.synthetic.confounders import Confounding
@@ -35,14 +36,12 @@ class TrialData:
     """Training and test data of one trial."""
 
     training: Path
-    layout: str | None
-    subject: str | None
+    options: DataSetOptions
     tests: Mapping[str, Path]
     """Folders whose test splits show the same patients; the first has the training's confounders."""
     films: Films | None
     image_hw: tuple[int, int]
     seed: int
-    allow_outside: bool = False
 
     def test_rows(self, name: str) -> list[Sample]:
         """Return the rows of a test set."""
@@ -50,7 +49,7 @@ class TrialData:
 
     def read(self, folder: Path) -> tuple[Sample, ...]:
         """Return the rows of one of the folders."""
-        return read_data_set(folder, self.layout, self.subject, self.allow_outside).samples
+        return read_data_set(folder, self.options).samples
 
     def toggled_images(self) -> Iterator[ToggledImage]:
         """Yield the synthetic test images with all confounders on the target's side and on the other side."""
@@ -79,9 +78,7 @@ def prepare_data(
     if plan.films is None:
         assert source.folder is not None
         tests = {ON_FOLDER: source.folder}
-        return TrialData(
-            source.folder, source.layout, source.subject, tests, None, hw, seed, source.allow_outside
-        )  # fmt: skip
+        return TrialData(source.folder, source.options(), tests, None, hw, seed)
     films, signs, place = plan.films, plan.arms[arm].signs, folder / f"seed{seed}"
 
     def draw(name: str, counts: Mapping[str, int], options: SyntheticOptions) -> Path:
@@ -94,7 +91,7 @@ def prepare_data(
     training = draw(f"train-{signs}", {"train": films.train, "val": films.val}, _training_options(films, signs))
     rho_of = {name: rho(films.rho) for name, rho in TEST_SETS.items()} if tested else {}
     tests = {name: draw(name, {"test": films.test}, _test_options(films, rho)) for name, rho in rho_of.items()}
-    return TrialData(training, "flat", None, tests, films, hw, seed)
+    return TrialData(training, DataSetOptions("flat"), tests, films, hw, seed)
 
 
 def _training_options(films: Films, signs: Signs) -> SyntheticOptions:

@@ -26,7 +26,7 @@ def data(
 
     with progress(quiet=json) as on_progress:
         on_progress(f"Reading {folder}")
-        data_set = read_data_set(folder, data_sets.layout, data_sets.subject, data_sets.allow_outside)
+        data_set = read_data_set(folder, data_sets.options())
         report = report_data_set(data_set, *tokenizer.open(), report_every(on_progress, "Mask"))
     if json:
         print_json(report.to_dict(), "data")

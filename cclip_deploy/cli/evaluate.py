@@ -65,8 +65,7 @@ def evaluate(
     backend = None if runtime.backend is None and runtime.device == "cpu" else runtime.config()
     config = NetworkConfig(network, backend, precision, runtime.threads, size, prompt_length)
     chosen = EvaluationOptions(
-        split, data_sets.layout, data_sets.subject, threshold, empty_masks, tolerance, worst, seed,
-        data_sets.allow_outside,
+        split, data_sets.options(), threshold, empty_masks, tolerance, worst, seed
     )  # fmt: skip
     report = nullcontext() if output is None else new_report(output, force)
     with report as folder, progress(json or stdout.is_terminal) as on_progress, image_progress(quiet=json) as on_image:

@@ -21,7 +21,7 @@ from cclip_deploy.cli.console import reports_errors, set_verbosity
 from cclip_deploy.common.limits import MAX_THREADS
 
 if TYPE_CHECKING:
-    from cclip_deploy.datasets.image_sets import DataSetOptions
+    from cclip_deploy.datasets.options import DataSetOptions
     from cclip_deploy.prompts.tokenizer import PromptTokenizer
     from cclip_deploy.quantization.calibrate import CalibrationOptions
     from cclip_deploy.runtime.registry import BackendConfig
@@ -108,12 +108,40 @@ class DataSets:
         typer.Option(help="Regular expression for the patient in an image's file name, such as 'sub-S\\d+'."),
     ] = None
     allow_outside: AllowOutside = False
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE=NAME",
+            help="Column of the image, mask, prompt, split or patient, such as mask=label; may be repeated. "
+            "Default: found by name.",
+        ),
+    ] = None
+    encoding: Annotated[
+        str | None, typer.Option(help="Encoding of text tables, such as cp1250. Default: detected.")
+    ] = None
+    delimiter: Annotated[
+        str | None, typer.Option(help="comma, semicolon, tab, pipe, or a character. Default: detected.")
+    ] = None
+    table: Annotated[
+        str | None, typer.Option(metavar="NAME", help="File name of the table, if the folder has several.")
+    ] = None
+    mask_value: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VALUE",
+            help="What is inside in mask files: 1, 128-255, '#ff0000' or nonzero; may be repeated. Default: all but 0, "
+            "if that is one value.",
+        ),
+    ] = None
 
     def options(self) -> DataSetOptions:
-        """Return these options as the library takes them."""
-        from cclip_deploy.datasets.image_sets import DataSetOptions
+        """Return these options as the library takes them; raise UsageError if one is invalid."""
+        from cclip_deploy.datasets.options import DataSetOptions, parse_columns
 
-        return DataSetOptions(self.layout, self.subject, self.allow_outside)
+        return DataSetOptions(
+            self.layout, self.subject, self.allow_outside, parse_columns(self.column or ()), self.encoding,
+            self.delimiter, self.table, tuple(self.mask_value or ()),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

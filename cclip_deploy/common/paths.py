@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import tempfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from cclip_deploy.common.files import disk_problem
 from cclip_deploy.errors import CclipError, DataError
@@ -88,15 +88,20 @@ def read_text(path: Path, what: str, most_bytes: int, error: type[CclipError] = 
 def check_inside(folder: Path, name: str, where: str, allow_outside: bool = False) -> Path:
     """Return the file that a table of a data set names.
 
+    Backslashes separate folders, as in tables made on Windows, unless a file has that very name.
+
     Raises:
         DataError: the name is an absolute path or contains `..`, and `allow_outside` is False.
     """
-    if not allow_outside and (Path(name).is_absolute() or ".." in Path(name).parts):
+    windows = PureWindowsPath(name) if "\\" in name and not is_file(folder / name) else None
+    path = Path(name) if windows is None else Path(windows.as_posix())
+    on_drive = windows is not None and windows.drive != ""
+    if not allow_outside and (on_drive or path.is_absolute() or ".." in path.parts):
         raise DataError(
             f"{where}: {shown(name)} is outside the data set's folder {folder}. Name files inside it, or give "
             "--allow-outside (data.allow_outside in a recipe) if you trust this table."
         )
-    return folder / name
+    return folder / path
 
 
 def check_writable(*paths: Path | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from cclip_deploy.common.files import sha256_input
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.toml_file import StrictModel
+from cclip_deploy.datasets.options import DETECTED, DataSetOptions
 from cclip_deploy.datasets.reading import LAYOUTS, has_layout, read_data_set
 from cclip_deploy.datasets.sample import Sample, patient_of
 from cclip_deploy.errors import DataError
@@ -66,21 +67,6 @@ class ImageSource(StrictModel):
 
 
 @dataclass(frozen=True)
-class DataSetOptions:
-    """How data-set folders are read.
-
-    Attributes:
-        layout: one of LAYOUTS, for every folder; default: detected for each folder.
-        subject_pattern: regular expression for the patient in an image's name.
-        allow_outside: whether tables may name files outside the folder.
-    """
-
-    layout: str | None = None
-    subject_pattern: str | None = None
-    allow_outside: bool = False
-
-
-@dataclass(frozen=True)
 class ImageSet:
     """Images without duplicate files, and their sources."""
 
@@ -113,7 +99,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def read_image_set(paths: Sequence[Path], split: str, options: DataSetOptions = DataSetOptions()) -> ImageSet:
+def read_image_set(paths: Sequence[Path], split: str, options: DataSetOptions = DETECTED) -> ImageSet:
     """Collect the images of files and folders.
 
     Of a folder with a data-set layout, `split` is used; if it has only one other split, that one is used, except for
@@ -127,7 +113,7 @@ def read_image_set(paths: Sequence[Path], split: str, options: DataSetOptions = 
     images: dict[Path, SetImage] = {}
     sources = []
     for path in paths:
-        data_set = path.is_dir() and (options.layout is not None or has_layout(path))
+        data_set = path.is_dir() and (options.layout or options.table or has_layout(path))
         found, source = _read_split(path, split, options) if data_set else _read_plain(path, options)
         sources.append(source)
         for image in found:
@@ -138,7 +124,7 @@ def read_image_set(paths: Sequence[Path], split: str, options: DataSetOptions = 
 
 
 def _read_split(folder: Path, split: str, options: DataSetOptions) -> tuple[list[SetImage], ImageSource]:
-    data_set = read_data_set(folder, options.layout, options.subject_pattern, options.allow_outside)
+    data_set = read_data_set(folder, options)
     taken = _choose_split(folder, {sample.split for sample in data_set.samples}, split)
     rows: dict[Path, list[Sample]] = {}
     for sample in data_set.samples:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cclip_deploy.datasets.options import DETECTED, DataSetOptions
+from cclip_deploy.datasets.read_log import ReadLog
 from cclip_deploy.datasets.sample import Sample, check_sizes, list_images, name_some, subject_of
-from cclip_deploy.datasets.tables import Row, read_described
+from cclip_deploy.datasets.tables import TEXT_SUFFIXES, Row, read_roles
 from cclip_deploy.errors import DataError
 from cclip_deploy.imaging.reading import image_stem
 
@@ -29,12 +31,13 @@ def has_languidemedseg(folder: Path) -> bool:
     return any((folder / "prompt" / f"{name}.csv").is_file() for name in ("train", "test"))
 
 
-def read_lvit(folder: Path, subject_pattern: str | None = None) -> list[Sample]:
+def read_lvit(folder: Path, options: DataSetOptions = DETECTED, log: ReadLog | None = None) -> list[Sample]:
     """Read `{Train,Val,Test}_Folder/{img,labelcol}` and tables with the columns Image (mask name) and Description.
 
-    A table is an .xlsx or .csv file whose name begins with Train_text, Val_text or Test_text, in the split's folder or
-    next to it. QaTa-COV19 has one table for training and validation (Train_Val_text in Train_Folder); then, as for any
-    train table if the validation folder has none, a row belongs to the split whose folder has its mask.
+    A table is an .xlsx, .csv, .tsv or .txt file whose name begins with Train_text, Val_text or Test_text, in the
+    split's folder or next to it. QaTa-COV19 has one table for training and validation (Train_Val_text in Train_Folder);
+    then, as for any train table if the validation folder has none, a row belongs to the split whose folder has its
+    mask.
 
     Raises:
         DataError: a table is missing, ambiguous or unreadable, a mask or image of a row is missing, a mask has another
@@ -54,11 +57,11 @@ def read_lvit(folder: Path, subject_pattern: str | None = None) -> list[Sample]:
             )
         shared = [split, "val"] if split == "train" and "val" in splits and own["val"] is None else [split]
         places = {s: (folder / LVIT_FOLDERS[s] / "img", folder / LVIT_FOLDERS[s] / "labelcol") for s in shared}
-        samples += _read_samples(table, read_described(table), places, subject_pattern)
+        samples += _read_samples(table, read_described(table, options, log), places, options)
     return samples
 
 
-def read_languidemedseg(folder: Path, subject_pattern: str | None = None) -> list[Sample]:
+def read_languidemedseg(folder: Path, options: DataSetOptions = DETECTED, log: ReadLog | None = None) -> list[Sample]:
     """Read `{Train,Test}/{Images,GTs}` and `prompt/{train,test}.csv`; the last fifth of the train rows is validation.
 
     Raises:
@@ -68,19 +71,48 @@ def read_languidemedseg(folder: Path, subject_pattern: str | None = None) -> lis
     for name in ("train", "test"):
         table = folder / "prompt" / f"{name}.csv"
         if table.is_file():
-            rows = read_described(table)
+            rows = read_described(table, options, log)
             cut = int(TRAIN_FRACTION * len(rows))
             parts = {"train": rows[:cut], "val": rows[cut:]} if name == "train" else {"test": rows}
             place = (folder / name.capitalize() / "Images", folder / name.capitalize() / "GTs")
             for split, part in parts.items():
-                samples += _read_samples(table, part, {split: place}, subject_pattern)
+                samples += _read_samples(table, part, {split: place}, options)
     return samples
+
+
+def read_described(table: Path, options: DataSetOptions = DETECTED, log: ReadLog | None = None) -> list[Described]:
+    """Read a table of mask names and texts as (row, name, text).
+
+    The names are in the column Image or Mask, or in that of --column image or mask.
+
+    Raises:
+        DataError: a column is missing or ambiguous, a field is empty, or a name is in two rows.
+    """
+    name_role = "mask" if options.columns.get("mask") else "image"
+    rows, table_format = read_roles(table, {name_role: True, "prompt": True}, options)
+    if log is not None:
+        log.tables.append(table_format)
+    found: list[Described] = []
+    seen: dict[str, str] = {}
+    for row in rows:
+        for role, value in row.values.items():
+            if not value:
+                column = table_format.columns[role]
+                raise DataError(f"{row.where}: {column} is empty. Fill it in, or remove the row.")
+        name = row.values[name_role]
+        first = seen.setdefault(name, row.where)
+        if first != row.where:
+            raise DataError(
+                f"{row.where}: {name} is in {first} too, but this layout has one text per mask. Keep one row."
+            )
+        found.append((row, name, row.values["prompt"]))
+    return found
 
 
 def is_lvit_table(name: str) -> bool:
     """Return whether a file name is that of one of LViT's tables."""
     beginnings = ("train_text", "train_val_text", "val_text", "test_text")
-    return name.lower().startswith(beginnings) and Path(name).suffix.lower() in {".xlsx", ".csv"}
+    return name.lower().startswith(beginnings) and Path(name).suffix.lower() in {".xlsx", *TEXT_SUFFIXES}
 
 
 def _find_table(folder: Path, split: str) -> Path | None:
@@ -94,7 +126,7 @@ def _find_table(folder: Path, split: str) -> Path | None:
 
 
 def _read_samples(
-    table: Path, rows: Sequence[Described], places: Mapping[str, tuple[Path, Path]], subject_pattern: str | None
+    table: Path, rows: Sequence[Described], places: Mapping[str, tuple[Path, Path]], options: DataSetOptions
 ) -> list[Sample]:
     """Assign each row to the split whose mask folder has its mask; raise DataError for rows without a mask.
 
@@ -112,7 +144,8 @@ def _read_samples(
             continue
         image = _image_of(name, images[split], stems[split], row.where)
         check_sizes(image, masks[split][name], row.where)
-        samples.append(Sample(image, masks[split][name], text, split, subject_of(image.name, subject_pattern)))
+        subject = subject_of(image.name, options.subject_pattern)
+        samples.append(Sample(image, masks[split][name], text, split, subject, options.mask_values))
     if missing:
         folders = " or ".join(str(place[1]) for place in places.values())
         raise DataError(

@@ -10,6 +10,8 @@ from typing import Any
 
 from cclip_deploy.common.json_file import read_json
 from cclip_deploy.common.paths import check_inside
+from cclip_deploy.datasets.options import DETECTED, DataSetOptions
+from cclip_deploy.datasets.read_log import ReadLog
 from cclip_deploy.datasets.sample import SPLITS, Sample, check_sizes, subject_of
 from cclip_deploy.errors import DataError
 
@@ -19,7 +21,7 @@ def has_medvlsm(folder: Path) -> bool:
     return any((folder / "anns" / f"{split}.json").is_file() for split in SPLITS)
 
 
-def read_medvlsm(folder: Path, subject_pattern: str | None = None, allow_outside: bool = False) -> list[Sample]:
+def read_medvlsm(folder: Path, options: DataSetOptions = DETECTED, log: ReadLog | None = None) -> list[Sample]:
     """Read `images/`, `masks/` and `anns/{train,val,test}.json`, lists of `{img_name, mask_name, prompts}`.
 
     `prompts` maps p0, p1, … to a text or a list of texts. Every key gives one row, in order, except for empty texts
@@ -35,25 +37,24 @@ def read_medvlsm(folder: Path, subject_pattern: str | None = None, allow_outside
     for split in SPLITS:
         annotations = folder / "anns" / f"{split}.json"
         if annotations.is_file():
-            samples += _read_split(folder, annotations, split, subject_pattern, allow_outside)
+            samples += _read_split(folder, annotations, split, options)
     return samples
 
 
-def _read_split(
-    folder: Path, annotations: Path, split: str, subject_pattern: str | None, allow_outside: bool
-) -> Iterator[Sample]:
+def _read_split(folder: Path, annotations: Path, split: str, options: DataSetOptions) -> Iterator[Sample]:
     seen: dict[tuple[str, str], str] = {}
     for number, entry in enumerate(_read_entries(annotations), 1):
         where = f"{annotations}, entry {number}"
         image_name, mask_name = (_read_name(entry, key, where) for key in ("img_name", "mask_name"))
-        image = check_inside(folder / "images", image_name, where, allow_outside)
-        mask = check_inside(folder / "masks", mask_name, where, allow_outside)
+        image = check_inside(folder / "images", image_name, where, options.allow_outside)
+        mask = check_inside(folder / "masks", mask_name, where, options.allow_outside)
         check_sizes(image, mask, where)
         for text in _read_prompts(entry, image_name, where):
             first = seen.setdefault((image_name, text), where)
             if first != where:
                 raise DataError(f"{where}: {image_name} has the text {text!r} in {first} too. Keep one.")
-            yield Sample(image, mask, text, split, subject_of(image_name, subject_pattern))
+            subject = subject_of(image_name, options.subject_pattern)
+            yield Sample(image, mask, text, split, subject, options.mask_values)
 
 
 def _read_entries(annotations: Path) -> list[Any]:

@@ -16,7 +16,10 @@ from cclip_deploy.datasets.lvit import (
     read_lvit,
 )
 from cclip_deploy.datasets.medvlsm import has_medvlsm, read_medvlsm
+from cclip_deploy.datasets.options import DETECTED, DataSetOptions
+from cclip_deploy.datasets.read_log import ReadLog
 from cclip_deploy.datasets.sample import Sample
+from cclip_deploy.datasets.tables import TableFormat
 from cclip_deploy.errors import DataError, PromptError, UsageError
 from cclip_deploy.prompts.spelling import RepairedPrompt, repair_prompt
 
@@ -27,29 +30,23 @@ class Layout:
 
     Attributes:
         found_in: whether a folder has this layout.
-        read: called with folder, subject pattern and `allow_outside`.
+        read: called with folder, options and log.
         looks: files by which the layout is recognized, for messages.
     """
 
     found_in: Callable[[Path], bool]
-    read: Callable[[Path, str | None, bool], list[Sample]]
+    read: Callable[[Path, DataSetOptions, ReadLog], list[Sample]]
     looks: str
 
 
 LAYOUTS = {
-    "lvit": Layout(
-        has_lvit, lambda folder, pattern, _: read_lvit(folder, pattern), "Train_Folder, Val_Folder or Test_Folder"
-    ),
-    "languidemedseg": Layout(
-        has_languidemedseg,
-        lambda folder, pattern, _: read_languidemedseg(folder, pattern),
-        "prompt/train.csv or prompt/test.csv",
-    ),
+    "lvit": Layout(has_lvit, read_lvit, "Train_Folder, Val_Folder or Test_Folder"),
+    "languidemedseg": Layout(has_languidemedseg, read_languidemedseg, "prompt/train.csv or prompt/test.csv"),
     "medvlsm": Layout(has_medvlsm, read_medvlsm, "anns/train.json, val.json or test.json"),
     "flat": Layout(
         lambda folder: any(not is_lvit_table(table.name) for table in find_tables(folder)),
         read_flat,
-        "a .csv or .jsonl table",
+        "a .csv, .tsv, .xlsx or .jsonl table, or a .txt table with the columns image, mask and text",
     ),
 }
 
@@ -63,6 +60,8 @@ class DataSet:
     samples: tuple[Sample, ...]
     repaired: tuple[tuple[int, RepairedPrompt], ...]
     """Row numbers and repairs of the texts that were repaired."""
+    tables: tuple[TableFormat, ...] = ()
+    """How each table was read; none in the layout medvlsm."""
 
 
 def find_layout(folder: Path) -> str:
@@ -83,33 +82,31 @@ def has_layout(folder: Path) -> bool:
     return bool(_layouts_in(folder))
 
 
-def read_data_set(
-    folder: Path, layout: str | None = None, subject_pattern: str | None = None, allow_outside: bool = False
-) -> DataSet:
+def read_data_set(folder: Path, options: DataSetOptions = DETECTED) -> DataSet:
     """Read a data-set folder; spelling errors in prompts are repaired and recorded, and no row is dropped.
 
     Args:
         folder: the data set.
-        layout: one of LAYOUTS; default: detected.
-        subject_pattern: regular expression for the patient in an image's name, for layouts without a subject column.
-        allow_outside: whether tables may name files outside the folder, by absolute paths or with `..`.
+        options: layout, columns, patients and values of masks, where they are not detected.
 
     Raises:
         DataError: the folder, its tables or its files do not have the layout.
         EnvironmentIssue: an image is DICOM and pydicom is not installed.
-        UsageError: unknown layout, or `subject_pattern` is not a regular expression.
+        UsageError: unknown layout, or the subject pattern is not a regular expression.
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise UsageError(f"Unknown layout {layout!r}. Layouts are {', '.join(LAYOUTS)}.")
+    if options.layout is not None and options.layout not in LAYOUTS:
+        raise UsageError(f"Unknown layout {options.layout!r}. Layouts are {', '.join(LAYOUTS)}.")
     if not folder.is_dir():
         raise DataError(f"There is no data-set folder {folder}. Check the path.")
-    name = layout or find_layout(folder)
-    written = LAYOUTS[name].read(folder, subject_pattern, allow_outside)
+    name = options.layout or ("flat" if options.table else find_layout(folder))
+    log = ReadLog()
+    written = LAYOUTS[name].read(folder, options, log)
     if not written:
         raise DataError(f"{folder} has no rows in the {name} layout, which is recognized by {LAYOUTS[name].looks}.")
     prompts = [_repair(sample) for sample in written]
     samples = tuple(dataclasses.replace(r, text=prompt.text) for r, prompt in zip(written, prompts, strict=True))
-    return DataSet(folder, name, samples, tuple((n, prompt) for n, prompt in enumerate(prompts) if prompt.repairs))
+    return DataSet(folder, name, samples, tuple((n, prompt) for n, prompt in enumerate(prompts) if prompt.repairs),
+                   tuple(log.tables))  # fmt: skip
 
 
 def _repair(sample: Sample) -> RepairedPrompt:

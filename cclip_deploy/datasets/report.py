@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from cclip_deploy.common.files import sha256_input
-from cclip_deploy.datasets.mask_file import is_lossy, read_mask
+from cclip_deploy.datasets.mask_file import Form, decode_mask
 from cclip_deploy.datasets.reading import DataSet
 from cclip_deploy.datasets.sample import SPLITS, Sample
+from cclip_deploy.datasets.tables import TableFormat
 from cclip_deploy.errors import DataError
 from cclip_deploy.imaging.reading import failure_of, image_size, is_image_file, read_image
 from cclip_deploy.prompts.reader import read_prompt
@@ -29,6 +30,8 @@ class SplitReport:
         cut_prompts: prompts of more than `prompt_length` tokens.
         free_prompts: prompts whose lung zones could not be read completely.
         lossy_masks: JPEG masks, which are thresholded at half of white.
+        soft_masks: gray masks with soft edges, which are thresholded at half of their brightest value.
+        colored_masks: masks whose color says what is inside.
         image_sizes: width x height of the smallest and of the largest image.
     """
 
@@ -43,6 +46,8 @@ class SplitReport:
     free_prompts: int
     empty_masks: int
     lossy_masks: int
+    soft_masks: int
+    colored_masks: int
     image_sizes: tuple[str, ...]
 
 
@@ -84,6 +89,8 @@ class DataReport:
     """Image files, in the folders of the used ones, that no row names."""
     failed: tuple[tuple[str, str], ...]
     """Unusable images and masks with the reason; such masks count neither as empty nor as lossy."""
+    tables: tuple[TableFormat, ...] = ()
+    """How each table was read; none in the layout medvlsm."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for JSON."""
@@ -100,7 +107,8 @@ class DataReport:
 
     def remarks(self) -> list[str]:
         """Return sentences on failed files, overlaps, repairs and unused files."""
-        return [*(reason for _, reason in self.failed), *self._overlap_remarks(), *self._row_remarks()]
+        tables = [f"Read {table.describe()}" for table in self.tables]
+        return [*(reason for _, reason in self.failed), *tables, *self._overlap_remarks(), *self._row_remarks()]
 
     def _overlap_remarks(self) -> list[str]:
         remarks = [
@@ -147,8 +155,7 @@ def report_data_set(
     """
     samples = data_set.samples
     held = [split for split in SPLITS if any(sample.split == split for sample in samples)]
-    masks = sorted({sample.mask for sample in samples})
-    empty, lossy, failed = _inspect_masks(masks, on_mask)
+    inspected, failed = _inspect_masks({sample.mask: sample for sample in samples}, on_mask)
     for image in sorted({sample.image for sample in samples}):
         try:
             read_image(image)
@@ -157,7 +164,7 @@ def report_data_set(
     repaired = {row for row, _ in data_set.repaired}
     counts = {
         split: _count([(n, r) for n, r in enumerate(samples) if r.split == split], tokenizer, prompt_length,
-                      repaired, empty, lossy)
+                      repaired, inspected)
         for split in held
     }  # fmt: skip
     digests = {image: sha256_input(image) for image in sorted({sample.image for sample in samples})}
@@ -175,7 +182,14 @@ def report_data_set(
         ),
         unused_files=_find_unused(data_set.folder, samples),
         failed=tuple((str(path), reason) for path, reason in failed.items()),
+        tables=data_set.tables,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _InspectedMask:
+    empty: bool
+    form: Form
 
 
 def _count(
@@ -183,13 +197,13 @@ def _count(
     tokenizer: PromptTokenizer,
     prompt_length: int,
     repaired: set[int],
-    empty: set[Path],
-    lossy: set[Path],
+    inspected: Mapping[Path, _InspectedMask],
 ) -> SplitReport:
     samples = [sample for _, sample in rows]
     tokens = {text: _count_tokens(tokenizer, text) for text in {sample.text for sample in samples}}
     masks = {sample.mask for sample in samples}
     images = {sample.image for sample in samples}
+    found = [inspected[mask] for mask in masks & inspected.keys()]
     return SplitReport(
         images=len(images),
         masks=len(masks),
@@ -200,29 +214,28 @@ def _count(
         cut_prompts=sum(tokens[sample.text] > prompt_length for sample in samples),
         longest_prompt_tokens=max(tokens.values()),
         free_prompts=sum(not read_prompt(sample.text).complete for sample in samples),
-        empty_masks=len(masks & empty),
-        lossy_masks=len(masks & lossy),
+        empty_masks=sum(mask.empty for mask in found),
+        lossy_masks=sum(mask.form == "lossy" for mask in found),
+        soft_masks=sum(mask.form == "soft" for mask in found),
+        colored_masks=sum(mask.form == "colored" for mask in found),
         image_sizes=_size_range(images),
     )
 
 
 def _inspect_masks(
-    masks: Sequence[Path], on_mask: Callable[[int, int], None]
-) -> tuple[set[Path], set[Path], dict[Path, str]]:
-    """Return the empty masks, the lossy masks, and the reasons why others cannot be used."""
-    empty: set[Path] = set()
-    lossy: set[Path] = set()
+    samples: Mapping[Path, Sample], on_mask: Callable[[int, int], None]
+) -> tuple[dict[Path, _InspectedMask], dict[Path, str]]:
+    """Decode the mask of each sample; return the usable masks, and the reasons why others cannot be used."""
+    inspected: dict[Path, _InspectedMask] = {}
     failed: dict[Path, str] = {}
-    for done, mask in enumerate(masks, 1):
+    for done, (path, sample) in enumerate(sorted(samples.items()), 1):
         try:
-            if not read_mask(mask).any():
-                empty.add(mask)
-            if is_lossy(mask):
-                lossy.add(mask)
+            mask = decode_mask(path, sample.mask_values)
+            inspected[path] = _InspectedMask(not mask.inside.any(), mask.form)
         except Exception as error:  # a decoder may raise anything on untrusted bytes
-            failed[mask] = failure_of(mask, error)
-        on_mask(done, len(masks))
-    return empty, lossy, failed
+            failed[path] = failure_of(path, error)
+        on_mask(done, len(samples))
+    return inspected, failed
 
 
 def _count_tokens(tokenizer: PromptTokenizer, text: str) -> int:

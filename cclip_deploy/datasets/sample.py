@@ -7,8 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import is_file, shown
+from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.errors import DataError, ImageError, UsageError
 from cclip_deploy.imaging.reading import image_orientation, image_size, is_dicom_file, is_image_file
 
@@ -32,6 +36,12 @@ class Sample:
     text: str
     split: str
     subject: str
+    mask_values: tuple[str, ...] = ()
+    """Values of the mask file that are inside; see `mask_file.decode_mask`."""
+
+    def read_mask(self) -> NDArray[np.bool_]:
+        """Read the mask as (H, W) bool; raises the errors of `mask_file.decode_mask`."""
+        return read_mask(self.mask, self.mask_values)
 
     @property
     def patient(self) -> str | None:

@@ -13,6 +13,7 @@ from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.manifest import installed_versions, utc_now
 from cclip_deploy.bundle.precision import Precision
 from cclip_deploy.common.threads import set_torch_threads
+from cclip_deploy.datasets.options import DETECTED, DataSetOptions
 from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.sample import Sample, of_split
 from cclip_deploy.errors import BundleError, DataError, ImageError, UsageError
@@ -53,15 +54,13 @@ class EvaluationOptions:
     """Rows to evaluate, and settings of the metrics."""
 
     split: str = "test"
-    layout: str | None = None
-    subject_pattern: str | None = None
+    data_set: DataSetOptions = DETECTED
+    """How the data set's folder is read."""
     threshold: float | None = None
     empty: EmptyPolicy = "one"
     tolerance_px: float = BOUNDARY_TOLERANCE_PX
     worst: int = 8
     seed: int = 0
-    allow_outside: bool = False
-    """Whether the tables of the data set may name files outside its folder."""
 
     def check(self) -> None:
         """Raise UsageError if a number is out of range."""
@@ -186,7 +185,7 @@ def evaluate(
     options.check()
     started_s = time.monotonic()
     on_progress(f"Reading {folder}")
-    data = read_data_set(folder, options.layout, options.subject_pattern, options.allow_outside)
+    data = read_data_set(folder, options.data_set)
     samples = of_split(data.samples, options.split)
     repaired = sum(data.samples[row].split == options.split for row, _ in data.repaired)
     on_progress(f"Opening {config.path}")

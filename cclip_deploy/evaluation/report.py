@@ -15,7 +15,6 @@ from cclip_deploy.common.json_file import json_text
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.paths import check_writable
 from cclip_deploy.common.plotting import require_matplotlib
-from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.errors import UsageError
 from cclip_deploy.evaluation.bootstrap import FEW_PATIENTS
 from cclip_deploy.evaluation.evaluate import EvaluationResult
@@ -250,7 +249,7 @@ def _overlays(result: EvaluationResult, cases: Sequence[ExampleCase]) -> tuple[F
     for case in cases:
         sample = result.samples[case.row]
         pixels = read_image(sample.image).pixels
-        overlay = draw_overlay(pixels, case.mask(), sample.text, read_mask(sample.mask))
+        overlay = draw_overlay(pixels, case.mask(), sample.text, sample.read_mask())
         overlay.thumbnail((OVERLAY_PX, 2 * OVERLAY_PX))
         file = io.BytesIO()
         overlay.save(file, "JPEG", quality=OVERLAY_QUALITY)

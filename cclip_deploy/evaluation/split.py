@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cclip_deploy.common.limits import MOST_MASK_BYTES
-from cclip_deploy.datasets.mask_file import read_mask
 from cclip_deploy.datasets.sample import Sample
 from cclip_deploy.errors import DataError
 from cclip_deploy.evaluation.controls import Control
@@ -270,7 +269,7 @@ def _prefetch(
     pending: deque[tuple[Path, Future[_Loaded]]] = deque()
     try:
         for image, rows in rows_of.items():
-            pending.append((image, reader.submit(_load, image, [samples[row].mask for row in rows])))
+            pending.append((image, reader.submit(_load, image, [samples[row] for row in rows])))
             if len(pending) > PREFETCHED_IMAGES:
                 yield pending.popleft()
         yield from pending
@@ -278,15 +277,15 @@ def _prefetch(
         reader.shutdown(wait=True, cancel_futures=True)
 
 
-def _load(image: Path, masks: Sequence[Path]) -> _Loaded:
+def _load(image: Path, samples: Sequence[Sample]) -> _Loaded:
     pixels = read_image(image).pixels
     height, width = pixels.shape[:2]
-    if len(masks) * height * width > MOST_MASK_BYTES:
+    if len(samples) * height * width > MOST_MASK_BYTES:
         raise DataError(
-            f"{image} has {len(masks)} rows, whose masks of {width}x{height} pixels would take more than "
+            f"{image} has {len(samples)} rows, whose masks of {width}x{height} pixels would take more than "
             f"{MOST_MASK_BYTES:,} bytes. Reduce the image and its masks, or give it fewer rows."
         )
-    references = {mask: read_mask(mask) for mask in set(masks)}
+    references = {mask: sample.read_mask() for mask, sample in {s.mask: s for s in samples}.items()}
     for mask, reference in references.items():
         if reference.shape != pixels.shape[:2]:
             raise DataError(

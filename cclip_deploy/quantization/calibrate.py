@@ -16,7 +16,8 @@ from platformdirs import user_cache_path
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.common.files import sha256_input
 from cclip_deploy.common.names import printable
-from cclip_deploy.datasets.image_sets import DataSetOptions, ImageSet, SetImage, counted, read_image_set
+from cclip_deploy.datasets.image_sets import ImageSet, SetImage, counted, read_image_set
+from cclip_deploy.datasets.options import DataSetOptions
 from cclip_deploy.datasets.sample import name_some
 from cclip_deploy.errors import DataError, ImageError, ParityError, UsageError
 from cclip_deploy.graph.precision.ranges import Method, TensorStatistics, check_method, ranges_of, with_outputs

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.bundle.precision import Precision
-from cclip_deploy.datasets.image_sets import DataSetOptions, read_image_set
+from cclip_deploy.datasets.image_sets import read_image_set
+from cclip_deploy.datasets.options import DataSetOptions
 from cclip_deploy.errors import ParityError, UsageError
 from cclip_deploy.quantization.agreement import LEAST_DICE, LEAST_MEAN_DICE, with_prompts
 from cclip_deploy.quantization.calibrate import CalibrationOptions, CalibrationSet, calibrate, choose_pictures, readable

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from cclip_deploy.common.limits import MAX_THREADS
 from cclip_deploy.common.toml_file import StrictModel, read_toml
 from cclip_deploy.datasets.augmentation import Augmentation
+from cclip_deploy.datasets.options import DataSetOptions
 from cclip_deploy.model.config import CONTEXT_LENGTH, InputForm, image_hw
 
 Mode = Literal["off", "joint", "alternating", "reversal"]
@@ -44,7 +45,25 @@ class DataSource(StrictModel):
     """Regular expression that finds the patient in an image's file name."""
     allow_outside: bool = False
     """Whether the tables of the data set may name files outside its folder."""
+    columns: dict[Literal["image", "mask", "prompt", "split", "patient"], str] | None = None
+    """Column of a role, where its name is not known or several are; "" if the table has none."""
+    encoding: str | None = None
+    """Encoding of text tables, such as cp1250. Detected if not given."""
+    delimiter: str | None = None
+    """Delimiter of text tables: comma, semicolon, tab, pipe, or a character. Detected if not given."""
+    table: str | None = None
+    """File name of the table, if the folder has several."""
+    mask_values: tuple[str, ...] | None = None
+    """Values of mask files that are inside, such as "1", "128-255", "#ff0000" or "nonzero"."""
     synthetic: SyntheticData | None = None
+
+    def options(self) -> DataSetOptions:
+        """Return how the folder is read; raise UsageError if a value is unknown."""
+        columns = {str(role): name for role, name in (self.columns or {}).items()}
+        return DataSetOptions(
+            self.layout, self.subject, self.allow_outside, columns, self.encoding, self.delimiter, self.table,
+            self.mask_values or (),
+        )  # fmt: skip
 
 
 class Game(StrictModel):

@@ -170,7 +170,7 @@ def _train_in(
     config, data_folder, folder, options = run.config, run.data_folder, run.folder, run.options
     on_message(f"Reading {data_folder}")
     tokenizer = PromptTokenizer.from_open_clip()
-    data_set = read_data_set(data_folder, config.data.layout, config.data.subject, config.data.allow_outside)
+    data_set = read_data_set(data_folder, config.data.options())
     if data_set.repaired:
         on_message(f"Corrected misspelled words in {len(data_set.repaired)} prompts; `cclip-deploy data` lists them")
     splits = _read_splits(data_set, config, options)

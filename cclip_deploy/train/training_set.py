@@ -67,10 +67,11 @@ def open_training_set(samples: Sequence[Sample], tokenizer: PromptTokenizer, con
         rows_of_path.setdefault(sample.image, []).append(row)
     numbers = {path: number for number, path in enumerate(rows_of_path)}
     hw, capacity_bytes = config.image_hw, config.cache_gib * GIB
+    mask_values = samples[0].mask_values  # those of the data set
     return TrainingSet(
         images=CachedArrays(list(rows_of_path), lambda path: _read_image(path, hw), 0.8 * capacity_bytes),
         masks=CachedArrays(
-            [r.mask for r in samples], lambda path: _resize_mask(read_mask(path), hw), 0.2 * capacity_bytes
+            [r.mask for r in samples], lambda path: _resize_mask(read_mask(path, mask_values), hw), 0.2 * capacity_bytes
         ),
         tokens=np.stack([tokenizer.encode_cut(sample.text, config.prompt_length) for sample in samples]),
         texts=tuple(sample.text for sample in samples),
@@ -85,7 +86,8 @@ def data_fingerprint(samples: Sequence[Sample]) -> dict[str, Any]:
     images = dict.fromkeys(sample.image for sample in samples)
     root = os.path.commonpath([path.parent for r in samples for path in (r.image, r.mask)])
     names = [(os.path.relpath(r.image, root), os.path.relpath(r.mask, root), r.subject) for r in samples]
-    return {
+    chosen = {"mask values": list(samples[0].mask_values)} if samples[0].mask_values else {}
+    return chosen | {
         "rows": len(samples),
         "images": len(images),
         "file names and patients": _digest(repr(name) for name in names),

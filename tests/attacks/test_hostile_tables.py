@@ -30,8 +30,10 @@ from cclip_deploy.common.limits import LONGEST_CELL, MOST_CELLS, MOST_ROWS
 from cclip_deploy.common.toml_file import read_document
 from cclip_deploy.datasets import tables
 from cclip_deploy.datasets import workbook as workbook_module
+from cclip_deploy.datasets.lvit import read_described
+from cclip_deploy.datasets.options import DataSetOptions
 from cclip_deploy.datasets.reading import read_data_set
-from cclip_deploy.datasets.tables import read_described, read_table
+from cclip_deploy.datasets.tables import read_table
 from cclip_deploy.engines.profile import read_profile
 from cclip_deploy.errors import CclipError, DataError, UsageError
 from cclip_deploy.train.config import TrainConfig
@@ -275,7 +277,7 @@ def test_a_table_that_names_a_file_outside_its_folder_is_refused_unless_that_is_
     write(folder, names["image"], names["mask"])
     for place in ("", "images", "masks"):
         picture(folder / place / "a.png")
-    assert len(read_data_set(folder, allow_outside=True).samples) == 1
+    assert len(read_data_set(folder, DataSetOptions(allow_outside=True)).samples) == 1
 
     def never(path: Path, mode: str = "r", *rest: object, **more: object) -> object:
         assert path.resolve() != secret.resolve(), "the file was opened"
@@ -345,3 +347,14 @@ def test_the_commands_say_it_in_one_line(tmp_path: Path) -> None:
         assert isinstance(done.exception.__cause__, CclipError)
         assert len(done.stderr.splitlines()[-1]) < 2000
     assert LONGEST_CELL < 10**6
+
+
+@pytest.mark.parametrize("name", ["..\\secret.png", "C:\\secret.png", "\\\\server\\share\\a.png", "a\\..\\..\\b.png"])
+@pytest.mark.parametrize("write", [flat, medvlsm])
+def test_a_windows_path_that_leaves_the_folder_is_refused(
+    tmp_path: Path, write: Callable[[Path, str, str], Path], name: str
+) -> None:
+    picture(tmp_path / "secret.png")
+    folder = write(tmp_path / "set", name, "a.png")
+    with pytest.raises(DataError, match=r"is outside the data set's folder .* --allow-outside"):
+        read_data_set(folder)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cclip_deploy.datasets.image_sets import DataSetOptions, ImageSet, SetImage, read_image_set
+from cclip_deploy.datasets.image_sets import ImageSet, SetImage, read_image_set
+from cclip_deploy.datasets.options import DataSetOptions
 from cclip_deploy.datasets.synthetic.generator import write_dataset
 from cclip_deploy.datasets.writing import WRITERS
 from cclip_deploy.errors import DataError, ImageError, UsageError

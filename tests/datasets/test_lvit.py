@@ -93,7 +93,7 @@ def test_a_csv_beside_the_folders_does_as_well(lvit: Callable[[Rows], Path]) -> 
     [
         ([], "is empty"),
         ([HEADER], "is empty"),
-        ([("Image", "Text"), ("mask_a.png", "x")], "no column 'Description'; its columns are Image, Text"),
+        ([("Image", "Words"), ("mask_a.png", "x")], "column 'text' is missing; its columns are Image, Words"),
         ([HEADER, ("mask_a.png", None)], "row 2: Description is empty"),
         ([HEADER, ("mask_a.png", "x"), ("mask_a.png", "y")], r"row 3: mask_a\.png is in .*row 2 too"),
         ([HEADER, *((f"c{n}.png", "x") for n in range(9)), ("mask_a.png", "y")],

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cclip_deploy.datasets import writing
 from cclip_deploy.datasets.mask_file import read_mask
+from cclip_deploy.datasets.options import DataSetOptions
 from cclip_deploy.datasets.reading import find_layout, read_data_set
 from cclip_deploy.datasets.sample import of_split
 from cclip_deploy.datasets.synthetic.generator import SyntheticOptions, make_samples, split_counts, write_dataset
@@ -124,16 +125,16 @@ def test_a_folder_of_no_or_of_two_layouts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of the layouts.*anns/train\.json"):
         find_layout(tmp_path)
     with pytest.raises(DataError, match="no data-set folder"):
-        read_data_set(tmp_path / "nowhere", "flat")
+        read_data_set(tmp_path / "nowhere", DataSetOptions("flat"))
     folder = write(tmp_path, "flat")
     (folder / "Test_Folder").mkdir()
     with pytest.raises(DataError, match="several layouts: lvit, flat"):
         read_data_set(folder)
-    assert len(read_data_set(folder, "flat").samples) == 13
+    assert len(read_data_set(folder, DataSetOptions("flat")).samples) == 13
     with pytest.raises(UsageError, match="Unknown layout 'coco'"):
-        read_data_set(folder, "coco")
+        read_data_set(folder, DataSetOptions("coco"))
     with pytest.raises(DataError, match="no rows in the medvlsm layout"):
-        read_data_set(folder, "medvlsm")
+        read_data_set(folder, DataSetOptions("medvlsm"))
 
 
 def test_writing_excel_tables_without_openpyxl_names_the_remedy_and_reading_needs_none(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cclip_deploy.datasets.options import DataSetOptions
 from cclip_deploy.datasets.reading import read_data_set
 from cclip_deploy.datasets.report import DataReport, report_data_set
 from cclip_deploy.errors import DataError
@@ -84,7 +85,7 @@ def test_without_patients_the_report_says_so(folder: Path, tokenizer: PromptToke
     said = report(folder, tokenizer)
     assert not said.patients_known
     assert any("No patients are known" in remark for remark in said.remarks())
-    assert report_data_set(read_data_set(folder, subject_pattern="^.")
+    assert report_data_set(read_data_set(folder, DataSetOptions(subject_pattern="^."))
                            , tokenizer, 32).patients_known  # fmt: skip
 
 

@@ -62,5 +62,15 @@ def test_a_fingerprint_detects_changes_but_not_a_move(data_folder: Path, tmp_pat
     assert _differing(data_fingerprint(rows), data_fingerprint(copied)) == {"masks"}
 
 
+def test_chosen_mask_values_are_trained_and_change_the_fingerprint(
+    train_rows: list[Sample], tokenizer: PromptTokenizer
+) -> None:
+    outside = [dataclasses.replace(row, mask_values=("0",)) for row in train_rows]
+    written, inverted = (open_training_set(rows, tokenizer, SMALL) for rows in (train_rows, outside))
+    assert all(np.array_equal(inverted.masks[row], ~written.masks[row]) for row in range(8))
+    assert data_fingerprint(outside)["mask values"] == ["0"]
+    assert data_fingerprint(train_rows).keys() == data_fingerprint(outside).keys() - {"mask values"}
+
+
 def _differing(one: dict[str, object], other: dict[str, object]) -> set[str]:
     return {key for key in one if one[key] != other[key]}
