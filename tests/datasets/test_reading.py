@@ -143,5 +143,5 @@ def test_writing_excel_tables_without_openpyxl_names_the_remedy_and_reading_need
     folder = write(tmp_path, "qata")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     assert read_data_set(folder).layout == "lvit"
-    with pytest.raises(EnvironmentIssue, match=r"cclip-deploy\[train\]"):
+    with pytest.raises(EnvironmentIssue, match=r"cclip-deploy\[evaluate\]"):
         write(tmp_path, "mosmed")
