@@ -12,6 +12,8 @@ from cclip_deploy.ablation.pairs import Rows, compare_pairs, pair_rows, power_ro
 from cclip_deploy.ablation.run import Ablation
 from cclip_deploy.bundle.manifest import installed_versions, utc_now
 from cclip_deploy.common.files import whole_file
+from cclip_deploy.common.html_page import Figure, Section, save_page, write_page
+from cclip_deploy.common.html_page import Table as PageTable
 from cclip_deploy.common.json_file import json_text
 from cclip_deploy.common.names import printable
 from cclip_deploy.common.plotting import BLUE, GRAY, INK, QUIET, save_figure
@@ -19,7 +21,7 @@ from cclip_deploy.environment.packages import require_packages
 from cclip_deploy.evaluation.causal import untrained_mask_statistics
 from cclip_deploy.evaluation.seed_statistics import SeedStatistics, paired_difference, seed_statistics
 
-NUMBERS, TABLES, PICTURE = "ablation.json", "ablation.md", "ablation.png"
+NUMBERS, TABLES, PICTURE, PAGE = "ablation.json", "ablation.md", "ablation.png", "index.html"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,22 @@ def write_report(folder: Path, ablation: Ablation, command: str) -> None:
         with whole_file(folder / name) as unfinished:
             unfinished.write_text(printable(text), encoding="utf-8")
     draw_arms(ablation, folder / PICTURE)
+    save_page(_page(ablation, command), folder / PAGE)
+
+
+def _page(ablation: Ablation, command: str) -> str:
+    plan = ablation.plan
+    lead = (
+        f"{len(plan.arms)} arms, {len(plan.seeds)} seeds, {len(ablation.results)} trainings. All arms are compared "
+        f"with {plan.reference}."
+    )
+    plot = Figure(PICTURE, "Dots are seeds, rings their means, lines 95 % intervals of the mean.")
+    sections = [Section("", figures=(plot,))]
+    for made in tables(ablation):
+        shown = PageTable(made.columns, made.rows, frozenset(range(1, len(made.columns))))
+        sections.append(Section(made.heading, table=shown))
+    sections.append(Section("Provenance", (f"Command: {command}", f"{NUMBERS} contains all numbers of this page.")))
+    return write_page("Ablation", lead, sections)
 
 
 def to_dict(ablation: Ablation, command: str) -> dict[str, Any]:
@@ -90,11 +108,11 @@ def _pairs(ablation: Ablation, measure: Measure) -> list[dict[str, Any]]:
 
 def draw_arms(ablation: Ablation, path: Path) -> None:
     """Write a PNG or SVG with one panel per measure: for every arm its seeds, their mean and its interval."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
     shown = [m for m in ablation.measures() if m.name in ("dice_test", "dice_id", "dice_anti", "drop", "toggle")]
     arms = list(ablation.plan.arms)
-    figure = Figure(
+    figure = Canvas(
         figsize=(1.2 + 2.5 * len(shown), 1.1 + 0.5 * len(arms)), dpi=120, facecolor="white", layout="constrained"
     )
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]

@@ -223,7 +223,8 @@ def print_json(value: Mapping[str, Any], command: str) -> None:
     """Print the JSON document of a command to standard output; its first key `schema` is name and version."""
     global _document_printed
     _document_printed = True
-    sys.stdout.write(json_text({"schema": f"cclip-deploy/{command}/{JSON_VERSION}", **value}))
+    others = {key: item for key, item in value.items() if key != "schema"}
+    sys.stdout.write(json_text({"schema": f"cclip-deploy/{command}/{JSON_VERSION}", **others}))
 
 
 def print_json_error(kind: str, message: str, exit_code: int) -> None:
