@@ -84,11 +84,13 @@ def test_the_command_of_such_a_name_can_be_kept(monkeypatch: pytest.MonkeyPatch)
 
 def test_json_is_one_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     value = {f"key{ODD}": [Path("a").name, f"{ODD}.png", {"deep": (f"x{ODD}", 1.5, None, True)}], "é🫁": "\\udcff"}
-    print_json(value)
+    print_json(value, "test")
+    value = {"schema": "cclip-deploy/test/1", **value}
     write_json(tmp_path / "a.json", value)
     text = capsys.readouterr().out
     assert text == json_text(value) == (tmp_path / "a.json").read_text(encoding="utf-8")
     assert strict_json(text.encode("ascii")) == {
+        "schema": "cclip-deploy/test/1",
         f"key{SHOWN}": ["a", f"{SHOWN}.png", {"deep": [f"x{SHOWN}", 1.5, None, True]}], "é🫁": "\\udcff",
     }  # fmt: skip
 

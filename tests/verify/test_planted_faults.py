@@ -22,7 +22,7 @@ from PIL import Image
 from cclip_deploy.bundle.bundle import Bundle
 from cclip_deploy.engines.build import SERVED
 from cclip_deploy.imaging import preprocess
-from cclip_deploy.inference import segmenter
+from cclip_deploy.inference import graph_chain
 from cclip_deploy.prompts import tokenizer as tokens
 from tests.bundles import copy_of, linked_copy, replace_text, reseal
 from tests.cli.run import invoke
@@ -201,7 +201,7 @@ def enlarge_by_nearest(patch: pytest.MonkeyPatch) -> None:
         image = Image.fromarray(np.ascontiguousarray(probability, np.float32))
         return np.asarray(image.resize(source_hw[::-1], Image.Resampling.NEAREST))
 
-    patch.setattr(segmenter, "to_source", to_source)
+    patch.setattr(graph_chain, "to_source", to_source)
 
 
 def set_field(**changes: Any) -> Callable[[dict[str, Any]], None]:
