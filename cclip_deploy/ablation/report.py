@@ -67,9 +67,9 @@ def _page(ablation: Ablation, command: str) -> str:
         f"{len(plan.arms)} arms, {len(plan.seeds)} seeds, {len(ablation.results)} trainings. All arms are compared "
         f"with {plan.reference}."
     )
-    plot = Figure(PICTURE, "Dots are seeds, rings their means, lines 95 % intervals of the mean.")
+    plot = Figure(PICTURE, "Dots are seeds, rings their means, lines 95 % intervals of the mean.", wide=True)
     sections = [Section("", figures=(plot,))]
-    for made in tables(ablation):
+    for made in (made for made in tables(ablation) if made.rows):
         shown = PageTable(made.columns, made.rows, frozenset(range(1, len(made.columns))))
         sections.append(Section(made.heading, table=shown))
     sections.append(Section("Provenance", (f"Command: {command}", f"{NUMBERS} contains all numbers of this page.")))

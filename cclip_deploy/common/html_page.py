@@ -28,11 +28,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An image, by its path relative to the page or as a data URI; `alt` describes it, by default as the caption."""
+    """An image, by its path relative to the page or as a data URI.
+
+    `alt` describes it, by default as the caption; a `wide` one has the width of the page.
+    """
 
     source: str
     caption: str
     alt: str = ""
+    wide: bool = False
 
 
 @dataclass(frozen=True)
