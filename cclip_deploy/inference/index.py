@@ -70,9 +70,7 @@ def write_index(folder: Path, formats: Sequence[str], predictions: Predictions, 
     rows = [_flat(row) for row in (*document["predictions"], *document["failed"])]
     encode = {
         "json": lambda: json_text({"schema": SCHEMA, **document, "ran": ran}).encode(),
-        "csv": lambda: csv_text(
-            [list(_TYPES), *(["" if v is None else v for v in row.values()] for row in rows)]
-        ).encode(),
+        "csv": lambda: _csv(rows),
         "parquet": lambda: _parquet(rows),
     }
     paths = index_paths(folder, formats)
